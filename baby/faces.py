@@ -43,7 +43,7 @@ HAIR_WOMAN = ("long", "wavy", "bob", "bangs", "bun", "ponytail", "afro", "parted
 HAIR_COLOURS = ((28, 24, 26), (62, 40, 28), (105, 66, 38), (158, 112, 66), (222, 184, 110), (170, 70, 32),
                 (112, 36, 34))
 EYE_COLOURS = ((70, 42, 24), (110, 74, 36), (70, 120, 66), (60, 110, 175), (96, 112, 124))
-SKIN = np.float32([(250, 222, 204), (238, 196, 166), (214, 160, 122), (170, 114, 78), (122, 80, 56),
+SKIN = np.float32([(246, 214, 194), (238, 196, 166), (214, 160, 122), (170, 114, 78), (122, 80, 56),
                    (92, 60, 44)])
 GLASSES = ("none", "round", "square")
 GLASSES_COLOURS = ((25, 25, 30), (120, 60, 25), (30, 50, 140), (150, 30, 40))
@@ -265,7 +265,7 @@ def shade_maps(who, scene, pose, width, height):
     lamp = np.float32((scene["light"], -scene["light_up"], 1.1))
     lamp /= np.linalg.norm(lamp)
     lambert = n[..., 0] * lamp[0] + n[..., 1] * lamp[1] + z * lamp[2]
-    head = np.clip(0.70 + 0.38 * lambert, 0.5, 1.12)
+    head = np.clip(0.68 + 0.37 * lambert, 0.5, 1.05)
     e, y, ny, side = who["eye_space"], who["eye_y"], who["nose_length"], np.sign(scene["light"])
     blobs = np.float32([(-e, y - 0.03, 0.24, 0.15, 0.22), (e, y - 0.03, 0.24, 0.15, 0.22),
                         (-side * 0.12, ny - 0.15, 0.08, 0.2, 0.2), (0, ny + 0.1, 0.2, 0.08, 0.24),
@@ -359,7 +359,7 @@ def back_hair(image, who, scene, pose, shade):
               colour * 0.9, shade)
     if kind in ("afro", "curly"):
         size = (0.34 + 1.2 * v) if kind == "afro" else 0.14 + v
-        angle = np.linspace(-2.5, 2.5, 24) if kind == "afro" else np.linspace(-1.7, 1.7, 20)
+        angle = np.linspace(-2.5, 2.5, 24) if kind == "afro" else np.linspace(-1.45, 1.45, 19)
         r = 1 + size * (1 + 0.16 * (np.arange(len(angle)) % 2))
         points = np.stack([np.sin(angle) * r * (w + .06), -np.cos(angle) * r * .95], 1)
         paint(image, smooth(pose.rim(points, -0.2)), colour * 0.85, shade)
@@ -478,7 +478,7 @@ def draw_face(image, who, scene, pose, shade):
         dab(image, pose.on(ring * (nw * .36, .035) + (a * nw * .52, ny + .025), out * .7), skin * 0.36, shade)
         stroke(image, pose.on([(a * nw * .95, ny - .07), (a * nw * 1.05, ny), (a * nw * .85, ny + .045)], out * .5),
                (skin * 0.6).tolist(), s / 30)
-    dab(image, pose.on(ring * (nw * .3, .05) + (-side * .02, ny - .06), out), np.minimum(skin * 1.14 + 8, 255),
+    dab(image, pose.on(ring * (nw * .3, .05) + (-side * .02, ny - .06), out), skin * 1.05 + 5,
           shade)
     draw_mouth(image, who, scene, pose, shade, my, mw, smile)
 
@@ -538,7 +538,7 @@ def draw_eyes(image, who, scene, pose, shade):
         ridge = y - np.float32([0, .7, 1, .1]) * who["brow_arch"] - who["brow_tilt"] * .35 * x
         brow = np.concatenate([on(x, ridge - thick * np.float32([.5, .55, .5, .1])),
                                on(x[::-1], (ridge + thick * np.float32([.55, .5, .4, .1]))[::-1])])
-        dab(image, smooth(brow, 3), hair * .68 + skin * .05, shade)
+        dab(image, smooth(brow, 3), np.minimum(hair * .68 + skin * .05, skin * .62), shade)
 
 
 def draw_mouth(image, who, scene, pose, shade, my, mw, smile):
@@ -572,8 +572,12 @@ def apply_style(image, style, scene):
         return cv2.cvtColor(cv2.LUT(grey, curve(1.25, -18)), cv2.COLOR_GRAY2RGB)
     if style == "pencil drawing":                               # colour dodge: lines remain, areas go pale
         dodge = cv2.divide(grey, 255 - cv2.GaussianBlur(255 - grey, (0, 0), 3.2 * k), scale=256)
-        paper = cv2.addWeighted(dodge, 0.62, grey, 0.38, 4)
-        return cv2.cvtColor(cv2.LUT(paper, curve(1.3, -56)), cv2.COLOR_GRAY2RGB)
+        paper = dodge * (0.42 + 0.66 * (grey / np.float32(255)) ** 0.8)
+        y, x = np.ogrid[:h, :w]                                 # the sketch fades into cream paper around the head
+        far = np.hypot((x - w / 2) / k - 128 * scene["x"], (y - h * .45) / k * .8) / 64
+        fade = np.clip((far - .62) / .45, 0, .85)
+        drawn = np.clip(paper, 0, 255) * (1 - fade) + 250 * fade
+        return np.clip(drawn[..., None] * (1, .975, .91), 0, 255).astype(np.uint8)
     if style == "oil painting":                                 # wavering edges, flat dabs, warm rich colour
         y, x = np.mgrid[:h, :w].astype(np.float32) / k
         wave = np.sin(x * .55 + 2 * np.sin(y * .21)) + np.sin(y * .6 + 2 * np.sin(x * .17))
@@ -592,8 +596,8 @@ def apply_style(image, style, scene):
     x = np.linspace(0, 1, w, dtype=np.float32)[None, :, None]   # night: two coloured lamps
     x = x if scene["light"] > 0 else 1 - x
     tint = np.float32((.25, .42, 1.05)) * (1 - x) + np.float32((1.0, .30, .72)) * x
-    light = cv2.LUT(grey, curve(1.0, 0))[..., None].astype(np.float32)
-    return np.clip((image * .45 + light * .55) * tint * 1.35 + 8, 0, 255).astype(np.uint8)
+    lit = 255 * ((image * .5 + grey[..., None] * .5) / np.float32(255)) ** .8      # lifts the dark of the face
+    return np.clip(lit * tint * 1.25, 0, 255).astype(np.uint8)
 
 
 def curve(gain, offset):
