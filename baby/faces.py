@@ -32,7 +32,8 @@ BACKGROUNDS = {"red wall": "against a red wall", "blue wall": "against a blue wa
 CLOTHES = ("shirt", "sweater", "hoodie", "jacket", "suit")
 HATS = ("cap", "beanie")
 COLOURS = {"red": (205, 40, 45), "blue": (45, 85, 200), "green": (40, 140, 70), "yellow": (240, 205, 60),
-           "white": (236, 236, 232), "black": (42, 42, 48), "purple": (125, 60, 165), "orange": (240, 130, 35)}
+           "white": (236, 236, 232), "black": (42, 42, 48), "purple": (125, 60, 165),
+           "orange": (240, 130, 35)}
 TEMPLATES = ("{style} of {who} in {wear}, {place}", "{style} of {who} {place}, wearing {wear}",
              "{who} wearing {wear} {place}, {style}", "{style} of {who} {place} in {wear}")
 VOCABULARY = sorted(set(" ".join([*STYLES.values(), *BACKGROUNDS.values(), *CLOTHES, *HATS, *COLOURS,
@@ -47,6 +48,7 @@ SKIN = np.float32([(246, 214, 194), (238, 196, 166), (214, 160, 122), (170, 114,
                    (92, 60, 44)])
 GLASSES = ("none", "round", "square")
 GLASSES_COLOURS = ((25, 25, 30), (120, 60, 25), (30, 50, 140), (150, 30, 40))
+RING = np.stack([f(np.arange(16) * np.pi / 8) for f in (np.cos, np.sin)], 1)        # a unit circle
 BEARDS = ("none", "stubble", "full", "goatee", "moustache")
 
 
@@ -110,7 +112,7 @@ def scene(rng, style=None, background=None, clothes=None, colour=None, yaw=None,
 
 
 def caption(who, scene, rng):
-    """A short caption (<= 20 words of VOCABULARY): gender, clothing, background, style; nothing else of `who`."""
+    """Caption of <= 20 words of VOCABULARY: clothing, background, style; of `who` nothing but the gender."""
     article = "an" if scene["colour"][0] in "aeiou" else "a"
     wear = f"{article} {scene['colour']} {scene['clothes']}"
     if scene["hat"]:
@@ -149,7 +151,7 @@ def stroke(image, points, colour, width, closed=False):
 
 
 def paint(image, points, colour, shade):
-    """Fills a polygon with colour * shade, shade (height, width) float32; only its bounding box is touched."""
+    """Fills a polygon with colour * shade; shade: (height, width) float32."""
     height, width = image.shape[:2]
     (x0, y0), (x1, y1) = points.min(0).tolist(), points.max(0).tolist()
     low = max(0, int(x0) - 2), max(0, int(y0) - 2)
@@ -205,7 +207,8 @@ def draw_background(image, name, detail):
         image[:] = rgb((190, 206, 224), (222, 232, 242))
         disc(0.2 + 0.2 * detail[0], 1.05, 0.5, (248, 250, 252)), disc(0.9, 1.1, 0.5, (240, 245, 250))
         for i in range(16):
-            disc(detail[i % 8] * 0.5 + 0.5 * (i // 8), (detail[(3 * i + 1) % 8] + i / 16) % 1, 0.016, (255,) * 3)
+            y = (detail[(3 * i + 1) % 8] + i / 16) % 1
+            disc(detail[i % 8] * 0.5 + 0.5 * (i // 8), y, 0.016, (255,) * 3)
     elif name == "night sky":
         image[:] = rgb((14, 18, 54), (44, 44, 104))
         disc(0.12 + 0.76 * detail[0], 0.14, 0.08, (244, 240, 206))
@@ -217,7 +220,7 @@ def draw_background(image, name, detail):
         disc(0.1 + 0.8 * detail[0], 0.62, 0.13, (255, 226, 110)), rect(0, 0.78, 1, 1, (92, 44, 70))
     else:                                                       # desert
         image[:] = rgb((130, 196, 236), (236, 226, 196))
-        fill(image, np.float32([(0, .62), (.3 * w / w, .5), (.7, .66), (1, .52), (1, 1.1), (0, 1.1)]) * (w, h),
+        fill(image, np.float32([(0, .62), (.3, .5), (.7, .66), (1, .52), (1, 1.1), (0, 1.1)]) * (w, h),
              (216, 152, 84))
         x = 0.06 + 0.1 * detail[0] + (0.72 if detail[1] > 0.5 else 0)
         rect(x, 0.3, x + 0.05, 0.8, (70, 124, 66)), rect(x + 0.05, 0.42, x + 0.11, 0.46, (70, 124, 66))
@@ -225,7 +228,7 @@ def draw_background(image, name, detail):
 
 
 class Pose:
-    """Turns head coordinates (x right, y down, z towards the viewer; crown y = -1, chin y = 1) into pixels."""
+    """Head coordinates (x right, y down, z to the viewer; crown y = -1, chin y = 1) to pixels."""
     def __init__(self, who, scene, width, height):
         unit = min(width, height)
         yaw, pitch, roll = np.radians([scene["yaw"], scene["pitch"], scene["roll"]])
@@ -237,7 +240,8 @@ class Pose:
         self.scale, self.w, self.depth = unit * scene["size"] / 2, who["head_width"], 0.9
         self.centre = np.float32((width / 2 + scene["x"] * unit,
                                   unit * (0.45 + scene["y"]) + 0.25 * (height - unit)))
-        self.stretch = np.sqrt(cy ** 2 + (self.depth / self.w * sy) ** 2) / cy    # an ellipsoid hides no width
+        # a turned ellipsoid is not narrower, a turned disc would be
+        self.stretch = np.sqrt(cy ** 2 + (self.depth / self.w * sy) ** 2) / cy
 
     def at(self, points, z):
         """(n, 2) head points at depth z (number or (n,)) -> (n, 2) pixels."""
@@ -279,7 +283,7 @@ def shade_maps(who, scene, pose, width, height):
     chin = (grid - pose.at([(0, 1.15)], 0.0)[0]) / pose.scale / (0.6, 0.32)
     body = (0.92 + 0.14 * np.clip(n[..., 0], -1, 1) * lamp[0]) * (1 - 0.35 * np.exp(-(chin ** 2).sum(-1)))
     cap = 0.8 + 0.3 * np.clip(lambert, 0, 1) + 0.28 * np.exp(-((n - (lamp[0] * 0.7, -0.75)) ** 2).sum(-1) * 9)
-    return [cv2.resize(np.float32(m), (width, height), interpolation=cv2.INTER_LINEAR) for m in (head, body, cap)]
+    return [cv2.resize(np.float32(m), (width, height)) for m in (head, body, cap)]    # bilinear
 
 
 def draw_body(image, who, scene, pose, shade, width, height):
@@ -292,8 +296,8 @@ def draw_body(image, who, scene, pose, shade, width, height):
     broad, colour = (1.62 if who["gender"] == "man" else 1.3), np.float32(COLOURS[scene["colour"]])
     low, kind = (height - y) / s + 1, scene["clothes"]
     if kind == "hoodie":
-        paint(image, smooth(put(mirror([(0, -.62), (neck + .3, -.5), (neck + .42, .05), (.3, .4)]))), colour * 0.72,
-              shade)
+        hood = put(mirror([(0, -.62), (neck + .3, -.5), (neck + .42, .05), (.3, .4)]))
+        paint(image, smooth(hood), colour * 0.72, shade)
     torso = put([(0, -.1)] + [(neck, -.12), (neck + .35, .06), (broad * .85, .2), (broad, .42),
                               (broad * 1.06, .9), (broad * 1.08, low)]
                 + [(-broad * 1.08, low), (-broad * 1.06, .9), (-broad, .42), (-broad * .85, .2),
@@ -318,14 +322,15 @@ def draw_body(image, who, scene, pose, shade, width, height):
             for side in (-1, 1):
                 stroke(image, put([(side * .2, .25), (side * .24, .75)]), (240, 240, 236), s / 16)
     else:                                                       # jacket over a shirt; a suit adds a tie
-        inner = np.float32((240, 240, 238) if kind == "suit" or scene["colour"] != "white" else (120, 150, 200))
+        blue = kind == "jacket" and scene["colour"] == "white"
+        inner = (120, 150, 200) if blue else (240, 240, 238)
         v = .95 if kind == "suit" else 1.3
         paint(image, put([(neck, -.12), (0, v), (-neck, -.12)]), inner, shade)
         skin(put([(neck * .95, -.1), (0, .22), (-neck * .95, -.1)]))
         if kind == "suit":
             tie = (150, 30, 40) if scene["colour"] != "red" else (40, 40, 60)
-            paint(image, put([(-.08, .2), (.08, .2), (.05, .32), (.12, .8), (0, v), (-.12, .8), (-.05, .32)]), tie,
-                  shade)
+            paint(image, put([(-.08, .2), (.08, .2), (.05, .32), (.12, .8), (0, v), (-.12, .8), (-.05, .32)]),
+                  tie, shade)
         for side in (-1, 1):
             lapel = put([(side * neck, -.16), (side * (neck + .2), .1), (side * (neck + .12), .42), (0, v)])
             paint(image, lapel, colour * 0.8 + 8, shade)
@@ -338,20 +343,21 @@ def back_hair(image, who, scene, pose, shade):
     mirror = lambda half: half + [(-a, b) for a, b in half[:0:-1]]
     if kind in ("long", "wavy", "parted long", "bangs"):
         end = 1.05 + 0.6 * (who["length"] - 0.8) / 0.2
-        half = [(0, -1.05 - v), (w * .9, -.75), (w + .06 + v, 0), (w + .14 + v, .6), (w + .1 + v, end), (.3, end)]
+        half = [(0, -1.05 - v), (w * .9, -.75), (w + .06 + v, 0), (w + .14 + v, .6), (w + .1 + v, end),
+                (.3, end)]
         if kind == "wavy":
             half = [(0, -1.1 - v), (w, -.8), (w + .14 + v, -.3), (w + .06 + v, .1), (w + .3 + v, .5),
                     (w + .14 + v, .9), (w + .3 + v, end), (.3, end + .1)]
         paint(image, smooth(pose.rim(mirror(half), -0.3)), colour * 0.72, shade)
     elif kind == "bob":
         end = 0.55 + 0.3 * (who["length"] - 0.8) / 0.2
-        half = [(0, -1.05 - v), (w * .95, -.7), (w + .14 + v, 0), (w + .18 + v, end - .1), (w, end), (.3, end)]
+        half = [(0, -1.05 - v), (w * .95, -.7), (w + .14 + v, 0), (w + .18 + v, end - .1), (w, end),
+                (.3, end)]
         paint(image, smooth(pose.rim(mirror(half), -0.25)), colour * 0.72, shade)
     elif kind == "ponytail":
         side = 1 if who["part"] > 0 else -1
-        paint(image, smooth(pose.at([(side * .3, -.9), (side * (w + .35), -.85), (side * (w + .55), -.1),
-                                     (side * (w + .4), .75), (side * (w + .25), .1), (side * w * .8, -.4)], -0.5)),
-              colour * 0.8, shade)
+        tail = [(.3, -.9), (w + .35, -.85), (w + .55, -.1), (w + .4, .75), (w + .25, .1), (w * .8, -.4)]
+        paint(image, smooth(pose.at([(side * a, b) for a, b in tail], -0.5)), colour * 0.8, shade)
     elif kind == "bun":
         angle = np.linspace(0, 2 * np.pi, 20, endpoint=False)
         size = 0.28 + v
@@ -404,7 +410,8 @@ def front_hair(image, who, scene, pose, shade):
     light = np.minimum(colour * 1.25 + 14, 255).tolist()
     if kind not in ("buzz", "receding", "spiky"):
         for shift in (part, -.4 * np.sign(part)):
-            arc = [(w * (shift + .16 * k), -.9 - v * .2 + .09 * (k + shift) ** 2) for k in np.linspace(-1, 1, 7)]
+            k = np.linspace(-1, 1, 7)
+            arc = np.stack([w * (shift + .16 * k), -.9 - v * .2 + .09 * (k + shift) ** 2], 1)
             stroke(image, pose.at(arc, 0.3), light, pose.scale / 34)
 
 
@@ -415,7 +422,8 @@ def draw_hat(image, who, scene, pose, shade):
     if scene["hat"] == "cap":
         brow = [((w + .02) * c, -.42 - .06 * np.cos(c * 1.5)) for c in (1, .5, 0, -.5, -1)]
         paint(image, np.concatenate([pose.rim(top, -0.1), pose.on(brow, 0.03)]), colour, shade)
-        peak = np.concatenate([pose.on(brow, 0.03), pose.on([(-.5 * w, -.42), (0, -.4), (.5 * w, -.42)], 0.45)])
+        front = pose.on([(-.5 * w, -.42), (0, -.4), (.5 * w, -.42)], 0.45)
+        peak = np.concatenate([pose.on(brow, 0.03), front])
         paint(image, smooth(peak, 3), colour * 0.7, shade)
     else:
         brow = [((w + .04) * c, -.4 - .05 * np.cos(c * 1.5)) for c in (1, .5, 0, -.5, -1)]
@@ -428,10 +436,8 @@ def draw_face(image, who, scene, pose, shade):
     """Ears, head, brows, eyes, nose, mouth, beard, marks and glasses."""
     w, s, skin = who["head_width"], pose.scale, np.float32(who["skin"])
     hair, dark = np.float32(who["hair_rgb"]), (skin * 0.42).tolist()
-    angle = np.linspace(0, 2 * np.pi, 16, endpoint=False)
-    ring = np.stack([np.cos(angle), np.sin(angle)], 1)
     for side in (-1, 1):
-        ear = np.stack([side * (w + .03) + .8 * who["ear"] * ring[:, 0], .1 + 1.25 * who["ear"] * ring[:, 1]], 1)
+        ear = RING * (.8 * who["ear"], 1.25 * who["ear"]) + (side * (w + .03), .1)
         paint(image, pose.rim(ear, -0.08), skin * 0.9, shade)
         dab(image, pose.rim(ear * .5 + np.mean(ear, 0) * .5, -0.05), skin * 0.68, shade)
     jaw, chin, c = .62 + .2 * who["jaw"], .30 + .14 * who["chin"], 1 + who["chin_length"]
@@ -442,20 +448,11 @@ def draw_face(image, who, scene, pose, shade):
     my, mw, smile = who["mouth_y"], who["mouth_width"] * (1 + .12 * scene["smile"]), scene["smile"]
     ny, nw = who["nose_length"], who["nose_width"]
 
-    if who["beard"] in ("full", "stubble"):
-        tone = hair * 0.9 if who["beard"] == "full" else skin * 0.72 + hair * 0.06
-        rim = [(w * .98, .2), (w * (jaw + .1), .64), (w * chin * 1.2, .95 * c), (0, c + .03)]
-        rim = np.float32(rim + [(-a, b) for a, b in rim[-2::-1]])
-        inner = [(-.8 * w, .3), (-.5 * w, .52), (-mw * .8, my - .13), (0, my - .12), (mw * .8, my - .13),
-                 (.5 * w, .52), (.8 * w, .3)]
-        paint(image, smooth(np.concatenate([pose.rim(rim, np.clip(rim[:, 1], 0, 1) * .35), pose.on(inner)]), 3),
-              tone, shade)
-    if who["beard"] == "goatee":
-        paint(image, smooth(pose.on([(-mw * .9, my - .02), (0, my - .1), (mw * .9, my - .02), (.22, c - .06),
-                                     (0, c + .04), (-.22, c - .06)])), hair * 0.9, shade)
+    draw_beard(image, who, pose, shade, my, mw, (jaw, chin, c))
     if who["freckles"]:
         for k in range(10):
-            spot = pose.on(ring * .018 + ((-1) ** k * (.24 + .055 * (k // 2)), .2 + .16 * (k // 2 * 3 % 5) / 4))
+            x, y = (-1) ** k * (.24 + .055 * (k // 2)), .2 + .16 * (k // 2 * 3 % 5) / 4
+            spot = pose.on(RING * .018 + (x, y))
             fill(image, spot, (skin * 0.62).tolist())
     for side in (-1, 1):                                        # cheeks
         mask = pose.on([(side * .48, .36)])[0]
@@ -467,7 +464,45 @@ def draw_face(image, who, scene, pose, shade):
             box[:] = box + soft * (skin * (1.0, .62, .62) - box)
     draw_eyes(image, who, scene, pose, shade)
 
-    side = -1 if scene["light"] > 0 else 1                      # nose: bridge, wings, nostrils, tip
+    draw_nose(image, who, scene, pose, shade)
+    draw_mouth(image, who, scene, pose, shade, my, mw, smile)
+
+    if who["beard"] in ("full", "moustache", "goatee"):
+        y = my - who["lip_top"] - .03
+        half = [(0, y - .07), (mw * .7, y - .02), (mw * 1.15, y + .1 - .06 * smile), (mw * .6, y + .045)]
+        shape = half + [(0, y + .02)] + [(-a, b) for a, b in half[:0:-1]]
+        paint(image, smooth(pose.on(shape, .08)), hair * 0.9, shade)
+    if who["age"] > 0.6:                                        # folds beside the mouth
+        for a in (-1, 1):
+            fold = [(a * (nw + .05), ny), (a * (mw + .05), (ny + my) / 2), (a * (mw + .08), my)]
+            stroke(image, pose.on(fold), (skin * 0.72).tolist(), s / 40)
+    if who["mole"]:
+        dab(image, pose.on(RING * .032 + (who["mole_x"], who["mole_y"])), skin * 0.34, shade)
+    if who["glasses"] != "none":
+        draw_glasses(image, who, pose)
+
+
+def draw_beard(image, who, pose, shade, my, mw, outline):
+    """Full beard, stubble or goatee; the moustache comes after the mouth."""
+    jaw, chin, c = outline
+    w, skin, hair = who["head_width"], np.float32(who["skin"]), np.float32(who["hair_rgb"])
+    if who["beard"] in ("full", "stubble"):
+        tone = hair * 0.9 if who["beard"] == "full" else skin * 0.72 + hair * 0.06
+        rim = [(w * .98, .2), (w * (jaw + .1), .64), (w * chin * 1.2, .95 * c), (0, c + .03)]
+        rim = np.float32(rim + [(-a, b) for a, b in rim[-2::-1]])
+        inner = [(-.8 * w, .3), (-.5 * w, .52), (-mw * .8, my - .13), (0, my - .12), (mw * .8, my - .13),
+                 (.5 * w, .52), (.8 * w, .3)]
+        both = np.concatenate([pose.rim(rim, np.clip(rim[:, 1], 0, 1) * .35), pose.on(inner)])
+        paint(image, smooth(both, 3), tone, shade)
+    if who["beard"] == "goatee":
+        paint(image, smooth(pose.on([(-mw * .9, my - .02), (0, my - .1), (mw * .9, my - .02), (.22, c - .06),
+                                     (0, c + .04), (-.22, c - .06)])), hair * 0.9, shade)
+
+
+def draw_nose(image, who, scene, pose, shade):
+    """A side in shadow, wings, nostrils, tip: face detectors look for these."""
+    ny, nw, s, skin = who["nose_length"], who["nose_width"], pose.scale, np.float32(who["skin"])
+    side = -1 if scene["light"] > 0 else 1
     bridge, out = who["nose_bridge"], who["nose_out"]
     wing = [(side * bridge, who["eye_y"] + .06), (side * (bridge + .02), ny - .18), (side * nw, ny - .02)]
     under = [(side * nw * .8, ny + .05), (0, ny + .06)]
@@ -475,34 +510,22 @@ def draw_face(image, who, scene, pose, shade):
                            pose.on([(side * .02, ny - .08)], out)])
     paint(image, smooth(nose, 4), skin * 0.84, shade)
     for a in (-1, 1):
-        dab(image, pose.on(ring * (nw * .36, .035) + (a * nw * .52, ny + .025), out * .7), skin * 0.36, shade)
-        stroke(image, pose.on([(a * nw * .95, ny - .07), (a * nw * 1.05, ny), (a * nw * .85, ny + .045)], out * .5),
-               (skin * 0.6).tolist(), s / 30)
-    dab(image, pose.on(ring * (nw * .3, .05) + (-side * .02, ny - .06), out), skin * 1.05 + 5,
-          shade)
-    draw_mouth(image, who, scene, pose, shade, my, mw, smile)
+        dab(image, pose.on(RING * (nw * .36, .035) + (a * nw * .52, ny + .025), out * .7), skin * 0.36, shade)
+        curl = [(a * nw * .95, ny - .07), (a * nw * 1.05, ny), (a * nw * .85, ny + .045)]
+        stroke(image, pose.on(curl, out * .5), (skin * 0.6).tolist(), s / 30)
+    dab(image, pose.on(RING * (nw * .3, .05) + (-side * .02, ny - .06), out), skin * 1.05 + 5, shade)
 
-    if who["beard"] in ("full", "moustache", "goatee"):
-        y = my - who["lip_top"] - .03
-        paint(image, smooth(pose.on([(0, y - .07), (mw * .7, y - .02), (mw * 1.15, y + .1 - .06 * smile),
-                                     (mw * .6, y + .045), (0, y + .02), (-mw * .6, y + .045),
-                                     (-mw * 1.15, y + .1 - .06 * smile), (-mw * .7, y - .02)], .08)), hair * 0.9,
-              shade)
-    if who["age"] > 0.6:                                        # folds beside the mouth
-        for a in (-1, 1):
-            stroke(image, pose.on([(a * (nw + .05), ny), (a * (mw + .05), (ny + my) / 2), (a * (mw + .08), my)]),
-                   (skin * 0.72).tolist(), s / 40)
-    if who["mole"]:
-        dab(image, pose.on(ring * .032 + (who["mole_x"], who["mole_y"])), skin * 0.34, shade)
-    if who["glasses"] != "none":
-        colour, line = GLASSES_COLOURS[who["glasses_colour"]], s / 15
-        e, y, r = who["eye_space"], who["eye_y"] + .02, min(.27, who["eye_space"] - .05)
-        shape = np.sign(ring) * np.abs(ring) ** (1 if who["glasses"] == "round" else .45) * (r, r * .82)
-        for a in (-1, 1):
-            stroke(image, pose.on(shape + (a * e, y), .1), colour, line, True)
-            stroke(image, np.concatenate([pose.on([(a * (e + r), y - .04)], .1), pose.rim([(a * w, 0)], .1)]),
-                   colour, line)
-        stroke(image, pose.on([(-e + r, y - .03), (0, y - .07), (e - r, y - .03)], .14), colour, line)
+
+def draw_glasses(image, who, pose):
+    w = who["head_width"]
+    colour, line = GLASSES_COLOURS[who["glasses_colour"]], pose.scale / 15
+    e, y, r = who["eye_space"], who["eye_y"] + .02, min(.27, who["eye_space"] - .05)
+    shape = np.sign(RING) * np.abs(RING) ** (1 if who["glasses"] == "round" else .45) * (r, r * .82)
+    for a in (-1, 1):
+        stroke(image, pose.on(shape + (a * e, y), .1), colour, line, True)
+        stroke(image, np.concatenate([pose.on([(a * (e + r), y - .04)], .1), pose.rim([(a * w, 0)], .1)]),
+               colour, line)
+    stroke(image, pose.on([(-e + r, y - .03), (0, y - .07), (e - r, y - .03)], .14), colour, line)
 
 
 def draw_eyes(image, who, scene, pose, shade):
@@ -510,7 +533,6 @@ def draw_eyes(image, who, scene, pose, shade):
     half, tall = who["eye_width"], who["eye_height"] * scene["eye_open"] * (1 - .12 * max(0, scene["smile"]))
     t = np.linspace(-1, 1, 9)
     upper, lower = -tall * 1.15 * (1 - t ** 2), tall * .75 * (1 - t ** 2)
-    angle = np.linspace(0, 2 * np.pi, 16, endpoint=False)
     for side in (-1, 1):
         def on(x, y, out=0.0):                                  # eye coordinates, x outwards
             return pose.on(np.stack([side * (who["eye_space"] + np.asarray(x)),
@@ -521,8 +543,8 @@ def draw_eyes(image, who, scene, pose, shade):
         dab(image, white, (275, 273, 268), shade)
 
         def disc(r, shift=(0, 0)):                              # clipped by the lids
-            x = np.clip(side * scene["gaze_x"] * half * .55 + shift[0] + r * np.cos(angle), -half, half)
-            y = scene["gaze_y"] * tall * .5 + shift[1] + r * np.sin(angle)
+            x = np.clip(side * scene["gaze_x"] * half * .55 + shift[0] + r * RING[:, 0], -half, half)
+            y = scene["gaze_y"] * tall * .5 + shift[1] + r * RING[:, 1]
             open_ = 1 - (x / half) ** 2
             return on(x, np.clip(y, -tall * 1.15 * open_, tall * .75 * open_))
         fill(image, disc(who["iris"]), EYE_COLOURS[who["eye_colour"]])
@@ -532,7 +554,8 @@ def draw_eyes(image, who, scene, pose, shade):
         stroke(image, on(t[1:-1] * half, lower[1:-1]), (skin * .55).tolist(), pose.scale / 50)
         if woman:
             for k in (.75, 1.0):
-                stroke(image, on([k * half, (k + .24) * half], [-tall * (1.15 - k), -tall * (1.7 - k)]), (30, 22, 22), 1)
+                lash = on([k * half, (k + .24) * half], [-tall * (1.15 - k), -tall * (1.7 - k)])
+                stroke(image, lash, (30, 22, 22), 1)
         thick, y = who["brow_thick"], -who["brow_y"] - scene["brow_raise"]
         x = np.float32([-.85, -.2, .5, 1.15]) * half * 1.12
         ridge = y - np.float32([0, .7, 1, .1]) * who["brow_arch"] - who["brow_tilt"] * .35 * x
@@ -543,7 +566,8 @@ def draw_eyes(image, who, scene, pose, shade):
 
 def draw_mouth(image, who, scene, pose, shade, my, mw, smile):
     skin = np.float32(who["skin"])
-    red = skin * (.86, .62, .62) * (1 - who["lip_red"]) + who["lip_red"] * (skin * .35 + np.float32((112, 14, 32)))
+    painted = skin * .35 + np.float32((112, 14, 32))
+    red = skin * (.86, .62, .62) * (1 - who["lip_red"]) + who["lip_red"] * painted
     x = np.float32([-1, -.55, -.2, 0, .2, .55, 1])
     bend = -.11 * smile * x ** 2 + .05 * smile
     gap = scene["mouth_open"] * .11 * (1 - x ** 2)
@@ -573,7 +597,7 @@ def apply_style(image, style, scene):
     if style == "pencil drawing":                               # colour dodge: lines remain, areas go pale
         dodge = cv2.divide(grey, 255 - cv2.GaussianBlur(255 - grey, (0, 0), 3.2 * k), scale=256)
         paper = dodge * (0.42 + 0.66 * (grey / np.float32(255)) ** 0.8)
-        y, x = np.ogrid[:h, :w]                                 # the sketch fades into cream paper around the head
+        y, x = np.ogrid[:h, :w]          # fades into cream paper around the head
         far = np.hypot((x - w / 2) / k - 128 * scene["x"], (y - h * .45) / k * .8) / 64
         fade = np.clip((far - .62) / .45, 0, .85)
         drawn = np.clip(paper, 0, 255) * (1 - fade) + 250 * fade
@@ -581,22 +605,23 @@ def apply_style(image, style, scene):
     if style == "oil painting":                                 # wavering edges, flat dabs, warm rich colour
         y, x = np.mgrid[:h, :w].astype(np.float32) / k
         wave = np.sin(x * .55 + 2 * np.sin(y * .21)) + np.sin(y * .6 + 2 * np.sin(x * .17))
-        moved = cv2.remap(image, x * k + k * wave * .55, y * k + k * .55 * np.roll(wave, 5, 1), cv2.INTER_LINEAR,
-                          borderMode=cv2.BORDER_REFLECT)
+        moved = cv2.remap(image, x * k + k * wave * .55, y * k + k * .55 * np.roll(wave, 5, 1),
+                          cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
         moved = cv2.medianBlur(moved, 2 * round(k) + 1)
         rich = saturate(moved, 1.5) + 6 * np.sin((x + y) * .35 + 1.5 * wave)[..., None]
         return np.clip(rich * (1.04, .98, .80) + (8, 2, 0), 0, 255).astype(np.uint8)
-    if style == "pop art":                                      # few flat levels, strong colour, dark contours
-        level = cv2.LUT(cv2.GaussianBlur(grey, (0, 0), .7 * k), np.uint8(np.clip(np.arange(256) // 52 * 58 + 26, 0, 255)))
+    if style == "pop art":            # few flat levels, strong colour, dark contours
+        levels = np.clip(np.arange(256) // 52 * 58 + 26, 0, 255).astype(np.uint8)
+        level = cv2.LUT(cv2.GaussianBlur(grey, (0, 0), .7 * k), levels)
         ratio = (level.astype(np.float32) + 10) / (grey.astype(np.float32) + 10)
         strong = np.clip(saturate(image, 2.0) * np.clip(ratio, .6, 2)[..., None], 0, 255)
-        soft = cv2.GaussianBlur(grey, (0, 0), 2.0 * k).astype(np.float32) - cv2.GaussianBlur(grey, (0, 0), .6 * k)
-        line = np.clip((soft - 9) / 9, 0, 1)[..., None]
+        wide, fine = (cv2.GaussianBlur(grey, (0, 0), r * k).astype(np.float32) for r in (2.0, .6))
+        line = np.clip((wide - fine - 9) / 9, 0, 1)[..., None]
         return (strong * (1 - line) + line * np.float32((20, 16, 40))).astype(np.uint8)
     x = np.linspace(0, 1, w, dtype=np.float32)[None, :, None]   # night: two coloured lamps
     x = x if scene["light"] > 0 else 1 - x
     tint = np.float32((.25, .42, 1.05)) * (1 - x) + np.float32((1.0, .30, .72)) * x
-    lit = 255 * ((image * .5 + grey[..., None] * .5) / np.float32(255)) ** .8      # lifts the dark of the face
+    lit = 255 * ((image * .5 + grey[..., None] * .5) / np.float32(255)) ** .8   # lifts the dark of a face
     return np.clip(lit * tint * 1.25, 0, 255).astype(np.uint8)
 
 
@@ -617,7 +642,8 @@ def render(who, scene, width=128, height=128):
     draw_background(image, scene["background"], scene["detail"])
     pose = Pose(who, scene, width, height)
     head, body, cap = shade_maps(who, scene, pose, width, height)
-    under = dict(afro="bob", bun="ponytail", curly="short", spiky="short", quiff="short")    # what a hat leaves
+    # under a hat
+    under = dict(afro="bob", bun="ponytail", curly="short", spiky="short", quiff="short")
     bare = dict(who, hair=under.get(who["hair"], who["hair"]), volume=0.04) if scene["hat"] else who
     back_hair(image, bare, scene, pose, cap)
     draw_body(image, who, scene, pose, body, width, height)
@@ -629,7 +655,7 @@ def render(who, scene, width=128, height=128):
 
 
 def sample(identity_seed, image_index, width=128, height=128, **options):
-    """Picture `image_index` of an identity -> (uint8 RGB (height, width, 3), caption); options as in scene()."""
+    """Picture `image_index` of a person -> (uint8 RGB (height, width, 3), caption); options: scene()'s."""
     who, rng = identity(identity_seed), np.random.default_rng([identity_seed, image_index, 1])
     what = scene(rng, **options)
     return render(who, what, width, height), caption(who, what, rng)
@@ -641,21 +667,26 @@ def write(path, data):
     os.replace(beside, path)
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):                                   # one line, without the usage
+        self.exit(2, f"faces.py: {message}\n")
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Draw faces: OUT/<identity>/<image>.png with a .txt caption each.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description="Draw faces: OUT/<identity>/<image>.png, each with its caption in a .txt.",
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--identities", type=int, default=8, help="how many people")
     parser.add_argument("--images", type=int, default=8, help="pictures of each")
     parser.add_argument("--out", type=Path, default=Path("faces"), help="folder to write into")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first person; the next ones follow. "
                         f"Test people, never trained on: {TEST.start} to {TEST.stop - 1}")
     parser.add_argument("--size", type=int, default=128, help="width and height in pixels, 32 to 1024")
-    parser.add_argument("--style", choices=STYLES, help="one style for all; default: half photos, half others")
+    parser.add_argument("--style", choices=STYLES, help="one style for all; else half are photos")
     args = parser.parse_args(argv)
     if min(args.identities, args.images) < 1:
-        parser.exit(2, "faces.py: --identities and --images must be at least 1\n")
+        parser.error("--identities and --images must be at least 1")
     if args.seed < 0 or not 32 <= args.size <= 1024:
-        parser.exit(2, "faces.py: --seed must be 0 or more, --size between 32 and 1024\n")
+        parser.error("--seed must be 0 or more, --size between 32 and 1024")
     from tqdm import tqdm
     cv2.setNumThreads(1)
     try:
@@ -670,7 +701,7 @@ def main(argv=None):
                     write(folder / f"{index:04d}.txt", (text + "\n").encode())
                     bar.update()
     except OSError as error:
-        parser.exit(2, f"faces.py: cannot write to {args.out}: {error.strerror}\n")
+        parser.error(f"cannot write to {args.out}: {error.strerror}")
     except KeyboardInterrupt:
         return 130
     return 0
