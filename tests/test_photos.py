@@ -1,0 +1,441 @@
+"""Reading, detecting, cropping and fitting: colours checked by value, crops by hand and by properties."""
+import random
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import photos
+
+ROOT = Path(__file__).parents[1]
+SHARED = Path(__file__).parents[2] / "shared" / "photos"
+ASTRONAUT = SHARED / "astronaut.png"
+PAINTINGS = sorted((SHARED / "newton").glob("newton_*"))
+needs_astronaut = pytest.mark.skipif(not ASTRONAUT.exists(), reason="shared photos are not here")
+needs_paintings = pytest.mark.skipif(not PAINTINGS, reason="shared paintings are not here")
+
+
+def pixel(image, x=3, y=5):
+    assert isinstance(image, Image.Image) and image.mode == "RGB"
+    return image.getpixel((x, y))
+
+
+def read_back(image, path, **options):
+    image.save(path, **options)
+    return photos.read_photo(path)
+
+
+# reading
+
+@pytest.mark.parametrize("mode, colour, expected", [
+    ("RGB", (10, 200, 30), (10, 200, 30)),
+    ("L", 77, (77, 77, 77)),
+    ("1", 1, (255, 255, 255)),
+    ("LA", (40, 255), (40, 40, 40)),
+    ("LA", (0, 128), (127, 127, 127)),
+    ("RGBA", (200, 100, 0, 255), (200, 100, 0)),
+    ("RGBA", (200, 100, 0, 0), (255, 255, 255)),                 # transparent is white, not black
+    ("RGBA", (255, 0, 0, 51), (255, 204, 204)),                  # a fifth of red over white
+    ("I;16", 257 * 100, (100, 100, 100)),                        # scaled, neither clipped nor cut
+    ("I;16", 65535, (255, 255, 255)),
+    ("I;16", 200, (1, 1, 1)),
+])
+def test_png_modes(tmp_path, mode, colour, expected):
+    assert pixel(read_back(Image.new(mode, (20, 30), colour), tmp_path / "a.png")) == expected
+
+
+@pytest.mark.parametrize("mode, colour, expected", [
+    ("CMYK", (0, 255, 255, 0), (255, 0, 0)),
+    ("I;16", 257 * 9, (9, 9, 9)),
+    ("I", 65535, (255, 255, 255)),
+    ("I", 257 * 50, (50, 50, 50)),
+    ("I", 10 ** 6, (255, 255, 255)),                             # beyond 16 bits: the maximum is white
+    ("F", 1.0, (255, 255, 255)),
+    ("F", 0.2, (51, 51, 51)),
+    ("F", 100.0, (100, 100, 100)),
+    ("F", -3.0, (0, 0, 0)),
+])
+def test_tiff_modes(tmp_path, mode, colour, expected):
+    assert pixel(read_back(Image.new(mode, (20, 30), colour), tmp_path / "a.tif")) == expected
+
+
+def test_palette(tmp_path):
+    image = Image.new("P", (20, 20), 1)
+    image.putpalette([0, 0, 0, 250, 20, 60, 0, 0, 255])
+    image.paste(2, (10, 0, 20, 20))
+    plain = read_back(image, tmp_path / "plain.png")
+    assert (pixel(plain, 3, 3), pixel(plain, 15, 3)) == ((250, 20, 60), (0, 0, 255))
+    clear = read_back(image, tmp_path / "clear.png", transparency=2)
+    assert (pixel(clear, 3, 3), pixel(clear, 15, 3)) == ((250, 20, 60), (255, 255, 255))
+    gif = read_back(image, tmp_path / "clear.gif", transparency=1)
+    assert (pixel(gif, 3, 3), pixel(gif, 15, 3)) == ((255, 255, 255), (0, 0, 255))
+
+
+def test_key_colour_transparency_of_plain_rgb(tmp_path):
+    assert pixel(read_back(Image.new("RGB", (16, 16), (1, 2, 3)), tmp_path / "a.png",
+                           transparency=(1, 2, 3))) == (255, 255, 255)
+
+
+def test_cmyk_jpeg_and_webp(tmp_path):
+    cmyk = read_back(Image.new("CMYK", (32, 32), (255, 0, 0, 0)), tmp_path / "a.jpg", quality=100)
+    assert np.allclose(pixel(cmyk), (0, 255, 255), atol=3)
+    webp = read_back(Image.new("RGB", (32, 32), (12, 34, 56)), tmp_path / "a.webp", lossless=True)
+    assert pixel(webp) == (12, 34, 56)
+    glass = read_back(Image.new("RGBA", (32, 32), (12, 34, 56, 0)), tmp_path / "b.webp", lossless=True)
+    assert pixel(glass) == (255, 255, 255)
+
+
+def test_pictures_written_by_opencv(tmp_path):
+    colour = np.zeros((20, 20, 3), np.uint8) + np.array([10, 20, 30], np.uint8)         # blue, green, red
+    cv2.imwrite(str(tmp_path / "a.png"), colour)
+    assert pixel(photos.read_photo(tmp_path / "a.png")) == (30, 20, 10)
+    cv2.imwrite(str(tmp_path / "b.png"), colour.astype(np.uint16) * 257)
+    assert pixel(photos.read_photo(tmp_path / "b.png")) == (30, 20, 10)
+    ramp = np.tile(np.arange(0, 65536, 257, dtype=np.uint16), (16, 1))
+    cv2.imwrite(str(tmp_path / "c.png"), ramp)
+    assert np.array_equal(np.array(photos.read_photo(tmp_path / "c.png"))[0, :, 0], np.arange(256))
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_all_exif_orientations(tmp_path, orientation, suffix):
+    upright = np.zeros((32, 48, 3), np.uint8)
+    upright[:16, :24], upright[:16, 24:], upright[16:, :24] = (240, 0, 0), (0, 240, 0), (0, 0, 240)
+    # how a camera that was held so stores the upright scene: the inverse of what a viewer then does
+    stored = {1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud,
+              5: lambda a: a.transpose(1, 0, 2), 6: lambda a: np.rot90(a, 1),
+              7: lambda a: np.rot90(a, 2).transpose(1, 0, 2), 8: lambda a: np.rot90(a, -1)}[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"jpg": {"quality": 100, "subsampling": 0}, "webp": {"lossless": True}}.get(suffix, {})
+    stored = Image.fromarray(np.ascontiguousarray(stored(upright)))
+    image = read_back(stored, tmp_path / f"a.{suffix}", exif=exif, **options)
+    assert image.size == (48, 32)
+    assert np.abs(np.array(image).astype(int) - upright).max() <= 4
+
+
+def test_animation_gives_its_first_frame(tmp_path):
+    frames = [Image.new("RGB", (20, 20), c) for c in ((255, 0, 0), (0, 255, 0))]
+    for name in ("a.gif", "a.webp", "a.png"):
+        options = {"lossless": True} if name.endswith("webp") else {}
+        first = read_back(frames[0], tmp_path / name, save_all=True, append_images=frames[1:], **options)
+        assert pixel(first) == (255, 0, 0)
+
+
+def test_odd_paths(tmp_path):
+    folder = tmp_path / "é 写真 [1] %20"
+    folder.mkdir()
+    path = folder / "Zoë & Łukasz 😀.PNG"
+    assert pixel(read_back(Image.new("RGB", (16, 16), (1, 2, 3)), path)) == (1, 2, 3)
+    assert pixel(photos.read_photo(str(path))) == (1, 2, 3)
+    assert photos.image_files(folder) == [path]
+
+
+def test_large_phone_photo_makes_no_warning(tmp_path, monkeypatch, recwarn):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300)
+    assert read_back(Image.new("L", (20, 20)), tmp_path / "a.png").size == (20, 20)
+    assert not len(recwarn)
+
+
+def refused(path):
+    with pytest.raises(ValueError) as error:
+        photos.read_photo(path)
+    message = str(error.value)
+    assert str(path) in message and "\n" not in message and len(message) < len(str(path)) + 120
+    return message
+
+
+def bad_png(path, width, height):
+    def chunk(name, data):
+        return len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 2, 0, 0, 0])
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")))
+    return path
+
+
+def test_bad_files_are_refused_in_one_line(tmp_path):
+    assert "no such picture" in refused(tmp_path / "missing.jpg")
+    assert "folder" in refused(tmp_path)
+    for name, data in (("empty.jpg", b""), ("text.png", b"hello\n" * 50), ("phone.heic", bytes(500))):
+        (tmp_path / name).write_bytes(data)
+    assert "empty" in refused(tmp_path / "empty.jpg")
+    assert "not a picture" in refused(tmp_path / "text.png")
+    assert "HEIC" in refused(tmp_path / "phone.heic")
+    Image.new("RGB", (15, 400)).save(tmp_path / "thin.png")
+    assert "15 x 400" in refused(tmp_path / "thin.png")
+    assert "too large" in refused(bad_png(tmp_path / "bomb.png", 60_000, 60_000))
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "gif", "tif", "bmp"])
+def test_truncated_pictures_are_refused(tmp_path, suffix):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(noise).save(path)
+    data = path.read_bytes()
+    for share in (0.01, 0.3, 0.6, 0.95):
+        path.write_bytes(data[:int(len(data) * share)])
+        refused(path)
+
+
+def test_random_damage_never_raises_anything_but_valueerror(tmp_path):
+    rng = random.Random(0)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for suffix in ("jpg", "png", "webp", "tif"):
+        path = tmp_path / f"a.{suffix}"
+        Image.new("RGB", (40, 40), (9, 9, 9)).save(path, exif=exif)
+        data = path.read_bytes()
+        for _ in range(40):
+            damaged = bytearray(data)
+            for _ in range(4):
+                damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+            path.write_bytes(damaged)
+            try:
+                assert photos.read_photo(path).mode == "RGB"
+            except ValueError as error:
+                assert str(path) in str(error)
+
+
+def test_image_files(tmp_path):
+    for name in ("b.JPG", "a.png", "c.webp", "._a.png", "a.txt", "noext"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "folder.png").mkdir()
+    assert [p.name for p in photos.image_files(tmp_path)] == ["a.png", "b.JPG", "c.webp"]
+    with pytest.raises(ValueError, match="no such folder"):
+        photos.image_files(tmp_path / "nowhere")
+
+
+# finding faces
+
+def overlap(a, b):
+    across, down = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    inner = max(across, 0) * max(down, 0)
+    return inner / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inner)
+
+
+@needs_astronaut
+@pytest.mark.parametrize("side", [64, 128, 512, 2000])
+def test_one_face_at_any_size(side):
+    image = photos.read_photo(ASTRONAUT).resize((side, side), Image.BICUBIC)
+    (face,) = photos.find_faces(image)
+    assert overlap([v * 512 / side for v in face[:4]], (180, 61, 268, 172)) > 0.75 and face[4] > 0.99
+
+
+@needs_paintings
+@pytest.mark.parametrize("path", PAINTINGS, ids=lambda p: p.stem)
+def test_one_face_in_each_painting(path):
+    image = photos.read_photo(path)
+    (face,) = photos.find_faces(image)
+    assert 0 <= face[0] < face[2] <= image.width and 0 <= face[1] < face[3] <= image.height
+    crops = photos.face_crops(*image.size, face)
+    assert 5 <= len(crops) <= 25 and len(set(crops)) == len(crops)
+
+
+@needs_astronaut
+def test_tight_headshot_and_several_faces():
+    image = photos.read_photo(ASTRONAUT)
+    tight = image.crop((185, 70, 264, 166))
+    (face,) = photos.find_faces(tight)
+    assert face[2] - face[0] > 0.8 * tight.width and face[3] - face[1] > 0.8 * tight.height
+    assert 0 <= face[0] and face[2] <= tight.width and 0 <= face[1] and face[3] <= tight.height
+
+    pair = Image.new("RGB", (800, 512))
+    pair.paste(image.resize((288, 288)), (512, 0))
+    pair.paste(image, (0, 0))
+    first, second = photos.find_faces(pair)
+    assert first[0] < 512 < second[0] and first[2] - first[0] > 1.5 * (second[2] - second[0])
+
+
+def test_no_face():
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    blank = Image.new("RGB", (16, 16)), Image.new("L", (16, 3000), 200)
+    for image in (noise, noise.resize((700, 40)), *blank):
+        assert photos.find_faces(image) == []
+
+
+def test_importing_photos_does_not_import_the_detector():
+    code = "import sys, photos; sys.exit('facenet_pytorch' in sys.modules or 'torchvision' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+# crops
+
+def test_crops_worked_out_by_hand():
+    # face 80 x 100 about (2000, 2000) in 4000 x 4000: shorter sides 150, 200, 250, 350, 450, all fit
+    crops = photos.face_crops(4000, 4000, (1960, 1950, 2040, 2050, 0.99))
+    assert [(x1 - x0, y1 - y0) for x0, y0, x1, y1 in crops] == [
+        (267, 150), (356, 200), (444, 250), (622, 350), (800, 450),
+        (200, 150), (267, 200), (333, 250), (467, 350), (600, 450),
+        (150, 150), (200, 200), (250, 250), (350, 350), (450, 450),
+        (150, 200), (200, 267), (250, 333), (350, 467), (450, 600),
+        (150, 267), (200, 356), (250, 444), (350, 622), (450, 800)]
+    assert crops[10] == (1925, 1925, 2075, 2075) and crops[4] == (1600, 1775, 2400, 2225)
+
+
+def test_a_size_that_does_not_fit_gives_the_largest_once():
+    # face 100 x 100 in the middle of 300 x 300: squares 150, 200, 250, then 300 for both 350 and 450
+    crops = photos.face_crops(300, 300, (100, 100, 200, 200))
+    assert [c for c in crops if c[2] - c[0] == c[3] - c[1]] == [
+        (75, 75, 225, 225), (50, 50, 250, 250), (25, 25, 275, 275), (0, 0, 300, 300)]
+    # 16:9 and 4:3: the widths 267, then 300 (of 16:9 the height 168.75)
+    assert [(c[2] - c[0], c[3] - c[1]) for c in crops[:4]] == [(267, 150), (300, 169), (200, 150), (267, 200)]
+
+
+def test_face_beside_a_border_moves_the_crop_and_keeps_its_size():
+    crops = photos.face_crops(1000, 1000, (0, 10, 80, 110))
+    assert (0, 0, 150, 150) in crops and (0, 0, 450, 450) in crops and len(crops) == 25
+    crops = photos.face_crops(1000, 1000, (900, 450, 1000, 550))       # moves sideways only
+    assert (850, 425, 1000, 575) in crops and (550, 275, 1000, 725) in crops
+
+
+def test_tight_headshots():
+    # the face fills the picture: one largest crop per aspect, centred on the face
+    assert photos.face_crops(160, 160, (0, 0, 160, 160)) == [
+        (0, 35, 160, 125), (0, 20, 160, 140), (0, 0, 160, 160), (20, 0, 140, 160), (35, 0, 125, 160)]
+    # 1.5 does not fit: the largest square still contains the whole face, and is moved inside
+    assert (0, 0, 120, 120) in photos.face_crops(120, 200, (10, 0, 110, 110))
+    # near-duplicates: 1.5 x 100 = 150 and the largest, 151, are the same crop
+    squares = [c for c in photos.face_crops(151, 151, (25, 25, 125, 125)) if c[2] - c[0] == c[3] - c[1]]
+    assert len(squares) == 1
+
+
+def test_crop_properties_over_random_boxes():
+    rng = random.Random(1)
+    for _ in range(1500):
+        width, height = rng.randint(16, 1200), rng.randint(16, 1200)
+        fw, fh = rng.uniform(1, width), rng.uniform(1, height)
+        if rng.random() < 0.5:
+            fw, fh = fw * 0.15 + 0.1, fh * 0.15 + 0.1
+        fx, fy = rng.uniform(0, width - fw), rng.uniform(0, height - fh)
+        cx, cy, long = fx + fw / 2, fy + fh / 2, max(fw, fh)
+        crops = photos.face_crops(width, height, (fx, fy, fx + fw, fy + fh))
+        assert 1 <= len(crops) <= 25
+        for i, (x0, y0, x1, y1) in enumerate(crops):
+            assert all(isinstance(v, int) for v in crops[i])
+            assert 0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height
+            assert all(max(abs(a - b) for a, b in zip(crops[i], other)) > 2 for other in crops[:i])
+            w, h = x1 - x0, y1 - y0
+            # some aspect explains both sides to within rounding
+            assert any(abs(w - h * a) <= 0.5 + 0.5 * a for a in photos.ASPECTS)
+            for low, high, size, limit, centre, face_low, face_size in (
+                    (x0, x1, w, width, cx, fx, fw), (y0, y1, h, height, cy, fy, fh)):
+                if 0 <= centre - size / 2 and centre + size / 2 <= limit:
+                    assert abs((low + high) / 2 - centre) <= 0.5 + 1e-9         # centred where it fits
+                else:
+                    assert low == 0 or high == limit                            # else moved no further
+                if size >= face_size + 1:
+                    assert low - 0.5 <= face_low and face_low + face_size <= high + 0.5
+                if size < face_size - 1:                                # no more of the face would show
+                    assert face_low - 1 <= low and high <= face_low + face_size + 1
+        # every aspect and size of the paper is there, or the largest of that aspect
+        for aspect in photos.ASPECTS:
+            wide, tall = max(1, aspect), max(1, 1 / aspect)
+            for scale in photos.FACE_SCALES:
+                short = min(scale * long, width / wide, height / tall)
+                assert any(abs(x1 - x0 - short * wide) <= 5 and abs(y1 - y0 - short * tall) <= 5
+                           for x0, y0, x1, y1 in crops)
+
+
+@pytest.mark.parametrize("box", [(50, 50, 50, 60), (200, 0, 300, 50), (-20, 0, -10, 10),
+                                 (0, 0, float("nan"), 10)])
+def test_impossible_boxes_are_refused(box):
+    with pytest.raises(ValueError, match="no area"):
+        photos.face_crops(100, 100, box)
+
+
+def test_box_hanging_over_the_border_is_cut():
+    assert photos.face_crops(500, 500, (-30, -10, 70, 90)) == photos.face_crops(500, 500, (0, 0, 70, 90))
+
+
+# the grid
+
+@pytest.mark.parametrize("arguments, expected", [
+    ((1024, 1024, 512), (512, 512)),
+    ((4000, 3000, 1024), (1184, 880)),       # exact size 1182.4 x 886.8
+    ((1920, 1080, 512), (688, 384)),         # exact size 682.7 x 384
+    ((300, 300, 512), (288, 288)),           # not enlarged
+    ((300, 300, 512, 16, True), (512, 512)),
+    ((1000, 1000, 768, 64), (768, 768)),
+    ((1920, 1080, 1024, 64), (1344, 768)),   # exact size 1365.3 x 768
+    ((16, 16, 512), (16, 16)),
+    ((20, 20, 512, 64), (64, 64)),           # a side under the multiple
+    ((5000, 20, 512), (4992, 16)),
+])
+def test_grid_by_hand(arguments, expected):
+    assert photos.grid_size(*arguments) == expected
+
+
+def test_grid_properties():
+    rng = random.Random(2)
+    for _ in range(2000):
+        multiple, upscale = rng.choice((16, 64)), rng.random() < 0.5
+        width, height = rng.randint(multiple, 4000), rng.randint(multiple, 4000)
+        resolution = rng.randint(multiple, 1024)
+        w, h = photos.grid_size(width, height, resolution, multiple, upscale)
+        assert w % multiple == h % multiple == 0 and w > 0 and h > 0
+        if not upscale:
+            assert w * h <= width * height
+        area = resolution ** 2 if upscale else min(resolution ** 2, width * height)
+        exact = (area * width / height) ** 0.5, (area * height / width) ** 0.5
+        if min(exact) >= multiple:
+            assert abs(w - exact[0]) < multiple and abs(h - exact[1]) < multiple
+        assert photos.grid_size(height, width, resolution, multiple, upscale) == (h, w)
+    with pytest.raises(ValueError, match="positive"):
+        photos.grid_size(100, 100, 0)
+
+
+def test_fit_never_stretches_and_cuts_evenly():
+    # a disc stays round, and in the centre
+    y, x = np.mgrid[:600, :1000]
+    inside = (x - 499.5) ** 2 + (y - 299.5) ** 2 < 200 ** 2
+    disc = Image.fromarray((inside * 255).astype(np.uint8)).convert("RGB")
+    fitted = photos.fit_to_grid(disc, 256, multiple=64)
+    assert fitted.size == photos.grid_size(1000, 600, 256, 64) == (320, 192)
+    mask = np.array(fitted)[:, :, 0] > 127
+    columns, rows = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
+    assert abs(np.ptp(columns) - np.ptp(rows)) <= 1
+    assert abs(columns.mean() - 159.5) <= 0.5 and abs(rows.mean() - 95.5) <= 0.5
+
+
+def test_fit_covers_crops_and_antialiases():
+    image = Image.new("RGB", (1000, 300), (255, 255, 255))
+    image.paste((255, 0, 0), (100, 0, 900, 300))
+    w, h = photos.grid_size(1000, 300, 100, 64)
+    assert (w, h) == (192, 64)                  # 213 x 64 cut to 192: 50 source pixels a side
+    red = (np.array(photos.fit_to_grid(image, 100, 64))[:, :, 1] < 128).any(0).nonzero()[0]
+    assert abs(red[0] - 50 * 64 / 300) <= 1 and abs(191 - red[-1] - 50 * 64 / 300) <= 1
+
+    checks = Image.fromarray((np.indices((512, 512)).sum(0) % 2 * 255).astype(np.uint8)).convert("RGB")
+    assert np.abs(np.array(photos.fit_to_grid(checks, 64)).astype(int) - 127)[4:-4, 4:-4].max() <= 3
+    same = photos.fit_to_grid(checks, 512)
+    assert np.array_equal(np.array(same), np.array(checks))        # nothing to do, nothing done
+    assert photos.fit_to_grid(checks.crop((0, 0, 100, 50)), 512, upscale=True).size == (736, 368)
+
+
+# tensors
+
+def test_tensor_round_trip_is_exact():
+    values = np.random.default_rng(0).integers(0, 256, (16, 32, 3), dtype=np.uint8)
+    values.reshape(-1)[:256] = np.arange(256)
+    tensor = photos.to_tensor(Image.fromarray(values))
+    assert tensor.shape == (3, 16, 32) and tensor.dtype == torch.float32
+    assert tensor.min() == -1 and tensor.max() == 1
+    assert torch.equal(tensor[1, 2], torch.from_numpy(values[2, :, 1]).float() / 127.5 - 1)
+    assert np.array_equal(np.array(photos.to_image(tensor)), values)
+    assert np.array_equal(np.array(photos.to_image(tensor.double().requires_grad_())), values)
+
+
+def test_to_image_rounds_clamps_and_refuses():
+    tensor = torch.tensor([-7.0, 7.0, 0.6 / 127.5 - 1, 0.4 / 127.5 - 1]).expand(3, 1, 4)
+    assert np.array(photos.to_image(tensor))[0, :, 0].tolist() == [0, 255, 1, 0]
+    assert photos.to_image(tensor.bfloat16()).size == (4, 1)
+    for wrong in (torch.zeros(1, 3, 4, 4), torch.zeros(4, 4, 3), torch.full((3, 2, 2), float("nan"))):
+        with pytest.raises(ValueError):
+            photos.to_image(wrong)
