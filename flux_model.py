@@ -494,3 +494,291 @@ def denoise(flux: Flux, noise: Tensor, txt: Tensor, y: Tensor, num_steps: int, g
         if on_step:
             on_step()
     return latent
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names: original module -> diffusers modules. A fused layer is several, whose rows follow each other.
+
+FLUX_LINEARS = {
+    "img_in": ("x_embedder",),
+    "txt_in": ("context_embedder",),
+    "time_in.in_layer": ("time_text_embed.timestep_embedder.linear_1",),
+    "time_in.out_layer": ("time_text_embed.timestep_embedder.linear_2",),
+    "vector_in.in_layer": ("time_text_embed.text_embedder.linear_1",),
+    "vector_in.out_layer": ("time_text_embed.text_embedder.linear_2",),
+    "guidance_in.in_layer": ("time_text_embed.guidance_embedder.linear_1",),
+    "guidance_in.out_layer": ("time_text_embed.guidance_embedder.linear_2",),
+    "double_blocks.{}.img_mod.lin": ("transformer_blocks.{}.norm1.linear",),
+    "double_blocks.{}.txt_mod.lin": ("transformer_blocks.{}.norm1_context.linear",),
+    "double_blocks.{}.img_attn.qkv": ("transformer_blocks.{}.attn.to_q", "transformer_blocks.{}.attn.to_k",
+                                      "transformer_blocks.{}.attn.to_v"),
+    "double_blocks.{}.txt_attn.qkv": ("transformer_blocks.{}.attn.add_q_proj", "transformer_blocks.{}.attn.add_k_proj",
+                                      "transformer_blocks.{}.attn.add_v_proj"),
+    "double_blocks.{}.img_attn.proj": ("transformer_blocks.{}.attn.to_out.0",),
+    "double_blocks.{}.txt_attn.proj": ("transformer_blocks.{}.attn.to_add_out",),
+    "double_blocks.{}.img_mlp.0": ("transformer_blocks.{}.ff.net.0.proj",),
+    "double_blocks.{}.img_mlp.2": ("transformer_blocks.{}.ff.net.2",),
+    "double_blocks.{}.txt_mlp.0": ("transformer_blocks.{}.ff_context.net.0.proj",),
+    "double_blocks.{}.txt_mlp.2": ("transformer_blocks.{}.ff_context.net.2",),
+    "single_blocks.{}.modulation.lin": ("single_transformer_blocks.{}.norm.linear",),
+    "single_blocks.{}.linear1": ("single_transformer_blocks.{}.attn.to_q", "single_transformer_blocks.{}.attn.to_k",
+                                 "single_transformer_blocks.{}.attn.to_v", "single_transformer_blocks.{}.proj_mlp"),
+    "single_blocks.{}.linear2": ("single_transformer_blocks.{}.proj_out",),
+    "final_layer.adaLN_modulation.1": ("norm_out.linear",),          # diffusers: scale before shift
+    "final_layer.linear": ("proj_out",),
+}
+FLUX_NORMS = {
+    "double_blocks.{}.img_attn.norm.query_norm": "transformer_blocks.{}.attn.norm_q",
+    "double_blocks.{}.img_attn.norm.key_norm": "transformer_blocks.{}.attn.norm_k",
+    "double_blocks.{}.txt_attn.norm.query_norm": "transformer_blocks.{}.attn.norm_added_q",
+    "double_blocks.{}.txt_attn.norm.key_norm": "transformer_blocks.{}.attn.norm_added_k",
+    "single_blocks.{}.norm.query_norm": "single_transformer_blocks.{}.attn.norm_q",
+    "single_blocks.{}.norm.key_norm": "single_transformer_blocks.{}.attn.norm_k",
+}
+AUTOENCODER_NAMES = (                        # original -> diffusers, as pattern and replacement, in this order
+    (r"(down|up)\.(\d+)\.block\.", r"\1_blocks.\2.resnets."), (r"down\.(\d+)\.downsample\.", r"down_blocks.\1.downsamplers.0."),
+    (r"up\.(\d+)\.upsample\.", r"up_blocks.\1.upsamplers.0."), (r"mid\.block_1\.", "mid_block.resnets.0."),
+    (r"mid\.block_2\.", "mid_block.resnets.1."), (r"mid\.attn_1\.norm\.", "mid_block.attentions.0.group_norm."),
+    (r"mid\.attn_1\.([qkv])\.", r"mid_block.attentions.0.to_\1."),
+    (r"mid\.attn_1\.proj_out\.", "mid_block.attentions.0.to_out.0."),
+    (r"nin_shortcut", "conv_shortcut"), (r"\.norm_out\.", ".conv_norm_out."))
+
+
+def diffusers_flux_names(name: str) -> list[str]:
+    """Name of a parameter of Flux -> the diffusers parameters whose rows, one after the other, are its rows."""
+    module, _, kind = name.rpartition(".")
+    number = re.search(r"blocks\.(\d+)\.", name)
+    template = module.replace(f".{number[1]}.", ".{}.", 1) if number else module
+    index = number[1] if number else ""
+    if kind == "scale":
+        return [f"{FLUX_NORMS[template]}.weight".format(index)]
+    return [f"{target}.{kind}".format(index) for target in FLUX_LINEARS[template]]
+
+
+def diffusers_autoencoder_names(name: str, levels: int) -> list[str]:
+    """Name of a parameter of AutoEncoder with this many resolutions -> the one diffusers parameter."""
+    for pattern, replacement in AUTOENCODER_NAMES:
+        name = re.sub(pattern, replacement, name)
+    return [re.sub(r"up_blocks\.(\d+)", lambda m: f"up_blocks.{levels - 1 - int(m[1])}", name)]   # they count from the top
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading
+
+
+class TensorFiles:
+    """The tensors of one safetensors file, or of all shards of a folder, by name; read only when asked for."""
+    def __init__(self, files: list[Path]):
+        self.file_of, self.metadata = {}, {}
+        for path in files:
+            try:
+                file = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{path} cannot be read as a safetensors file: {error}") from None
+            self.metadata.update(file.metadata() or {})
+            self.file_of.update(dict.fromkeys(file.keys(), file))
+        self.path = files[0] if len(files) == 1 else files[0].parent
+
+    def shape(self, name: str) -> list[int]:
+        return self.file_of[name].get_slice(name).get_shape()
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.file_of[name].get_tensor(name)
+
+
+def diffusers_files(folder: Path) -> list[Path]:
+    """The weights of a diffusers model folder: what the index lists if there is one, so that half a download shows."""
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    if not index.exists():
+        return [folder / "diffusion_pytorch_model.safetensors"]
+    files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    missing = [file.name for file in files if not file.exists()]
+    if missing:
+        raise ValueError(f"{folder} lacks {missing[0]}, which {index.name} lists: complete the download")
+    return files
+
+
+def read_config(kind, values: dict, path: Path):
+    """Dataclass `kind` from a dict with the same fields; an unknown one would change the model, so it is refused."""
+    unknown = set(values) - {field.name for field in fields(kind)}
+    if unknown:
+        raise ValueError(f"{path}: unknown field {sorted(unknown)[0]!r} in its {kind.__name__}")
+    return kind(**values)
+
+
+def load_weights(model: nn.Module, files: TensorFiles, sources, dtype: torch.dtype, device) -> nn.Module:
+    """Fills a model built on the meta device, strictly, tensor by tensor: the peak is the model and one tensor.
+
+    sources(name) lists the tensors whose rows make up a parameter. Raises ValueError that names the first missing,
+    misshapen and unexpected tensor.
+    """
+    plan = {name: sources(name) for name, _ in model.named_parameters()}
+    missing = [part for parts in plan.values() for part in parts if part not in files.file_of]
+    unexpected = sorted(set(files.file_of) - {part for parts in plan.values() for part in parts})
+    misshapen = []
+    for name, parameter in model.named_parameters():
+        if not set(plan[name]) & set(missing):
+            shapes = [files.shape(part) for part in plan[name]]
+            found = [sum(shape[0] for shape in shapes), *shapes[0][1:]]
+            # diffusers keeps the autoencoder's 1 x 1 convolutions as Linears
+            if found != list(parameter.shape) and found + [1, 1] != list(parameter.shape):
+                misshapen.append(f"{plan[name][0]} {found} instead of {list(parameter.shape)}")
+    problems = [f"{len(what)} {kind} ({what[0]})" for kind, what in
+                (("missing", missing), ("misshapen", misshapen), ("unexpected", unexpected)) if what]
+    if problems:
+        raise ValueError(f"{files.path} does not fit this {type(model).__name__}: {', '.join(problems)}")
+    for name, parameter in list(model.named_parameters()):
+        weight, row = torch.empty(parameter.shape, dtype=dtype, device=device), 0
+        for part in plan[name]:
+            tensor = files[part]
+            weight[row:row + len(tensor)].copy_(tensor.view(tensor.shape + (1,) * (weight.dim() - tensor.dim())))
+            row += len(tensor)
+        if plan[name][0].startswith("norm_out.linear."):
+            weight = weight.roll(len(weight) // 2, 0)
+        module, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(module), attribute, nn.Parameter(weight, requires_grad=False))
+    return model.eval()
+
+
+def locate(folder: str | Path, names: tuple[str, ...], diffusers: str, what: str) -> tuple[list[Path], dict | None]:
+    """The files of one part of a snapshot, and its diffusers config (None: original layout)."""
+    folder = Path(folder)
+    for name in names:
+        if (folder / name).is_file():
+            return [folder / name], None
+    if (folder / diffusers / "config.json").is_file():
+        return diffusers_files(folder / diffusers), json.loads((folder / diffusers / "config.json").read_text())
+    raise ValueError(f"{folder} holds no {what}: neither {' nor '.join(names)} nor {diffusers}/")
+
+
+def flux_files(folder: str | Path) -> tuple[TensorFiles, FluxConfig, bool]:
+    """Tensors and configuration of the transformer of a snapshot, and whether they are in the diffusers layout."""
+    paths, config = locate(folder, ("flux1-dev.safetensors", "flux1-schnell.safetensors"), "transformer", "transformer")
+    files = TensorFiles(paths)
+    if config is not None:
+        heads, head_size = config["num_attention_heads"], config["attention_head_dim"]
+        return files, FluxConfig(
+            in_channels=config["in_channels"], out_channels=config.get("out_channels") or config["in_channels"],
+            vec_in_dim=config["pooled_projection_dim"], context_in_dim=config["joint_attention_dim"],
+            hidden_size=heads * head_size, num_heads=heads, depth=config["num_layers"],
+            depth_single_blocks=config["num_single_layers"], axes_dim=config.get("axes_dims_rope", (16, 56, 56)),
+            guidance_embed=config["guidance_embeds"]), True
+    if "config" in files.metadata:
+        return files, read_config(FluxConfig, json.loads(files.metadata["config"]), files.path), False
+    return files, FluxConfig(guidance_embed="guidance_in.in_layer.weight" in files.file_of), False
+
+
+def load_flux(folder: str | Path, device="cpu", dtype: torch.dtype = torch.bfloat16) -> Flux:
+    """The transformer of a snapshot folder (original or diffusers files), frozen, on `device` in `dtype`.
+
+    ValueError, in one line, where the files are missing, torn or of another model.
+    """
+    files, config, is_diffusers = flux_files(folder)
+    with torch.device("meta"):
+        model = Flux(config)
+    return load_weights(model, files, diffusers_flux_names if is_diffusers else lambda name: [name], dtype, device)
+
+
+def load_autoencoder(folder: str | Path, device="cpu", dtype: torch.dtype = torch.bfloat16) -> AutoEncoder:
+    """The autoencoder of a snapshot folder (ae.safetensors or vae/), frozen, on `device` in `dtype`; errors as above."""
+    paths, config = locate(folder, ("ae.safetensors",), "vae", "autoencoder")
+    files, sources = TensorFiles(paths), lambda name: [name]
+    if config is not None:
+        widths = config["block_out_channels"]
+        config = dict(ch=widths[0], ch_mult=[w // widths[0] for w in widths], z_channels=config["latent_channels"],
+                      num_res_blocks=config["layers_per_block"], scale_factor=config["scaling_factor"],
+                      shift_factor=config["shift_factor"], num_groups=config["norm_num_groups"],
+                      resolution=config["sample_size"])
+        sources = lambda name: diffusers_autoencoder_names(name, len(widths))
+    else:
+        config = json.loads(files.metadata.get("config", "{}"))
+    with torch.device("meta"):
+        model = AutoEncoder(read_config(AutoEncoderConfig, config, files.path))
+    return load_weights(model, files, sources, dtype, device)
+
+
+class TextEncoders:
+    """CLIP's pooled output and T5's states for prompts, as FLUX.1 uses them: padded to the maximum, no mask."""
+    def __init__(self, folder: Path, device, dtype: torch.dtype, max_length: int):
+        from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
+        self.device, self.max_length = device, max_length
+        self.clip_tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+        self.t5_tokenizer = T5Tokenizer.from_pretrained(folder / "tokenizer_2")
+        self.clip = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=dtype).to(device).eval()
+        self.t5 = T5EncoderModel.from_pretrained(folder / "text_encoder_2", dtype=dtype).to(device).eval()
+
+    def tokenize(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """Token ids of CLIP (B, 77) and T5 (B, max_length). Longer prompts are cut at the end."""
+        clip_length = min(77, self.clip_tokenizer.model_max_length)
+        return tuple(tokenizer(prompts, padding="max_length", truncation=True, max_length=length,
+                               return_tensors="pt").input_ids
+                     for tokenizer, length in ((self.clip_tokenizer, clip_length), (self.t5_tokenizer, self.max_length)))
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """Prompts -> txt (B, T, context_in_dim), y (B, vec_in_dim)."""
+        clip_ids, t5_ids = (ids.to(self.device) for ids in self.tokenize(list(prompts)))
+        return self.t5(t5_ids).last_hidden_state, self.clip(clip_ids).pooler_output
+
+
+def load_text_encoders(folder: str | Path, device="cpu", dtype: torch.dtype = torch.bfloat16,
+                       max_length: int | None = None) -> TextEncoders:
+    """Tokenizers and text encoders of a snapshot folder. T5 sees 512 tokens, with schnell 256, or `max_length`."""
+    folder = Path(folder)
+    for part in ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2"):
+        if not (folder / part).is_dir():
+            raise ValueError(f"{folder} holds no {part}/")
+    if max_length is None:
+        limit = json.loads((folder / "tokenizer_2" / "tokenizer_config.json").read_text()).get("model_max_length", 512)
+        max_length = min(limit, 512 if flux_files(folder)[1].guidance_embed else 256)
+    try:
+        return TextEncoders(folder, device, dtype, max_length)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ValueError(f"{folder}: the text encoders cannot be loaded: {str(error).splitlines()[0]}") from None
+
+
+HUB = {"flux-dev": ("black-forest-labs/FLUX.1-dev", "flux1-dev.safetensors", "FLUX.1 [dev] Non-Commercial License"),
+       "flux-schnell": ("black-forest-labs/FLUX.1-schnell", "flux1-schnell.safetensors", "Apache 2.0")}
+
+
+def is_complete(folder: Path) -> bool:
+    """Does a snapshot hold every part, in either layout?"""
+    try:
+        locate(folder, ("flux1-dev.safetensors", "flux1-schnell.safetensors"), "transformer", "transformer")
+        locate(folder, ("ae.safetensors",), "vae", "autoencoder")
+    except ValueError:
+        return False
+    return all((folder / part).is_dir() for part in ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2"))
+
+
+def find_model(name: str) -> Path:
+    """--model -> folder: `baby`, a folder, or `flux-dev` / `flux-schnell` from the local hub cache, else downloaded.
+
+    The download takes the user's own token (`hf auth login`). ValueError says in one line what to do instead.
+    """
+    if name == "baby":
+        name = Path(__file__).resolve().parent / "baby" / "checkpoint"
+    if name not in HUB:
+        if not Path(name).is_dir():
+            raise ValueError(f"no model {str(name)!r}: --model takes flux-dev, flux-schnell, baby or a folder in the hub's layout")
+        if not is_complete(Path(name)):
+            raise ValueError(f"{name} is no whole model: it needs a transformer, an autoencoder, two text encoders and two tokenizers")
+        return Path(name)
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    repo, weights, licence = HUB[name]
+    wanted = [weights, "ae.safetensors", "text_encoder/*", "text_encoder_2/*", "tokenizer/*", "tokenizer_2/*"]
+    try:
+        folder = Path(huggingface_hub.snapshot_download(repo, local_files_only=True))
+        if is_complete(folder):
+            return folder
+    except LocalEntryNotFoundError:
+        pass                                                                  # not in the cache: ask the hub below
+    try:
+        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=wanted))
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"{repo} is neither in the hub cache nor could it be downloaded ({reason[:120]}): accept its licence ({licence}) at "
+            f"huggingface.co/{repo}, run `hf auth login` and `hf download {repo}` (34 GB), or try --model baby, "
+            "which needs no download") from None
