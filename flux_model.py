@@ -782,3 +782,32 @@ def find_model(name: str) -> Path:
             f"{repo} is neither in the hub cache nor could it be downloaded ({reason[:120]}): accept its licence ({licence}) at "
             f"huggingface.co/{repo}, run `hf auth login` and `hf download {repo}` (34 GB), or try --model baby, "
             "which needs no download") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What every script asks: where to run, in which precision, at which size
+
+
+def model_defaults(folder: str | Path) -> dict:
+    """Resolution, learning rate and prompt that suit a model: FLUX.1's, or those of its own defaults.json."""
+    path = Path(folder) / "defaults.json"
+    own = json.loads(path.read_text()) if path.is_file() else {}
+    return {"resolution": 1024, "learning_rate": 4e-4, "prompt": "a photo of a person"} | own
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """The device by name, or the best one here. ValueError where the named one is not there."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name is None:
+        return torch.device(next(kind for kind, there in available.items() if there))
+    if not available.get(name.partition(":")[0], False):
+        raise ValueError(f"--device {name} is not available here; available: "
+                         f"{', '.join(kind for kind, there in available.items() if there)}")
+    return torch.device(name)
+
+
+def pick_dtype(device: torch.device, folder: str | Path) -> torch.dtype:
+    """bf16, but fp32 on a CPU for models small enough that memory is no matter."""
+    files = flux_files(folder)[0]
+    small = sum(math.prod(files.shape(name)) for name in files.file_of) < 1e9
+    return torch.float32 if torch.device(device).type == "cpu" and small else torch.bfloat16
