@@ -19,6 +19,7 @@ groups is a setting, since a small autoencoder has fewer than 32 channels.
 import json
 import math
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -586,24 +587,42 @@ class TensorFiles:
         return self.file_of[name].get_tensor(name)
 
 
-def diffusers_files(folder: Path) -> list[Path]:
-    """The weights of a diffusers model folder: what the index lists if there is one, so that half a download shows."""
-    index = folder / "diffusion_pytorch_model.safetensors.index.json"
-    if not index.exists():
-        return [folder / "diffusion_pytorch_model.safetensors"]
-    files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    missing = [file.name for file in files if not file.exists()]
-    if missing:
-        raise ValueError(f"{folder} lacks {missing[0]}, which {index.name} lists: complete the download")
-    return files
+class JsonFile(dict):
+    """A JSON object on disk. ValueError, in one line, where it cannot be read, and on `[...]` of a field it lacks."""
+    def __init__(self, path: Path):
+        try:
+            super().__init__(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} cannot be read as JSON: {error}") from None
+        self.path = path
+
+    def __missing__(self, field: str):
+        raise ValueError(f"{self.path} lacks the field {field!r}")
 
 
-def read_config(kind, values: dict, path: Path):
-    """Dataclass `kind` from a dict with the same fields; an unknown one would change the model, so it is refused."""
-    unknown = set(values) - {field.name for field in fields(kind)}
-    if unknown:
-        raise ValueError(f"{path}: unknown field {sorted(unknown)[0]!r} in its {kind.__name__}")
-    return kind(**values)
+def weight_files(folder: Path, stem: str = "diffusion_pytorch_model") -> list[Path]:
+    """The weights of one model folder: what the index lists if there is one, so that half a download shows."""
+    index = folder / f"{stem}.safetensors.index.json"
+    names = [f"{stem}.safetensors"]
+    if index.exists():
+        names = sorted(set(JsonFile(index)["weight_map"].values()))
+    for name in names:
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} lacks {name}{f', which {index.name} lists' if index.exists() else ''}: "
+                             "complete the download")
+    return [folder / name for name in names]
+
+
+def read_config(kind, text: str, path: Path):
+    """Dataclass `kind` from JSON with the same fields; an unknown one would change the model, so it is refused."""
+    try:
+        values = json.loads(text)
+        unknown = set(values) - {field.name for field in fields(kind)}
+        if unknown:
+            raise ValueError(f"unknown field {sorted(unknown)[0]!r}")
+        return kind(**values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: the {kind.__name__} in its metadata cannot be used: {error}") from None
 
 
 def load_weights(model: nn.Module, files: TensorFiles, sources, dtype: torch.dtype, device) -> nn.Module:
@@ -619,10 +638,12 @@ def load_weights(model: nn.Module, files: TensorFiles, sources, dtype: torch.dty
     for name, parameter in model.named_parameters():
         if not set(plan[name]) & set(missing):
             shapes = [files.shape(part) for part in plan[name]]
-            found = [sum(shape[0] for shape in shapes), *shapes[0][1:]]
+            found = [sum(shape[0] for shape in shapes), *shapes[0][1:]] if all(shapes) else []
+            alike = all(shape == shapes[0] for shape in shapes[:3]) and all(shape[1:] == found[1:] for shape in shapes)
             # diffusers keeps the autoencoder's 1 x 1 convolutions as Linears
-            if found != list(parameter.shape) and found + [1, 1] != list(parameter.shape):
-                misshapen.append(f"{plan[name][0]} {found} instead of {list(parameter.shape)}")
+            if not alike or found != list(parameter.shape) and found + [1, 1] != list(parameter.shape):
+                have = " + ".join(f"{part} {shape}" for part, shape in zip(plan[name], shapes))
+                misshapen.append(f"{have} instead of {list(parameter.shape)}")
     problems = [f"{len(what)} {kind} ({what[0]})" for kind, what in
                 (("missing", missing), ("misshapen", misshapen), ("unexpected", unexpected)) if what]
     if problems:
@@ -647,7 +668,7 @@ def locate(folder: str | Path, names: tuple[str, ...], diffusers: str, what: str
         if (folder / name).is_file():
             return [folder / name], None
     if (folder / diffusers / "config.json").is_file():
-        return diffusers_files(folder / diffusers), json.loads((folder / diffusers / "config.json").read_text())
+        return weight_files(folder / diffusers), JsonFile(folder / diffusers / "config.json")
     raise ValueError(f"{folder} holds no {what}: neither {' nor '.join(names)} nor {diffusers}/")
 
 
@@ -664,7 +685,7 @@ def flux_files(folder: str | Path) -> tuple[TensorFiles, FluxConfig, bool]:
             depth_single_blocks=config["num_single_layers"], axes_dim=config.get("axes_dims_rope", (16, 56, 56)),
             guidance_embed=config["guidance_embeds"]), True
     if "config" in files.metadata:
-        return files, read_config(FluxConfig, json.loads(files.metadata["config"]), files.path), False
+        return files, read_config(FluxConfig, files.metadata["config"], files.path), False
     return files, FluxConfig(guidance_embed="guidance_in.in_layer.weight" in files.file_of), False
 
 
@@ -685,16 +706,42 @@ def load_autoencoder(folder: str | Path, device="cpu", dtype: torch.dtype = torc
     files, sources = TensorFiles(paths), lambda name: [name]
     if config is not None:
         widths = config["block_out_channels"]
-        config = dict(ch=widths[0], ch_mult=[w // widths[0] for w in widths], z_channels=config["latent_channels"],
-                      num_res_blocks=config["layers_per_block"], scale_factor=config["scaling_factor"],
-                      shift_factor=config["shift_factor"], num_groups=config["norm_num_groups"],
-                      resolution=config["sample_size"])
+        config = AutoEncoderConfig(
+            ch=widths[0], ch_mult=[w // widths[0] for w in widths], z_channels=config["latent_channels"],
+            num_res_blocks=config["layers_per_block"], scale_factor=config["scaling_factor"],
+            shift_factor=config["shift_factor"], num_groups=config["norm_num_groups"], resolution=config["sample_size"])
         sources = lambda name: diffusers_autoencoder_names(name, len(widths))
     else:
-        config = json.loads(files.metadata.get("config", "{}"))
+        config = read_config(AutoEncoderConfig, files.metadata.get("config", "{}"), files.path)
     with torch.device("meta"):
-        model = AutoEncoder(read_config(AutoEncoderConfig, config, files.path))
+        model = AutoEncoder(config)
     return load_weights(model, files, sources, dtype, device)
+
+
+@contextmanager
+def quiet_transformers():
+    """No progress bars and no reports of transformers on the way; what is wrong is raised by us."""
+    from transformers.utils import logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def load_text_encoder(kind, folder: Path, dtype: torch.dtype) -> nn.Module:
+    """One text encoder, strictly: transformers itself fills what a file lacks with random weights and goes on."""
+    model, report = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, ignore_mismatched_sizes=True,
+                                         output_loading_info=True)
+    for problem in ("missing", "mismatched"):
+        names = sorted(map(str, report[f"{problem}_keys"]))
+        if names:
+            raise ValueError(f"{folder.name}/ does not fit its config.json: {len(names)} {problem} ({names[0]})")
+    return model.eval()
 
 
 class TextEncoders:
@@ -704,11 +751,13 @@ class TextEncoders:
         self.device, self.max_length = device, max_length
         self.clip_tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
         self.t5_tokenizer = T5Tokenizer.from_pretrained(folder / "tokenizer_2")
-        self.clip = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=dtype).to(device).eval()
-        self.t5 = T5EncoderModel.from_pretrained(folder / "text_encoder_2", dtype=dtype).to(device).eval()
+        self.clip = load_text_encoder(CLIPTextModel, folder / "text_encoder", dtype).to(device)
+        self.t5 = load_text_encoder(T5EncoderModel, folder / "text_encoder_2", dtype).to(device)
 
     def tokenize(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """Token ids of CLIP (B, 77) and T5 (B, max_length). Longer prompts are cut at the end."""
+        if any("\ud800" <= letter <= "\udfff" for prompt in prompts for letter in prompt):
+            raise ValueError("a prompt is not valid UTF-8 text")
         clip_length = min(77, self.clip_tokenizer.model_max_length)
         return tuple(tokenizer(prompts, padding="max_length", truncation=True, max_length=length,
                                return_tensors="pt").input_ids
@@ -721,18 +770,33 @@ class TextEncoders:
         return self.t5(t5_ids).last_hidden_state, self.clip(clip_ids).pooler_output
 
 
+def check_text_files(folder: Path) -> None:
+    """ValueError unless the text encoders' files are all there: transformers makes up a vocabulary that is missing."""
+    for part, choices in (("tokenizer", (("tokenizer.json",), ("vocab.json", "merges.txt"))),
+                          ("tokenizer_2", (("tokenizer.json",), ("spiece.model",)))):
+        if not any(all((folder / part / name).is_file() for name in choice) for choice in choices):
+            raise ValueError(f"{folder} holds no whole {part}/: it needs {' or '.join(map(' and '.join, choices))}")
+    for part in ("text_encoder", "text_encoder_2"):
+        if not (folder / part / "config.json").is_file():
+            raise ValueError(f"{folder} holds no whole {part}/: it needs config.json and the weights")
+        weight_files(folder / part, "model")
+
+
 def load_text_encoders(folder: str | Path, device="cpu", dtype: torch.dtype = torch.bfloat16,
                        max_length: int | None = None) -> TextEncoders:
-    """Tokenizers and text encoders of a snapshot folder. T5 sees 512 tokens, with schnell 256, or `max_length`."""
+    """Tokenizers and text encoders of a snapshot folder. T5 sees 512 tokens, with schnell 256, or `max_length`.
+
+    ValueError, in one line, where the files are missing, torn or do not fit.
+    """
     folder = Path(folder)
-    for part in ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2"):
-        if not (folder / part).is_dir():
-            raise ValueError(f"{folder} holds no {part}/")
+    check_text_files(folder)
     if max_length is None:
-        limit = json.loads((folder / "tokenizer_2" / "tokenizer_config.json").read_text()).get("model_max_length", 512)
+        path = folder / "tokenizer_2" / "tokenizer_config.json"
+        limit = JsonFile(path).get("model_max_length", 512) if path.is_file() else 512
         max_length = min(limit, 512 if flux_files(folder)[1].guidance_embed else 256)
     try:
-        return TextEncoders(folder, device, dtype, max_length)
+        with quiet_transformers():
+            return TextEncoders(folder, device, dtype, max_length)
     except (OSError, SafetensorError, ValueError) as error:
         raise ValueError(f"{folder}: the text encoders cannot be loaded: {str(error).splitlines()[0]}") from None
 
@@ -741,14 +805,11 @@ HUB = {"flux-dev": ("black-forest-labs/FLUX.1-dev", "flux1-dev.safetensors", "FL
        "flux-schnell": ("black-forest-labs/FLUX.1-schnell", "flux1-schnell.safetensors", "Apache 2.0")}
 
 
-def is_complete(folder: Path) -> bool:
-    """Does a snapshot hold every part, in either layout?"""
-    try:
-        locate(folder, ("flux1-dev.safetensors", "flux1-schnell.safetensors"), "transformer", "transformer")
-        locate(folder, ("ae.safetensors",), "vae", "autoencoder")
-    except ValueError:
-        return False
-    return all((folder / part).is_dir() for part in ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2"))
+def check_snapshot(folder: Path) -> None:
+    """ValueError that names the first part a snapshot lacks, in either layout."""
+    locate(folder, ("flux1-dev.safetensors", "flux1-schnell.safetensors"), "transformer", "transformer")
+    locate(folder, ("ae.safetensors",), "vae", "autoencoder")
+    check_text_files(folder)
 
 
 def find_model(name: str) -> Path:
@@ -761,22 +822,21 @@ def find_model(name: str) -> Path:
     if name not in HUB:
         if not Path(name).is_dir():
             raise ValueError(f"no model {str(name)!r}: --model takes flux-dev, flux-schnell, baby or a folder in the hub's layout")
-        if not is_complete(Path(name)):
-            raise ValueError(f"{name} is no whole model: it needs a transformer, an autoencoder, two text encoders and two tokenizers")
+        check_snapshot(Path(name))
         return Path(name)
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HTTPError, HFValidationError, LocalEntryNotFoundError      # of its http client
     repo, weights, licence = HUB[name]
     wanted = [weights, "ae.safetensors", "text_encoder/*", "text_encoder_2/*", "tokenizer/*", "tokenizer_2/*"]
     try:
         folder = Path(huggingface_hub.snapshot_download(repo, local_files_only=True))
-        if is_complete(folder):
-            return folder
-    except LocalEntryNotFoundError:
-        pass                                                                  # not in the cache: ask the hub below
+        check_snapshot(folder)
+        return folder
+    except (LocalEntryNotFoundError, ValueError):
+        pass                                                      # not in the cache, or not whole: ask the hub below
     try:
         return Path(huggingface_hub.snapshot_download(repo, allow_patterns=wanted))
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+    except (HTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"{repo} is neither in the hub cache nor could it be downloaded ({reason[:120]}): accept its licence ({licence}) at "
