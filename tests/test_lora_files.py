@@ -1,0 +1,451 @@
+"""LoRA files: the update in every format against one built by hand, conversions bit for bit, refusals."""
+import json
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from flux_model import FLUX_LINEARS, Flux, FluxConfig
+from lora_files import (FORMATS, NAMES, ORIGINAL_OF, load_lora, parse_key, read_metadata, save_lora,
+                        split_number)
+
+LAYOUTS = Path(__file__).parents[2] / "shared" / "golden" / "checkpoint_layouts.json"
+H, MLP = 16, 48                                                 # an MLP ratio of 3, so that nothing relies on 4
+CONFIG = FluxConfig(in_channels=12, out_channels=20, vec_in_dim=10, context_in_dim=14, hidden_size=H,
+                    mlp_ratio=3.0, num_heads=2, depth=2, depth_single_blocks=3, axes_dim=(2, 2, 4))
+Q = "transformer_blocks.0.attn.to_q"
+PARTS = ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
+SINGLE = [f"single_transformer_blocks.1.{part}" for part in PARTS]
+
+# written out by hand, apart from the table under test: original module -> its diffusers parts and their rows
+FUSED = {
+    r"double_blocks\.(\d+)\.img_attn\.qkv": [(f"transformer_blocks.{{}}.attn.to_{x}", H) for x in "qkv"],
+    r"double_blocks\.(\d+)\.txt_attn\.qkv": [(f"transformer_blocks.{{}}.attn.add_{x}_proj", H) for x in "qkv"],
+    r"single_blocks\.(\d+)\.linear1": [(f"single_transformer_blocks.{{}}.attn.to_{x}", H) for x in "qkv"]
+                                      + [("single_transformer_blocks.{}.proj_mlp", MLP)]}
+
+
+def original_linears() -> dict[str, tuple[int, int]]:
+    with torch.device("meta"):
+        flux = Flux(CONFIG)
+    return {name: tuple(m.weight.shape) for name, m in flux.named_modules() if isinstance(m, nn.Linear)}
+
+
+def parts_of(original: str, rows: int) -> list[tuple[str, int]]:
+    for pattern, parts in FUSED.items():
+        if found := re.fullmatch(pattern, original):
+            return [(part.format(found[1]), size) for part, size in parts]
+    template, number = split_number(original)
+    return [(FLUX_LINEARS[template][0].format(number), rows)]
+
+
+def whole_lora(seed=0, ranks=(2,)) -> dict:
+    """A LoRA, exact in fp16, of every Linear of the small model, each with its own A; ranks in turn."""
+    g, lora = torch.Generator().manual_seed(seed), {}
+    for name, (rows, width) in original_linears().items():
+        for part, size in parts_of(name, rows):
+            rank = ranks[len(lora) % len(ranks)]
+            lora[part] = tuple(torch.randn(shape, generator=g).half().float()
+                               for shape in ((rank, width), (size, rank)))
+    return lora
+
+
+def dense_original(lora: dict) -> dict:
+    """By hand, in fp64: the update of every original module, rows in its order; zero without a LoRA."""
+    updates = {}
+    for name, (rows, width) in original_linears().items():
+        blocks = [lora[part][1].double() @ lora[part][0].double() if part in lora
+                  else torch.zeros(size, width, dtype=torch.float64) for part, size in parts_of(name, rows)]
+        updates[name] = torch.cat(blocks)
+        if name == "final_layer.adaLN_modulation.1":       # ours: shift, scale; diffusers: scale, shift
+            updates[name] = torch.cat((updates[name][H:], updates[name][:H]))
+    return updates
+
+
+def dense_file(path, prefix, down, up, underscores=False) -> dict:
+    """The update of every original module as a plain reader of its own format would compute it, in fp64."""
+    tensors, updates = load_file(path), {}
+    for name, (rows, width) in original_linears().items():
+        key = prefix + (name.replace(".", "_") if underscores else name)
+        if key + down in tensors:
+            A, B = tensors.pop(key + down).double(), tensors.pop(key + up).double()
+            updates[name] = float(tensors.pop(f"{key}.alpha", torch.tensor(len(A)))) / len(A) * (B @ A)
+        else:
+            updates[name] = torch.zeros(rows, width, dtype=torch.float64)
+    assert not tensors
+    return updates
+
+
+def assert_same(a: dict, b: dict):
+    assert a.keys() == b.keys()
+    for path in a:
+        for x, y in zip(a[path], b[path]):
+            assert x.dtype == y.dtype == torch.float32 and torch.equal(x, y), path
+
+
+def assert_same_update(a: dict, b: dict):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.allclose(a[name], b[name], rtol=1e-12, atol=1e-12), name
+
+
+# names
+
+def test_no_two_modules_share_a_spelling():
+    count = {}
+    for original, parts in FLUX_LINEARS.items():
+        for template in (original, *parts):
+            for spelling in {template, template.replace(".", "_")}:
+                count[spelling] = count.get(spelling, 0) + 1
+    assert set(count.values()) == {1} and count.keys() == NAMES.keys()
+
+
+@pytest.mark.parametrize("key, parts, kind", [
+    ("transformer.transformer_blocks.11.attn.to_q.lora_A.weight", ["transformer_blocks.11.attn.to_q"], "A"),
+    ("transformer_blocks.1.ff.net.0.proj.lora_B.weight", ["transformer_blocks.1.ff.net.0.proj"], "B"),
+    ("base_model.model.transformer_blocks.1.ff.net.2.lora_A.default.weight",
+     ["transformer_blocks.1.ff.net.2"], "A"),
+    ("base_model.model.proj_out.lora_B.weight", ["proj_out"], "B"),
+    ("lora_unet_single_blocks_3_linear1.lora_down.weight",
+     [f"single_transformer_blocks.3.{part}" for part in PARTS], "A"),
+    ("lora_unet_double_blocks_0_img_mlp_0.lora_up.weight", ["transformer_blocks.0.ff.net.0.proj"], "B"),
+    ("lora_unet_double_blocks_10_txt_mlp_2.alpha", ["transformer_blocks.10.ff_context.net.2"], "alpha"),
+    ("lora_unet_final_layer_adaLN_modulation_1.lora_up.weight", ["norm_out.linear"], "B"),
+    ("lora_unet_time_in_in_layer.lora_up.weight", ["time_text_embed.timestep_embedder.linear_1"], "B"),
+    ("lora_unet_transformer_blocks_0_attn_to_q.lora_up.weight", ["transformer_blocks.0.attn.to_q"], "B"),
+    ("lora_transformer_single_transformer_blocks_7_proj_out.alpha",
+     ["single_transformer_blocks.7.proj_out"], "alpha"),
+    ("diffusion_model.single_blocks.37.linear2.lora_up.weight",
+     ["single_transformer_blocks.37.proj_out"], "B"),
+    ("double_blocks.0.txt_attn.qkv.lora_down.weight",
+     [f"transformer_blocks.0.attn.add_{x}_proj" for x in "qkv"], "A"),
+])
+def test_spellings_people_have(key, parts, kind):
+    assert parse_key(key)[2:] == (tuple(parts), kind)
+
+
+@pytest.mark.parametrize("key", [
+    "transformer.transformer_blocks.0.attn.to_q.weight",
+    "transformer.transformer_blocks.0.attn.to_z.lora_A.weight",
+    "transformer.transformer_blocks.01.attn.to_q.lora_A.weight", "lora_unet_double_blocks_x_img_mlp_0.alpha",
+    "double_blocks.0.processor.qkv_lora1.down.weight", "lora_unet_down_blocks_0_attentions_0_proj_in.alpha",
+    "transformer.transformer_blocks.0.attn.to_q.lora_B.bias",
+    "xlora_unet_img_in.alpha", ".alpha", "",
+])
+def test_keys_of_something_else(key):
+    assert parse_key(key) is None
+
+
+@pytest.mark.skipif(not LAYOUTS.exists(), reason="checkpoint_layouts.json is not here")
+def test_every_matrix_of_both_full_size_layouts_has_a_name():
+    layouts = json.loads(LAYOUTS.read_text())
+    diffusers = next(v["tensors"] for k, v in layouts.items() if "transformer" in k)
+    matrices = {name.removesuffix(".weight"): shape for name, shape in diffusers.items() if len(shape) == 2}
+    assert {split_number(name)[0] for name in matrices} == ORIGINAL_OF.keys()
+    in_blocks = [name for name in matrices if "blocks." in name]
+    assert len(in_blocks) == 494 and sum(sum(matrices[name]) for name in in_blocks) == 5_369_856
+    reached = set()
+    for name, shape in layouts["flux1-dev.safetensors"]["tensors"].items():
+        if len(shape) == 2:
+            module = name.removesuffix(".weight")
+            dotted = parse_key(f"diffusion_model.{module}.lora_A.weight")[2]
+            assert parse_key(f"lora_unet_{module.replace('.', '_')}.lora_down.weight")[2] == dotted
+            assert [sum(matrices[part][0] for part in dotted), matrices[dotted[0]][1]] == shape
+            reached.update(dotted)
+    assert reached == matrices.keys()
+
+
+# updates and conversions
+
+@pytest.mark.parametrize("ranks", [(2,), (1,), (3,), (1, 2, 4)])
+def test_every_format_holds_the_same_update_and_reads_back_unchanged(tmp_path, ranks):
+    lora = whole_lora(ranks=ranks)
+    expected = dense_original(lora)
+    for format in FORMATS:
+        save_lora(tmp_path / f"{format}.safetensors", lora, format)
+        assert_same(load_lora(tmp_path / f"{format}.safetensors", CONFIG), lora)
+    assert_same_update(dense_file(tmp_path / "kohya.safetensors", "lora_unet_", ".lora_down.weight",
+                                  ".lora_up.weight", underscores=True), expected)
+    assert_same_update(dense_file(tmp_path / "original.safetensors", "diffusion_model.", ".lora_A.weight",
+                                  ".lora_B.weight"), expected)
+    tensors = load_file(tmp_path / "diffusers.safetensors")
+    assert len(tensors) == 2 * len(lora) and all(tensor.dtype == torch.float16 for tensor in tensors.values())
+    for path, (A, B) in lora.items():
+        assert torch.equal(tensors[f"transformer.{path}.lora_A.weight"].float(), A)
+        assert torch.equal(tensors[f"transformer.{path}.lora_B.weight"].float(), B)
+
+
+def original_file(path, format="original", rank=2, seed=0, scale=1.0, edit=None) -> dict:
+    """A file of dense pairs on the fused Linears, as trainers of these formats write it -> its updates."""
+    g, tensors, updates = torch.Generator().manual_seed(seed), {}, {}
+    for name, (rows, width) in original_linears().items():
+        A, B = (torch.randn(shape, generator=g).half() for shape in ((rank, width), (rows, rank)))
+        if edit:
+            edit(name, A, B)
+        updates[name] = scale * (B.double() @ A.double())
+        if format == "kohya":
+            name = "lora_unet_" + name.replace(".", "_")
+            tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"] = A, B
+            tensors[f"{name}.alpha"] = torch.tensor(scale * rank)
+        else:
+            name = f"diffusion_model.{name}"
+            tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = A, B
+    save_file(tensors, path)
+    return updates
+
+
+def no_keys(name, A, B):
+    if "qkv" in name or "linear1" in name:
+        B[H:2 * H] = 0
+
+
+def untrained(name, A, B):
+    B[:] = 0
+
+
+@pytest.mark.parametrize("format", ["original", "kohya"])
+@pytest.mark.parametrize("rank", [1, 3, 4, 12])
+@pytest.mark.parametrize("edit", [None, no_keys, untrained])
+def test_fused_files_to_diffusers_and_back_are_unchanged(tmp_path, format, rank, edit):
+    updates = original_file(tmp_path / "a.safetensors", format, rank, edit=edit)
+    lora = load_lora(tmp_path / "a.safetensors", CONFIG)
+    assert_same_update(dense_original(lora), updates)
+    save_lora(tmp_path / "b.safetensors", lora)
+    save_lora(tmp_path / "c.safetensors", load_lora(tmp_path / "b.safetensors"), format)
+    before, after = load_file(tmp_path / "a.safetensors"), load_file(tmp_path / "c.safetensors")
+    assert before.keys() == after.keys()
+    for key in before:
+        assert before[key].dtype == after[key].dtype and torch.equal(before[key], after[key]), key
+
+
+def test_fused_parts_share_a_but_not_its_memory(tmp_path):
+    original_file(tmp_path / "a.safetensors", rank=2)
+    lora = load_lora(tmp_path / "a.safetensors")
+    a, b = (lora[path][0] for path in SINGLE[:2])
+    assert torch.equal(a, b)
+    a.zero_()
+    assert b.any()
+
+
+@pytest.mark.parametrize("format", ["kohya", "original"])
+@pytest.mark.parametrize("present", [[0], [1], [3], [0, 2], [1, 2, 3]])
+def test_parts_without_a_lora_stay_without(tmp_path, format, present):
+    lora = {path: pair for path, pair in whole_lora(ranks=(2, 3)).items() if path not in SINGLE
+            or SINGLE.index(path) in present}
+    save_lora(tmp_path / "a.safetensors", lora, format, mlp_ratio=3.0)
+    assert_same(load_lora(tmp_path / "a.safetensors", CONFIG), lora)
+
+
+def test_shared_a_of_some_parts_and_a_new_lora_read_back_unchanged(tmp_path):
+    full = whole_lora(ranks=(4,))
+    A = full[SINGLE[0]][0]
+    some = {path: (A, full[path][1]) for path in SINGLE[:2]}
+    new = {path: (A, torch.zeros_like(full[path][1])) for path in SINGLE}
+    part = {path: (full[path][0], full[path][1] * (path == SINGLE[3])) for path in SINGLE}
+    for lora in (some, new, part):
+        save_lora(tmp_path / "a.safetensors", lora, "kohya", mlp_ratio=3.0)
+        assert_same(load_lora(tmp_path / "a.safetensors", CONFIG), lora)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 16.0, 0.5])
+def test_alpha_is_folded_into_b(tmp_path, alpha):
+    updates = original_file(tmp_path / "a.safetensors", "kohya", rank=4, scale=alpha / 4)
+    lora = load_lora(tmp_path / "a.safetensors", CONFIG)
+    assert_same_update(dense_original(lora), updates)
+    save_lora(tmp_path / "b.safetensors", lora, "kohya", dtype=torch.float32)    # its alpha is the rank again
+    assert_same_update(dense_file(tmp_path / "b.safetensors", "lora_unet_", ".lora_down.weight",
+                                  ".lora_up.weight", underscores=True), updates)
+
+
+def write(path, tensors, metadata=None):
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata)
+    return path
+
+
+def pair(path=Q, rank=2, width=H, rows=H, prefix="transformer.", names=(".lora_A.weight", ".lora_B.weight")):
+    A, B = (prefix + path + name for name in names)
+    return {A: torch.ones(rank, width), B: torch.ones(rows, rank)}
+
+
+@pytest.mark.parametrize("where", ["alpha", "metadata", "adapter_config.json"])
+def test_alpha_of_diffusers_and_peft_files(tmp_path, where):
+    tensors, metadata = pair(), {}
+    settings = {"lora_alpha": 6, "r": 2, "alpha_pattern": {}, "use_rslora": False}
+    if where == "alpha":
+        tensors[f"transformer.{Q}.alpha"] = torch.tensor([6.0])
+    elif where == "metadata":
+        settings = {f"transformer.{key}": value for key, value in settings.items()}
+        metadata = {"lora_adapter_metadata": json.dumps(settings)}
+    else:
+        tensors = pair(prefix="base_model.model.")
+        (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    lora = load_lora(write(tmp_path / "adapter_model.safetensors", tensors, metadata))
+    assert torch.equal(lora[Q][1], torch.full((H, 2), 3.0)) and torch.equal(lora[Q][0], torch.ones(2, H))
+    save_lora(tmp_path / "b.safetensors", lora, metadata=metadata)      # the scale must not be applied again
+    assert_same(load_lora(tmp_path / "b.safetensors"), lora)
+
+
+def test_low_precision_files_are_read_as_fp32(tmp_path):
+    lora = whole_lora()
+    for dtype in (torch.bfloat16, torch.float32):
+        save_lora(tmp_path / "a.safetensors", lora, "kohya", dtype=dtype)
+        for path, (A, B) in load_lora(tmp_path / "a.safetensors").items():
+            for got, given in zip((A, B), lora[path]):
+                assert got.dtype == torch.float32 and torch.equal(got, given.to(dtype).float())
+
+
+# refusals when reading
+
+def nan(tensors):
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    return tensors
+
+
+LINEAR1 = "single_blocks.1.linear1"
+REFUSED = [
+    (pair("transformer_blocks.0.attn.to_z") | pair("foo") | pair(),
+     r"4 of 6 keys are of no FLUX LoRA: 'transformer\S+ and 3 more"),
+    ({f"transformer.{Q}.lora_A.weight": torch.ones(2, H)}, rf"transformer\.{Q} has A but no B$"),
+    ({f"transformer.{Q}.lora_B.weight": torch.ones(H, 2)}, rf"transformer\.{Q} has B but no A$"),
+    ({f"lora_unet_{LINEAR1.replace('.', '_')}.alpha": torch.tensor(1.0)},
+     "single_blocks_1_linear1 has alpha but no A and no B$"),
+    (pair() | {f"transformer.{Q}.lora_B.weight": torch.ones(H, 3)}, r"A \[2, 16\] and B \[16, 3\] are no"),
+    (pair() | {f"transformer.{Q}.lora_A.weight": torch.ones(2, H, 1, 1)}, r"A \[2, 16, 1, 1\] and B"),
+    (pair(rank=0), r"A \[0, 16\] and B \[16, 0\]"),
+    (pair(rows=H + 1), rf"{Q} is \[17, 16\], but \[16, 16\] in this model"),
+    (pair(width=H + 1), rf"{Q} is \[16, 17\], but \[16, 16\] in this model"),
+    (pair(LINEAR1, rows=3 * H + MLP + 1, prefix=""), r"proj_mlp is \[49, 16\], but \[48, 16\]"),
+    (pair(LINEAR1, rows=3 * H, prefix=""), r"single_blocks.1.linear1 cannot be \[48, 16\]"),
+    (pair("double_blocks.0.img_attn.qkv", rows=H, prefix="diffusion_model."), r"qkv cannot be \[16, 16\]"),
+    (pair("final_layer.adaLN_modulation.1", rows=31, prefix=""), r"adaLN_modulation.1 cannot be \[31, 16\]"),
+    (pair("transformer_blocks.2.attn.to_q"),
+     "transformer_blocks.2.attn.to_q is not in this model, which has 2 double and 3"),
+    (pair("single_blocks_3_linear2", prefix="lora_unet_", width=H + MLP),
+     "single_transformer_blocks.3.proj_out is not in"),
+    (nan(pair()), rf"{Q} holds values that are not finite"),
+    (pair() | {f"transformer.{Q}.alpha": torch.tensor(float("inf"))},
+     r"scaled by its alpha inf, holds values that are not finite"),
+    (pair() | {f"transformer.{Q}.alpha": torch.ones(2)}, r"its alpha is \[2\], not one number"),
+    (pair() | pair(names=(".lora_down.weight", ".lora_up.weight")), "is there twice, with two endings"),
+    (pair() | pair(prefix=""), f"{Q} is there twice, under two names"),
+    (pair() | pair("double_blocks.0.img_attn.qkv", rows=3 * H, prefix=""),
+     f"{Q} is there twice, under two names"),
+    ({"lora_unet_img_in.lokr_w1": torch.ones(2, 2), "lora_unet_img_in.lokr_w2": torch.ones(2, 2)},
+     r"is a LoKr \('lora_unet_img_in.lokr_w1' and 1 more\), which is not supported"),
+    ({"lora_unet_img_in.hada_w1_a": torch.ones(2, 2)}, "is a LoHa .* not supported"),
+    (pair() | {f"transformer.{Q}.dora_scale": torch.ones(2, 2)}, "is a DoRA .* not supported"),
+    (pair("text_model.encoder", prefix="lora_te1_"),
+     "no LoRA of the transformer: it has 2 tensors, all of text encoders"),
+    ({}, "no LoRA of the transformer: it has no tensors"),
+]
+
+
+@pytest.mark.parametrize("tensors, message", REFUSED)
+def test_refused(tmp_path, tensors, message):
+    path = write(tmp_path / "bad.safetensors", tensors)
+    with pytest.raises(ValueError, match=message) as error:
+        load_lora(path, CONFIG)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("setting", [{"use_rslora": True}, {"alpha_pattern": {"to_q": 4}}])
+def test_peft_settings_that_change_the_scale_are_refused(tmp_path, setting):
+    metadata = {"lora_adapter_metadata": json.dumps({"lora_alpha": 2} | setting)}
+    path = write(tmp_path / "a.safetensors", pair(), metadata)
+    with pytest.raises(ValueError, match=f"PEFT's {next(iter(setting))}, which is not supported"):
+        load_lora(path)
+
+
+def test_only_whole_safetensors_files_are_read(tmp_path):
+    whole = write(tmp_path / "whole.safetensors", pair()).read_bytes()
+    torch.save(pair(), tmp_path / "pickle.pt")
+    (tmp_path / "empty.safetensors").write_bytes(b"")
+    (tmp_path / "torn.safetensors").write_bytes(whole[:-8])
+    (tmp_path / "page.safetensors").write_text("<html>Access to this repository is gated</html>")
+    for name in ("pickle.pt", "empty.safetensors", "torn.safetensors", "page.safetensors"):
+        for read in (load_lora, read_metadata):
+            message = rf"{name} cannot be read as a safetensors file.*pickle, which is never loaded"
+            with pytest.raises(ValueError, match=message) as error:
+                read(tmp_path / name)
+            assert "\n" not in str(error.value)
+    for path in (tmp_path / "missing.safetensors", tmp_path):
+        with pytest.raises(ValueError, match=f"there is no LoRA file {path}"):
+            load_lora(path)
+
+
+@pytest.mark.parametrize("prefix", ["text_encoder.", "text_encoder_2.", "lora_te_", "lora_te1_", "lora_te2_",
+                                    "lora_te3_", "text_encoders.t5xxl.transformer."])
+def test_text_encoders_are_reported_as_not_used(tmp_path, prefix):
+    path = write(tmp_path / "a.safetensors", pair() | pair("encoder_layers_0_mlp_fc1", prefix=prefix))
+    with pytest.warns(UserWarning, match="^[^\n]*: 2 tensors of text encoders are not used$") as seen:
+        assert load_lora(path, CONFIG).keys() == {Q}
+    assert len(seen) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_lora(write(path, pair()), CONFIG)
+
+
+def test_guidance_is_not_in_schnell(tmp_path):
+    path = write(tmp_path / "a.safetensors", pair("time_text_embed.guidance_embedder.linear_1", width=256))
+    load_lora(path, CONFIG)
+    with pytest.raises(ValueError, match="guidance_embedder.linear_1 is not in this model"):
+        load_lora(path, FluxConfig(**{**vars(CONFIG), "guidance_embed": False}))
+
+
+# writing
+
+def good(rank=2, rows=H, value=1.0):
+    return torch.ones(rank, H), torch.full((rows, rank), value)
+
+
+@pytest.mark.parametrize("lora, options, message", [
+    ({Q: good()}, {"format": "peft"}, "no LoRA format 'peft', only diffusers, kohya, original"),
+    ({Q: good(value=float("inf"))}, {}, f"{Q} holds values that are not finite"),
+    ({Q: good(value=1e5)}, {}, rf"{Q} holds values that are not finite \(in torch.float16\)"),
+    ({"foo": good(), "double_blocks.0.img_attn.qkv": good()}, {},
+     "no Linear of FLUX has the diffusers path 'foo' and 1 more"),
+    ({Q: (torch.ones(2, H), torch.ones(H, 3))}, {}, r"A \[2, 16\] and B \[16, 3\] are no"),
+    ({Q: good(), Q[:-1] + "k": good(rows=H + 1)}, {"format": "kohya"},
+     r"double_blocks.0.img_attn.qkv: its parts do not fit"),
+    ({}, {}, "there is no LoRA to save"),
+    ({Q: good()}, {"metadata": {"rank": 2}}, "must be text"),
+])
+def test_what_is_not_written(tmp_path, lora, options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        save_lora(tmp_path / "a.safetensors", lora, **options)
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+def test_a_bad_place_to_write(tmp_path):
+    with pytest.raises(ValueError, match="there is no folder .*nowhere$"):
+        save_lora(tmp_path / "nowhere" / "a.safetensors", {Q: good()})
+    with pytest.raises(ValueError, match="is a folder"):
+        save_lora(tmp_path, {Q: good()})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "a.safetensors"
+    save_lora(path, {Q: good()})
+    before = path.read_bytes()
+
+    def torn(tensors, target, metadata):
+        Path(target).write_bytes(b"half")
+        raise OSError("No space left on device")
+    monkeypatch.setattr("lora_files.save_file", torn)
+    with pytest.raises(ValueError, match="cannot be written: No space left on device"):
+        save_lora(path, {Q: good(value=2.0)})
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_metadata_and_inputs_of_any_kind(tmp_path):
+    path, A = tmp_path / "Müller.safetensors", torch.ones(H, 2, requires_grad=True)
+    lora = {p: (A.t(), torch.ones(H, 2, dtype=torch.float64)) for p in (Q, Q[:-1] + "v")}  # one A
+    save_lora(path, lora, metadata={"prompt": "é", "format": "kohya", "rank": "2"}, dtype=torch.float32)
+    assert read_metadata(path) == {"prompt": "é", "format": "pt", "rank": "2"}
+    assert load_lora(str(path)).keys() == lora.keys() and list(tmp_path.iterdir()) == [path]
+    assert read_metadata(write(path, pair())) == {}
