@@ -1,0 +1,348 @@
+"""Meta-LoRA: a LoRA whose down-projection is shared by all people and learned beforehand.
+
+For target t (a Linear, or the q, k, v or mlp rows of a fused one) and person i
+
+    y = W x + U_i M_i A x          A: LoMD (r1 x d_in, shared)   M_i: LoM (r2 x r1)   U_i: LoU (d_out x r2)
+
+Stage 1 (meta_train.py) learns A with throw-away M and U of many people; stage 2 (personalize.py) freezes A and learns M
+and U of one. M A is a plain down-projection, so the result collapses to an ordinary LoRA of rank r2. Plain LoRA is the
+same thing without M and with an A per person.
+
+Source: "Meta-LoRA" (Topal et al. 2025), equation 1. How it is computed here: the product C = M A is formed first, on the
+weights' side, where it is small. Then the input is widened, not the output:
+
+    y = [x | x C^T] [W | U]^T
+
+Every adapted weight is stored with a few spare columns that hold U, so that the update costs one slightly wider GEMM and
+is added in its fp32 accumulator, before rounding to bf16. When a batch holds several people, each has columns of its
+own, and x C^T is masked so that every image meets only its person's.
+"""
+import math
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from flux_model import diffusers_flux_names
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The adapted Linear
+
+
+class FusedUpdate(torch.autograd.Function):
+    """y = [x | mask * (x C^T)] wide^T + bias. Gradients of x, C and the U blocks only: the base is frozen.
+
+    x (B, ..., d_in), wide (d_out, d_in + S) = [W | U | 0], bias (d_out) or None, C (S, d_in), mask (B, S) or None,
+    spans: for each block U_t (rows, columns) its (first row, first column) within the spare columns.
+    """
+    @staticmethod
+    def forward(ctx, x, wide, bias, C, mask, spans, *blocks):
+        d_in = x.shape[-1]
+        if mask is not None:
+            mask = mask.view(mask.shape[0], *(1,) * (x.dim() - 2), -1)
+        m = x @ C.T                                                                                         # (B, .., S)
+        m = m if mask is None else m * mask
+        ctx.save_for_backward(x, C, mask, m)
+        ctx.wide, ctx.version, ctx.spans, ctx.shapes = wide, wide._version, spans, [u.shape for u in blocks]
+        return F.linear(torch.cat((x, m), dim=-1), wide, bias)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, C, mask, m = ctx.saved_tensors
+        if ctx.wide._version != ctx.version:
+            raise RuntimeError("the adapter was given other weights between forward and backward")
+        d_in = x.shape[-1]
+        dx = dC = None
+        if ctx.needs_input_grad[0]:
+            g = dy @ ctx.wide                                    # one GEMM gives both dy W and dy U     (B, .., d_in + S)
+            dm = g[..., d_in:]
+        else:
+            dm = dy @ ctx.wide[:, d_in:]
+        dm = dm if mask is None else dm * mask
+        if ctx.needs_input_grad[0]:
+            dx = g[..., :d_in] + dm @ C
+        if ctx.needs_input_grad[3]:
+            dC = dm.flatten(0, -2).T @ x.flatten(0, -2)
+        dy, m = dy.flatten(0, -2), m.flatten(0, -2)
+        dU = [dy[:, row:row + rows].T @ m[:, column:column + columns] if needed else None
+              for (row, column), (rows, columns), needed in zip(ctx.spans, ctx.shapes, ctx.needs_input_grad[6:])]
+        return dx, None, None, dC, None, None, *dU
+
+
+def plain_update(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, M: Tensor, U: Tensor) -> Tensor:
+    """The same by three more matmuls, for one target and one person: to read, and to test the fused path against."""
+    return F.linear(x, weight, bias) + F.linear(F.linear(F.linear(x, A), M), U)
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen Linear with room for `columns` update columns beside its weight, in the base's dtype."""
+    def __init__(self, linear: nn.Linear, columns: int):
+        super().__init__()
+        self.out_features, self.in_features = linear.weight.shape
+        spare = -(self.in_features + columns) % 8 + columns       # rows of a multiple of 8 elements suit tensor cores
+        wide = linear.weight.new_zeros(self.out_features, self.in_features + spare)
+        wide[:, :self.in_features] = linear.weight.detach()
+        self.register_buffer("wide", wide)
+        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
+        self.spans, self.blocks, self.C, self.mask = [], [], None, None
+
+    @property
+    def weight(self) -> Tensor:
+        return self.wide[:, :self.in_features]
+
+    @property
+    def spare(self) -> int:
+        return self.wide.shape[1] - self.in_features
+
+    def set_update(self, downs: list[Tensor], ups: list[Tensor], rows: list[int], mask: Tensor | None = None):
+        """The update to add from now on: for each target C_t (R_t, d_in), U_t (rows_t, R_t) and its first row.
+
+        mask (B, sum of R_t): which of the columns an image of the batch meets; None: all.
+        """
+        used = sum(len(down) for down in downs)
+        pad = self.spare - used
+        self.C = F.pad(torch.cat(downs), (0, 0, 0, pad)).to(self.wide.dtype)
+        self.mask = None if mask is None else F.pad(mask, (0, pad)).to(self.wide.dtype)
+        self.spans, self.blocks, column = [], ups, 0
+        with torch.no_grad():
+            self.wide[:, self.in_features:].zero_()
+            for row, up in zip(rows, ups):
+                start = self.in_features + column
+                self.wide[row:row + len(up), start:start + up.shape[1]] = up
+                self.spans.append((row, column))
+                column += up.shape[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.C is None:
+            return F.linear(x, self.weight, self.bias)
+        return FusedUpdate.apply(x, self.wide, self.bias, self.C, self.mask, self.spans, *self.blocks)
+
+
+class Target(NamedTuple):
+    path: str             # diffusers module path
+    module: str           # the Linear of Flux that holds it
+    start: int            # first of its rows there
+    rows: int             # d_out
+    d_in: int
+
+
+def find_targets(flux: nn.Module, outside: bool = False) -> list[Target]:
+    """Every Linear of the blocks, fused ones split: 14 per double and 6 per single block; outside=True adds the rest."""
+    targets = []
+    for name, module in flux.named_modules():
+        if isinstance(module, (nn.Linear, AdaptedLinear)) and (outside or "_blocks." in name):
+            paths, start = [p.removesuffix(".weight") for p in diffusers_flux_names(name + ".weight")], 0
+            for i, path in enumerate(paths):
+                rows = module.out_features - start if i == len(paths) - 1 else module.in_features
+                targets.append(Target(path, name, start, rows, module.in_features))
+                start += rows
+    return targets
+
+
+def by_module(targets: list[Target]) -> dict[str, list[Target]]:
+    grouped = {}
+    for target in targets:
+        grouped.setdefault(target.module, []).append(target)
+    return grouped
+
+
+def inject(flux: nn.Module, name: str, columns: int) -> AdaptedLinear:
+    """Replaces a Linear of `flux`, by name, by an AdaptedLinear; one layer's weight exists twice for a moment."""
+    parent, _, attribute = name.rpartition(".")
+    adapted = AdaptedLinear(flux.get_submodule(name), columns)
+    setattr(flux.get_submodule(parent), attribute, adapted)
+    return adapted
+
+
+def remove_loras(flux: nn.Module):
+    """Every AdaptedLinear back to the Linear that it was."""
+    for name, module in list(flux.named_modules()):
+        if isinstance(module, AdaptedLinear):
+            linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+            linear.weight = nn.Parameter(module.weight.contiguous(), requires_grad=False)
+            linear.bias = module.bias
+            parent, _, attribute = name.rpartition(".")
+            setattr(flux.get_submodule(parent), attribute, linear)
+
+
+def apply_loras(flux: nn.Module, loras: list[tuple[dict, float]]):
+    """Adds plain LoRAs {diffusers path: (A (r, d_in), B (d_out, r))}, each at a strength, exactly and unmerged.
+
+    Replaces what was applied before. ValueError names the first module that the model lacks or that does not fit.
+    """
+    remove_loras(flux)
+    targets = {target.path: target for target in find_targets(flux, outside=True)}
+    updates = {}
+    for lora, strength in loras:
+        for path, (A, B) in lora.items():
+            target = targets.get(path)
+            if target is None:
+                raise ValueError(f"the LoRA adapts {path}, which this model does not have")
+            if A.shape[1] != target.d_in or B.shape[0] != target.rows:
+                raise ValueError(f"the LoRA's {path} is {B.shape[0]} x {A.shape[1]}, the model's {target.rows} x {target.d_in}")
+            if path == "norm_out.linear":                          # diffusers keeps scale before shift
+                B = B.roll(len(B) // 2, 0)
+            updates.setdefault(target.module, []).append((A, strength * B.float(), target.start))
+    for name, parts in updates.items():
+        layer = inject(flux, name, sum(len(A) for A, _, _ in parts))
+        downs, ups, rows = zip(*parts)
+        layer.set_update([A.to(layer.wide.device, torch.float32) for A in downs],
+                         [B.to(layer.wide.device) for B in ups], rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The people
+
+
+class IdentityBank:
+    """One flat fp32 row of weights per identity, with AdamW moments and a step count of its own.
+
+    A step touches only the rows it names: absent identities keep weights, moments and step count.
+    """
+    def __init__(self, weight: Tensor):
+        self.weight = weight                                                                                     # (N, P)
+        self.exp_avg, self.exp_avg_sq = torch.zeros_like(weight), torch.zeros_like(weight)
+        self.steps = torch.zeros(len(weight), dtype=torch.long, device=weight.device)
+
+    @torch.no_grad()
+    def step(self, ids: Tensor, grad: Tensor, lr: float, betas=(0.9, 0.999), eps: float = 1e-8,
+             weight_decay: float = 0.01):
+        """AdamW (Loshchilov & Hutter 2019), as torch computes it, on the rows `ids` (n,), with grad (n, P)."""
+        beta1, beta2 = betas
+        self.steps[ids] += 1
+        count = self.steps[ids, None].to(torch.float64)
+        exp_avg = self.exp_avg[ids].lerp_(grad, 1 - beta1)
+        exp_avg_sq = self.exp_avg_sq[ids].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        denominator = exp_avg_sq.sqrt().div_((1 - beta2 ** count).sqrt().float()).add_(eps)
+        size = (lr / (1 - beta1 ** count)).float()
+        self.weight[ids] = self.weight[ids].mul_(1 - lr * weight_decay).sub_(size * exp_avg / denominator)
+        self.exp_avg[ids], self.exp_avg_sq[ids] = exp_avg, exp_avg_sq
+
+
+def kaiming(shape: tuple, generator: torch.Generator) -> Tensor:
+    """torch's kaiming_uniform with a = sqrt(5), as LoRA starts its A: uniform within 1 / sqrt(fan-in)."""
+    return (2 * torch.rand(shape, generator=generator) - 1) / math.sqrt(shape[-1])
+
+
+def random_lomd(targets: list[Target], r1: int, seed: int = 0) -> dict[str, Tensor]:
+    """An untrained LoMD {path: (r1, d_in)}: where stage 1 starts, and the control of its experiments."""
+    generator = torch.Generator().manual_seed(seed)
+    return {target.path: kaiming((r1, target.d_in), generator) for target in targets}
+
+
+class MetaLoRA:
+    """The adapters of N identities on one frozen Flux: injects itself, trains, collapses, removes itself.
+
+    method "meta-lora": a row holds M (rank x r1) and U (d_out x rank) of every target, over the shared `lomd`.
+    method "lora": a row holds A (rank x d_in) and U; no lomd. U starts at zero, so the first update is exactly zero.
+    Trainables are fp32 whatever the base is. `slots`: how many identities one batch may hold at most.
+    """
+    def __init__(self, flux: nn.Module, rank: int, method: str = "meta-lora", lomd: dict[str, Tensor] | None = None,
+                 num_identities: int = 1, seed: int = 0, slots: int = 1):
+        if (method == "meta-lora") != (lomd is not None) or method not in ("meta-lora", "lora"):
+            raise ValueError("method must be 'meta-lora', with a LoMD, or 'lora', without one")
+        self.flux, self.rank, self.method = flux, rank, method
+        self.targets = find_targets(flux)
+        device = next(flux.parameters()).device
+        if lomd is not None:
+            check_lomd(lomd, self.targets)
+            lomd = {t.path: lomd[t.path].to(device, torch.float32) for t in self.targets}
+        self.lomd = lomd
+        self.shapes = []                                # of M (or A) and U, target after target, as a row holds them
+        for t in self.targets:
+            self.shapes += [(rank, t.d_in if lomd is None else len(lomd[t.path])), (t.rows, rank)]
+        self.sizes = [math.prod(shape) for shape in self.shapes]
+        generator, rows = torch.Generator().manual_seed(seed), []
+        for _ in range(num_identities):
+            parts = [kaiming(shape, generator) if i % 2 == 0 else torch.zeros(shape) for i, shape in enumerate(self.shapes)]
+            rows.append(torch.cat([part.flatten() for part in parts]))
+        self.bank = IdentityBank(torch.stack(rows).to(device))
+        self.layers = [(inject(flux, name, len(targets) * slots * rank), targets)
+                       for name, targets in by_module(self.targets).items()]
+
+    def assign(self, ids: Tensor):
+        """ids (B,): whose image each of the coming batch is. Call before every forward pass."""
+        present, slot = torch.unique(ids.to(self.bank.weight.device), return_inverse=True)
+        self.present, n = present, len(present)
+        self.rows = self.bank.weight[present].requires_grad_()                                                    # (n, P)
+        parts = iter(part.view(n, *shape) for part, shape in zip(self.rows.split(self.sizes, dim=1), self.shapes))
+        mask = None
+        if n > 1:
+            mask = F.one_hot(slot, n).repeat_interleave(self.rank, dim=1)                                   # (B, n rank)
+        for layer, targets in self.layers:
+            downs, ups = [], []
+            for target in targets:
+                down, up = next(parts), next(parts)                              # (n, rank, r1 or d_in), (n, rows, rank)
+                down = down if self.lomd is None else down @ self.lomd[target.path]
+                downs.append(down.flatten(0, 1))                                                         # (n rank, d_in)
+                ups.append(up.transpose(0, 1).flatten(1))                                                # (rows, n rank)
+            layer.set_update(downs, ups, [t.start for t in targets], None if mask is None else mask.repeat(1, len(targets)))
+
+    def step(self, lr: float, clip: float = 1.0) -> Tensor:
+        """After backward: clips each present row's gradient to norm `clip`, then AdamW. Returns the norms (n,).
+
+        Rows are clipped one by one, so that an identity trains the same alone and among others.
+        """
+        grad = self.rows.grad
+        norm = grad.norm(dim=1)
+        grad = grad * (clip / (norm + 1e-6)).clamp(max=1.0)[:, None]
+        self.bank.step(self.present, grad, lr)
+        return norm
+
+    @torch.no_grad()
+    def collapse(self, identity: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
+        """The plain LoRA of an identity, {diffusers path: (M A (rank, d_in), U (d_out, rank))}, fp32 on the CPU."""
+        parts = [part.view(shape) for part, shape in zip(self.bank.weight[identity].split(self.sizes), self.shapes)]
+        lora = {}
+        for target, down, up in zip(self.targets, parts[::2], parts[1::2]):
+            down = down if self.lomd is None else down @ self.lomd[target.path]
+            lora[target.path] = (down.cpu().clone(), up.cpu().clone())
+        return lora
+
+    def remove(self):
+        remove_loras(self.flux)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LoMD files
+
+
+def check_lomd(lomd: dict[str, Tensor], targets: list[Target]):
+    """ValueError, naming the first difference, where a LoMD is of another model."""
+    d_in = {target.path: target.d_in for target in targets}
+    if set(lomd) != set(d_in):
+        odd = sorted(set(lomd) ^ set(d_in))[0]
+        raise ValueError(f"this LoMD is of another model: {odd} is {'not in the model' if odd in lomd else 'missing from it'}")
+    for path, A in lomd.items():
+        if A.dim() != 2 or A.shape[1] != d_in[path]:
+            raise ValueError(f"this LoMD is of another model: {path} takes {A.shape[-1]} inputs, the model's {d_in[path]}")
+
+
+def save_lomd(path: str | Path, lomd: dict[str, Tensor], metadata: dict[str, str]):
+    """Writes {diffusers path: (r1, d_in)} as <path>.lomd, in fp32; the file is whole or absent."""
+    r1 = len(next(iter(lomd.values())))
+    save_file({f"{k}.lomd": v.detach().float().cpu().contiguous() for k, v in lomd.items()}, f"{path}.part",
+              {"format": "pt", "r1": str(r1), "targets": str(len(lomd))} | metadata)
+    os.replace(f"{path}.part", path)
+
+
+def load_lomd(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """LoMD and metadata of a file that save_lomd wrote. ValueError, in one line, for any other."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key).float() for key in file.keys()}
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as a safetensors file: {error}") from None
+    odd = [key for key in tensors if not key.endswith(".lomd")]
+    if odd or not tensors:
+        raise ValueError(f"{path} is no LoMD file: {f'it holds {odd[0]}' if odd else 'it is empty'}")
+    unsound = [key for key, value in tensors.items() if not value.isfinite().all()]
+    if unsound:
+        raise ValueError(f"{path}: {unsound[0]} is not finite")
+    return {key.removesuffix(".lomd"): value for key, value in tensors.items()}, metadata
