@@ -1,0 +1,327 @@
+"""sample.py on the small random snapshot: pictures, files, text fields, LoRAs, bad input, Ctrl-C."""
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import flux_model
+import sample
+from lora_files import save_lora
+
+ROOT = Path(__file__).resolve().parents[1]
+HUBS = (ROOT / "tests" / "golden" / "hub", ROOT.parent / "shared" / "golden" / "hub")
+HUB = next((folder for folder in HUBS if folder.is_dir()), None)
+pytestmark = pytest.mark.skipif(HUB is None, reason="the small snapshot golden/hub is not here")
+
+SMALL = ["--width", "48", "--height", "32", "--steps", "2", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_load():
+    """Loading the text encoders takes most of a run: keep what they are loaded to."""
+    encoders = flux_model.load_text_encoders(HUB, "cpu", torch.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample, "load_text_encoders", lambda *args: encoders)
+        yield encoders
+
+
+@pytest.fixture(autouse=True)
+def in_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(*words):
+    return sample.main([*SMALL, "--model", str(HUB), *map(str, words)])
+
+
+def pixels(path):
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def files():
+    return sorted(str(path) for path in Path().rglob("*") if path.is_file())
+
+
+def linears(flux):
+    """(name, module, diffusers paths, rows of each) of every Linear."""
+    for name, module in flux.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            paths = [path.removesuffix(".weight") for path in flux_model.diffusers_flux_names(f"{name}.weight")]
+            width = module.in_features
+            rows = [module.out_features] if len(paths) == 1 else [width] * 3 + [4 * width] * (len(paths) - 3)
+            yield name, module, paths, rows
+
+
+def make_lora(path, seed=0, only=None, config=None):
+    """A random LoRA of rank 2 for all Linears; {path: (A, B)} as the fp16 file holds it."""
+    with torch.device("meta"):
+        flux = flux_model.Flux(config or flux_model.flux_files(HUB)[1])
+    generator, lora = torch.Generator().manual_seed(seed), {}
+    for _, module, paths, rows in linears(flux):
+        for name, d_out in zip(paths, rows):
+            lora[name] = tuple((torch.randn(shape, generator=generator) * 0.3).half().float()
+                               for shape in ((2, module.in_features), (d_out, 2)))
+    save_lora(path, {name: lora[name] for name in only or lora})
+    return lora
+
+
+def test_one_prompt_is_out_png_with_its_settings(capsys):
+    assert run("a café\u2009→ 東京", "--seed", "7", "--guidance", "2.5") == 0
+    assert files() == ["out.png"]
+    image = Image.open("out.png")
+    assert image.size == (48, 32) and image.mode == "RGB"
+    assert image.text == {"prompt": "a café\u2009→ 東京", "seed": "7", "steps": "2", "guidance": "2.5", "true_cfg": "1.0",
+                          "negative": "", "model": "hub", "loras": "", "width": "48", "height": "32"}
+    output = capsys.readouterr()
+    assert "saved out.png" in output.out and not output.err
+
+
+def test_picture_is_what_the_model_gives(one_load):
+    """The file against the model's own functions, with a negative prompt: v_neg + scale (v - v_neg)."""
+    assert run("a cat", "--seed", "5", "--negative", "a dog", "--true-cfg", "2.5") == 0
+    flux = flux_model.load_flux(HUB, "cpu", torch.float32)
+    autoencoder = flux_model.load_autoencoder(HUB, "cpu", torch.float32)
+    (txt, y), (neg_txt, neg_y) = one_load.encode(["a cat"]), one_load.encode(["a dog"])
+    latent = flux_model.denoise(flux, flux_model.get_noise(32, 48, 5), txt, y, 2, 3.5, neg_txt, neg_y, 2.5)
+    with torch.no_grad():
+        wanted = (autoencoder.decode(latent)[0].clamp(-1, 1) + 1) * 127.5
+    assert np.abs(pixels("out.png") - wanted.permute(1, 2, 0).round().numpy()).max() <= 1
+    assert Image.open("out.png").text["negative"] == "a dog"
+
+    assert run("a cat", "--seed", "5", "--out", "plain.png") == 0
+    assert run("a cat", "--seed", "5", "--true-cfg", "2.5", "--out", "empty.png") == 0       # empty negative prompt
+    assert np.any(pixels("plain.png") != pixels("out.png"))
+    assert np.any(pixels("empty.png") != pixels("out.png")) and np.any(pixels("empty.png") != pixels("plain.png"))
+
+
+def test_prompts_by_seeds_and_their_grid():
+    assert run("a cat", "a dog", "--seed", "3", "--num", "2") == 0
+    names = [f"samples/{name}_{seed}.png" for name in ("a-cat", "a-dog") for seed in (3, 4)]
+    assert files() == sorted(names + ["samples/grid.png"])
+    pictures = [pixels(name) for name in names]
+    assert np.array_equal(pixels("samples/grid.png"), np.concatenate(
+        [np.concatenate(pictures[:2], axis=1), np.concatenate(pictures[2:], axis=1)]))
+    assert all(np.any(a != b) for i, a in enumerate(pictures) for b in pictures[:i])
+    assert Image.open("samples/grid.png").text["seed"] == "3 4"
+
+    assert run("a dog", "--seed", "4", "--out", "alone.png") == 0              # alone or among others: the same
+    assert np.array_equal(pixels("alone.png"), pictures[3])
+
+
+def test_ways_to_name_prompts_and_seeds():
+    Path("prompts.txt").write_text("\ufeff# two of them\n\n  a cat \r\na dog\na cat\n", encoding="utf-8")
+    assert run("--seed", "9", "2", "9", "a cow", "--prompts", "prompts.txt", "--out", "many") == 0
+    assert files() == ["many/" + name for name in (
+        "a-cat_2.png", "a-cat_9.png", "a-cow_2.png", "a-cow_9.png", "a-dog_2.png", "a-dog_9.png", "grid.png")] + [
+        "prompts.txt"]
+    assert run("--seed", "1", "a cow", "--out", "many") == 0                   # a folder takes a single picture too
+    assert Path("many/a-cow_1.png").exists()
+
+
+def test_file_names():
+    def plan(prompts, out=None):
+        return [str(path) for path in sample.plan_files(out and Path(out), prompts, [0])[0]]
+    assert plan(["A cat!", "a  cat", "a-cat-2", "?"]) == [
+        f"samples/{name}_0.png" for name in ("a-cat", "a-cat-2", "a-cat-2-2", "prompt")]
+    assert plan(["x" * 300, "../../etc/東京"]) == [f"samples/{'x' * 40}_0.png", "samples/etc-東京_0.png"]
+    assert plan(["a"], "A.PNG") == ["A.PNG"] and plan(["a"], "v1.2") == ["v1.2/a_0.png"]
+    assert plan(["a"], "new/deep/a.png") == ["new/deep/a.png"]
+
+
+def test_existing_picture_is_replaced():
+    Path("out.png").write_text("old")
+    assert run("a cat") == 0
+    assert pixels("out.png").shape == (32, 48, 3) and files() == ["out.png"]
+
+
+def test_loras_and_strengths():
+    make_lora("a:0.5.safetensors", 0)
+    make_lora("b.safetensors", 1)
+    for out, loras in {"none": [], "zero": ["a:0.5.safetensors:0"], "a": ["a:0.5.safetensors"], "b": ["b.safetensors:1"],
+                       "minus": ["b.safetensors:-0.5"], "both": ["a:0.5.safetensors:0.5", "b.safetensors:-0.5"]}.items():
+        assert run("a cat", "--out", f"{out}.png", *(word for lora in loras for word in ("--lora", lora))) == 0
+    assert np.array_equal(pixels("none.png"), pixels("zero.png"))
+    different = [pixels(f"{name}.png") for name in ("none", "a", "b", "minus", "both")]
+    assert all(np.any(a != b) for i, a in enumerate(different) for b in different[:i])
+    assert Image.open("both.png").text["loras"] == "a:0.5.safetensors:0.5, b.safetensors:-0.5"
+    assert Image.open("a.png").text["loras"] == "a:0.5.safetensors:1"
+
+
+def test_lora_names_with_colons():
+    for name in ("a", "a:0.5", "c:d"):
+        Path(name).touch()
+    assert [sample.split_lora(text) for text in ("a", "a:2", "a:-.5", "a:0.5", "a:0.5:2", "c:d", "c:d:1e-1")] == [
+        ("a", 1), ("a", 2), ("a", -0.5), ("a:0.5", 1), ("a:0.5", 2), ("c:d", 1), ("c:d", 0.1)]
+
+
+def test_lora_is_its_update():
+    """Against the same model with W + strength B A, added in fp64."""
+    lora = make_lora("a.safetensors", 0)
+    assert run("a cat", "--lora", "a.safetensors:0.7") == 0
+    flux = flux_model.load_flux(HUB, "cpu", torch.float32)
+    for _, module, paths, _ in linears(flux):
+        update = torch.cat([lora[path][1].double() @ lora[path][0].double() for path in paths])
+        if paths == ["norm_out.linear"]:               # diffusers keeps scale before shift
+            update = update.roll(len(update) // 2, 0)
+        module.weight.data = (module.weight.double() + 0.7 * update).float()
+    autoencoder = flux_model.load_autoencoder(HUB, "cpu", torch.float32)
+    embeddings = sample.encode_prompts(HUB, ["a cat"], "cpu", torch.float32)
+    latent, = sample.sample_latents(flux, embeddings, [("a cat", 0)], 48, 32, 2, 3.5)
+    difference = pixels("out.png") - np.asarray(sample.decode_latent(autoencoder, latent)).astype(int)
+    assert np.abs(difference).max() <= 1
+
+
+BAD = {
+    "no prompt": [],
+    "empty prompt": ["a cat", " "],
+    "prompt that is no text": ["a \udcff cat"],
+    "no prompts file": ["--prompts", "absent.txt"],
+    "empty prompts file": ["--prompts", "empty.txt"],
+    "prompts file that is no text": ["--prompts", "binary.txt"],
+    "unknown option": ["a", "--sed", "1"],
+    "width": ["a", "--width", "1000"],
+    "height": ["a", "--height", "8"],
+    "no width": ["a", "--width", "0"],
+    "negative height": ["a", "--height", "-16"],
+    "no steps": ["a", "--steps", "0"],
+    "half a step": ["a", "--steps", "1.5"],
+    "guidance": ["a", "--guidance", "nan"],
+    "true cfg": ["a", "--true-cfg", "much"],
+    "seed": ["a", "--seed", "x"],
+    "negative seed": ["a", "--seed", "-1"],
+    "large seed": ["a", "--seed", str(2 ** 64)],
+    "no seeds": ["a", "--num", "0"],
+    "one file for two": ["a", "b", "--out", "x.png"],
+    "not PNG": ["a", "--out", "x.jpg"],
+    "folder is a file": ["a", "b", "--out", "empty.txt"],
+    "parent is a file": ["a", "--out", "empty.txt/x.png"],
+    "no LoRA": ["a", "--lora", "absent.safetensors"],
+    "no LoRA, strength": ["a", "--lora", "absent.safetensors:0.5"],
+    "LoRA is a folder": ["a", "--lora", "."],
+    "no LoRA name": ["a", "--lora", ""],
+    "strength": ["a", "--lora", "good.safetensors:strong"],
+    "no strength": ["a", "--lora", "good.safetensors:"],
+    "infinite strength": ["a", "--lora", "good.safetensors:inf"],
+    "LoRA that is none": ["a", "--lora", "binary.txt"],
+    "cut LoRA": ["a", "--lora", "cut.safetensors"],
+    "model": ["a", "--model", "absent"],
+    "folder without a model": ["a", "--model", "."],
+    "device": ["a", "--device", "abacus"],
+}
+
+
+@pytest.mark.parametrize("words", BAD.values(), ids=BAD)
+def test_bad_input_is_one_line_and_exit_code_2(words, capsys):
+    Path("empty.txt").touch()
+    Path("binary.txt").write_bytes(bytes(range(128, 256)))
+    make_lora("good.safetensors")
+    Path("cut.safetensors").write_bytes(Path("good.safetensors").read_bytes()[:-9])
+    before = files()
+    assert run(*words) == 2
+    output = capsys.readouterr()
+    assert output.err.startswith("sample.py: ") and output.err.count("\n") == 1 and not output.out
+    assert "Traceback" not in output.err and files() == before
+
+
+def test_message_names_what_is_wrong(capsys):
+    config = flux_model.flux_files(HUB)[1]
+    deep = flux_model.FluxConfig(**{**vars(config), "depth_single_blocks": 9})
+    wide = flux_model.FluxConfig(**{**vars(config), "hidden_size": 128, "axes_dim": (4, 30, 30)})
+    make_lora("deep.safetensors", config=deep, only=["single_transformer_blocks.8.proj_out"])
+    make_lora("wide.safetensors", config=wide, only=["transformer_blocks.1.attn.to_add_out"])
+    for words, parts in ((["--width", "1000"], ["--width 1000", "992", "1008"]),
+                         (["--lora", "x.safetensors:2"], ["x.safetensors"]),
+                         (["--lora", "deep.safetensors"], ["deep.safetensors", "single_transformer_blocks.8.proj_out"]),
+                         (["--lora", "wide.safetensors"], ["wide.safetensors", "transformer_blocks.1.attn.to_add_out"])):
+        assert run("a cat", *words) == 2
+        error = capsys.readouterr().err
+        assert all(part in error for part in parts) and error.count("\n") == 1, error
+
+
+def test_command_line():
+    """As a user runs it: a fresh interpreter, an error without a traceback, and --help."""
+    bad = subprocess.run([sys.executable, ROOT / "sample.py", "--model", HUB, "--width", "40", "a cat"],
+                         capture_output=True, text=True)
+    assert bad.returncode == 2 and bad.stderr.startswith("sample.py: --width 40") and bad.stderr.count("\n") == 1
+    assert sample.parse_arguments(["a"]).words == ["a"]
+    with pytest.raises(SystemExit) as exit:
+        sample.main(["--help"])
+    assert exit.value.code == 0
+
+
+def test_notes(capsys):
+    assert run("a cat", "--negative", "a dog") == 0
+    assert "note: --negative" in capsys.readouterr().err
+
+
+def stop_at_second(monkeypatch, stop):
+    calls = []
+
+    def denoise(*args):
+        calls.append(1)
+        return flux_model.denoise(*args) if len(calls) == 1 else stop()
+    monkeypatch.setattr(sample, "denoise", denoise)
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def test_ctrl_c_saves_what_is_finished(monkeypatch, capsys):
+    stop_at_second(monkeypatch, interrupt)
+    assert run("a cat", "--num", "3") == 130
+    assert files() == ["samples/a-cat_0.png"] and pixels("samples/a-cat_0.png").shape == (32, 48, 3)
+    assert "1 of 3" in capsys.readouterr().err
+
+
+def test_second_ctrl_c_ends_at_once(monkeypatch):
+    stop_at_second(monkeypatch, interrupt)
+
+    def save(image, path, **kwargs):
+        path.write_bytes(b"half a picture")
+        interrupt()
+    monkeypatch.setattr(Image.Image, "save", save)
+    assert run("a cat", "--num", "3") == 130
+    assert files() == []
+
+
+@pytest.mark.parametrize("stopped", (False, True))
+def test_models_come_and_go_in_turn(monkeypatch, stopped):
+    """Nothing of one model is left when the next one is loaded, even after Ctrl-C."""
+    make_lora("a.safetensors")
+    loaded = []
+
+    def watch(load):
+        def watched(*args):
+            assert not any(ref() is not None for ref in loaded), load.__name__
+            model = load(*args)
+            for module in (model.t5, model.clip) if hasattr(model, "t5") else (model,):
+                loaded.extend(weakref.ref(x) for x in (*module.modules(), *module.parameters()))
+            return model
+        return watched
+    for load in (flux_model.load_text_encoders, flux_model.load_flux, flux_model.load_autoencoder):
+        monkeypatch.setattr(sample, load.__name__, watch(load))
+    if stopped:
+        stop_at_second(monkeypatch, interrupt)
+    assert run("a cat", "--num", "2", "--lora", "a.safetensors") == (130 if stopped else 0)
+    assert len(files()) == (2 if stopped else 4)
+
+
+def test_ctrl_c_at_the_first_picture_leaves_nothing(monkeypatch):
+    monkeypatch.setattr(sample, "denoise", lambda *args: interrupt())
+    assert run("a cat", "--num", "3") == 130
+    assert files() == []
+
+
+def test_not_finite_is_named(monkeypatch, capsys):
+    stop_at_second(monkeypatch, lambda: torch.full((1, 16, 4, 6), torch.nan))
+    assert run("a cat", "--num", "3", "--seed", "4") == 1
+    assert files() == ["samples/a-cat_4.png"]
+    error = capsys.readouterr().err
+    assert "sample.py: seed 5 of 'a cat'" in error and "Traceback" not in error
