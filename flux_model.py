@@ -431,7 +431,7 @@ def position_ids(batch: int, height: int, width: int, text_len: int, device=None
 def get_noise(height: int, width: int, seed: int, channels: int = 16) -> Tensor:
     """The reference's start noise (1, 16, h, w) for a picture of height x width pixels, the same on every device.
 
-    Drawn on the CPU and directly in bf16: drawing in fp32 and rounding would be another stream.
+    Drawn on the CPU and directly in bf16: to draw in fp32 and round gives other numbers in some versions of torch.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
     return torch.randn(1, channels, 2 * math.ceil(height / 16), 2 * math.ceil(width / 16),
@@ -825,7 +825,7 @@ def find_model(name: str) -> Path:
         check_snapshot(Path(name))
         return Path(name)
     import huggingface_hub
-    from huggingface_hub.errors import HTTPError, HFValidationError, LocalEntryNotFoundError      # of its http client
+    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError          # HTTPError: its http client's own
     repo, weights, licence = HUB[name]
     wanted = [weights, "ae.safetensors", "text_encoder/*", "text_encoder_2/*", "tokenizer/*", "tokenizer_2/*"]
     try:
@@ -835,13 +835,15 @@ def find_model(name: str) -> Path:
     except (LocalEntryNotFoundError, ValueError):
         pass                                                      # not in the cache, or not whole: ask the hub below
     try:
-        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=wanted))
-    except (HTTPError, HFValidationError, OSError) as error:
+        folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns=wanted))
+        check_snapshot(folder)                                    # without network the hub gives what it has, in silence
+        return folder
+    except (HTTPError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"{repo} is neither in the hub cache nor could it be downloaded ({reason[:120]}): accept its licence ({licence}) at "
-            f"huggingface.co/{repo}, run `hf auth login` and `hf download {repo}` (34 GB), or try --model baby, "
-            "which needs no download") from None
+            f"{repo} is neither in the hub cache nor could it be downloaded ({reason[:200]}): accept its licence ({licence}) at "
+            f"huggingface.co/{repo}, run `hf auth login` and then this command again (it downloads 34 GB), or try "
+            "--model baby, which needs no download") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
