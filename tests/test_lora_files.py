@@ -14,7 +14,7 @@ from lora_files import (FORMATS, NAMES, ORIGINAL_OF, load_lora, parse_key, read_
                         split_number)
 
 LAYOUTS = Path(__file__).parents[2] / "shared" / "golden" / "checkpoint_layouts.json"
-H, MLP = 16, 48                                                 # an MLP ratio of 3, so that nothing relies on 4
+H, MLP = 16, 48                                              # an MLP ratio of 3, so that nothing relies on 4
 CONFIG = FluxConfig(in_channels=12, out_channels=20, vec_in_dim=10, context_in_dim=14, hidden_size=H,
                     mlp_ratio=3.0, num_heads=2, depth=2, depth_single_blocks=3, axes_dim=(2, 2, 4))
 Q = "transformer_blocks.0.attn.to_q"
@@ -24,7 +24,8 @@ SINGLE = [f"single_transformer_blocks.1.{part}" for part in PARTS]
 # written out by hand, apart from the table under test: original module -> its diffusers parts and their rows
 FUSED = {
     r"double_blocks\.(\d+)\.img_attn\.qkv": [(f"transformer_blocks.{{}}.attn.to_{x}", H) for x in "qkv"],
-    r"double_blocks\.(\d+)\.txt_attn\.qkv": [(f"transformer_blocks.{{}}.attn.add_{x}_proj", H) for x in "qkv"],
+    r"double_blocks\.(\d+)\.txt_attn\.qkv": [(f"transformer_blocks.{{}}.attn.add_{x}_proj", H)
+                                             for x in "qkv"],
     r"single_blocks\.(\d+)\.linear1": [(f"single_transformer_blocks.{{}}.attn.to_{x}", H) for x in "qkv"]
                                       + [("single_transformer_blocks.{}.proj_mlp", MLP)]}
 
@@ -246,7 +247,8 @@ def test_shared_a_of_some_parts_and_a_new_lora_read_back_unchanged(tmp_path):
     some = {path: (A, full[path][1]) for path in SINGLE[:2]}
     new = {path: (A, torch.zeros_like(full[path][1])) for path in SINGLE}
     part = {path: (full[path][0], full[path][1] * (path == SINGLE[3])) for path in SINGLE}
-    for lora in (some, new, part):
+    zero_a = {path: (full[path][0] * (path == SINGLE[3]), full[path][1]) for path in SINGLE}
+    for lora in (some, new, part, zero_a):
         save_lora(tmp_path / "a.safetensors", lora, "kohya", mlp_ratio=3.0)
         assert_same(load_lora(tmp_path / "a.safetensors", CONFIG), lora)
 
