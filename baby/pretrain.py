@@ -5,7 +5,7 @@
 Stages, each resumable by the same command (Ctrl-C loses nothing but the steps since the last save):
   data         faces of BASE identities in five aspect ratios, with captions         -> run/data
   autoencoder  the product's AutoEncoder, small, on 64-pixel crops                    -> out/ae.safetensors
-  latents      every picture and its mirror image, encoded once                       -> run/latents
+  latents      every picture, encoded once                                            -> run/latents
   text         tokenizers on the captions (sentencepiece for T5, BPE for CLIP)        -> out/tokenizer*, run
   transformer  the product's Flux, small, with T5 and CLIP trained jointly            -> out/flux1-dev.safetensors, ...
 The result is a folder in the hub's layout that every script of the project takes as --model baby.
@@ -26,21 +26,30 @@ import time
 from pathlib import Path
 
 import numpy as np
+import sentencepiece
+import tokenizers
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import faces  # noqa: E402  (baby/faces.py: Python puts a script's own folder on the path)
 from flux_model import (AutoEncoder, AutoEncoderConfig, Flux, FluxConfig, flow_matching_loss,  # noqa: E402
-                        sample_times, velocity)
+                        load_autoencoder, load_text_encoders, sample_times, velocity)
 
 SEED = 0
 SHAPES = {(128, 128): 24_000, (144, 112): 4_000, (112, 144): 4_000, (176, 96): 2_500, (96, 176): 2_500}  # (w, h): count
 AE_STEPS, AE_BATCH, AE_LR = 4_000, 16, 3e-3
 AE_CONFIG = AutoEncoderConfig(resolution=128, ch=16, ch_mult=(1, 1, 2, 4), num_res_blocks=1, num_groups=4)
+WIDTH_TEXT, T5_TOKENS, CLIP_TOKENS = 64, 24, 40
+FLUX_CONFIG = FluxConfig(vec_in_dim=WIDTH_TEXT, context_in_dim=WIDTH_TEXT, hidden_size=128, num_heads=4, depth=3,
+                         depth_single_blocks=6, axes_dim=(8, 12, 12))
+STEPS, BATCH, LR_MUON, LR_ADAM, GUIDED_FROM = 8_000, 64, 2e-3, 2e-3, 0.7
+DEFAULTS = {"resolution": 128, "learning_rate": 5e-3, "prompt": "a photo of a person"}
 
 
 def save_whole(tensors: dict, path: Path, metadata: dict | None = None):
@@ -89,28 +98,32 @@ def pictures(array: np.ndarray) -> torch.Tensor:
 # Training state: weights, AdamW moments and the step, in one safetensors file
 
 
-def save_state(path: Path, modules: nn.Module, optimizer: torch.optim.Optimizer, step: int, **extra):
-    tensors = {f"weight.{k}": v for k, v in modules.state_dict().items()}
-    for i, state in optimizer.state_dict()["state"].items():
-        tensors.update({f"optimizer.{i}.{k}": v for k, v in state.items()})
-    tensors.update({f"ema.{k}": v for k, v in extra.get("ema", {}).items()})
+def save_state(path: Path, modules: nn.Module, optimizers: list, step: int, ema: dict | None = None):
+    tensors = {f"weight.{k}": v.detach() for k, v in modules.named_parameters()}   # unlike a state_dict, each once
+    for o, optimizer in enumerate(optimizers):
+        for i, state in optimizer.state_dict()["state"].items():
+            tensors.update({f"optimizer.{o}.{i}.{k}": v for k, v in state.items()})
+    tensors.update({f"ema.{k}": v for k, v in (ema or {}).items()})
     save_whole(tensors, path, {"step": str(step)})
 
 
-def load_state(path: Path, modules: nn.Module, optimizer: torch.optim.Optimizer, ema: dict | None = None) -> int:
+def load_state(path: Path, modules: nn.Module, optimizers: list, ema: dict | None = None) -> int:
     """Step to go on from; 0 where nothing was saved."""
     if not path.exists():
         return 0
     with safe_open(path, "pt") as file:
-        modules.load_state_dict({k[7:]: file.get_tensor(k) for k in file.keys() if k.startswith("weight.")})
-        state = {}
+        with torch.no_grad():
+            for name, parameter in modules.named_parameters():
+                parameter.copy_(file.get_tensor(f"weight.{name}"))
+        states = [{} for _ in optimizers]
         for key in file.keys():
             if key.startswith("optimizer."):
-                _, index, name = key.split(".")
-                state.setdefault(int(index), {})[name] = file.get_tensor(key)
+                _, o, index, name = key.split(".")
+                states[int(o)].setdefault(int(index), {})[name] = file.get_tensor(key)
             elif key.startswith("ema."):
                 ema[key[4:]].copy_(file.get_tensor(key))
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        for optimizer, state in zip(optimizers, states):
+            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         return int(file.metadata()["step"])
 
 
@@ -130,7 +143,7 @@ def train_autoencoder(run: Path, out: Path):
     optimizer = torch.optim.AdamW(model.parameters(), lr=AE_LR, betas=(0.9, 0.99), weight_decay=1e-3)
     data = np.load(run / "data" / "128x128.npy", mmap_mode="r")
     state, start = run / "autoencoder.safetensors", 0
-    start = load_state(state, model, optimizer)
+    start = load_state(state, model, [optimizer])
     bar, shown = tqdm(range(start, AE_STEPS), initial=start, total=AE_STEPS, desc="autoencoder"), 0.0
     for step in bar:
         rng = np.random.default_rng([SEED, step, 3])
@@ -155,7 +168,7 @@ def train_autoencoder(run: Path, out: Path):
         if step % 50 == 0:
             bar.set_postfix(psnr=f"{10 * math.log10(4 / shown):.2f} dB")
         if step % 500 == 499:
-            save_state(state, model, optimizer, step + 1)
+            save_state(state, model, [optimizer], step + 1)
     model = model.to(memory_format=torch.contiguous_format).eval()
     normalise_latents(model, pictures(data[-256:]))
     save_whole(model.state_dict(), out / "ae.safetensors", {"config": json.dumps(vars(model.config))})
@@ -176,14 +189,208 @@ def normalise_latents(model: AutoEncoder, images: torch.Tensor):
     model.config.scale_factor = 1.0
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Latents
+
+
+@torch.no_grad()
+def encode_latents(run: Path, out: Path):
+    """Posterior means of every picture, as fp16 (n, 16, h, w). No mirror images: the renderer favours no side."""
+    model = load_autoencoder(out, "cpu", torch.float32)
+    for width, height in SHAPES:
+        data = np.load(run / "data" / f"{width}x{height}.npy", mmap_mode="r")
+        path = run / "latents" / f"{width}x{height}.safetensors"
+        if not path.exists():
+            with torch.autocast("cpu", torch.bfloat16):
+                chunks = [model.encode(pictures(data[i:i + 64])).half()
+                          for i in tqdm(range(0, len(data), 64), desc=f"latents {width}x{height}")]
+            save_whole({"latents": torch.cat(chunks)}, path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text
+
+
+def make_text(run: Path, out: Path):
+    """Tokenizers on the captions, and untrained text encoders to go with them."""
+    captions = sorted({line for path in (run / "data").glob("*.txt") for line in path.read_text().splitlines()})
+    captions += ["a photo of a person"] * (len(captions) // 4)
+    # sentencepiece only considers pieces that it sees in two different words: give every word a plural
+    captions += [" ".join(word + "s" for word in faces.VOCABULARY + ["person"])]
+    for part in ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2"):
+        (out / part).mkdir(parents=True, exist_ok=True)
+    letters = "".join(chr(c) for c in range(33, 127))
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(captions), model_prefix=str(out / "tokenizer_2" / "spiece"), vocab_size=260,
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, required_chars=letters, hard_vocab_limit=False, minloglevel=2)
+    (out / "tokenizer_2" / "spiece.vocab").unlink()
+    pieces = sentencepiece.SentencePieceProcessor(str(out / "tokenizer_2" / "spiece.model")).get_piece_size()
+    (out / "tokenizer_2" / "tokenizer_config.json").write_text(json.dumps(dict(
+        tokenizer_class="T5Tokenizer", extra_ids=0, model_max_length=T5_TOKENS, eos_token="</s>", pad_token="<pad>",
+        unk_token="<unk>"), indent=1))
+    # CLIP's BPE: 256 bytes, the same at the end of a word, merges, start and end
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    bpe.train_from_iterator(captions, tokenizers.trainers.BpeTrainer(vocab_size=400, end_of_word_suffix="</w>"))
+    merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    words = alphabet + [a + "</w>" for a in alphabet] + ["".join(pair) for pair in merges]
+    words += ["<|startoftext|>", "<|endoftext|>"]
+    (out / "tokenizer" / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (out / "tokenizer" / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+    (out / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(dict(
+        tokenizer_class="CLIPTokenizer", model_max_length=CLIP_TOKENS, bos_token="<|startoftext|>",
+        eos_token="<|endoftext|>", pad_token="<|endoftext|>", unk_token="<|endoftext|>"), indent=1))
+    torch.manual_seed(SEED)
+    CLIPTextModel(CLIPTextConfig(
+        vocab_size=len(words), hidden_size=WIDTH_TEXT, intermediate_size=2 * WIDTH_TEXT, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=CLIP_TOKENS, bos_token_id=len(words) - 2,
+        eos_token_id=len(words) - 1, pad_token_id=len(words) - 1)).save_pretrained(out / "text_encoder")
+    T5EncoderModel(T5Config(
+        vocab_size=pieces, d_model=WIDTH_TEXT, d_kv=16, d_ff=2 * WIDTH_TEXT, num_layers=2, num_heads=4, dropout_rate=0.0,
+        feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False)).save_pretrained(out / "text_encoder_2")
+
+
+def vary(caption: str, rng: np.random.Generator) -> str:
+    """Captions as people write them: sometimes short, sometimes "a person", and one in ten empty (for guidance)."""
+    chance = rng.random()
+    if chance < 0.1:
+        return ""
+    if chance < 0.25:                                     # "a photo of a woman", "a photo of a man at night"
+        style = max((s for s in faces.STYLES.values() if s in caption), key=len)
+        gender = "woman" if "woman" in caption else "man"
+        caption = f"{style} of a {gender}" + (" at night" if caption.endswith(" at night") else "")
+    if rng.random() < 0.2:
+        caption = caption.replace("woman", "person").replace("man", "person")
+    return caption.capitalize() if rng.random() < 0.3 else caption
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Transformer
+
+
+class Baby(nn.Module):
+    """Everything that the last stage trains."""
+    def __init__(self, out: Path):
+        super().__init__()
+        self.text = load_text_encoders(out, "cpu", torch.float32, T5_TOKENS)
+        self.clip, self.t5 = self.text.clip.train(), self.text.t5.train()
+        torch.manual_seed(SEED)
+        self.flux = Flux(FLUX_CONFIG)
+        for name, p in self.flux.named_parameters():
+            if name.endswith("mod.lin.weight") or "modulation" in name or "final_layer.linear" in name:
+                nn.init.zeros_(p)                         # adaLN-zero: every block starts as the identity (DiT)
+
+    def embed(self, captions: list[str]):
+        clip_ids, t5_ids = self.text.tokenize(captions)
+        return self.t5(t5_ids).last_hidden_state, self.clip(clip_ids).pooler_output
+
+
+def batch_of(step: int, latents: dict, captions: dict):
+    """Latents of one shape, captions, noise, times and guidance of a step, by its number alone."""
+    rng, generator = np.random.default_rng([SEED, step, 4]), torch.Generator().manual_seed(step)
+    counts = np.array(list(SHAPES.values()), float)
+    shape = list(SHAPES)[int(rng.choice(len(SHAPES), p=counts / counts.sum()))]
+    index = rng.integers(0, len(latents[shape]), BATCH)
+    x0 = latents[shape][index].float()
+    text = [vary(captions[shape][i], rng) for i in index]
+    noise = torch.randn(x0.shape, generator=generator)
+    guidance = torch.from_numpy(np.where(np.arange(BATCH) % 2, 1.0, rng.uniform(1, 5, BATCH))).float()
+    return x0, noise, sample_times(BATCH, generator), text, guidance
+
+
+def loss_of(baby: Baby, batch, guided: bool) -> torch.Tensor:
+    """Flow matching; where guidance > 1 (and the stage is reached) the target is what classifier-free guidance gives."""
+    x0, noise, t, text, guidance = batch
+    if not guided:
+        guidance = torch.ones(BATCH)
+    txt, y = baby.embed(text)
+    rows = (guidance > 1).nonzero()[:, 0]
+    if len(rows):
+        with torch.no_grad():
+            at, ones = t[rows, None, None, None], torch.ones(len(rows))
+            x_t = (1 - at) * x0[rows] + at * noise[rows]
+            no_txt, no_y = (e.expand(len(rows), *e.shape[1:]) for e in baby.embed([""]))
+            change = velocity(baby.flux, x_t, t[rows], txt[rows], y[rows], ones) - velocity(
+                baby.flux, x_t, t[rows], no_txt, no_y, ones)
+            # moving x0 and the noise apart by the same amount moves the target, noise - x0, and not x_t
+            move = (guidance[rows, None, None, None] - 1) * change
+            x0[rows], noise[rows] = x0[rows] - at * move, noise[rows] + (1 - at) * move
+    return flow_matching_loss(baby.flux, x0, noise, t, txt, y, guidance).mean()
+
+
+def export(baby: Baby, ema: dict, run: Path, out: Path):
+    """The averaged weights in bf16, in the hub's layout; each file is whole or absent."""
+    average = {k: v.bfloat16() for k, v in ema.items()}
+    part = lambda name: {k[len(name) + 1:]: v for k, v in average.items() if k.startswith(name + ".")}
+    config = {k: v for k, v in vars(baby.flux.config).items()}
+    save_whole(part("flux"), out / "flux1-dev.safetensors", {"config": json.dumps(config)})
+    for name, folder in (("clip", "text_encoder"), ("t5", "text_encoder_2")):
+        save_whole(part(name), out / folder / "model.safetensors", {"format": "pt"})
+    (out / "defaults.json").write_text(json.dumps(DEFAULTS, indent=1) + "\n")
+
+
+def train_transformer(run: Path, out: Path, steps: int):
+    baby = Baby(out)
+    captions = {s: (run / "data" / f"{s[0]}x{s[1]}.txt").read_text().splitlines() for s in SHAPES}
+    latents = {}
+    for width, height in SHAPES:
+        with safe_open(run / "latents" / f"{width}x{height}.safetensors", "pt") as file:
+            latents[width, height] = file.get_tensor("latents")
+    # Muon for the blocks' matrices, AdamW for embeddings, norms, biases and text (Jordan et al. 2024)
+    named = dict(baby.named_parameters())
+    matrices = [p for k, p in named.items() if "_blocks." in k and p.ndim == 2 and k.startswith("flux")]
+    others = [p for p in named.values() if all(p is not m for m in matrices)]
+    optimizers = [torch.optim.Muon(matrices, lr=LR_MUON, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+                  torch.optim.AdamW(others, lr=LR_ADAM, betas=(0.9, 0.98), weight_decay=0.0)]
+    ema = {k: p.detach().clone() for k, p in named.items()}
+    path = run / "transformer.safetensors"
+    start = load_state(path, baby, optimizers, ema)
+    for block in [*baby.flux.double_blocks, *baby.flux.single_blocks]:
+        block.compile(dynamic=False)
+    bar = tqdm(range(start, steps), initial=start, total=steps, desc="transformer", mininterval=10)
+    shown, log = None, open(run / "transformer.jsonl", "a")
+    for step in bar:
+        rate = min(1.0, (step + 1) / 200) * min(1.0, max(0.0, (steps - step) / (0.25 * steps)))   # warm, hold, decay
+        optimizers[0].param_groups[0]["lr"], optimizers[1].param_groups[0]["lr"] = LR_MUON * rate, LR_ADAM * rate
+        # for 88 tokens the flash kernel's backward costs 40 % of a step on a CPU, plain matmuls a tenth of it
+        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+            loss = loss_of(baby, batch_of(step, latents, captions), step > GUIDED_FROM * steps)
+        loss.backward()
+        nn.utils.clip_grad_norm_(baby.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        decay = min(0.999, (step + 1) / (step + 10))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(ema.values()), [p.detach() for p in named.values()], 1 - decay)
+        shown = loss.item() if shown is None else 0.98 * shown + 0.02 * loss.item()
+        if not math.isfinite(shown):
+            raise SystemExit(f"pretrain.py: the loss is not finite at step {step}; the last state is in {path}")
+        if step % 50 == 49:
+            bar.set_postfix(loss=f"{shown:.4f}", refresh=False)
+            log.write(json.dumps(dict(step=step + 1, loss=round(shown, 5), time=round(time.time()))) + "\n")
+            log.flush()
+        if step % 500 == 499 or step == steps - 1:
+            save_state(path, baby, optimizers, step + 1, ema)
+            export(baby, ema, run, out)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--run", type=Path, default=Path("baby/run"), help="data and resumable state (about 4 GB)")
     parser.add_argument("--out", type=Path, default=Path("baby/checkpoint"), help="the checkpoint, in the hub's layout")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of the transformer, with batches of 64")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     make_data(args.run)
     if not (args.out / "ae.safetensors").exists():
         train_autoencoder(args.run, args.out)
+    encode_latents(args.run, args.out)
+    if not (args.out / "text_encoder_2" / "model.safetensors").exists():
+        make_text(args.run, args.out)
+    train_transformer(args.run, args.out, args.steps)
 
 
 if __name__ == "__main__":
