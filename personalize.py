@@ -1,0 +1,358 @@
+"""Stage 2: one photo in, a LoRA of the person out.
+
+    python personalize.py face.jpg                  # FLUX.1-dev and its lomd.safetensors -> out.safetensors
+    python personalize.py face.jpg --model baby     # the same on a laptop
+    python personalize.py face.jpg --method lora    # the paper's baseline; needs no LoMD
+
+Sources: Meta-LoRA, "Stage-2: Test-time ID Personalization" (crops, flips, what is trained and how long);
+ai-toolkit, the paper's trainer (times, loss, guidance input 1.0, a latent drawn anew from the posterior).
+Deviations: sides are multiples of 16 pixels and not of 64, which keeps aspect ratios closer; a crop is seen
+at one resolution unless --resolution names more; small crops are enlarged, see `to_sizes`. An iteration is
+one step of the optimiser, as in the paper's tables; its Algorithm 2, read literally, would count epochs.
+"""
+import argparse
+import collections
+import gc
+import hashlib
+import math
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import flux_model
+import photos
+from lora_files import save_lora
+from metalora import MetaLoRA, check_lomd, find_targets, load_lomd
+
+ITERATIONS = {"meta-lora": 375, "lora": 625}     # the paper's
+FLOOR = 512                                      # pixels; FLUX.1 was not made for less
+
+
+class NotFinite(FloatingPointError):
+    """Training diverged at `iteration`, on the images of these indices."""
+    def __init__(self, iteration, images):
+        super().__init__(f"the loss or its gradient is not finite at iteration {iteration}")
+        self.iteration, self.images = iteration, images
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The method: crops, latents, training
+
+
+class Crop(NamedTuple):
+    picture: Image.Image                         # as the model sees it
+    photo: Path
+    box: tuple                                   # where in the photo, x0, y0, x1, y1
+
+
+def to_sizes(picture, resolutions):
+    """PIL image -> [PIL image]: once for each resolution, on the 16-pixel grid, no size twice.
+
+    Never enlarged beyond its own area, but for one case: below 512 x 512 (or the resolution, where that is
+    less) it is enlarged to that. A tight crop of a small photo would be a handful of tokens, a size that the
+    model was never trained at; blur is the smaller evil.
+    """
+    sized = {}
+    for resolution in resolutions:
+        floor = min(resolution, FLOOR)
+        small = picture.width * picture.height < floor ** 2
+        fitted = photos.fit_to_grid(picture, floor if small else resolution, upscale=small)
+        sized.setdefault(fitted.size, fitted)
+    return list(sized.values())
+
+
+def load_crops(paths, resolutions, augment=True):
+    """Photos of one person -> [Crop], the crops of all of them; without `augment` each photo as a whole.
+
+    Of several faces the largest counts, with a note on stderr. The detector runs on the CPU, so that crops
+    are the same on any device. ValueError names the photo that cannot be read or shows no face.
+    """
+    crops = []
+    for path in map(Path, paths):
+        photo = photos.read_photo(path)
+        boxes = [(0, 0, *photo.size)]
+        if augment:
+            faces = photos.find_faces(photo)
+            if not faces:
+                raise ValueError(f"no face found in {path}; --no-augment takes whole photos, faces or not")
+            if len(faces) > 1:
+                x0, y0, x1, y1 = map(round, faces[0][:4])
+                print(f"note: {len(faces)} faces in {path}; taking the largest, {x1 - x0} x {y1 - y0} pixels "
+                      f"at ({x0}, {y0})", file=sys.stderr)
+            boxes = photos.face_crops(*photo.size, faces[0])
+        crops += [Crop(picture, path, box)
+                  for box in boxes for picture in to_sizes(photo.crop(box), resolutions)]
+    return crops
+
+
+@torch.no_grad()
+def encode(autoencoder, pictures, mirror=True):
+    """PIL images -> for each a tensor (views, 2, 16, H / 8, W / 8), fp32: mean and deviation of its latent.
+
+    The views are the picture and, with `mirror`, its mirror image: encoded, since a flipped latent is not the
+    latent of a flipped picture. From mean and deviation each step draws anew, as the paper's trainer does, at
+    the price of one randn.
+    """
+    config, device = autoencoder.config, next(autoencoder.parameters()).device
+    latents = []
+    for picture in pictures:
+        pixels = photos.to_tensor(picture).to(device)
+        views = torch.stack([pixels, pixels.flip(-1)] if mirror else [pixels])
+        mean, logvar = autoencoder.moments(views).float().chunk(2, dim=1)                # each (V, 16, h, w)
+        mean = config.scale_factor * (mean - config.shift_factor)
+        latents.append(torch.stack((mean, config.scale_factor * torch.exp(0.5 * logvar)), dim=1))
+    return latents
+
+
+def draw(latent, generator):
+    """One element of `encode` -> latent (16, h, w): a coin for the view, a draw from its posterior."""
+    mean, deviation = latent[torch.randint(len(latent), (), generator=generator)]
+    return mean + deviation * torch.randn(mean.shape, generator=generator).to(mean.device)
+
+
+def epoch(latents, batch_size, generator):
+    """Every image once, in random order: [[index, ...], ...]. The images of a batch have one shape."""
+    of_shape = collections.defaultdict(list)
+    for i in torch.randperm(len(latents), generator=generator).tolist():
+        of_shape[latents[i].shape[-2:]].append(i)
+    batches = [same[i:i + batch_size] for same in of_shape.values() for i in range(0, len(same), batch_size)]
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
+
+
+def train(flux, adapter, latents, txt, y, iters, lr, batch_size=1, seed=0, on_step=None):
+    """`iters` steps of flow matching on the adapter's first identity; the base stays as it is.
+
+    flux with `adapter` in it; latents from `encode`; txt (1, T, _) and y (1, _); all on one device. Every
+    random number comes from one CPU generator, and lr is constant, so a longer run begins as a shorter one.
+    on_step(iteration, loss) is called after each step, counted from 1. Raises NotFinite.
+    """
+    generator, batches = torch.Generator().manual_seed(seed), []
+    for iteration in range(1, iters + 1):
+        batches = batches or epoch(latents, batch_size, generator)
+        batch = batches.pop()
+        n = len(batch)
+        latent = torch.stack([draw(latents[i], generator) for i in batch])                    # (B, 16, h, w)
+        noise = torch.randn(latent.shape, generator=generator).to(latent.device)
+        t = flux_model.sample_times(n, generator).to(latent.device)
+
+        adapter.assign(torch.zeros(n, dtype=torch.long))
+        losses = flux_model.flow_matching_loss(
+            flux, latent, noise, t, txt.expand(n, -1, -1), y.expand(n, -1), guidance=1.0)               # (B,)
+        losses.mean().backward()
+        norm = adapter.step(lr)
+
+        losses = losses.tolist()                     # only now: reading them waits for the device
+        if not (all(map(math.isfinite, losses)) and torch.isfinite(norm).all()):
+            bad = [i for i, loss in zip(batch, losses) if not math.isfinite(loss)]
+            raise NotFinite(iteration, bad or batch)
+        if on_step:
+            on_step(iteration, sum(losses) / n)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The command
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):                        # argparse would print its usage as well
+        raise ValueError(f"{message} (--help lists all options)")
+
+
+def positive(text):
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
+    return int(text)
+
+
+def parse(argv):
+    parser = Parser(prog="personalize.py", usage="personalize.py photo [photo ...] [options]",
+                    description="Turns one photo of a person, or a few, into a LoRA.", allow_abbrev=False)
+    add = parser.add_argument
+    add("photos", nargs="+", metavar="photo", help="photos of one person")
+    add("--model", default="flux-dev", help="flux-dev (default), flux-schnell, baby, or a folder like these")
+    add("--out", default="out.safetensors", help="LoRA file to write (default: out.safetensors)")
+    add("--format", choices=("diffusers", "kohya", "original"), default="diffusers", help="names in it")
+    add("--method", choices=tuple(ITERATIONS), default="meta-lora", help="lora is the paper's baseline")
+    add("--lomd", help="weights of stage 1 (default: lomd.safetensors of the model's folder, else here)")
+    add("--rank", type=positive, default=1, help="rank of the LoRA (default: 1)")
+    add("--iters", type=positive, help="steps of training (default: 375, with --method lora 625)")
+    add("--batch-size", type=positive, default=1, help="crops per step, of one shape (default: 1)")
+    add("--lr", type=float, help="learning rate (default: the model's; 4e-4 for FLUX.1)")
+    add("--resolution", type=positive, nargs="+", metavar="PIXELS", help="train at the area of a square "
+        "of this side; several: every crop at each (default: the model's; 1024 for FLUX.1)")
+    add("--prompt", help="what every crop is called (default: the model's; 'a photo of a person' for FLUX.1)")
+    add("--no-augment", action="store_true", help="the whole photo instead of crops and mirror images")
+    add("--seed", type=int, default=0, help="one CPU and one seed: the same weights to the bit (default: 0)")
+    add("--save-at", type=positive, nargs="+", default=[], metavar="N",
+        help="also write out-00000N.safetensors after N steps, and so on")
+    add("--save-crops", type=Path, metavar="DIR", help="write the pictures that are trained on, as PNG")
+    add("--device", help="cuda, mps or cpu (default: the best there is)")
+    return parser.parse_intermixed_args(argv)
+
+
+def check(args):
+    """ValueError for what can be refused before anything large is read; then fills in the defaults."""
+    args.iters = args.iters or ITERATIONS[args.method]
+    out = args.out = Path(args.out)
+    for path, what in ((out.parent, "--out"), (args.save_crops and args.save_crops.parent, "--save-crops")):
+        if path and not path.is_dir():
+            raise ValueError(f"the folder of {what} does not exist: {path}")
+        if path and not os.access(path, os.W_OK):
+            raise ValueError(f"the folder of {what} cannot be written to: {path.absolute()}")
+    if out.suffix != ".safetensors" or out.is_dir():
+        raise ValueError(f"--out must be a file that ends in .safetensors, not {out}")
+    if args.save_crops and args.save_crops.exists() and not args.save_crops.is_dir():
+        raise ValueError(f"--save-crops is not a folder: {args.save_crops}")
+    if max(args.save_at, default=0) > args.iters:
+        raise ValueError(f"--save-at {max(args.save_at)} is beyond the last of {args.iters} iterations")
+    if args.lr is not None and not 0 < args.lr < math.inf:
+        raise ValueError(f"--lr must be a positive number, not {args.lr}")
+    if args.resolution and not 64 <= min(args.resolution) <= max(args.resolution) <= 4096:
+        raise ValueError(f"--resolution takes 64 to 4096 pixels, not {' '.join(map(str, args.resolution))}")
+    if not 0 <= args.seed < 2 ** 63:
+        raise ValueError(f"--seed is between 0 and {2 ** 63 - 1}, not {args.seed}")
+    if args.lomd and args.method == "lora":
+        raise ValueError("--method lora trains its own A and takes no --lomd")
+    if args.lomd and not Path(args.lomd).is_file():
+        raise ValueError(f"no such LoMD: {args.lomd}")
+    if args.lomd and out.exists() and out.samefile(args.lomd):
+        raise ValueError(f"--out would overwrite the LoMD {args.lomd}")
+    for path in args.photos:
+        photos.read_photo(path)
+
+    args.device = flux_model.pick_device(args.device)
+    args.folder = flux_model.find_model(args.model)              # may download
+    args.dtype = flux_model.pick_dtype(args.device, args.folder)
+    defaults = flux_model.model_defaults(args.folder)
+    args.lr = args.lr or defaults["learning_rate"]
+    args.resolution = args.resolution or [defaults["resolution"]]
+    args.prompt = defaults["prompt"] if args.prompt is None else args.prompt
+
+
+def read_lomd(folder, path=None):
+    """The LoMD for the model in `folder` -> ({path: (r1, d_in)}, its hash, was it never trained?).
+
+    ValueError where there is none, or where it is another model's.
+    """
+    places = [Path(path)] if path else [Path(folder) / "lomd.safetensors", Path("lomd.safetensors")]
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        raise ValueError(f"no LoMD, neither {places[0]} nor ./{places[1]}: train one with meta_train.py, "
+                         "name yours with --lomd, or train a plain LoRA with --method lora")
+    lomd, metadata = load_lomd(path)
+    with torch.device("meta"):                       # shapes only
+        flux = flux_model.Flux(flux_model.flux_files(folder)[1])
+    try:
+        check_lomd(lomd, find_targets(flux))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return lomd, f"sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}", metadata.get("random") == "true"
+
+
+def save_crops(crops, folder):
+    """One PNG for each, numbered and named by size and photo."""
+    folder.mkdir(exist_ok=True)
+    for i, (picture, photo, _) in enumerate(crops):
+        path = folder / f"{i:02d}-{picture.width}x{picture.height}-{photo.stem}.png"
+        picture.save(f"{path}.part", format="PNG")
+        os.replace(f"{path}.part", path)
+
+
+def personalize(args):
+    """The command after `check`: three models that come and go in turn, so that the peak of memory is the
+    largest of them and not the sum."""
+    start, seconds = time.perf_counter(), {}
+
+    def lap(part):
+        gc.collect()                                 # transformers' models hold reference cycles
+        if args.device.type == "cuda":
+            torch.cuda.empty_cache()
+        seconds[part] = time.perf_counter() - start - sum(seconds.values())
+
+    lomd, lomd_name, untrained = None, "none", False
+    if args.method == "meta-lora":
+        lomd, lomd_name, untrained = read_lomd(args.folder, args.lomd)
+    crops = load_crops(args.photos, args.resolution, augment=not args.no_augment)
+    if args.save_crops:
+        save_crops(crops, args.save_crops)
+    if untrained:
+        lomd_name = f"random, {lomd_name}"
+        print("note: this LoMD is random and was never trained", file=sys.stderr)
+    lap("photos")
+    txt, y = flux_model.load_text_encoders(args.folder, args.device, args.dtype).encode([args.prompt])
+    lap("text")
+    latents = encode(flux_model.load_autoencoder(args.folder, args.device, args.dtype),
+                     tqdm([crop.picture for crop in crops], "encoding", disable=None, leave=False),
+                     mirror=not args.no_augment)
+    lap("pictures")
+    flux = flux_model.load_flux(args.folder, args.device, args.dtype)
+    adapter = MetaLoRA(flux, args.rank, method=args.method, lomd=lomd, seed=args.seed)
+    lap("model")
+
+    out, done, smooth, memory = args.out, 0, math.nan, ""
+
+    def save(path):
+        save_lora(path, adapter.collapse(), args.format, {
+            "method": args.method, "rank": str(args.rank), "iterations": str(done), "seed": str(args.seed),
+            "prompt": args.prompt, "resolution": " ".join(map(str, args.resolution)),
+            "learning_rate": f"{args.lr:g}", "batch_size": str(args.batch_size),
+            "augment": str(not args.no_augment).lower(), "model": Path(args.model).name, "lomd": lomd_name,
+            "made_by": "personalize.py"})
+
+    def on_step(iteration, loss):
+        nonlocal done, smooth, memory
+        done, smooth = iteration, loss if iteration == 1 else 0.95 * smooth + 0.05 * loss
+        if args.device.type == "cuda":
+            memory = f", peak {torch.cuda.max_memory_allocated(args.device) / 2 ** 30:.1f} GiB"
+        bar.set_postfix_str(f"loss {smooth:.4f}{memory}", refresh=False)
+        bar.update()
+        if iteration in args.save_at:
+            save(out.with_name(f"{out.stem}-{iteration:06d}.safetensors"))
+
+    with tqdm(total=args.iters, desc="training", disable=None) as bar:
+        try:
+            train(flux, adapter, latents, txt, y, args.iters, args.lr, args.batch_size, args.seed, on_step)
+        except NotFinite as error:
+            crop = crops[error.images[0]]
+            raise FloatingPointError(f"{error}, on {crop.photo} {crop.box}; a --lr below {args.lr:g} may "
+                                     f"help; {out} was not written") from None
+        except KeyboardInterrupt:
+            if done:
+                kept = out.with_name(f"{out.stem}-interrupted-{done:06d}.safetensors")
+                save(kept)
+                print(f"note: the {done} iterations so far are in {kept}", file=sys.stderr)
+            raise
+    save(out)
+    lap("training")
+    print(f"{out}: rank {args.rank}, {out.stat().st_size / 1e3:.0f} kB, {len(crops)} pictures, "
+          f"{args.iters} iterations, loss {smooth:.4f}{memory}")
+    print(f"seconds: {', '.join(f'{part} {value:.1f}' for part, value in seconds.items())}; in all "
+          f"{sum(seconds.values()):.1f}, an iteration {seconds['training'] / args.iters:.3f}")
+    model = "" if args.model == "flux-dev" else f"--model {shlex.quote(args.model)} "
+    print(f"try it:  python sample.py {model}--lora {shlex.quote(str(out))} {shlex.quote(args.prompt)}")
+
+
+def main(argv=None):
+    """Exit code: 0 done, 1 training diverged or memory ran out, 2 bad input, 130 Ctrl-C, work saved."""
+    try:
+        args = parse(argv)
+        check(args)
+        personalize(args)
+    except KeyboardInterrupt:
+        print("personalize.py: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+        print(f"personalize.py: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if isinstance(error, (ValueError, OSError)) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

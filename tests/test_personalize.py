@@ -1,0 +1,412 @@
+"""Stage 2 on a small random model: what the command writes, repeats, refuses and leaves behind."""
+import copy
+import functools
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+import flux_model
+import personalize
+import photos
+from lora_files import load_lora, read_metadata
+from metalora import MetaLoRA, find_targets, load_lomd, random_lomd, save_lomd
+
+ROOT = Path(__file__).parents[1]
+ASTRONAUT = Path(__file__).parent / "photos" / "astronaut.png"
+MODEL = next((path for path in (ROOT / "tests" / "golden" / "hub", ROOT.parent / "shared" / "golden" / "hub")
+              if path.is_dir()), None)
+BABY = ROOT / "baby" / "checkpoint"
+pytestmark = pytest.mark.skipif(MODEL is None, reason="the small model of golden/hub is not here")
+R1 = 8
+
+
+@pytest.fixture(scope="module")
+def targets():
+    with torch.device("meta"):
+        return find_targets(flux_model.Flux(flux_model.flux_files(MODEL)[1]))
+
+
+@pytest.fixture(scope="module")
+def lomd(targets, tmp_path_factory):
+    """A random LoMD of the small model."""
+    path = tmp_path_factory.mktemp("lomd") / "lomd.safetensors"
+    save_lomd(path, random_lomd(targets, R1), {"model": "hub", "iterations": "0", "random": "true"})
+    return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def remembered():
+    """The detector and the text encoders are slow to ask, and answer the same each time."""
+    find_faces, load_text_encoders = photos.find_faces, functools.cache(flux_model.load_text_encoders)
+    faces = {}
+
+    def ask_once(image):
+        key = image.size, image.tobytes()
+        if key not in faces:
+            faces[key] = find_faces(image)
+        return faces[key]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(photos, "find_faces", ask_once)
+        patch.setattr(flux_model, "load_text_encoders", load_text_encoders)
+        yield
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory):
+    """A photo with the face so large that few crops fit: quick to encode."""
+    path = tmp_path_factory.mktemp("photo") / "head.png"
+    Image.open(ASTRONAUT).convert("RGB").crop((150, 20, 300, 190)).save(path)
+    return path
+
+
+@pytest.fixture
+def run(lomd, tmp_path, monkeypatch, capsys):
+    """run("face.jpg", "--out", ...) -> (exit code, stdout, stderr), in an empty folder with a small model."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args, iters=3, model=MODEL, resolution=64, method="meta-lora"):
+        args = [*map(str, args), "--model", str(model), "--device", "cpu"]
+        args += ["--lomd", str(lomd)] if method == "meta-lora" and "--lomd" not in args else []
+        args += ["--method", method, "--iters", str(iters), "--resolution", *str(resolution).split()]
+        code = personalize.main(args)
+        return code, *capsys.readouterr()
+    return run
+
+
+def same(first, second):
+    """Weights equal to the bit, and metadata (whose order in the file safetensors leaves to chance)."""
+    first, second = (f"{name}.safetensors" for name in (first, second))
+    ours, theirs = load_lora(first), load_lora(second)
+    return read_metadata(first) == read_metadata(second) and ours.keys() == theirs.keys() and all(
+        torch.equal(x, y) for path in ours for x, y in zip(ours[path], theirs[path]))
+
+
+def refused(result, word):
+    code, _, err = result
+    return code == 2 and err.count("\n") == 1 and word in err and "Traceback" not in err
+
+
+# what the command writes
+
+@pytest.mark.parametrize("method", ["meta-lora", "lora"])
+def test_writes_a_lora_of_every_target(run, head, targets, lomd, method):
+    code, out, err = run(head, "--rank", 2, "--seed", 7, "--prompt", "a photo of zwx", method=method)
+    assert code == 0 and ("never trained" in err) == (method == "meta-lora")
+    lora = load_lora("out.safetensors")
+    assert set(lora) == {t.path for t in targets}
+    for t in targets:
+        A, B = lora[t.path]
+        assert A.shape == (2, t.d_in) and B.shape == (t.rows, 2)
+        assert A.any() and B.isfinite().all()
+    assert sum(bool(B.any()) for _, B in lora.values()) > 0.9 * len(lora)          # it was trained
+    if method == "meta-lora":                           # A' = M A stays in LoMD's rows
+        trained, (shared, _) = lora[targets[0].path][0], load_lomd(lomd)
+        basis = torch.linalg.qr(shared[targets[0].path].T)[0]
+        assert (trained - trained @ basis @ basis.T).norm() < 2e-3 * trained.norm()
+    metadata = read_metadata("out.safetensors")
+    expected = {"method": method, "rank": "2", "iterations": "3", "prompt": "a photo of zwx", "seed": "7",
+                "resolution": "64", "learning_rate": "0.0004", "batch_size": "1", "model": "hub"}
+    assert expected.items() <= metadata.items()
+    assert metadata["lomd"].startswith("random, sha256 " if method == "meta-lora" else "none")
+    assert "python sample.py --model" in out and "'a photo of zwx'" in out and "out.safetensors" in out
+    assert not list(Path().glob("*.part")) and [p.name for p in Path().iterdir()] == ["out.safetensors"]
+
+
+@pytest.mark.parametrize("method", ["meta-lora", "lora"])
+def test_a_seed_repeats_to_the_bit(run, head, method):
+    for out, seed in ("a", 1), ("b", 1), ("c", 2):
+        assert run(head, "--seed", seed, "--out", f"{out}.safetensors", method=method)[0] == 0
+    assert same("a", "b")
+    ours, other = load_lora("a.safetensors"), load_lora("c.safetensors")
+    assert not any(torch.equal(ours[path][1], other[path][1]) for path in ours if ours[path][1].any())
+
+
+@pytest.mark.parametrize("method", ["meta-lora", "lora"])
+def test_save_at_equals_a_shorter_run(run, head, method):
+    assert run(head, "--save-at", 2, 4, method=method, iters=4)[0] == 0
+    assert sorted(p.name for p in Path().iterdir()) == [
+        "out-000002.safetensors", "out-000004.safetensors", "out.safetensors"]
+    assert same("out-000004", "out")
+    assert run(head, "--out", "short.safetensors", method=method, iters=2)[0] == 0
+    assert same("out-000002", "short")
+    assert read_metadata("out-000002.safetensors")["iterations"] == "2"
+
+
+def test_formats_hold_the_same(run, head):
+    loras = {}
+    for name in "diffusers", "kohya", "original":
+        assert run(head, "--format", name, "--rank", 2, "--out", f"{name}.safetensors", iters=2)[0] == 0
+        loras[name] = load_lora(f"{name}.safetensors")
+    assert loras["diffusers"].keys() == loras["kohya"].keys() == loras["original"].keys()
+    for path, (A, B) in loras["diffusers"].items():
+        for other in loras["kohya"], loras["original"]:
+            assert torch.equal(other[path][1] @ other[path][0], B @ A), path
+
+
+def test_defaults_are_the_papers_and_the_models(tmp_path):
+    args = personalize.parse([str(ASTRONAUT), "--model", str(MODEL), "--out", f"{tmp_path}/o.safetensors"])
+    personalize.check(args)
+    assert (args.iters, args.rank, args.batch_size, args.lr) == (375, 1, 1, 4e-4)
+    assert (args.resolution, args.prompt) == ([1024], "a photo of a person")
+    args = personalize.parse([str(ASTRONAUT), "--model", str(MODEL), "--method", "lora"])
+    personalize.check(args)
+    assert args.iters == 625
+
+
+# crops
+
+def test_crops_of_one_photo_and_of_several(tmp_path):
+    one = personalize.load_crops([ASTRONAUT], [128])
+    assert 15 <= len(one) <= 25 and all(crop.photo == ASTRONAUT for crop in one)
+    assert all(w % 16 == h % 16 == 0 for w, h in (crop.picture.size for crop in one))
+    assert len({crop.box for crop in one}) == len(one)
+    other = tmp_path / "flipped.png"
+    Image.open(ASTRONAUT).convert("RGB").transpose(Image.FLIP_LEFT_RIGHT).save(other)
+    two = personalize.load_crops([ASTRONAUT, other], [128])
+    assert [crop.box for crop in two[:len(one)]] == [crop.box for crop in one] and {c.photo for c in two} == {
+        ASTRONAUT, other}
+    whole = personalize.load_crops([ASTRONAUT], [128], augment=False)
+    assert [(crop.box, crop.picture.size) for crop in whole] == [((0, 0, 512, 512), (128, 128))]
+
+
+@pytest.mark.parametrize("size, resolutions, expected", [
+    ((1600, 1600), [1024], [(1024, 1024)]),
+    ((800, 800), [1024], [(800, 800)]),                         # never enlarged beyond its own area
+    ((800, 800), [512, 768, 1024], [(512, 512), (768, 768), (800, 800)]),
+    ((600, 600), [1024, 2048], [(592, 592)]),                   # the same size twice is one picture
+    ((200, 200), [1024], [(512, 512)]),                         # but small crops are useful to no one
+    ((200, 200), [128], [(128, 128)]),
+    ((60, 60), [128], [(128, 128)]),
+    ((160, 90), [128], [(176, 96)]),
+])
+def test_sizes(size, resolutions, expected):
+    assert [picture.size for picture in personalize.to_sizes(Image.new("RGB", size), resolutions)] == expected
+
+
+def test_several_photos_no_augment_and_batches_train(run, head):
+    Image.open(ASTRONAUT).convert("RGB").crop((100, 0, 400, 400)).save("größer photo.webp")
+    code, out, _ = run(head, "größer photo.webp", "--save-crops", "seen", "--batch-size", 4,
+                       resolution="64 80", iters=2)
+    assert code == 0
+    pictures = [Image.open(path).size for path in sorted(Path("seen").iterdir())]
+    count = len(personalize.load_crops([head, "größer photo.webp"], [64]))
+    assert len(pictures) == 2 * count and f"{len(pictures)} pictures" in out
+    assert all(w % 16 == h % 16 == 0 for w, h in pictures)
+    assert {(64, 64), (80, 80)} < set(pictures) and {w > h for w, h in pictures} == {True, False}
+    names = sorted(path.name for path in Path("seen").iterdir())
+    assert names[0].startswith("00-") and names[-1].endswith("größer photo.png")
+    assert f"-{pictures[0][0]}x{pictures[0][1]}-" in names[0]
+    code, out, _ = run(ASTRONAUT, "--no-augment", "--save-crops", "whole")
+    assert code == 0 and "1 pictures" in out
+    assert [path.name for path in Path("whole").iterdir()] == ["00-64x64-astronaut.png"]
+
+
+def test_the_largest_of_several_faces(run, tmp_path):
+    face = Image.open(ASTRONAUT).convert("RGB")
+    both = Image.new("RGB", (768, 512), "grey")
+    both.paste(face.resize((256, 256)), (0, 128))
+    both.paste(face, (256, 0))
+    both.save("both.png")
+    code, _, err = run("both.png", method="lora")
+    assert code == 0 and err.count("\n") == 1 and "2 faces in both.png" in err
+    (box,) = [face[:4] for face in photos.find_faces(face)][:1]
+    crop = min(personalize.load_crops(["both.png"], [64]), key=lambda c: c.box[2] - c.box[0])
+    assert crop.box[0] < 256 + (box[0] + box[2]) / 2 < crop.box[2]          # the face on the right
+
+
+# encoding and drawing
+
+def test_encoding_keeps_the_posterior_and_the_mirror_image():
+    autoencoder = flux_model.load_autoencoder(MODEL, "cpu", torch.float32)
+    picture = photos.fit_to_grid(photos.read_photo(ASTRONAUT), 64)
+    (latent,) = personalize.encode(autoencoder, [picture])
+    assert latent.shape == (2, 2, 16, 8, 8)
+    pixels = photos.to_tensor(picture)[None]
+    assert torch.allclose(latent[0, 0], autoencoder.encode(pixels)[0], atol=1e-5)
+    assert torch.allclose(latent[1, 0], autoencoder.encode(pixels.flip(-1))[0], atol=1e-5)
+    logvar = autoencoder.moments(pixels).chunk(2, 1)[1][0]
+    assert torch.allclose(latent[0, 1], autoencoder.config.scale_factor * (logvar / 2).exp(), atol=1e-5)
+    (alone,) = personalize.encode(autoencoder, [picture], mirror=False)
+    assert torch.allclose(alone, latent[:1], atol=1e-5)
+
+
+def test_draws_follow_coin_and_posterior():
+    generator = torch.Generator().manual_seed(0)
+    latent = torch.zeros(2, 2, 16, 2, 2)
+    latent[0, 0], latent[1, 0], latent[:, 1] = -1, 1, 0.1
+    draws = torch.stack([personalize.draw(latent, generator) for _ in range(2000)])
+    heads = draws.mean((1, 2, 3)) > 0
+    assert 0.45 < heads.float().mean() < 0.55
+    assert abs(draws[heads].mean() - 1) < 0.01 and abs(draws[heads].std() - 0.1) < 0.002
+
+
+def test_an_epoch_shows_each_image_once_and_mixes_no_shapes():
+    latents = [torch.zeros(1, 2, 16, h, 8) for h in (8, 8, 8, 8, 8, 6, 6, 4)]
+    generator = torch.Generator().manual_seed(0)
+    for size in 1, 3, 100:
+        epochs = [personalize.epoch(latents, size, generator) for _ in range(4)]
+        assert all(sorted(sum(batches, [])) == list(range(8)) for batches in epochs)
+        assert any(batches != epochs[0] for batches in epochs)
+        assert all(len({latents[i].shape for i in b}) == 1 and len(b) <= size for b in epochs[0])
+        assert len(epochs[0]) == {1: 8, 3: 4, 100: 3}[size]
+
+
+# training
+
+def overfit(folder, lomd, side, rank, lr, iters):
+    """One crop, one view: -> the loss at fixed noise and times before and after `train`."""
+    flux = flux_model.load_flux(folder, "cpu", torch.float32)
+    base = copy.deepcopy(flux.state_dict())
+    txt, y = flux_model.load_text_encoders(folder, "cpu", torch.float32).encode(["a photo of a person"])
+    crop = personalize.load_crops([ASTRONAUT], [side])[10].picture
+    autoencoder = flux_model.load_autoencoder(folder, "cpu", torch.float32)
+    latents = personalize.encode(autoencoder, [crop], mirror=False)
+    generator = torch.Generator().manual_seed(0)
+    clean = latents[0][0, 0].expand(16, -1, -1, -1)
+    noise, t = torch.randn(clean.shape, generator=generator), flux_model.sample_times(16, generator)
+    adapter = MetaLoRA(flux, rank, lomd=lomd)
+
+    @torch.no_grad()
+    def loss():
+        adapter.assign(torch.zeros(16, dtype=torch.long))
+        return flux_model.flow_matching_loss(
+            flux, clean, noise, t, txt.expand(16, -1, -1), y.expand(16, -1)).mean().item()
+    before, seen = loss(), []
+    personalize.train(flux, adapter, latents, txt, y, iters, lr, on_step=lambda *step: seen.append(step))
+    after = loss()
+    assert [i for i, _ in seen] == list(range(1, iters + 1)) and all(math.isfinite(x) for _, x in seen)
+    adapter.remove()                                                # the base is frozen
+    assert all(torch.equal(value, base[name]) for name, value in flux.state_dict().items())
+    return before, after
+
+
+def test_the_loss_falls_even_on_random_weights(lomd):
+    before, after = overfit(MODEL, load_lomd(lomd)[0], side=64, rank=4, lr=2e-2, iters=60)
+    assert after < 0.85 * before, (before, after)
+
+
+@pytest.mark.skipif(not (BABY / "lomd.safetensors").is_file(), reason="the baby's checkpoint is not here")
+def test_overfits_one_crop_on_the_baby():
+    lomd = load_lomd(BABY / "lomd.safetensors")[0]
+    before, after = overfit(BABY, lomd, side=128, rank=8, lr=1e-2, iters=150)
+    assert after < 0.5 * before, (before, after)
+
+
+def test_divergence_stops_the_run_and_keeps_the_old_file(run, head, monkeypatch):
+    Path("out.safetensors").write_bytes(b"precious")
+    real, calls = flux_model.flow_matching_loss, []
+
+    def broken(*args, **kwargs):
+        calls.append(1)
+        return real(*args, **kwargs) * (math.nan if len(calls) == 3 else 1)
+    monkeypatch.setattr(flux_model, "flow_matching_loss", broken)
+    code, out, err = run(head, iters=5, method="lora")
+    assert code == 1 and out == "" and err.count("\n") == 1
+    assert "iteration 3" in err and "head.png (" in err and len(calls) == 3
+    assert [p.name for p in Path().iterdir()] == ["out.safetensors"]
+    assert Path("out.safetensors").read_bytes() == b"precious"
+
+
+def test_ctrl_c_saves_what_there_is(run, head, monkeypatch):
+    assert run(head, "--out", "two.safetensors", iters=2, method="lora")[0] == 0
+    real, calls = flux_model.flow_matching_loss, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+    monkeypatch.setattr(flux_model, "flow_matching_loss", interrupted)
+    code, _, err = run(head, iters=5, method="lora")
+    assert code == 130 and "out-interrupted-000002.safetensors" in err and "Traceback" not in err
+    assert {p.name for p in Path().iterdir()} == {"out-interrupted-000002.safetensors", "two.safetensors"}
+    assert same("two", "out-interrupted-000002")
+    calls[:] = [1, 1]                                     # before the first step there is nothing to save
+    assert run(head, "--out", "none.safetensors", iters=5, method="lora")[0] == 130
+    assert not list(Path().glob("none*"))
+
+
+# what it refuses
+
+def make_bad_photos():
+    Image.new("RGB", (300, 300), "teal").save("plain.png")
+    Path("text.jpg").write_text("no picture")
+    Path("empty.png").write_bytes(b"")
+    Path("cut.png").write_bytes(ASTRONAUT.read_bytes()[:5000])
+    Path("folder.png").mkdir()
+    drawing = Image.new("RGB", (200, 200), "white")
+    ImageDraw.Draw(drawing).rectangle((40, 40, 160, 160), fill="red")
+    drawing.save("drawing.png")
+
+
+@pytest.mark.parametrize("args, word", [
+    (["plain.png"], "no face found in plain.png"),
+    ([ASTRONAUT, "drawing.png"], "no face found in drawing.png"),
+    (["text.jpg"], "text.jpg"), (["empty.png"], "empty.png"), (["cut.png"], "cut.png"),
+    (["folder.png"], "folder.png"), (["nowhere.jpg"], "nowhere.jpg"), ([], "photo"),
+    ([ASTRONAUT, "--rank", 0], "--rank"), ([ASTRONAUT, "--rank", "two"], "--rank"),
+    ([ASTRONAUT, "--batch-size", -1], "--batch-size"), ([ASTRONAUT, "--lr", "nan"], "--lr"),
+    ([ASTRONAUT, "--lr", 0], "--lr"), ([ASTRONAUT, "--seed", -1], "--seed"),
+    ([ASTRONAUT, "--seed", 2 ** 64], "--seed"), ([ASTRONAUT, "--save-at", 9], "--save-at"),
+    ([ASTRONAUT, "--out", "no/where/o.safetensors"], "no/where"), ([ASTRONAUT, "--out", "out.pt"], "out.pt"),
+    ([ASTRONAUT, "--out", "folder.png"], "folder.png"), ([ASTRONAUT, "--save-crops", "text.jpg"], "text.jpg"),
+    ([ASTRONAUT, "--save-crops", "no/where"], "--save-crops"),
+    ([ASTRONAUT, "--format", "pickle"], "--format"),
+    ([ASTRONAUT, "--lomd", "nowhere.safetensors"], "nowhere.safetensors"),
+    ([ASTRONAUT, "--lomd", "text.jpg"], "text.jpg"), ([ASTRONAUT, "--raank", 2], "--raank"),
+])
+def test_malformed_input(run, args, word):
+    make_bad_photos()
+    before = sorted(Path().rglob("*"))
+    assert refused(run(*args), word)
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_malformed_model_resolution_and_lomd(run):
+    assert refused(run(ASTRONAUT, model="nowhere"), "nowhere")
+    assert refused(run(ASTRONAUT, resolution=8), "--resolution")
+    assert refused(run(ASTRONAUT, resolution="64 99999"), "--resolution")
+    assert refused(run(ASTRONAUT, iters=0), "--iters")
+    assert refused(run(ASTRONAUT, "--lomd", "any.safetensors", method="lora"), "--lomd")
+    assert not list(Path().iterdir())
+
+
+def test_a_lomd_of_another_model(run, lomd, targets):
+    shared, metadata = load_lomd(lomd)
+    assert metadata["random"] == "true"
+    wide = dict(shared) | {targets[3].path: torch.zeros(R1, targets[3].d_in + 8)}
+    save_lomd("wide.safetensors", wide, metadata)
+    assert refused(run(ASTRONAUT, "--lomd", "wide.safetensors"), targets[3].path)
+    few = {path: a for path, a in shared.items() if path != targets[-1].path}
+    save_lomd("few.safetensors", few, metadata)
+    assert refused(run(ASTRONAUT, "--lomd", "few.safetensors"), targets[-1].path)
+    assert refused(run(ASTRONAUT, "--lomd", "few.safetensors", "--out", "few.safetensors"), "overwrite")
+    assert not Path("out.safetensors").exists()
+
+
+def test_missing_lomd_names_both_ways_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert personalize.main([str(ASTRONAUT), "--model", str(MODEL), "--device", "cpu"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "meta_train.py" in err and "--method lora" in err
+
+
+def test_a_trained_lomd_here_is_found_and_not_called_random(tmp_path, monkeypatch, capsys, lomd, head):
+    monkeypatch.chdir(tmp_path)
+    shared, metadata = load_lomd(lomd)
+    save_lomd("lomd.safetensors", shared, metadata | {"random": "false"})
+    assert personalize.main([str(head), "--model", str(MODEL), "--device", "cpu", "--iters", "1",
+                             "--resolution", "64"]) == 0
+    assert capsys.readouterr().err == "" and read_metadata("out.safetensors")["lomd"].startswith("sha256 ")
+
+
+def test_help_and_import_have_no_effect(tmp_path):
+    help_text = subprocess.run([sys.executable, ROOT / "personalize.py", "--help"], cwd=tmp_path,
+                               capture_output=True, text=True)
+    assert help_text.returncode == 0 and "--save-crops" in help_text.stdout and help_text.stderr == ""
+    assert not list(tmp_path.iterdir())
