@@ -7,6 +7,7 @@ Stages, each resumable by the same command (Ctrl-C loses nothing but the steps s
   autoencoder  the product's AutoEncoder, small, on 64-pixel crops                    -> out/ae.safetensors
   latents      every picture, encoded once                                            -> run/latents
   text         tokenizers on the captions (sentencepiece for T5, BPE for CLIP)        -> out/tokenizer*, run
+  lomd         a random LoMD, so that stage 2 runs; never trained                     -> out/lomd.safetensors
   transformer  the product's Flux, small, with T5 and CLIP trained jointly            -> out/flux1-dev.safetensors, ...
 The result is a folder in the hub's layout that every script of the project takes as --model baby.
 
@@ -40,6 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import faces  # noqa: E402  (baby/faces.py: Python puts a script's own folder on the path)
 from flux_model import (AutoEncoder, AutoEncoderConfig, Flux, FluxConfig, flow_matching_loss,  # noqa: E402
                         load_autoencoder, load_text_encoders, sample_times, velocity)
+from metalora import find_targets, random_lomd, save_lomd  # noqa: E402
 
 SEED = 0
 SHAPES = {(128, 128): 24_000, (144, 112): 4_000, (112, 144): 4_000, (176, 96): 2_500, (96, 176): 2_500}  # (w, h): count
@@ -390,6 +392,10 @@ def main():
     encode_latents(args.run, args.out)
     if not (args.out / "text_encoder_2" / "model.safetensors").exists():
         make_text(args.run, args.out)
+    with torch.device("meta"):
+        targets = find_targets(Flux(FLUX_CONFIG))
+    save_lomd(args.out / "lomd.safetensors", random_lomd(targets, r1=16, seed=SEED),
+              {"model": "baby", "iterations": "0", "random": "true"})
     train_transformer(args.run, args.out, args.steps)
 
 
