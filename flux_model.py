@@ -21,6 +21,7 @@ import math
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Transformer
@@ -213,6 +215,7 @@ class Flux(nn.Module):
         self.double_blocks = nn.ModuleList(DoubleStreamBlock(config) for _ in range(config.depth))
         self.single_blocks = nn.ModuleList(SingleStreamBlock(config) for _ in range(config.depth_single_blocks))
         self.final_layer = LastLayer(config)
+        self.recompute = False        # training: keep only the blocks' inputs, run each block again in the backward pass
 
     def forward(self, img: Tensor, img_ids: Tensor, txt: Tensor, txt_ids: Tensor, timesteps: Tensor, y: Tensor,
                 guidance: Tensor | None = None) -> Tensor:
@@ -230,11 +233,14 @@ class Flux(nn.Module):
             vec = vec + self.guidance_in(sinusoidal_embedding(guidance).to(dtype))
         img, txt = self.img_in(img.to(dtype)), self.txt_in(txt.to(dtype))              # (B, I, hidden), (B, T, hidden)
         rope = rope_angles(torch.cat((txt_ids, img_ids), dim=1), self.config.axes_dim, self.config.theta)
+        run = lambda block, *inputs: block(*inputs)
+        if self.recompute and torch.is_grad_enabled():
+            run = partial(checkpoint, use_reentrant=False)
         for block in self.double_blocks:
-            img, txt = block(img, txt, vec, rope)
+            img, txt = run(block, img, txt, vec, rope)
         x = torch.cat((txt, img), dim=1)                                                                # (B, L, hidden)
         for block in self.single_blocks:
-            x = block(x, vec, rope)
+            x = run(block, x, vec, rope)
         return self.final_layer(x[:, txt.shape[1]:], vec)                                                   # (B, I, 64)
 
 

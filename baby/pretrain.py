@@ -2,7 +2,7 @@
 
     python baby/pretrain.py --run baby/run --out baby/checkpoint
 
-Stages, each resumable by the same command (Ctrl-C loses nothing but the steps since the last save):
+Stages, each resumable by the same command; Ctrl-C saves first, a crash costs at most 500 steps:
   data         faces of BASE identities in five aspect ratios, with captions         -> run/data
   autoencoder  the product's AutoEncoder, small, on 64-pixel crops                    -> out/ae.safetensors
   latents      every picture, encoded once                                            -> run/latents
@@ -21,7 +21,7 @@ import json
 import math
 import multiprocessing
 import os
-import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -93,7 +93,7 @@ def make_data(run: Path):
 
 def pictures(array: np.ndarray) -> torch.Tensor:
     """uint8 (B, H, W, 3) -> (B, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(array)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(np.array(array)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -129,6 +129,17 @@ def load_state(path: Path, modules: nn.Module, optimizers: list, ema: dict | Non
         return int(file.metadata()["step"])
 
 
+class Interrupted:
+    """Ctrl-C and SIGTERM as a flag, to be read between two steps: a state saved in the middle of one is none."""
+    def __init__(self):
+        self.now = False
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, self.set)
+
+    def set(self, number, frame):
+        self.now = True
+
+
 def cosine(step: int, total: int, warmup: int) -> float:
     return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * min(step / total, 1.0)))
 
@@ -144,8 +155,9 @@ def train_autoencoder(run: Path, out: Path):
     model = AutoEncoder(AE_CONFIG).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=AE_LR, betas=(0.9, 0.99), weight_decay=1e-3)
     data = np.load(run / "data" / "128x128.npy", mmap_mode="r")
-    state, start = run / "autoencoder.safetensors", 0
+    state = run / "autoencoder.safetensors"
     start = load_state(state, model, [optimizer])
+    interrupted = Interrupted()
     bar, shown = tqdm(range(start, AE_STEPS), initial=start, total=AE_STEPS, desc="autoencoder"), 0.0
     for step in bar:
         rng = np.random.default_rng([SEED, step, 3])
@@ -169,8 +181,10 @@ def train_autoencoder(run: Path, out: Path):
         shown = mse.item() if not shown else 0.98 * shown + 0.02 * mse.item()
         if step % 50 == 0:
             bar.set_postfix(psnr=f"{10 * math.log10(4 / shown):.2f} dB")
-        if step % 500 == 499:
+        if step % 500 == 499 or interrupted.now:
             save_state(state, model, [optimizer], step + 1)
+        if interrupted.now:
+            sys.exit(130)
     model = model.to(memory_format=torch.contiguous_format).eval()
     normalise_latents(model, pictures(data[-256:]))
     save_whole(model.state_dict(), out / "ae.safetensors", {"config": json.dumps(vars(model.config))})
@@ -276,8 +290,8 @@ class Baby(nn.Module):
     def __init__(self, out: Path):
         super().__init__()
         self.text = load_text_encoders(out, "cpu", torch.float32, T5_TOKENS)
-        self.clip, self.t5 = self.text.clip.train(), self.text.t5.train()
-        torch.manual_seed(SEED)
+        torch.manual_seed(SEED)                           # from nothing, also where `out` holds trained ones
+        self.clip, self.t5 = CLIPTextModel(self.text.clip.config), T5EncoderModel(self.text.t5.config)
         self.flux = Flux(FLUX_CONFIG)
         for name, p in self.flux.named_parameters():
             if name.endswith("mod.lin.weight") or "modulation" in name or "final_layer.linear" in name:
@@ -321,7 +335,7 @@ def loss_of(baby: Baby, batch, guided: bool) -> torch.Tensor:
     return flow_matching_loss(baby.flux, x0, noise, t, txt, y, guidance).mean()
 
 
-def export(baby: Baby, ema: dict, run: Path, out: Path):
+def export(baby: Baby, ema: dict, out: Path):
     """The averaged weights in bf16, in the hub's layout; each file is whole or absent."""
     average = {k: v.bfloat16() for k, v in ema.items()}
     part = lambda name: {k[len(name) + 1:]: v for k, v in average.items() if k.startswith(name + ".")}
@@ -351,6 +365,7 @@ def train_transformer(run: Path, out: Path, steps: int):
     for block in [*baby.flux.double_blocks, *baby.flux.single_blocks]:
         block.compile(dynamic=False)
     bar = tqdm(range(start, steps), initial=start, total=steps, desc="transformer", mininterval=10)
+    interrupted = Interrupted()
     shown, log = None, open(run / "transformer.jsonl", "a")
     for step in bar:
         rate = min(1.0, (step + 1) / 200) * min(1.0, max(0.0, (steps - step) / (0.25 * steps)))   # warm, hold, decay
@@ -373,9 +388,11 @@ def train_transformer(run: Path, out: Path, steps: int):
             bar.set_postfix(loss=f"{shown:.4f}", refresh=False)
             log.write(json.dumps(dict(step=step + 1, loss=round(shown, 5), time=round(time.time()))) + "\n")
             log.flush()
-        if step % 500 == 499 or step == steps - 1:
+        if step % 500 == 499 or step == steps - 1 or interrupted.now:
             save_state(path, baby, optimizers, step + 1, ema)
-            export(baby, ema, run, out)
+            export(baby, ema, out)
+        if interrupted.now:
+            sys.exit(130)
 
 
 def main():

@@ -1,0 +1,124 @@
+"""baby/pretrain.py: all of its stages at a tiny size, and a run that is stopped and resumed."""
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "baby"))
+import faces  # noqa: E402
+import pretrain  # noqa: E402
+from flux_model import (AutoEncoderConfig, FluxConfig, find_model, load_autoencoder, load_flux,  # noqa: E402
+                        load_text_encoders)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Data, autoencoder, latents and text of a world small enough for seconds -> (run, out)."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(pretrain, "SHAPES", {(128, 128): 24, (144, 112): 8})
+    patch.setattr(pretrain, "BATCH", 4)
+    patch.setattr(pretrain, "AE_STEPS", 3)
+    patch.setattr(pretrain, "AE_BATCH", 4)
+    patch.setattr(pretrain, "AE_CONFIG", AutoEncoderConfig(128, ch=4, ch_mult=(1, 1, 1, 1), num_res_blocks=1, num_groups=2))
+    patch.setattr(pretrain, "FLUX_CONFIG", FluxConfig(vec_in_dim=64, context_in_dim=64, hidden_size=32, num_heads=2, depth=1,
+                                                      depth_single_blocks=1, axes_dim=(4, 6, 6)))
+    patch.setattr(torch.nn.Module, "compile", lambda *args, **kwargs: None)        # costs more than it gives here
+    folder = tmp_path_factory.mktemp("pretrain")
+    run, out = folder / "run", folder / "out"
+    pretrain.make_data(run)
+    pretrain.train_autoencoder(run, out)
+    pretrain.encode_latents(run, out)
+    pretrain.make_text(run, out)
+    yield run, out
+    patch.undo()
+
+
+def test_the_checkpoint_is_a_whole_model(tiny):
+    run, out = tiny
+    pretrain.train_transformer(run, out, 3)
+    assert find_model(str(out)) == out
+    assert load_flux(out).config.hidden_size == 32
+    txt, y = load_text_encoders(out).encode(["a photo of a man", ""])
+    assert txt.shape == (2, pretrain.T5_TOKENS, 64) and y.shape == (2, 64)
+    latents = load_file(run / "latents" / "128x128.safetensors")["latents"]
+    assert latents.shape == (24, 16, 16, 16)
+    assert latents.float().std(dim=(0, 2, 3)).sub(1).abs().max() < 0.5               # each channel about unit variance
+
+
+def test_normalising_latents_changes_no_picture(tiny):
+    run, out = tiny
+    images = pretrain.pictures(np.load(run / "data" / "128x128.npy")[:2])
+    torch.manual_seed(0)
+    model = pretrain.AutoEncoder(AutoEncoderConfig(128, ch=4, ch_mult=(1, 1, 1, 1), num_res_blocks=1, num_groups=2))
+    with torch.no_grad():
+        before = model.decode(model.encode(images))
+        pretrain.normalise_latents(model, images)
+        after = model.decode(model.encode(images))
+    assert (before - after).abs().max() < 1e-4
+    assert torch.allclose(model.encode(images).std(dim=(0, 2, 3)), torch.ones(16), atol=1e-3)
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(tiny, monkeypatch, tmp_path):
+    run, out = tiny
+    states = []
+    for stops in ((), (2, 3)):
+        again = tmp_path / f"run{len(stops)}"
+        again.mkdir()
+        for part in ("data", "latents"):
+            (again / part).symlink_to(run / part)
+        for stop in stops:
+            def batch(step, *rest, draw=pretrain.batch_of, stop=stop):
+                if step == stop:
+                    pretrain.signal.raise_signal(pretrain.signal.SIGINT)             # Ctrl-C in the middle of this step
+                return draw(step, *rest)
+            with monkeypatch.context() as patch:
+                patch.setattr(pretrain, "batch_of", batch)
+                with pytest.raises(SystemExit) as stopped:
+                    pretrain.train_transformer(again, out, 6)
+            assert stopped.value.code == 130
+        pretrain.train_transformer(again, out, 6)
+        states.append(load_file(again / "transformer.safetensors"))
+    assert states[0].keys() == states[1].keys() and any(key.startswith("optimizer.0") for key in states[0])
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_guidance_moves_the_target_and_not_the_input(tiny, monkeypatch):
+    """x_t of the guided loss is that of the plain one, and the target moves by (g - 1) (v - v of no caption)."""
+    run, out = tiny
+    baby = pretrain.Baby(out)
+    for p in baby.flux.parameters():                                       # the zeros of adaLN-zero would hide everything
+        torch.nn.init.normal_(p, std=0.1)
+    captions = {shape: (run / "data" / f"{shape[0]}x{shape[1]}.txt").read_text().splitlines() for shape in pretrain.SHAPES}
+    latents = {shape: load_file(run / "latents" / f"{shape[0]}x{shape[1]}.safetensors")["latents"] for shape in pretrain.SHAPES}
+    x0, noise, t, text, guidance = pretrain.batch_of(0, latents, captions)
+    text, at = ["a photo of a man"] * len(text), t[:, None, None, None]
+    seen = {}
+    monkeypatch.setattr(pretrain, "flow_matching_loss", lambda flux, x0, noise, t, txt, y, g: (
+        seen.update(x_t=(1 - at) * x0 + at * noise, target=noise - x0), torch.zeros(1))[1])
+    pretrain.loss_of(baby, (x0.clone(), noise.clone(), t, text, guidance), True)
+    x_t = (1 - at) * x0 + at * noise
+    assert torch.allclose(seen["x_t"], x_t, atol=1e-5)
+    with torch.no_grad():
+        v = [pretrain.velocity(baby.flux, x_t, t, *baby.embed(words), torch.ones(len(t))) for words in (text, [""] * len(t))]
+    wanted = noise - x0 + (guidance[:, None, None, None] - 1) * (v[0] - v[1])
+    assert torch.allclose(seen["target"], wanted, atol=1e-4) and (guidance > 1).any() and (guidance == 1).any()
+
+
+def test_captions_are_varied_within_the_vocabulary():
+    rng, words = np.random.default_rng(0), set(faces.VOCABULARY) | {"person", ""}
+    caption = "a pop art picture of a woman in a red shirt, on a beach"
+    varied = {pretrain.vary(caption, rng) for _ in range(400)}
+    assert "" in varied and "A pop art picture of a woman" in varied and any("person" in text for text in varied)
+    assert {word.lower().strip(",") for text in varied for word in text.split(" ")} <= words
+
+
+def test_every_caption_fits_the_tokenizers(tiny):
+    run, out = tiny
+    encoders = load_text_encoders(out)
+    captions = [faces.sample(i, 0, 32, 32, style=style)[1] for i in range(20) for style in faces.STYLES]
+    clip, t5 = encoders.tokenize(captions)
+    assert (t5[:, -1] == 0).all() and (clip[:, -1] == clip[0, -1]).all()             # padded: nothing was cut
+    assert (t5 != 2).all()                                                            # no unknown piece
