@@ -536,7 +536,7 @@ linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAn
 def check_peaks(size, peaks):
     """What Python and torch themselves take (0.3 GB with CUDA's libraries) is no part of the loading."""
     (before, peak, loaded), (before_copy, peak_copy, _) = peaks
-    assert loaded == size and size < peak - before < 1.05 * size
+    assert loaded == size and 0.98 * size < peak - before < 1.05 * size
     assert peak_copy - before_copy > 1.9 * size                               # the scale itself is tested
 
 
