@@ -42,7 +42,6 @@ class FusedUpdate(torch.autograd.Function):
     """
     @staticmethod
     def forward(ctx, x, wide, bias, C, mask, spans, *blocks):
-        d_in = x.shape[-1]
         if mask is not None:
             mask = mask.view(mask.shape[0], *(1,) * (x.dim() - 2), -1)
         m = x @ C.T                                                                                         # (B, .., S)
@@ -173,9 +172,9 @@ def remove_loras(flux: nn.Module):
 def apply_loras(flux: nn.Module, loras: list[tuple[dict, float]]):
     """Adds plain LoRAs {diffusers path: (A (r, d_in), B (d_out, r))}, each at a strength, exactly and unmerged.
 
-    Replaces what was applied before. ValueError names the first module that the model lacks or that does not fit.
+    Replaces what was applied before. ValueError names the first module that the model lacks or that does not fit, and
+    then nothing has changed.
     """
-    remove_loras(flux)
     targets = {target.path: target for target in find_targets(flux, outside=True)}
     updates = {}
     for lora, strength in loras:
@@ -188,6 +187,7 @@ def apply_loras(flux: nn.Module, loras: list[tuple[dict, float]]):
             if path == "norm_out.linear":                          # diffusers keeps scale before shift
                 B = B.roll(len(B) // 2, 0)
             updates.setdefault(target.module, []).append((A, strength * B.float(), target.start))
+    remove_loras(flux)
     for name, parts in updates.items():
         layer = inject(flux, name, sum(len(A) for A, _, _ in parts))
         downs, ups, rows = zip(*parts)
@@ -215,12 +215,12 @@ class IdentityBank:
         """AdamW (Loshchilov & Hutter 2019), as torch computes it, on the rows `ids` (n,), with grad (n, P)."""
         beta1, beta2 = betas
         self.steps[ids] += 1
-        count = self.steps[ids, None].to(torch.float64)
+        count = self.steps[ids, None].float()
+        unbias1, unbias2 = (-torch.expm1(count * math.log(beta)) for beta in betas)     # 1 - beta^count, exact in fp32
         exp_avg = self.exp_avg[ids].lerp_(grad, 1 - beta1)
         exp_avg_sq = self.exp_avg_sq[ids].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        denominator = exp_avg_sq.sqrt().div_((1 - beta2 ** count).sqrt().float()).add_(eps)
-        size = (lr / (1 - beta1 ** count)).float()
-        self.weight[ids] = self.weight[ids].mul_(1 - lr * weight_decay).sub_(size * exp_avg / denominator)
+        denominator = exp_avg_sq.sqrt().div_(unbias2.sqrt()).add_(eps)
+        self.weight[ids] = self.weight[ids].mul_(1 - lr * weight_decay).sub_(lr / unbias1 * exp_avg / denominator)
         self.exp_avg[ids], self.exp_avg_sq[ids] = exp_avg, exp_avg_sq
 
 
@@ -246,7 +246,7 @@ class MetaLoRA:
                  num_identities: int = 1, seed: int = 0, slots: int = 1):
         if (method == "meta-lora") != (lomd is not None) or method not in ("meta-lora", "lora"):
             raise ValueError("method must be 'meta-lora', with a LoMD, or 'lora', without one")
-        self.flux, self.rank, self.method = flux, rank, method
+        self.flux, self.rank, self.method, self.slots = flux, rank, method, slots
         self.targets = find_targets(flux)
         device = next(flux.parameters()).device
         if lomd is not None:
@@ -262,6 +262,7 @@ class MetaLoRA:
             parts = [kaiming(shape, generator) if i % 2 == 0 else torch.zeros(shape) for i, shape in enumerate(self.shapes)]
             rows.append(torch.cat([part.flatten() for part in parts]))
         self.bank = IdentityBank(torch.stack(rows).to(device))
+        remove_loras(flux)                                                # such as lie outside the blocks would stay
         self.layers = [(inject(flux, name, len(targets) * slots * rank), targets)
                        for name, targets in by_module(self.targets).items()]
 
@@ -269,6 +270,8 @@ class MetaLoRA:
         """ids (B,): whose image each of the coming batch is. Call before every forward pass."""
         present, slot = torch.unique(ids.to(self.bank.weight.device), return_inverse=True)
         self.present, n = present, len(present)
+        if n > self.slots:
+            raise ValueError(f"the batch holds {n} identities, the adapter has room for {self.slots}")
         self.rows = self.bank.weight[present].requires_grad_()                                                    # (n, P)
         parts = iter(part.view(n, *shape) for part, shape in zip(self.rows.split(self.sizes, dim=1), self.shapes))
         mask = None
@@ -319,8 +322,8 @@ def check_lomd(lomd: dict[str, Tensor], targets: list[Target]):
         odd = sorted(set(lomd) ^ set(d_in))[0]
         raise ValueError(f"this LoMD is of another model: {odd} is {'not in the model' if odd in lomd else 'missing from it'}")
     for path, A in lomd.items():
-        if A.dim() != 2 or A.shape[1] != d_in[path]:
-            raise ValueError(f"this LoMD is of another model: {path} takes {A.shape[-1]} inputs, the model's {d_in[path]}")
+        if A.dim() != 2 or len(A) == 0 or A.shape[1] != d_in[path]:
+            raise ValueError(f"this LoMD is of another model: {path} is {list(A.shape)} instead of [r1, {d_in[path]}]")
 
 
 def save_lomd(path: str | Path, lomd: dict[str, Tensor], metadata: dict[str, str]):
