@@ -50,7 +50,8 @@ AE_CONFIG = AutoEncoderConfig(resolution=128, ch=16, ch_mult=(1, 1, 2, 4), num_r
 WIDTH_TEXT, T5_TOKENS, CLIP_TOKENS = 64, 24, 40
 FLUX_CONFIG = FluxConfig(vec_in_dim=WIDTH_TEXT, context_in_dim=WIDTH_TEXT, hidden_size=128, num_heads=4, depth=3,
                          depth_single_blocks=6, axes_dim=(8, 12, 12))
-STEPS, BATCH, LR_MUON, LR_ADAM, GUIDED_FROM = 8_000, 64, 2e-3, 2e-3, 0.7
+STEPS, BATCH, LR_MUON, LR_ADAM, EMA = 4_900, 64, 2e-3, 2e-3, 0.998
+DECAY, GUIDED = 0.49, 0.29            # last parts of the run: learning rate falls to zero; guidance is learned
 DEFAULTS = {"resolution": 128, "learning_rate": 5e-3, "prompt": "a photo of a person"}
 
 
@@ -368,17 +369,18 @@ def train_transformer(run: Path, out: Path, steps: int):
     interrupted = Interrupted()
     shown, log = None, open(run / "transformer.jsonl", "a")
     for step in bar:
-        rate = min(1.0, (step + 1) / 200) * min(1.0, max(0.0, (steps - step) / (0.25 * steps)))   # warm, hold, decay
+        left = (steps - step) / steps
+        rate = min(1.0, (step + 1) / 200) * min(1.0, left / DECAY)                      # warm up, hold, fall
         optimizers[0].param_groups[0]["lr"], optimizers[1].param_groups[0]["lr"] = LR_MUON * rate, LR_ADAM * rate
         # for 88 tokens the flash kernel's backward costs 40 % of a step on a CPU, plain matmuls a tenth of it
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-            loss = loss_of(baby, batch_of(step, latents, captions), step > GUIDED_FROM * steps)
+            loss = loss_of(baby, batch_of(step, latents, captions), left < GUIDED)
         loss.backward()
         nn.utils.clip_grad_norm_(baby.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        decay = min(0.999, (step + 1) / (step + 10))
+        decay = min(EMA, (step + 1) / (step + 10))
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.values()), [p.detach() for p in named.values()], 1 - decay)
         shown = loss.item() if shown is None else 0.98 * shown + 0.02 * loss.item()
