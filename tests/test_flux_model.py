@@ -22,6 +22,7 @@ from flux_model import (AutoEncoder, AutoEncoderConfig, DoubleStreamBlock, Flux,
                         diffusers_autoencoder_names, diffusers_flux_names, find_model, flow_matching_loss, flux_files,
                         get_noise, get_schedule, load_autoencoder, load_flux, load_text_encoders, pack, position_ids,
                         rope_angles, sample_times, unpack)
+from metalora import MetaLoRA
 
 GOLDEN = Path(__file__).parent / "golden"
 HUB = GOLDEN / "hub"
@@ -261,6 +262,30 @@ def test_flow_matching_loss():
         pytest.approx([0.25, 4.0, 9.0], rel=1e-4)
     backwards = flow_matching_loss(Oracle(noise), picture, noise, t, *text)             # x_0 and noise exchanged
     assert (backwards > 1).all()
+
+
+def test_recomputed_blocks_give_the_same_gradient_and_keep_less():
+    """flux.recompute changes neither loss nor gradient, also through an adapter; what autograd keeps shrinks."""
+    flux = flux_model.load_flux(HUB, dtype=torch.float32)
+    adapter = MetaLoRA(flux, rank=2, method="lora")
+    adapter.bank.weight.normal_(std=0.1)
+    latent, noise, t = torch.randn(2, 16, 8, 8), torch.randn(2, 16, 8, 8), torch.tensor([0.2, 0.7])
+    txt, y, results = torch.randn(2, 5, 40), torch.randn(2, 24), []
+    for flux.recompute in (False, True):
+        kept = 0
+
+        def pack(tensor):
+            nonlocal kept
+            kept += tensor.numel()
+            return tensor
+        adapter.assign(torch.tensor([0, 0]))
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = flow_matching_loss(flux, latent, noise, t, txt, y).mean()
+        forward = kept
+        loss.backward()
+        results.append((loss.item(), adapter.rows.grad.clone(), forward))
+    assert results[0][0] == results[1][0] and torch.equal(results[0][1], results[1][1])
+    assert results[0][1].abs().sum() > 0 and results[1][2] < results[0][2] / 3
 
 
 def test_training_times_are_logit_normal():
