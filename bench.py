@@ -1,0 +1,210 @@
+"""Seconds of a personalisation step and of a sampling step, beside those of the frozen base alone.
+
+    python bench.py                                  # the baby, and a random mid-size model
+    python bench.py --model flux-dev --seconds 60   # or mid, baby, a folder; needs room for its weights twice
+
+Both are timed in turn, A B A B, on random inputs, after a warm-up, so that whatever else the machine does
+hits both. A personalisation step is batch 1: weights of the adapter into place, forward, backward, AdamW.
+Beside it: the base's forward and backward to its inputs. A sampling step is one Euler step with one LoRA
+applied, beside one without.
+
+The bound is what the base alone must compute, over the rate of a large matmul here in the same dtype, timed
+between the steps. Two FLOPs per multiply-add; elementwise work, norms, RoPE and adapter count as nothing,
+and so lower the share.
+"""
+import argparse
+import copy
+import math
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from flux_model import (Flux, FluxConfig, denoise, find_model, flow_matching_loss, load_flux, model_defaults,
+                        pick_device, pick_dtype)
+from metalora import MetaLoRA, apply_loras, find_targets, random_lomd
+
+MODELS = {                                                            # config, image tokens, text tokens
+    "baby": (FluxConfig(vec_in_dim=64, context_in_dim=64, hidden_size=128, num_heads=4, depth=3,
+                        depth_single_blocks=6, axes_dim=(8, 12, 12)), 64, 24),
+    "mid": (FluxConfig(context_in_dim=768, hidden_size=768, num_heads=6, depth=4, depth_single_blocks=8),
+            1024, 128)}
+R1 = 16                                                                              # rows of the random LoMD
+
+
+def count_flops(config: FluxConfig, image_tokens: int, text_tokens: int) -> dict[str, float]:
+    """FLOPs of one image: a forward pass's "linears" and "attention"; a training "step" on a frozen base.
+
+    The step adds the gradients of the inputs of all Linears that see tokens, and an attention backward of 2.5
+    times its forward (five matmuls against two: scores are recomputed, never stored). The inputs of the
+    modulation need no gradient.
+    """
+    both, linears, once = image_tokens + text_tokens, 0, 0
+    with torch.device("meta"):
+        flux = Flux(config)
+    for name, module in flux.named_modules():
+        if isinstance(module, nn.Linear):
+            flops = 2 * module.in_features * module.out_features
+            if "mod" in name or name.startswith(("time_in", "vector_in", "guidance_in")):
+                once += flops                                                               # once per image
+            elif name.startswith(("img_in", "final_layer")) or ".img_" in name:
+                linears += flops * image_tokens
+            else:
+                linears += flops * (text_tokens if name == "txt_in" or ".txt_" in name else both)
+    attention = (config.depth + config.depth_single_blocks) * 4 * both ** 2 * config.hidden_size
+    return {"linears": linears + once, "attention": attention, "step": 2 * linears + once + 3.5 * attention}
+
+
+def seconds_of(function, device: torch.device) -> float:
+    """Seconds of one call, the device's work included."""
+    wait = {"cuda": lambda: torch.cuda.synchronize(device), "mps": torch.mps.synchronize,
+            "cpu": lambda: None}[device.type]
+    wait()
+    start = time.perf_counter()
+    function()
+    wait()
+    return time.perf_counter() - start
+
+
+def interleave(functions: list, device: torch.device, seconds: float) -> list[list[float]]:
+    """Seconds of each call of each function, in turn, for `seconds` or three rounds, after a warm-up."""
+    for function in functions:
+        function()
+    rounds, spent = [], 0.0
+    with tqdm(total=seconds, bar_format="{percentage:3.0f}%|{bar}| {elapsed}", leave=False,
+              disable=None) as bar:                                                 # None: only on a terminal
+        while spent < seconds or len(rounds) < 3:
+            rounds.append([seconds_of(function, device) for function in functions])
+            spent += sum(rounds[-1])
+            bar.update(min(sum(rounds[-1]), seconds - bar.n))
+    return [list(times) for times in zip(*rounds)]
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Median, and in brackets the quartiles."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return f"{middle:.{digits}g} ({low:.{digits}g} to {high:.{digits}g})"
+
+
+def report(what: str, adapted, base, flops: float, weight: torch.Tensor, seconds: float) -> None:
+    """Times adapted() and base() for `seconds` and prints; the bound is `flops` at the rate of a matmul."""
+    n = 1024 if weight.device.type == "cpu" else 8192
+    a, b = (torch.randn(n, n, device=weight.device, dtype=weight.dtype) for _ in range(2))
+    *times, matmuls = interleave([adapted, base, lambda: a @ b], weight.device, seconds)
+    rate = 2 * n ** 3 / statistics.median(matmuls)
+    for name, values in zip((what, "  base alone"), times):
+        share = flops / rate / statistics.median(values)
+        print(f"  {name:<22} {spread(values, 3):>32} s   {share:5.1%} of the bound")
+    ratios = [a / b for a, b in zip(*times)]
+    print(f"    {'ratio, pair by pair':<20} {spread(ratios, 4):>32}     {len(ratios)} pairs, "
+          f"matmul {rate / 1e9:.3g} GFLOP/s")
+
+
+def measure(base: Flux, image_tokens: int, text_tokens: int, rank: int, seconds: float) -> None:
+    """Times both kinds of step of a frozen model and prints them."""
+    config, weight = base.config, base.img_in.weight
+    device, dtype = weight.device, weight.dtype
+    flops = count_flops(config, image_tokens, text_tokens)
+    forward = flops["linears"] + flops["attention"]
+    parameters = sum(p.numel() for p in base.parameters())
+    print(f"  {parameters / 1e6:,.1f} M parameters, {image_tokens} image + {text_tokens} text tokens, "
+          f"rank {rank}, r1 {R1}; {forward:.3g} FLOP forward, {flops['step']:.3g} per training step")
+
+    rows = next(n for n in range(math.isqrt(image_tokens), 0, -1) if image_tokens % n == 0)
+    size = (1, config.in_channels // 4, 2 * rows, 2 * image_tokens // rows)
+    latent, noise = torch.randn(size, device=device), torch.randn(size, device=device)
+    txt = torch.randn(1, text_tokens, config.context_in_dim, device=device, dtype=dtype)
+    y, t = torch.randn(1, config.vec_in_dim, device=device, dtype=dtype), torch.rand(1, device=device)
+    inputs = latent.clone().requires_grad_(), txt.clone().requires_grad_()
+
+    flux = copy.deepcopy(base)
+    adapter = MetaLoRA(flux, rank, lomd=random_lomd(find_targets(flux), R1))
+    adapter.bank.weight.add_(1e-2 * torch.randn_like(adapter.bank.weight))                     # no U of zeros
+    identity = torch.zeros(1, dtype=torch.long)
+
+    def personalisation_step():
+        adapter.assign(identity)
+        flow_matching_loss(flux, latent, noise, t, txt, y).mean().backward()
+        adapter.step(1e-4)
+
+    def base_step():
+        loss = flow_matching_loss(base, inputs[0], noise, t, inputs[1], y).mean()
+        torch.autograd.grad(loss, inputs)
+
+    report("personalisation step", personalisation_step, base_step, flops["step"], weight, seconds)
+    lora = adapter.collapse()
+    apply_loras(flux, [(lora, 1.0)])
+    report("sampling step", lambda: denoise(flux, noise, txt, y, 1, 3.5),
+           lambda: denoise(base, noise, txt, y, 1, 3.5), forward, weight, seconds)
+
+
+def choose(name: str, device: torch.device) -> tuple[Flux, int, int, str]:
+    """--model -> frozen model, its usual image and text tokens, and what its weights are."""
+    if name not in MODELS or name == "baby" and (Path(__file__).parent / "baby" / "checkpoint").is_dir():
+        folder = find_model(name)
+        flux = load_flux(folder, device, pick_dtype(device, folder))
+        tokens = (model_defaults(folder)["resolution"] // 16) ** 2, 512 if flux.config.guidance_embed else 256
+        return flux, *(MODELS[name][1:] if name in MODELS else tokens), "its own weights"
+    config, *tokens = MODELS[name]
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    return Flux(config).requires_grad_(False).to(device, dtype), *tokens, "random weights"
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(f"{message} (--help lists all options)")
+
+
+def positive(kind):
+    def convert(text):
+        value = kind(text)
+        if not 0 < value < math.inf:
+            raise ValueError
+        return value
+    convert.__name__ = f"positive {kind.__name__}"                                    # for argparse's message
+    return convert
+
+
+def bench(argv=None) -> None:
+    parser = Parser(prog="bench.py", allow_abbrev=False,
+                    description="Time personalisation and sampling steps against the frozen base alone.")
+    add = parser.add_argument
+    add("--model", help="baby, mid (random weights), flux-dev, flux-schnell, a folder (default: baby, mid)")
+    add("--seconds", type=positive(float), default=10.0, help="time for each kind of step (default: 10)")
+    add("--tokens", type=positive(int), help="image tokens, width x height / 256 (default: the model's own)")
+    add("--text-tokens", type=positive(int), help="text tokens (default: the model's usual)")
+    add("--rank", type=positive(int), default=1, help="rank of the adapter (default: 1)")
+    add("--threads", type=positive(int), help="CPU threads (default: torch's choice)")
+    add("--device", help="cuda, mps or cpu (default: the best there is)")
+    args = parser.parse_args(argv)
+    device = pick_device(args.device)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    for name in [args.model] if args.model else MODELS:
+        flux, image_tokens, text_tokens, weights = choose(name, device)
+        where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        print(f"{name}, {weights}: torch {torch.__version__}, {where}, {torch.get_num_threads()} threads, "
+              f"{str(flux.img_in.weight.dtype)[6:]}")
+        measure(flux, args.tokens or image_tokens, args.text_tokens or text_tokens, args.rank, args.seconds)
+
+
+def main(argv=None) -> int:
+    """Exit code: 0 done, 1 failed while computing, 2 bad input, 130 Ctrl-C; one line on stderr for each."""
+    try:
+        bench(argv)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        print(f"bench.py: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1 if isinstance(error, torch.OutOfMemoryError) else 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

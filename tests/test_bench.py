@@ -1,0 +1,56 @@
+"""bench.py: its FLOPs against known figures and torch's own counter, and what it prints for a tiny model."""
+import re
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import bench
+from flux_model import Flux, FluxConfig, flow_matching_loss
+
+TINY = FluxConfig(vec_in_dim=24, context_in_dim=40, hidden_size=64, num_heads=2, depth=1,
+                  depth_single_blocks=1, axes_dim=(4, 14, 14))
+
+
+def test_flops_of_flux_dev():
+    """The published figures, in TFLOP, rounded as they are there; 512 text tokens."""
+    for side, total, step in ((1024, 74.4, 171), (768, 41.9, 92), (512, 21.5, 45)):
+        flops = bench.count_flops(FluxConfig(), (side // 16) ** 2, 512)
+        assert flops["linears"] + flops["attention"] == pytest.approx(total * 1e12, abs=0.05e12)
+        assert flops["step"] == pytest.approx(step * 1e12, abs=0.6e12)
+    flops = bench.count_flops(FluxConfig(), 4096, 512)
+    assert flops["linears"] == pytest.approx(59.5e12, abs=0.05e12)
+    assert flops["attention"] == pytest.approx(14.9e12, abs=0.05e12)
+
+
+def test_flops_equal_torch_own_count():
+    """Image and text tokens of different number, so that neither can stand for the other."""
+    flux, counter = Flux(TINY).requires_grad_(False), FlopCounterMode(display=False)
+    latent, txt = torch.randn(1, 16, 6, 10, requires_grad=True), torch.randn(1, 7, 40, requires_grad=True)
+    flops = bench.count_flops(TINY, 15, 7)
+    noise, y = torch.randn(1, 16, 6, 10), torch.randn(1, 24)
+    with counter:
+        loss = flow_matching_loss(flux, latent, noise, torch.rand(1), txt, y)
+        assert counter.get_total_flops() == flops["linears"] + flops["attention"]
+        loss.sum().backward()
+        assert counter.get_total_flops() == flops["step"]
+
+
+def test_prints_what_it_measured(monkeypatch, capsys):
+    monkeypatch.setitem(bench.MODELS, "mid", (TINY, 15, 7))
+    assert bench.main(["--model", "mid", "--seconds", "0.001", "--device", "cpu", "--rank", "2"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("mid, random weights: ") and f"torch {torch.__version__}, cpu," in out
+    assert f"{torch.get_num_threads()} threads, float32" in out
+    assert "15 image + 7 text tokens, rank 2" in out
+    found = re.findall(r"([\d.e+-]+) \(([\d.e+-]+) to ([\d.e+-]+)\)", out)
+    assert len(found) == 6 and all(0 < float(low) <= float(mid) <= float(high) for mid, low, high in found)
+    assert len(re.findall(r"([\d.]+)% of the bound", out)) == 4 and out.count("3 pairs") == 2
+
+
+@pytest.mark.parametrize("words", ["--seconds 0", "--tokens -4", "--rank x", "--device quantum",
+                                   "--model nowhere", "--what"])
+def test_bad_input_is_one_line(words, capsys):
+    assert bench.main(words.split()) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("bench.py: ") and err.count("\n") == 1
