@@ -1,6 +1,6 @@
 """Seconds of a personalisation step and of a sampling step, beside those of the frozen base alone.
 
-    python bench.py                                  # the baby, and a random mid-size model
+    python bench.py                                 # the baby, and a random mid-size model
     python bench.py --model flux-dev --seconds 60   # or mid, baby, a folder; needs room for its weights twice
 
 Both are timed in turn, A B A B, on random inputs, after a warm-up, so that whatever else the machine does
