@@ -1,0 +1,61 @@
+"""The README's commands, taken from it and run as a newcomer would."""
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import personalize
+import sample
+from lora_files import load_lora, read_metadata
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+COMMANDS = [command.split("#")[0].strip() for block in re.findall(r"```sh\n(.*?)```", README, re.S)
+            for line in block.splitlines() for command in line.split(" && ") if command.strip()]
+QUICK = [command for command in COMMANDS if "--model baby" in command]
+
+
+def test_quick_start(tmp_path):
+    """A face that the baby has never seen becomes a LoRA and a picture, with the very words of the README."""
+    for item in ROOT.iterdir():
+        if not item.name.startswith("."):
+            (tmp_path / item.name).symlink_to(item)
+    assert [command.split()[1] for command in QUICK] == ["personalize.py", "sample.py"]
+    for command in QUICK:
+        done = subprocess.run([sys.executable, *shlex.split(command)[1:]], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stderr
+    assert load_lora(tmp_path / "out.safetensors")
+    assert read_metadata(tmp_path / "out.safetensors")["iterations"] == "375"
+    with Image.open(tmp_path / "out.png") as picture:
+        assert picture.size == (128, 128) and np.asarray(picture.convert("RGB")).std() > 10
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python ")])
+def test_commands_name_files_and_options_that_exist(command):
+    script, *arguments = shlex.split(command)[1:]
+    if script == "personalize.py":
+        personalize.parse(arguments)
+    elif script == "sample.py":
+        sample.parse_arguments(arguments)
+    elif script != "-m":
+        shown = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True)
+        assert shown.returncode == 0
+        for option in re.findall(r"--[a-z-]+", command):
+            assert option in shown.stdout
+
+
+def test_files_and_pictures_that_the_readme_names_exist():
+    listed = README.split("```")[1].splitlines()[1:]
+    for name in [line.split()[0] for line in listed if line] + re.findall(r"\]\(([a-z/_]+\.png)\)", README):
+        assert (ROOT / name).exists(), name
+
+
+def test_the_ci_runs_the_test_command_of_the_readme():
+    assert any(c.startswith("pip install -r requirements.txt pytest") for c in COMMANDS)
+    assert "grep -m1 'pip install -r requirements.txt pytest' README.md" in (ROOT / ".ci" / "run").read_text()
