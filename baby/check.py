@@ -51,7 +51,8 @@ def main(argv=None) -> int:
     errors = [np.square(np.float32(a) - np.float32(b)).mean() for a, b in zip(renders, decoded)]
     print(f"autoencoder on {len(renders)} renders of unseen identities: {10 * np.log10(255 ** 2 / np.mean(errors)):.1f} dB")
     print(f"{'share with a face':20} renders  autoencoder  samples")
-    found = np.array([[bool(find_faces(image)) for image in column] for column in (renders, decoded, samples)])
+    # 0.7 is the detector's own threshold; find_faces is stricter by default, since photos are full of things
+    found = np.array([[bool(find_faces(image, threshold=0.7)) for image in column] for column in (renders, decoded, samples)])
     found = found.reshape(3, len(faces.STYLES), len(faces.BACKGROUNDS))
     for style, share in zip(faces.STYLES, found.mean(axis=2).T):
         print(f"{style:20} {share[0]:7.0%}  {share[1]:11.0%}  {share[2]:7.0%}")
