@@ -76,7 +76,8 @@ def draw(job: tuple) -> tuple:
 
 def make_data(run: Path):
     folder, first = run / "data", 0
-    with multiprocessing.Pool(initializer=faces.cv2.setNumThreads, initargs=(1,)) as pool:
+    # spawn: a fork of a process whose libraries have threads may wait for ever for a lock that one of them held
+    with multiprocessing.get_context("spawn").Pool(initializer=faces.cv2.setNumThreads, initargs=(1,)) as pool:
         for (width, height), count in SHAPES.items():
             path, jobs = folder / f"{width}x{height}.npy", [(first + i, width, height) for i in range(count)]
             first += count
