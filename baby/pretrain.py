@@ -40,7 +40,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import faces  # noqa: E402  (baby/faces.py: Python puts a script's own folder on the path)
 from flux_model import (AutoEncoder, AutoEncoderConfig, Flux, FluxConfig, flow_matching_loss,  # noqa: E402
-                        load_autoencoder, load_text_encoders, sample_times, velocity)
+                        load_autoencoder, load_flux, load_text_encoders, sample_times, velocity)
 from metalora import find_targets, random_lomd, save_lomd  # noqa: E402
 
 SEED = 0
@@ -348,8 +348,18 @@ def export(baby: Baby, ema: dict, out: Path):
     (out / "defaults.json").write_text(json.dumps(DEFAULTS, indent=1) + "\n")
 
 
-def train_transformer(run: Path, out: Path, steps: int):
+def load_checkpoint(baby: Baby, folder: Path):
+    """Weights of an exported checkpoint, in place of those drawn at the start."""
+    encoders, flux = load_text_encoders(folder, "cpu", torch.float32, T5_TOKENS), load_flux(folder, "cpu", torch.float32)
+    baby.clip.load_state_dict(encoders.clip.state_dict())
+    baby.t5.load_state_dict(encoders.t5.state_dict())
+    baby.flux.load_state_dict(flux.state_dict())
+
+
+def train_transformer(run: Path, out: Path, steps: int, init: Path | None = None):
     baby = Baby(out)
+    if init:
+        load_checkpoint(baby, init)
     captions = {s: (run / "data" / f"{s[0]}x{s[1]}.txt").read_text().splitlines() for s in SHAPES}
     latents = {}
     for width, height in SHAPES:
@@ -403,6 +413,7 @@ def main():
     parser.add_argument("--run", type=Path, default=Path("baby/run"), help="data and resumable state (about 4 GB)")
     parser.add_argument("--out", type=Path, default=Path("baby/checkpoint"), help="the checkpoint, in the hub's layout")
     parser.add_argument("--steps", type=int, default=STEPS, help="of the transformer, with batches of 64")
+    parser.add_argument("--init", type=Path, help="folder of a checkpoint whose transformer to go on from, as a new run")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -416,7 +427,7 @@ def main():
         targets = find_targets(Flux(FLUX_CONFIG))
     save_lomd(args.out / "lomd.safetensors", random_lomd(targets, r1=16, seed=SEED),
               {"model": "baby", "iterations": "0", "random": "true"})
-    train_transformer(args.run, args.out, args.steps)
+    train_transformer(args.run, args.out, args.steps, args.init)
 
 
 if __name__ == "__main__":

@@ -85,6 +85,19 @@ def test_a_stopped_run_goes_on_bit_for_bit(tiny, monkeypatch, tmp_path):
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
+def test_a_run_may_start_from_a_checkpoint(tiny):
+    run, out = tiny
+    if not (out / "flux1-dev.safetensors").exists():
+        pretrain.train_transformer(run, out, 3)
+    baby = pretrain.Baby(out)
+    for p in baby.parameters():
+        torch.nn.init.ones_(p)
+    pretrain.load_checkpoint(baby, out)
+    flux, encoders = load_flux(out, dtype=torch.float32), load_text_encoders(out, dtype=torch.float32)
+    for found, expected in ((baby.flux, flux), (baby.t5, encoders.t5), (baby.clip, encoders.clip)):
+        assert all(torch.equal(a, b) for a, b in zip(found.parameters(), expected.parameters()))
+
+
 def test_guidance_moves_the_target_and_not_the_input(tiny, monkeypatch):
     """x_t of the guided loss is that of the plain one, and the target moves by (g - 1) (v - v of no caption)."""
     run, out = tiny
