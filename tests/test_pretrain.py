@@ -106,18 +106,28 @@ def test_guidance_moves_the_target_and_not_the_input(tiny, monkeypatch):
         torch.nn.init.normal_(p, std=0.1)
     captions = {shape: (run / "data" / f"{shape[0]}x{shape[1]}.txt").read_text().splitlines() for shape in pretrain.SHAPES}
     latents = {shape: load_file(run / "latents" / f"{shape[0]}x{shape[1]}.safetensors")["latents"] for shape in pretrain.SHAPES}
-    x0, noise, t, text, guidance = pretrain.batch_of(0, latents, captions)
+    chances = {shape: np.full(len(texts), 1 / len(texts)) for shape, texts in captions.items()}
+    x0, noise, t, text, guidance = pretrain.batch_of(0, latents, captions, chances)
     text, at = ["a photo of a man"] * len(text), t[:, None, None, None]
     seen = {}
     monkeypatch.setattr(pretrain, "flow_matching_loss", lambda flux, x0, noise, t, txt, y, g: (
         seen.update(x_t=(1 - at) * x0 + at * noise, target=noise - x0), torch.zeros(1))[1])
-    pretrain.loss_of(baby, (x0.clone(), noise.clone(), t, text, guidance), True)
+    other = pretrain.Baby(out)                                             # the average teaches, not what is trained
+    pretrain.loss_of(other, baby, (x0.clone(), noise.clone(), t, text, guidance), True)
     x_t = (1 - at) * x0 + at * noise
     assert torch.allclose(seen["x_t"], x_t, atol=1e-5)
     with torch.no_grad():
         v = [pretrain.velocity(baby.flux, x_t, t, *baby.embed(words), torch.ones(len(t))) for words in (text, [""] * len(t))]
     wanted = noise - x0 + (guidance[:, None, None, None] - 1) * (v[0] - v[1])
     assert torch.allclose(seen["target"], wanted, atol=1e-4) and (guidance > 1).any() and (guidance == 1).any()
+
+
+def test_pictures_that_are_no_photos_are_told_by_their_captions():
+    for style in faces.STYLES:
+        for seed in range(40):
+            rng = np.random.default_rng(seed)
+            who = faces.identity(seed)
+            assert pretrain.is_photo(faces.caption(who, faces.scene(rng, style=style), rng)) == (style == "photo")
 
 
 def test_captions_are_varied_within_the_vocabulary():
