@@ -128,7 +128,7 @@ def measure(base: Flux, image_tokens: int, text_tokens: int, rank: int, seconds:
 
     def personalisation_step():
         adapter.assign(identity)
-        flow_matching_loss(flux, latent, noise, t, txt, y).mean().backward()
+        flow_matching_loss(flux, latent, noise, t, txt, y).sum().backward()
         adapter.step(1e-4)
 
     def base_step():

@@ -16,9 +16,12 @@ Where this differs from the reference: t and guidance stay in fp32 until they ar
 latent is accumulated in fp32 between Euler steps (the reference rounds each of them to bf16); GroupNorm's number of
 groups is a setting, since a small autoencoder has fewer than 32 channels.
 """
+import argparse
+import hashlib
 import json
 import math
 import re
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
@@ -393,6 +396,12 @@ class AutoEncoder(nn.Module):
     def moments(self, image: Tensor) -> Tensor:
         """Picture -> (B, 2 z_channels, h, w): mean and log-variance of the posterior, not yet shifted and scaled."""
         return self.encoder(image.to(self.encoder.conv_in.weight.dtype))
+
+    def posterior(self, image: Tensor) -> Tensor:
+        """Picture (B, 3, H, W) -> (B, 2, 16, h, w), fp32: mean and standard deviation of its latent, shifted and scaled."""
+        mean, logvar = self.moments(image).float().chunk(2, dim=1)
+        scale = self.config.scale_factor
+        return torch.stack((scale * (mean - self.config.shift_factor), scale * torch.exp(0.5 * logvar)), dim=1)
 
     def encode(self, image: Tensor, sample: bool = False, generator: torch.Generator | None = None) -> Tensor:
         """Picture (B, 3, H, W) in [-1, 1], H and W multiples of 8 -> latent (B, 16, H / 8, W / 8).
@@ -852,8 +861,50 @@ def find_model(name: str) -> Path:
             "--model baby, which needs no download") from None
 
 
+def fingerprint(files: TensorFiles, names: list[str] | None = None) -> str:
+    """A short hash of a model: of its tensors' values in bf16, `names` or all of up to 4,096 elements."""
+    digest = hashlib.sha256()
+    for name in sorted(files.file_of) if names is None else names:
+        if names is not None or math.prod(files.shape(name)) <= 4096:
+            digest.update(files[name].bfloat16().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def flux_fingerprint(folder: str | Path) -> str:
+    """`fingerprint` of a snapshot's transformer, the same for its original and its diffusers files."""
+    files, config, is_diffusers = flux_files(folder)
+    with torch.device("meta"):
+        names = [name for name, _ in Flux(config).named_parameters() if name.endswith(".scale") or name == "img_in.bias"]
+    return fingerprint(files, [part for name in names for part in (diffusers_flux_names(name) if is_diffusers else [name])])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# What every script asks: where to run, in which precision, at which size
+# What every script asks: where to run, in which precision, at which size; how it reads its arguments and ends
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises ValueError on bad arguments, where argparse would print its usage and exit."""
+    def error(self, message):
+        raise ValueError(f"{message} (--help lists all options)")
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
+    return int(text)
+
+
+def run_script(name: str, script, argv=None) -> int:
+    """script(argv) -> exit code: 0 done, 1 failed while computing, 2 bad input, 130 Ctrl-C; one line on stderr for each."""
+    try:
+        script(argv)
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if isinstance(error, (ValueError, OSError)) else 1
+    return 0
 
 
 def model_defaults(folder: str | Path) -> dict:

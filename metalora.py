@@ -22,6 +22,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
@@ -204,10 +205,14 @@ class IdentityBank:
 
     A step touches only the rows it names: absent identities keep weights, moments and step count.
     """
-    def __init__(self, weight: Tensor):
+    PARTS = "weight", "exp_avg", "exp_avg_sq", "steps"
+
+    def __init__(self, weight: Tensor, exp_avg: Tensor | None = None, exp_avg_sq: Tensor | None = None,
+                 steps: Tensor | None = None):
         self.weight = weight                                                                                     # (N, P)
-        self.exp_avg, self.exp_avg_sq = torch.zeros_like(weight), torch.zeros_like(weight)
-        self.steps = torch.zeros(len(weight), dtype=torch.long, device=weight.device)
+        self.exp_avg = torch.zeros_like(weight) if exp_avg is None else exp_avg
+        self.exp_avg_sq = torch.zeros_like(weight) if exp_avg_sq is None else exp_avg_sq
+        self.steps = torch.zeros(len(weight), dtype=torch.long, device=weight.device) if steps is None else steps
 
     @torch.no_grad()
     def step(self, ids: Tensor, grad: Tensor, lr: float, betas=(0.9, 0.999), eps: float = 1e-8,
@@ -224,6 +229,38 @@ class IdentityBank:
         self.exp_avg[ids], self.exp_avg_sq[ids] = exp_avg, exp_avg_sq
 
 
+class DiskBank:
+    """Rows of any number of identities in one memory-mapped file: step count, weights and both moments of each, in turn.
+
+    Only the rows that are asked for are read. The file starts sparse, and a row whose step count is 0 holds no weights
+    yet. ValueError where the file has another size. A row is 8 + 12 P bytes.
+    """
+    def __init__(self, path: Path, count: int, size: int):
+        layout = np.dtype([("steps", "<i8"), *((part, "<f4", (size,)) for part in IdentityBank.PARTS[:3])])
+        if not path.exists():
+            part = path.with_name(path.name + ".part")
+            with open(part, "wb") as file:
+                file.truncate(count * layout.itemsize)
+            os.replace(part, path)
+        if path.stat().st_size != count * layout.itemsize:
+            raise ValueError(f"{path} is {path.stat().st_size} bytes, not {count} rows of {layout.itemsize}")
+        self.rows = np.memmap(path, layout, "r+", shape=(count,))
+
+    def steps(self) -> Tensor:
+        """Step counts of all identities (N,)."""
+        return torch.from_numpy(np.array(self.rows["steps"]))
+
+    def read(self, ids: list[int], device) -> IdentityBank:
+        """Copies of these rows on `device`."""
+        return IdentityBank(*(torch.from_numpy(self.rows[part][ids]).to(device) for part in IdentityBank.PARTS))
+
+    def write(self, ids: list[int], bank: IdentityBank):
+        """Puts the rows back, and waits for the disk."""
+        for part in IdentityBank.PARTS:
+            self.rows[part][ids] = getattr(bank, part).cpu().numpy()
+        self.rows.flush()
+
+
 def kaiming(shape: tuple, generator: torch.Generator) -> Tensor:
     """torch's kaiming_uniform with a = sqrt(5), as LoRA starts its A: uniform within 1 / sqrt(fan-in)."""
     return (2 * torch.rand(shape, generator=generator) - 1) / math.sqrt(shape[-1])
@@ -238,64 +275,87 @@ def random_lomd(targets: list[Target], r1: int, seed: int = 0) -> dict[str, Tens
 class MetaLoRA:
     """The adapters of N identities on one frozen Flux: injects itself, trains, collapses, removes itself.
 
-    method "meta-lora": a row holds M (rank x r1) and U (d_out x rank) of every target, over the shared `lomd`.
+    method "meta-lora": a row holds M (rank x r1) and U (d_out x rank) of every target, over the shared `lomd`, which
+    learns too while `train_lomd` is true (stage 1, after the warm-up).
     method "lora": a row holds A (rank x d_in) and U; no lomd. U starts at zero, so the first update is exactly zero.
     Trainables are fp32 whatever the base is. `slots`: how many identities one batch may hold at most.
+    `bank` may be exchanged for another between two steps: a bucket's, in stage 1.
     """
     def __init__(self, flux: nn.Module, rank: int, method: str = "meta-lora", lomd: dict[str, Tensor] | None = None,
                  num_identities: int = 1, seed: int = 0, slots: int = 1):
         if (method == "meta-lora") != (lomd is not None) or method not in ("meta-lora", "lora"):
             raise ValueError("method must be 'meta-lora', with a LoMD, or 'lora', without one")
-        self.flux, self.rank, self.method, self.slots = flux, rank, method, slots
+        self.flux, self.rank, self.method, self.slots, self.train_lomd = flux, rank, method, slots, False
         self.targets = find_targets(flux)
-        device = next(flux.parameters()).device
-        if lomd is not None:
+        self.device = next(flux.parameters()).device
+        self.lomd = None
+        if lomd is not None:                            # a bank of one row, so that it is trained by the same code
             check_lomd(lomd, self.targets)
-            lomd = {t.path: lomd[t.path].to(device, torch.float32) for t in self.targets}
-        self.lomd = lomd
+            flat = torch.cat([lomd[t.path].flatten().float() for t in self.targets])
+            self.shared = IdentityBank(flat[None].to(self.device))
+            self.lomd_shapes = [tuple(lomd[t.path].shape) for t in self.targets]
+            self.lomd = self.split_lomd(self.shared.weight[0])
         self.shapes = []                                # of M (or A) and U, target after target, as a row holds them
         for t in self.targets:
             self.shapes += [(rank, t.d_in if lomd is None else len(lomd[t.path])), (t.rows, rank)]
         self.sizes = [math.prod(shape) for shape in self.shapes]
-        generator, rows = torch.Generator().manual_seed(seed), []
-        for _ in range(num_identities):
-            parts = [kaiming(shape, generator) if i % 2 == 0 else torch.zeros(shape) for i, shape in enumerate(self.shapes)]
-            rows.append(torch.cat([part.flatten() for part in parts]))
-        self.bank = IdentityBank(torch.stack(rows).to(device))
+        generator = torch.Generator().manual_seed(seed)
+        rows = [self.new_row(generator) for _ in range(num_identities)] or [torch.zeros(0, sum(self.sizes))]
+        self.bank = IdentityBank(torch.stack(rows).to(self.device))
         remove_loras(flux)                                                # such as lie outside the blocks would stay
         self.layers = [(inject(flux, name, len(targets) * slots * rank), targets)
                        for name, targets in by_module(self.targets).items()]
 
+    def split_lomd(self, flat: Tensor) -> dict[str, Tensor]:
+        parts = flat.split([math.prod(shape) for shape in self.lomd_shapes])
+        return {t.path: part.view(shape) for t, part, shape in zip(self.targets, parts, self.lomd_shapes)}
+
+    def new_row(self, generator: torch.Generator) -> Tensor:
+        """What an identity starts from (P,): M (or A) drawn, U zero."""
+        return torch.cat([kaiming(shape, generator).flatten() if i % 2 == 0 else torch.zeros(math.prod(shape))
+                          for i, shape in enumerate(self.shapes)])
+
     def assign(self, ids: Tensor):
         """ids (B,): whose image each of the coming batch is. Call before every forward pass."""
-        present, slot = torch.unique(ids.to(self.bank.weight.device), return_inverse=True)
-        self.present, n = present, len(present)
+        present, slot, counts = torch.unique(ids.to(self.device), return_inverse=True, return_counts=True)
+        self.present, self.counts, n = present, counts, len(present)
         if n > self.slots:
             raise ValueError(f"the batch holds {n} identities, the adapter has room for {self.slots}")
         self.rows = self.bank.weight[present].requires_grad_()                                                    # (n, P)
         parts = iter(part.view(n, *shape) for part, shape in zip(self.rows.split(self.sizes, dim=1), self.shapes))
-        mask = None
+        lomd, mask = self.lomd, None
+        if self.train_lomd:
+            self.flat = self.shared.weight[0].detach().requires_grad_()
+            lomd = self.split_lomd(self.flat)
         if n > 1:
             mask = F.one_hot(slot, n).repeat_interleave(self.rank, dim=1)                                   # (B, n rank)
         for layer, targets in self.layers:
             downs, ups = [], []
             for target in targets:
-                down, up = next(parts), next(parts)                              # (n, rank, r1 or d_in), (n, rows, rank)
-                down = down if self.lomd is None else down @ self.lomd[target.path]
-                downs.append(down.flatten(0, 1))                                                         # (n rank, d_in)
+                down, up = next(parts).flatten(0, 1), next(parts)            # (n rank, r1 or d_in), (n, rows, rank)
+                downs.append(down if lomd is None else down @ lomd[target.path])                         # (n rank, d_in)
                 ups.append(up.transpose(0, 1).flatten(1))                                                # (rows, n rank)
             layer.set_update(downs, ups, [t.start for t in targets], None if mask is None else mask.repeat(1, len(targets)))
 
-    def step(self, lr: float, clip: float = 1.0) -> Tensor:
-        """After backward: clips each present row's gradient to norm `clip`, then AdamW. Returns the norms (n,).
+    def step(self, lr: float, clip: float = 1.0, average=None) -> tuple[Tensor, float]:
+        """One AdamW step, after backward of the batch's *summed* losses. Returns gradient norms: rows (n,), LoMD's.
 
-        Rows are clipped one by one, so that an identity trains the same alone and among others.
+        An identity's gradient is the mean over its own images, clipped to norm `clip` by itself, so that it trains the
+        same alone and among others. LoMD's is the mean over the batch, or what `average` makes of the sum (P,), and is
+        clipped by itself. FloatingPointError, before anything has changed, where a gradient is not finite.
         """
-        grad = self.rows.grad
-        norm = grad.norm(dim=1)
-        grad = grad * (clip / (norm + 1e-6)).clamp(max=1.0)[:, None]
-        self.bank.step(self.present, grad, lr)
-        return norm
+        rows = self.rows.grad / self.counts[:, None]
+        norms, lomd_norm, flat = rows.norm(dim=1), 0.0, None
+        if self.train_lomd:
+            flat = average(self.flat.grad) if average else self.flat.grad / self.counts.sum()
+            lomd_norm = flat.norm().item()
+        if not (norms.isfinite().all() and math.isfinite(lomd_norm)):
+            raise FloatingPointError("a gradient is not finite")
+        self.bank.step(self.present, rows * (clip / (norms + 1e-6)).clamp(max=1.0)[:, None], lr)
+        if flat is not None:
+            self.shared.step(torch.zeros(1, dtype=torch.long, device=self.device),
+                             flat[None] * min(1.0, clip / (lomd_norm + 1e-6)), lr)
+        return norms, lomd_norm
 
     @torch.no_grad()
     def collapse(self, identity: int = 0) -> dict[str, tuple[Tensor, Tensor]]:

@@ -10,7 +10,6 @@ Deviations: sides are multiples of 16 pixels and not of 64, which keeps aspect r
 at one resolution unless --resolution names more; small crops are enlarged, see `to_sizes`. An iteration is
 one step of the optimiser, as in the paper's tables; its Algorithm 2, read literally, would count epochs.
 """
-import argparse
 import collections
 import gc
 import hashlib
@@ -100,14 +99,10 @@ def encode(autoencoder, pictures, mirror=True):
     latent of a flipped picture. From mean and deviation each step draws anew, as the paper's trainer does, at
     the price of one randn.
     """
-    config, device = autoencoder.config, next(autoencoder.parameters()).device
-    latents = []
+    device, latents = next(autoencoder.parameters()).device, []
     for picture in pictures:
         pixels = photos.to_tensor(picture).to(device)
-        views = torch.stack([pixels, pixels.flip(-1)] if mirror else [pixels])
-        mean, logvar = autoencoder.moments(views).float().chunk(2, dim=1)                # each (V, 16, h, w)
-        mean = config.scale_factor * (mean - config.shift_factor)
-        latents.append(torch.stack((mean, config.scale_factor * torch.exp(0.5 * logvar)), dim=1))
+        latents.append(autoencoder.posterior(torch.stack([pixels, pixels.flip(-1)] if mirror else [pixels])))
     return latents
 
 
@@ -145,34 +140,22 @@ def train(flux, adapter, latents, txt, y, iters, lr, batch_size=1, seed=0, on_st
         adapter.assign(torch.zeros(n, dtype=torch.long))
         losses = flux_model.flow_matching_loss(
             flux, latent, noise, t, txt.expand(n, -1, -1), y.expand(n, -1), guidance=1.0)               # (B,)
-        losses.mean().backward()
-        norm = adapter.step(lr)
-
-        losses = losses.tolist()                     # only now: reading them waits for the device
-        if not (all(map(math.isfinite, losses)) and torch.isfinite(norm).all()):
-            bad = [i for i, loss in zip(batch, losses) if not math.isfinite(loss)]
-            raise NotFinite(iteration, bad or batch)
+        losses.sum().backward()
+        try:
+            adapter.step(lr)
+        except FloatingPointError:
+            bad = [i for i, loss in zip(batch, losses.tolist()) if not math.isfinite(loss)]
+            raise NotFinite(iteration, bad or batch) from None
         if on_step:
-            on_step(iteration, sum(losses) / n)
+            on_step(iteration, losses.mean().item())
 
 
 # ----------------------------------------------------------------------------------------------------------
 # The command
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):                        # argparse would print its usage as well
-        raise ValueError(f"{message} (--help lists all options)")
-
-
-def positive(text):
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
-    return int(text)
-
-
 def parse(argv):
-    parser = Parser(prog="personalize.py", usage="personalize.py photo [photo ...] [options]",
+    parser = flux_model.Parser(prog="personalize.py", usage="personalize.py photo [photo ...] [options]",
                     description="Turns one photo of a person, or a few, into a LoRA.", allow_abbrev=False)
     add = parser.add_argument
     add("photos", nargs="+", metavar="photo", help="photos of one person")
@@ -181,16 +164,16 @@ def parse(argv):
     add("--format", choices=("diffusers", "kohya", "original"), default="diffusers", help="names in it")
     add("--method", choices=tuple(ITERATIONS), default="meta-lora", help="lora is the paper's baseline")
     add("--lomd", help="weights of stage 1 (default: lomd.safetensors of the model's folder, else here)")
-    add("--rank", type=positive, default=1, help="rank of the LoRA (default: 1)")
-    add("--iters", type=positive, help="steps of training (default: 375, with --method lora 625)")
-    add("--batch-size", type=positive, default=1, help="crops per step, of one shape (default: 1)")
+    add("--rank", type=flux_model.positive, default=1, help="rank of the LoRA (default: 1)")
+    add("--iters", type=flux_model.positive, help="steps of training (default: 375, with --method lora 625)")
+    add("--batch-size", type=flux_model.positive, default=1, help="crops per step, of one shape (default: 1)")
     add("--lr", type=float, help="learning rate (default: the model's; 4e-4 for FLUX.1)")
-    add("--resolution", type=positive, nargs="+", metavar="PIXELS", help="train at the area of a square "
+    add("--resolution", type=flux_model.positive, nargs="+", metavar="PIXELS", help="train at the area of a square "
         "of this side; several: every crop at each (default: the model's; 1024 for FLUX.1)")
     add("--prompt", help="what every crop is called (default: the model's; 'a photo of a person' for FLUX.1)")
     add("--no-augment", action="store_true", help="the whole photo instead of crops and mirror images")
     add("--seed", type=int, default=0, help="one CPU and one seed: the same weights to the bit (default: 0)")
-    add("--save-at", type=positive, nargs="+", default=[], metavar="N",
+    add("--save-at", type=flux_model.positive, nargs="+", default=[], metavar="N",
         help="also write out-00000N.safetensors after N steps, and so on")
     add("--save-crops", type=Path, metavar="DIR", help="write the pictures that are trained on, as PNG")
     add("--device", help="cuda, mps or cpu (default: the best there is)")
@@ -251,6 +234,9 @@ def read_lomd(folder, path=None):
         flux = flux_model.Flux(flux_model.flux_files(folder)[1])
     try:
         check_lomd(lomd, find_targets(flux))
+        if metadata.get("model_fingerprint", mine := flux_model.flux_fingerprint(folder)) != mine:
+            raise ValueError(f"it was trained on another model of this shape, {metadata.get('model', 'unnamed')} "
+                             f"with fingerprint {metadata['model_fingerprint']}; this one has {mine}")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return lomd, f"sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}", metadata.get("random") == "true"
@@ -343,17 +329,11 @@ def personalize(args):
 
 def main(argv=None):
     """Exit code: 0 done, 1 training diverged or memory ran out, 2 bad input, 130 Ctrl-C, work saved."""
-    try:
+    def script(argv):
         args = parse(argv)
         check(args)
         personalize(args)
-    except KeyboardInterrupt:
-        print("personalize.py: interrupted", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
-        print(f"personalize.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, (ValueError, OSError)) else 1
-    return 0
+    return flux_model.run_script("personalize.py", script, argv)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ device and whatever else the run draws. LoRAs ride in spare columns of the froze
 
 Source: the defaults are Meta-LoRA's evaluation settings (30 steps, guidance 3.5, true CFG 1, strength 1).
 """
-import argparse
 import math
 import os
 import re
@@ -22,8 +21,8 @@ import torch
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
-from flux_model import (denoise, find_model, flux_files, get_noise, load_autoencoder, load_flux,
-                        load_text_encoders, model_defaults, pick_device, pick_dtype)
+from flux_model import (Parser, denoise, find_model, flux_files, get_noise, load_autoencoder, load_flux,
+                        load_text_encoders, model_defaults, pick_device, pick_dtype, run_script)
 from lora_files import load_lora
 from metalora import apply_loras
 from photos import SUFFIXES, to_image
@@ -81,11 +80,6 @@ def save_png(image, path, fields):
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise ValueError(f"{message} (--help lists all options)")    # argparse would print its usage as well
 
 
 def note(text):
@@ -285,15 +279,7 @@ def draw(argv):
 
 def main(argv=None):
     """Exit code: 0 done, 1 failed while computing, 2 bad input, 130 Ctrl-C; one line on stderr for each."""
-    try:
-        draw(argv)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
-        print(f"sample.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, (ValueError, OSError)) else 1
-    return 0
+    return run_script("sample.py", draw, argv)
 
 
 if __name__ == "__main__":
