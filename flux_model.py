@@ -882,6 +882,12 @@ def flux_fingerprint(folder: str | Path) -> str:
 # What every script asks: where to run, in which precision, at which size; how it reads its arguments and ends
 
 
+def free(device):
+    """Gives the memory of models that were just dropped back to the device."""
+    if torch.device(device).type in ("cuda", "mps"):
+        getattr(torch, torch.device(device).type).empty_cache()
+
+
 class Parser(argparse.ArgumentParser):
     """Raises ValueError on bad arguments, where argparse would print its usage and exit."""
     def error(self, message):

@@ -21,17 +21,11 @@ import torch
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
-from flux_model import (Parser, denoise, find_model, flux_files, get_noise, load_autoencoder, load_flux,
+from flux_model import (Parser, denoise, find_model, flux_files, free, get_noise, load_autoencoder, load_flux,
                         load_text_encoders, model_defaults, pick_device, pick_dtype, run_script)
 from lora_files import load_lora
 from metalora import apply_loras
 from photos import SUFFIXES, to_image
-
-
-def free(device):
-    """Gives the memory of models that were just dropped back to the device."""
-    if torch.device(device).type in ("cuda", "mps"):
-        getattr(torch, torch.device(device).type).empty_cache()
 
 
 def encode_prompts(folder, prompts, device, dtype):

@@ -11,10 +11,11 @@ Stages, each resumable by the same command; Ctrl-C saves first, a crash costs at
   transformer  the product's Flux, small, with T5 and CLIP trained jointly            -> out/flux1-dev.safetensors, ...
 The result is a folder in the hub's layout that every script of the project takes as --model baby.
 
-Sources: the flow-matching loss and logit-normal times are flux_model's; guidance is learned as in "Diffusion Models
-without Classifier-free Guidance" (Tang et al. 2025): the target moves by (guidance - 1) times what the caption changes,
-so that the guidance input means what it means in FLUX.1-dev. Random numbers depend on (seed, step) alone: a run that is
-stopped and resumed sees the same data as one that is not.
+Sources: the flow-matching loss and logit-normal times are flux_model's. Guidance is distilled into the guidance input,
+as in FLUX.1-dev, but it is another guidance: the target moves by (guidance - 1) / 2 times what training has changed since
+its first part ("Guiding a Diffusion Model with a Bad Version of Itself", Karras et al. 2024). Classifier-free guidance
+made this small a network worse at faces. Random numbers depend on (seed, step) alone: a run that is stopped and resumed
+sees the same data as one that is not.
 """
 import argparse
 import copy
@@ -51,8 +52,9 @@ AE_CONFIG = AutoEncoderConfig(resolution=128, ch=16, ch_mult=(1, 1, 2, 4), num_r
 WIDTH_TEXT, T5_TOKENS, CLIP_TOKENS = 64, 24, 40
 FLUX_CONFIG = FluxConfig(vec_in_dim=WIDTH_TEXT, context_in_dim=WIDTH_TEXT, hidden_size=128, num_heads=4, depth=3,
                          depth_single_blocks=6, axes_dim=(8, 12, 12))
-STEPS, BATCH, LR_MUON, LR_ADAM, EMA = 14_000, 64, 2e-3, 2e-3, 0.998
-DECAY, GUIDED = 0.3, 0.2              # last parts of the run: learning rate falls to zero; guidance is learned
+STEPS, BATCH, LR_MUON, LR_ADAM, EMA = 13_000, 64, 2e-3, 2e-3, 0.998
+DECAY, GUIDED = 0.35, 0.19            # last parts of the run: learning rate falls to zero; guidance is learned
+WEAK = 2 / 13                         # part of the run after which the averaged weights are those to be guided away from
 DEFAULTS = {"resolution": 128, "learning_rate": 5e-3, "prompt": "a photo of a person"}
 
 
@@ -322,26 +324,22 @@ def batch_of(step: int, latents: dict, captions: dict, chances: dict):
     return x0, noise, sample_times(BATCH, generator), text, guidance
 
 
-def loss_of(baby: Baby, average: Baby, batch, guided: bool) -> torch.Tensor:
-    """Flow matching; where guidance > 1 (and the stage is reached) the target is what classifier-free guidance gives
-    to the averaged weights: those being trained would follow their own noise."""
+def loss_of(baby: Baby, batch, average: Baby | None = None, weak: Baby | None = None) -> torch.Tensor:
+    """Flow matching. With `weak` the target, where guidance > 1, is what guidance of the averaged weights away from the
+    weak ones gives; those being trained would follow their own noise."""
     x0, noise, t, text, guidance = batch
-    if not guided:
+    if weak is None:
         guidance = torch.ones(BATCH)
-    txt, y = baby.embed(text)
     rows = (guidance > 1).nonzero()[:, 0]
     if len(rows):
         with torch.no_grad():
-            at, ones = t[rows, None, None, None], torch.ones(len(rows))
+            at, ones, words = t[rows, None, None, None], torch.ones(len(rows)), [text[i] for i in rows]
             x_t = (1 - at) * x0[rows] + at * noise[rows]
-            (some_txt, some_y), no = average.embed([text[i] for i in rows]), average.embed([""])
-            no_txt, no_y = (e.expand(len(rows), *e.shape[1:]) for e in no)
-            change = velocity(average.flux, x_t, t[rows], some_txt, some_y, ones) - velocity(
-                average.flux, x_t, t[rows], no_txt, no_y, ones)
+            good, bad = (velocity(model.flux, x_t, t[rows], *model.embed(words), ones) for model in (average, weak))
             # moving x0 and the noise apart by the same amount moves the target, noise - x0, and not x_t
-            move = (guidance[rows, None, None, None] - 1) * change
+            move = (guidance[rows, None, None, None] - 1) / 2 * (good - bad)
             x0[rows], noise[rows] = x0[rows] - at * move, noise[rows] + (1 - at) * move
-    return flow_matching_loss(baby.flux, x0, noise, t, txt, y, guidance).mean()
+    return flow_matching_loss(baby.flux, x0, noise, t, *baby.embed(text), guidance).mean()
 
 
 def export(average: Baby, out: Path):
@@ -379,11 +377,11 @@ def train_transformer(run: Path, out: Path, steps: int, init: Path | None = None
     others = [p for p in named.values() if all(p is not m for m in matrices)]
     optimizers = [torch.optim.Muon(matrices, lr=LR_MUON, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
                   torch.optim.AdamW(others, lr=LR_ADAM, betas=(0.9, 0.98), weight_decay=0.0)]
-    average = copy.deepcopy(baby)
+    average, weak = copy.deepcopy(baby), copy.deepcopy(baby)
     ema = {k: p.detach() for k, p in average.named_parameters()}
-    path = run / "transformer.safetensors"
+    path, weak_path = run / "transformer.safetensors", run / "weak.safetensors"
     start = load_state(path, baby, optimizers, ema)
-    for flux in (baby.flux, average.flux):
+    for flux in (baby.flux, average.flux, weak.flux):
         for block in [*flux.double_blocks, *flux.single_blocks]:
             block.compile(dynamic=False)
     bar = tqdm(range(start, steps), initial=start, total=steps, desc="transformer", mininterval=10)
@@ -391,11 +389,15 @@ def train_transformer(run: Path, out: Path, steps: int, init: Path | None = None
     shown, log = None, open(run / "transformer.jsonl", "a")
     for step in bar:
         left = (steps - step) / steps
+        if step == int((1 - GUIDED) * steps) or step == start and left < GUIDED:
+            if not load_state(weak_path, weak, []):
+                raise SystemExit(f"pretrain.py: {weak_path} is missing; it was written at step {WEAK * steps:.0f}")
         rate = min(1.0, (step + 1) / 200) * min(1.0, left / DECAY)                      # warm up, hold, fall
         optimizers[0].param_groups[0]["lr"], optimizers[1].param_groups[0]["lr"] = LR_MUON * rate, LR_ADAM * rate
         # for 88 tokens the flash kernel's backward costs 40 % of a step on a CPU, plain matmuls a tenth of it
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-            loss = loss_of(baby, average, batch_of(step, latents, captions, chances), left < GUIDED)
+            batch = batch_of(step, latents, captions, chances)
+            loss = loss_of(baby, batch, average, weak) if left < GUIDED else loss_of(baby, batch)
         loss.backward()
         nn.utils.clip_grad_norm_(baby.parameters(), 1.0)
         for optimizer in optimizers:
@@ -411,6 +413,8 @@ def train_transformer(run: Path, out: Path, steps: int, init: Path | None = None
             bar.set_postfix(loss=f"{shown:.4f}", refresh=False)
             log.write(json.dumps(dict(step=step + 1, loss=round(shown, 5), time=round(time.time()))) + "\n")
             log.flush()
+        if step + 1 == max(1, round(WEAK * steps)):
+            save_whole({f"weight.{k}": v for k, v in ema.items()}, weak_path, {"step": str(step + 1)})
         if step % 500 == 499 or step == steps - 1 or interrupted.now:
             save_state(path, baby, optimizers, step + 1, ema)
             export(average, out)

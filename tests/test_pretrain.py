@@ -99,27 +99,28 @@ def test_a_run_may_start_from_a_checkpoint(tiny):
 
 
 def test_guidance_moves_the_target_and_not_the_input(tiny, monkeypatch):
-    """x_t of the guided loss is that of the plain one, and the target moves by (g - 1) (v - v of no caption)."""
+    """x_t of the guided loss is that of the plain one, and the target moves by (g - 1) / 2 (v - v of the weak model)."""
     run, out = tiny
-    baby = pretrain.Baby(out)
-    for p in baby.flux.parameters():                                       # the zeros of adaLN-zero would hide everything
-        torch.nn.init.normal_(p, std=0.1)
+    baby, average, weak = (pretrain.Baby(out) for _ in range(3))
+    for model in (average, weak):
+        for p in model.flux.parameters():                                  # the zeros of adaLN-zero would hide everything
+            torch.nn.init.normal_(p, std=0.1)
     captions = {shape: (run / "data" / f"{shape[0]}x{shape[1]}.txt").read_text().splitlines() for shape in pretrain.SHAPES}
     latents = {shape: load_file(run / "latents" / f"{shape[0]}x{shape[1]}.safetensors")["latents"] for shape in pretrain.SHAPES}
     chances = {shape: np.full(len(texts), 1 / len(texts)) for shape, texts in captions.items()}
     x0, noise, t, text, guidance = pretrain.batch_of(0, latents, captions, chances)
-    text, at = ["a photo of a man"] * len(text), t[:, None, None, None]
-    seen = {}
+    at, seen = t[:, None, None, None], {}
     monkeypatch.setattr(pretrain, "flow_matching_loss", lambda flux, x0, noise, t, txt, y, g: (
-        seen.update(x_t=(1 - at) * x0 + at * noise, target=noise - x0), torch.zeros(1))[1])
-    other = pretrain.Baby(out)                                             # the average teaches, not what is trained
-    pretrain.loss_of(other, baby, (x0.clone(), noise.clone(), t, text, guidance), True)
+        seen.update(x_t=(1 - at) * x0 + at * noise, target=noise - x0, flux=flux), torch.zeros(1))[1])
+    pretrain.loss_of(baby, (x0.clone(), noise.clone(), t, text, guidance), average, weak)
     x_t = (1 - at) * x0 + at * noise
-    assert torch.allclose(seen["x_t"], x_t, atol=1e-5)
+    assert torch.allclose(seen["x_t"], x_t, atol=1e-5) and seen["flux"] is baby.flux
     with torch.no_grad():
-        v = [pretrain.velocity(baby.flux, x_t, t, *baby.embed(words), torch.ones(len(t))) for words in (text, [""] * len(t))]
-    wanted = noise - x0 + (guidance[:, None, None, None] - 1) * (v[0] - v[1])
+        good, bad = (pretrain.velocity(m.flux, x_t, t, *m.embed(text), torch.ones(len(t))) for m in (average, weak))
+    wanted = noise - x0 + (guidance[:, None, None, None] - 1) / 2 * (good - bad)
     assert torch.allclose(seen["target"], wanted, atol=1e-4) and (guidance > 1).any() and (guidance == 1).any()
+    pretrain.loss_of(baby, (x0.clone(), noise.clone(), t, text, guidance))                                 # not guided
+    assert torch.equal(seen["target"], noise - x0)
 
 
 def test_pictures_that_are_no_photos_are_told_by_their_captions():
