@@ -1,0 +1,899 @@
+"""Stage 1: learns LoMD, the part of Meta-LoRA that all people share, over buckets of identities.
+
+    python meta_train.py --data buckets/                          # FLUX.1-dev -> lomd.safetensors
+    python meta_train.py --data faces/ --model baby               # the same on a laptop
+    torchrun --nproc-per-node 8 meta_train.py --data buckets/     # each GPU its own share of the people
+
+buckets/<bucket>/<person>/<pictures, captions beside them as .txt>; a flat faces/<person>/ is cut into buckets.
+The same command goes on where the last one ended, however it ended: the run's state is its checkpoints and
+the bank of people in --run, and every random number depends on the seed and on where the run is, nothing else.
+
+Source: Meta-LoRA, Algorithm 1, and the settings of its trainer, ai-toolkit.
+Deviations: the last visit ends at --iters, where the algorithm as printed would finish its pass over the
+buckets. LoMD's gradient and those of each person are clipped apart, and a person's is the mean over their own
+pictures, so that they train the same in any company; the paper's trainer clips all of them by one norm. Of
+several resolutions each use of a picture takes one at random.
+"""
+import collections
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageOps
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+import flux_model
+import photos
+from metalora import DiskBank, IdentityBank, MetaLoRA, find_targets, random_lomd, save_lomd
+
+try:
+    import fcntl
+    import resource
+except ImportError:                              # Windows: no lock, and no peak memory without a GPU
+    fcntl = resource = None
+
+MIN_PICTURES = 2          # of one picture M and U would learn the picture, not the person
+USES = 10                 # of each picture in one visit of its bucket
+T_BINS = 10
+ROWS, ORDER, DRAW = 1, 2, 3                                       # what a stream of random numbers is for
+
+
+def generator(*key):
+    """A CPU generator that depends on the integers of `key` and on nothing else."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+
+
+def write_whole(path, data):
+    """Bytes into a file that is whole or absent, even after a power cut."""
+    part = Path(f"{path}.{os.getpid()}.part")
+    with open(part, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The folder of people
+
+
+class Picture(NamedTuple):
+    path: Path
+    digest: str                                  # sha256 of the file
+    width: int
+    height: int
+    caption: str | None                          # None: --prompt
+
+
+def find_people(data):
+    """Folder -> ({bucket: {person: folder}}, problems). A flat folder of people is one bucket, named ""."""
+    def folders(parent):
+        return [p for p in sorted(parent.iterdir()) if p.is_dir() and not p.name.startswith(".")]
+
+    people, flat, problems = {}, {}, []
+    if photos.image_files(data):
+        problems.append(f"{photos.image_files(data)[0]} is in nobody's folder")
+    for folder in folders(data):
+        loose, inner = photos.image_files(folder), folders(folder)
+        if inner and loose:
+            problems.append(f"{folder} holds people and also loose pictures, such as {loose[0].name}")
+        if inner:
+            people[folder.name] = {person.name: person for person in inner}
+        else:
+            flat[folder.name] = folder
+    if not people:
+        return {"": flat} if flat else {}, problems
+    for folder in flat.values():
+        problems.append(f"{folder} is no bucket as the others are: it holds no people")
+    for folder in (person for bucket in people.values() for person in bucket.values()):
+        problems += [f"{inner} is a folder inside a person's" for inner in folders(folder)]
+    return people, problems
+
+
+def read_caption(path):
+    """Text of the .txt beside a picture, None where there is none."""
+    path = path.with_suffix(".txt")
+    if not path.is_file():
+        return None
+    try:
+        caption = " ".join(path.read_text("utf-8-sig").split())
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not text in UTF-8") from None
+    if not caption:
+        raise ValueError(f"{path} is empty")
+    return caption
+
+
+def read_people(data, smallest, known, show=True):
+    """Checks every file -> ({bucket: {person: [Picture]}} of what is sound, problems, one line each).
+
+    smallest: pixels of the shortest side that can be used. known: {path: [size, mtime, digest, width, height]}
+    of pictures that were decoded before; filled in.
+    """
+    people, problems = find_people(data)
+
+    def examine(path):
+        try:
+            status = path.stat()
+            found = known.get(str(path), [])
+            if found[:2] != [status.st_size, status.st_mtime_ns]:
+                image = photos.read_photo(path)
+                digest = hashlib.sha256(path.read_bytes()).hexdigest()
+                known[str(path)] = found = [status.st_size, status.st_mtime_ns, digest, *image.size]
+            if min(found[3:]) < smallest:
+                raise ValueError(f"{path} is {found[3]} x {found[4]} pixels; its sides must be {smallest} or more")
+            return Picture(path, *found[2:], read_caption(path))
+        except (ValueError, OSError) as error:
+            return str(error)
+
+    everyone = [(bucket, person, folder) for bucket in people for person, folder in people[bucket].items()]
+    # HEIC is looked at although it cannot be read: phones make it, and it would be missed in silence
+    files = {folder: sorted({*photos.image_files(folder), *folder.glob("[!.]*.[hH][eE][iI][cCfF]")})
+             for _, _, folder in everyone}
+    with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:      # decoders release the interpreter's lock
+        paths = [path for folder in files for path in files[folder]]
+        results = tqdm(pool.map(examine, paths), "checking pictures", len(paths), disable=None if show else True,
+                       leave=False)
+        found = dict(zip(paths, results))
+    problems += [result for result in found.values() if isinstance(result, str)]
+
+    owners = collections.defaultdict(list)
+    for folder, pictures in files.items():
+        for path in pictures:
+            if isinstance(found[path], Picture):
+                owners[found[path].digest].append(path)
+    for same in owners.values():
+        shared = len({path.parent for path in same}) > 1         # then nobody knows whose it is
+        for path in same if shared else same[1:]:
+            other = next(p for p in same if p.parent != path.parent) if shared else same[0]
+            problems.append(f"{path} is the same picture as {other}")
+            found[path] = None
+    sound = {bucket: {} for bucket in people}
+    for bucket, person, folder in everyone:
+        pictures = [found[path] for path in files[folder] if isinstance(found[path], Picture)]
+        if len(pictures) < MIN_PICTURES:
+            problems.append(f"{folder} has {len(pictures)} usable picture{'s' * (len(pictures) != 1)}; "
+                            f"a person needs {MIN_PICTURES} or more")
+        else:
+            sound[bucket][person] = pictures
+    return {bucket: members for bucket, members in sound.items() if members}, problems
+
+
+def make_buckets(people, size, seed):
+    """{bucket: {person: [Picture]}} -> the same; a flat one is dealt at random into buckets of about `size`."""
+    if list(people) != [""]:
+        return people
+    names = sorted(people[""])
+    order = np.random.default_rng(seed).permutation(len(names))
+    parts = np.array_split(order, math.ceil(len(names) / size))
+    return {f"{i:04d}": {names[j]: people[""][names[j]] for j in sorted(part)} for i, part in enumerate(parts)}
+
+
+def data_fingerprint(buckets):
+    """A short hash of who is in which bucket, with which pictures and captions."""
+    lines = [f"{bucket}\t{person}\t{picture.digest}\t{picture.caption}" for bucket, members in buckets.items()
+             for person, pictures in members.items() for picture in pictures]
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The schedule
+
+
+class Visit(NamedTuple):
+    bucket: int
+    start: int                                   # its first iteration, counted from 0 over the whole run
+    joint: int                                   # the first one in which LoMD learns too
+    stop: int                                    # one after its last
+
+
+def schedule(pictures, iters, batch_size, warmup, bucket_iters=None):
+    """Algorithm 1: number of pictures in each bucket -> [Visit], bucket after bucket, round after round.
+
+    batch_size: of all GPUs together. A visit lasts `bucket_iters`, else until each picture was used 10 times.
+    """
+    visits, start = [], 0
+    while start < iters:
+        bucket = len(visits) % len(pictures)
+        length = bucket_iters or math.ceil(USES * pictures[bucket] / batch_size)
+        joint = start + int(warmup * length + 1e-9)                   # 0.29 * 100 is a little less than 29
+        visits.append(Visit(bucket, start, min(joint, iters), min(start + length, iters)))
+        start += length
+    return visits
+
+
+def draw_order(shapes, count, batch_size, rng):
+    """[[shape of each view of picture 0], ...] -> `count` batches of (picture, view), each of one shape.
+
+    Pictures come in random order, all of them before any comes again; a use takes one view at random.
+    """
+    waiting, batches = collections.defaultdict(list), []
+    while len(batches) < count:
+        for picture in torch.randperm(len(shapes), generator=rng).tolist():
+            view = torch.randint(len(shapes[picture]), (), generator=rng).item()
+            queue = waiting[shapes[picture][view]]
+            queue.append((picture, view))
+            if len(queue) == batch_size:
+                batches.append(waiting.pop(shapes[picture][view]))
+    return batches[:count]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Latents and text, encoded once
+
+
+class Cache:
+    """Latents and text embeddings on disk, named by what they are made from: picture or caption, and model."""
+    def __init__(self, folder, model, device, dtype, resolutions):
+        self.folder, self.model, self.device, self.dtype, self.resolutions = folder, model, device, dtype, resolutions
+        files = [flux_model.locate(model, ("ae.safetensors",), "vae", "autoencoder")[0],
+                 flux_model.weight_files(Path(model) / "text_encoder", "model"),
+                 flux_model.weight_files(Path(model) / "text_encoder_2", "model")]
+        key = [flux_model.fingerprint(flux_model.TensorFiles(f)) for f in files] + [str(dtype)]
+        self.key = hashlib.sha256(" ".join(key).encode()).hexdigest()[:12]
+
+    @staticmethod
+    def step(resolution):
+        """Sides are multiples of this: 64 pixels as in the paper's trainer, less for a baby."""
+        return min(64, max(16, resolution // 8 // 16 * 16))
+
+    def sizes(self, picture):
+        """{(width, height): resolution}: how a picture is seen, never larger than it is."""
+        return {photos.grid_size(picture.width, picture.height, r, self.step(r)): r for r in self.resolutions}
+
+    def latent_path(self, picture, size):
+        return self.folder / f"{picture.digest[:32]}-{size[0]}x{size[1]}-{self.key}.safetensors"
+
+    def text_path(self, caption):
+        digest = hashlib.sha256(caption.encode("utf-8", "surrogateescape")).hexdigest()
+        return self.folder / f"{digest[:32]}-text-{self.key}.safetensors"
+
+    def missing(self, pictures, captions):
+        return ([picture for picture in pictures
+                 if not all(self.latent_path(picture, size).exists() for size in self.sizes(picture))],
+                [caption for caption in dict.fromkeys(captions) if not self.text_path(caption).exists()])
+
+    @torch.no_grad()
+    def fill(self, pictures, captions, stop=None, show=True):
+        """Encodes what is not there yet. The models come one after the other, and go. `stop()` may raise."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        pictures, captions = self.missing(pictures, captions)
+        bar = tqdm(total=len(captions) + len(pictures), desc="encoding", disable=None if show else True, leave=False)
+        if captions:
+            encoders = flux_model.load_text_encoders(self.model, self.device, self.dtype)
+            for caption in captions:
+                txt, y = encoders.encode([caption])
+                self.save(self.text_path(caption), {"txt": txt[0], "y": y[0]}, stop)
+                bar.update()
+            del encoders
+        if pictures:
+            autoencoder = flux_model.load_autoencoder(self.model, self.device, self.dtype)
+            for picture in pictures:
+                if hashlib.sha256(picture.path.read_bytes()).hexdigest() != picture.digest:
+                    raise ValueError(f"{picture.path} has changed since it was checked")
+                photo = photos.read_photo(picture.path)
+                for size, resolution in self.sizes(picture).items():
+                    pixels = photos.to_tensor(photos.fit_to_grid(photo, resolution, self.step(resolution)))
+                    posterior = autoencoder.posterior(pixels[None].to(self.device))[0]
+                    self.save(self.latent_path(picture, size), {"posterior": posterior.half()}, stop)
+                bar.update()
+        bar.close()
+
+    def save(self, path, tensors, stop):
+        part = f"{path}.{os.getpid()}.part"
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, part)
+        os.replace(part, path)
+        if stop:
+            stop()
+
+    def load(self, path):
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is damaged, delete it: {error}") from None
+
+
+def fill_ahead(cache, pictures, captions, threads):
+    """What the second process runs. The terminal sends Ctrl-C to it too; it is ended by its parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(threads)               # as the first process: results must not depend on who encodes
+    parent = os.getppid()
+
+    def stop():                                  # it was killed
+        if os.getppid() != parent:
+            sys.exit()
+    try:
+        cache.fill(pictures, captions, stop, show=False)
+    except (ValueError, OSError, torch.OutOfMemoryError):
+        pass                                     # the first process encodes what is missing, and meets it again
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The run
+
+
+class Interruption:
+    """with Interruption(): Ctrl-C and SIGTERM are a flag that is read between two iterations. A second one, some
+    seconds later, ends at once; torchrun passes on what the terminal has already sent."""
+    def __enter__(self):
+        self.asked = None
+        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def ask(self, number, frame):
+        self.asked = self.asked or time.monotonic()
+        if time.monotonic() - self.asked > 3:
+            raise KeyboardInterrupt
+
+    def raise_if_asked(self):
+        if self.asked:
+            raise KeyboardInterrupt
+
+
+class Group:
+    """The processes that torchrun started; one alone without it. Counts the bytes that it sends."""
+    def __init__(self, device_name):
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if self.size > 1 and device_name is None and torch.cuda.is_available():
+            device_name = f"cuda:{os.environ['LOCAL_RANK']}"
+        self.device = flux_model.pick_device(device_name)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        self.sent = 0
+        if self.size > 1:
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(hours=2))    # a bucket may take long to encode
+
+    def sum(self, tensor):
+        """The sum over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+            self.sent += tensor.numel() * tensor.element_size()
+        return tensor
+
+    def gather(self, thing):
+        """Python objects of all processes."""
+        things = [thing] * self.size
+        if self.size > 1:
+            dist.all_gather_object(things, thing)
+        return things
+
+    def close(self):
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class Run:
+    """One process's part of a run: its people's rows, LoMD, where it is, and how to get there again."""
+    def __init__(self, args, buckets, group, shards=None, num_shards=None):
+        self.args, self.group, self.interruption = args, group, Interruption()
+        # shard s of a bucket: every num_shards-th of its people, from the s-th on. A process has one shard.
+        self.num_shards = num_shards or group.size
+        self.shards = shards or [group.rank]
+        self.folder = args.run / f"rank{group.rank}"
+        self.cache = Cache(args.cache or args.run / "cache", args.folder, group.device, args.dtype, args.resolution)
+        self.bucket_names, self.members, self.ids, first = list(buckets), [], [], 0
+        for members in buckets.values():         # of each bucket: [(person, pictures)] by shard; numbers over all
+            listed = [(first + i, person, pictures) for i, (person, pictures) in enumerate(members.items())]
+            self.members.append([listed[s::self.num_shards] for s in self.shards])
+            first += len(listed)
+        self.visits = schedule([sum(map(len, members.values())) for members in buckets.values()], args.iters,
+                               args.batch_size * self.num_shards, args.warmup, args.bucket_iters)
+        self.local, first = [], 0                # rows of each bucket in this process's bank
+        for shards_of_bucket in self.members:
+            count = sum(map(len, shards_of_bucket))
+            self.local.append(list(range(first, first + count)))
+            first += count
+        self.iteration, self.open, self.worker, self.disk = 0, None, None, None
+
+    def load(self):
+        """The model with its adapter, and the bank on disk; then the newest checkpoint, where there is one."""
+        args = self.args
+        flux = flux_model.load_flux(args.folder, self.group.device, args.dtype)
+        flux.recompute = sum(p.numel() for p in flux.parameters()) > 1e9
+        slots = args.batch_size * len(self.shards)
+        self.adapter = MetaLoRA(flux, args.r2, lomd=random_lomd(find_targets(flux), args.r1, args.seed),
+                                num_identities=0, slots=slots)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not args.fresh_identities:
+            self.disk = DiskBank(self.folder / "bank", sum(map(len, self.local)), sum(self.adapter.sizes))
+        self.resume()
+
+    # -- checkpoints: <iteration>-<steps that LoMD has made>.safetensors
+
+    def checkpoints(self):
+        """[(iteration, steps of LoMD, path)], the newest last."""
+        found = [(*map(int, path.stem.split("-")), path) for path in self.folder.glob("*-*.safetensors")]
+        return sorted(found)
+
+    def save(self):
+        """Everything that is not on disk yet. Two are kept; of several processes also the last from before LoMD's
+        latest step, since another process may not have saved after it."""
+        banks = {"lomd": self.adapter.shared, "rows": self.adapter.bank}
+        tensors = {f"{name}.{part}": getattr(bank, part).cpu() for name, bank in banks.items() for part in bank.PARTS}
+        if self.disk:
+            tensors["disk_steps"] = self.disk.steps()
+        steps = int(self.adapter.shared.steps[0])
+        path = self.folder / f"{self.iteration:08d}-{steps:08d}.safetensors"
+        save_file(tensors, f"{path}.part", {"visit": str(self.open)})
+        with open(f"{path}.part", "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(f"{path}.part", path)
+        checkpoints = self.checkpoints()
+        kept = checkpoints[-2:]
+        if self.group.size > 1:
+            kept += [checkpoint for checkpoint in checkpoints if checkpoint[1] < steps][-1:]
+        for checkpoint in checkpoints:
+            if checkpoint not in kept:
+                checkpoint[2].unlink()
+
+    def resume(self):
+        """Finds the newest state that all processes have: during a warm-up they need not be at the same iteration,
+        but LoMD must have made the same steps."""
+        readable = {}
+        for iteration, steps, path in self.checkpoints():
+            try:
+                with safe_open(path, "pt"):
+                    readable[steps] = path
+            except (SafetensorError, OSError) as error:
+                print(f"note: {path} is damaged and passed over: {error}", file=sys.stderr)
+        common = set.intersection(*map(set, self.group.gather(set(readable))))
+        path, mine, expected = "a run without checkpoints", [], 0
+        if common:
+            path = readable[max(common)]
+            self.iteration = int(path.stem.split("-")[0])
+            with safe_open(path, "pt", device=str(self.group.device)) as file:
+                self.adapter.shared, self.adapter.bank = (
+                    IdentityBank(*(file.get_tensor(f"{bank}.{part}") for part in IdentityBank.PARTS))
+                    for bank in ("lomd", "rows"))
+                self.open = int(file.metadata()["visit"])
+                expected = file.get_tensor("disk_steps").cpu() if self.disk else 0
+            self.adapter.lomd = self.adapter.split_lomd(self.adapter.shared.weight[0])
+            mine = self.local[self.open % len(self.local)]        # the bank may have these as they were later
+        if self.disk:
+            differs = self.disk.steps() != expected
+            differs[mine] = False
+            if differs.any():
+                raise ValueError(f"{self.folder / 'bank'} does not belong to {path}; use another --run")
+
+    # -- buckets
+
+    def pictures_and_texts(self, visit):
+        members = [member for shard in self.members[self.visits[visit].bucket] for member in shard]
+        pictures = [picture for _, _, pictures in members for picture in pictures]
+        return pictures, [self.args.prompt] + [p.caption for p in pictures if p.caption is not None]
+
+    def prepare_ahead(self, visit):
+        """Encodes the bucket of the next visit in a second process, where there is room for one."""
+        if not self.args.ahead or visit >= len(self.visits):
+            return
+        pictures, captions = self.cache.missing(*self.pictures_and_texts(visit))
+        if pictures or captions:
+            context = multiprocessing.get_context("spawn")       # a fork would share this process's device
+            self.worker = context.Process(target=fill_ahead, daemon=True,
+                                          args=(self.cache, pictures, captions, torch.get_num_threads()))
+            self.worker.start()
+
+    def open_bucket(self, visit):
+        """Latents, text and order of a visit; and its rows, from the bank, unless a checkpoint has brought them."""
+        if self.worker:
+            while self.worker.is_alive():
+                self.worker.join(0.2)
+                self.interruption.raise_if_asked()
+            self.worker = None
+        pictures, captions = self.pictures_and_texts(visit)
+        self.cache.fill(pictures, captions, self.interruption.raise_if_asked, show=self.group.rank == 0)
+        flux_model.free(self.group.device)
+        self.prepare_ahead(visit + 1)
+        bucket, self.uses, row = self.members[self.visits[visit].bucket], [], 0
+        self.texts = {caption: self.cache.load(self.cache.text_path(caption)) for caption in set(captions)}
+        self.views, self.order = [], []
+        for shard, members in zip(self.shards, bucket):
+            views, shapes = [], []                                # of each picture of the shard
+            for _, person, mine in members:
+                for picture in mine:
+                    sizes = list(self.cache.sizes(picture))
+                    latents = [self.cache.load(self.cache.latent_path(picture, size))["posterior"] for size in sizes]
+                    views.append((row, person, picture, latents))
+                    shapes.append(sizes)
+                row += 1
+            start, _, stop = self.visits[visit][1:]
+            self.views.append(views)
+            self.order.append(draw_order(shapes, stop - start, self.args.batch_size,
+                                         generator(self.args.seed, ORDER, visit, shard)))
+        if self.open == visit:
+            return
+        rows, self.open = self.local[self.visits[visit].bucket], visit
+        people = [number for shard in bucket for number, _, _ in shard]
+        if self.disk:
+            bank = self.disk.read(rows, self.group.device)
+            new = (bank.steps == 0).nonzero()[:, 0].tolist()
+        else:
+            bank = IdentityBank(torch.empty(len(rows), sum(self.adapter.sizes), device=self.group.device))
+            new = range(len(rows))
+        for i in new:
+            key = (self.args.seed, ROWS, people[i], *([] if self.disk else [visit]))
+            bank.weight[i] = self.adapter.new_row(generator(*key)).to(self.group.device)
+        self.adapter.bank = bank
+
+    def close_bucket(self):
+        """Rows back to the bank. The checkpoint before it holds them too, so that a kill while they are written
+        does no harm."""
+        if self.disk:
+            self.disk.write(self.local[self.visits[self.open].bucket], self.adapter.bank)
+
+    # -- training
+
+    def draw(self, offset):
+        """What an iteration trains on: (people, pictures) for messages, and the tensors of `step`."""
+        who, columns = [], []
+        for shard, views, order in zip(self.shards, self.views, self.order):
+            rng = generator(self.args.seed, DRAW, self.iteration, shard)
+            chosen = [(*views[picture][:3], views[picture][3][view]) for picture, view in order[offset]]
+            posterior = torch.stack([latents for *_, latents in chosen]).float()             # (b, 2, 16, h, w)
+            shape = posterior[:, 0].shape
+            latent = posterior[:, 0] + posterior[:, 1] * torch.randn(shape, generator=rng)
+            texts = [self.texts[self.args.prompt if picture.caption is None else picture.caption]
+                     for _, _, picture, _ in chosen]
+            columns.append((torch.tensor([row for row, *_ in chosen]), latent, torch.randn(shape, generator=rng),
+                            flux_model.sample_times(len(chosen), rng), torch.stack([text["txt"] for text in texts]),
+                            torch.stack([text["y"] for text in texts])))
+            who += [(person, picture) for _, person, picture, _ in chosen]
+        return who, [torch.cat(parts).to(self.group.device) for parts in zip(*columns)]
+
+    def step(self, visit):
+        """One iteration -> (losses (B,), times (B,), gradient norms of the rows (n,), of LoMD). FloatingPointError
+        names iteration, people and pictures, and then nothing has changed."""
+        who, (ids, latent, noise, t, txt, y) = self.draw(self.iteration - visit.start)
+        adapter = self.adapter
+        adapter.train_lomd = self.iteration >= visit.joint
+        adapter.assign(ids)
+        losses = flux_model.flow_matching_loss(adapter.flux, latent, noise, t, txt, y, guidance=1.0)
+        losses.sum().backward()
+        try:
+            norms, lomd_norm = adapter.step(self.args.lr, average=self.average)
+        except FloatingPointError:
+            bad = [who[i] for i, loss in enumerate(losses.tolist()) if not math.isfinite(loss)] or who
+            names = "; ".join(f"{person}, {picture.path}" for person, picture in bad)
+            raise FloatingPointError(f"the loss or its gradient is not finite at iteration {self.iteration} "
+                                     f"(bucket {self.bucket_names[visit.bucket] or 'of all'}: {names})") from None
+        self.iteration += 1
+        return losses.detach(), t, norms, lomd_norm
+
+    def average(self, gradient):
+        """LoMD's gradient: the mean over the batches of all processes."""
+        return self.group.sum(gradient) / (self.args.batch_size * self.num_shards)
+
+    def stop_asked(self, joint):
+        """Ctrl-C of any process, where they wait for each other anyway; in a warm-up each looks after itself."""
+        asked = torch.tensor([float(self.interruption.asked is not None)], device=self.group.device)
+        return bool(self.group.sum(asked) if joint else asked)
+
+    def train(self):
+        """From where the run is to its end. KeyboardInterrupt and FloatingPointError leave a checkpoint behind."""
+        with self.interruption:
+            self.loop()
+
+    def loop(self):
+        log = Log(self.args.run / "log.jsonl", self.iteration) if self.group.rank == 0 else None
+        bar = tqdm(total=self.args.iters, initial=self.iteration, desc="meta-training", unit="it", smoothing=0.02,
+                   disable=None if log else True)
+        try:
+            for number, visit in enumerate(self.visits):
+                if self.iteration >= visit.stop:
+                    if self.open == number and self.iteration == visit.stop:
+                        self.close_bucket()                       # the kill came between checkpoint and bank
+                    continue
+                self.open_bucket(number)
+                while self.iteration < visit.stop:
+                    joint, sent = self.iteration >= visit.joint, self.group.sent
+                    start = time.perf_counter()
+                    losses, t, norms, lomd_norm = self.step(visit)
+                    stop = self.stop_asked(joint)
+                    if log:
+                        log.add(self.iteration, joint, self.bucket_names[visit.bucket], losses.tolist(), t.tolist(),
+                                norms.tolist(), lomd_norm, time.perf_counter() - start, self.group.sent - sent,
+                                peak_memory(self.group.device))
+                        bar.set_postfix_str(f"{'joint' if joint else 'warm-up'}, loss {log.smooth:.4f}, "
+                                            f"peak {peak_memory(self.group.device):.1f} GB", refresh=False)
+                        bar.update()
+                        if self.iteration % self.args.log_every == 0 or self.iteration in (visit.joint, visit.stop):
+                            log.write()
+                        if self.args.preview_every and self.iteration % self.args.preview_every == 0:
+                            self.preview()
+                    if stop or self.iteration == visit.stop or self.iteration % self.args.save_every == 0:
+                        self.save()
+                    if stop:
+                        raise KeyboardInterrupt
+                self.close_bucket()
+                if log:
+                    self.export(self.args.run / "lomd.safetensors")
+        except FloatingPointError as error:
+            self.save()
+            raise FloatingPointError(f"{error}; the state before it is saved in {self.args.run}") from None
+        finally:
+            bar.close()
+            if self.worker:
+                self.worker.kill()
+
+    def export(self, path):
+        args = self.args
+        save_lomd(path, self.adapter.lomd, {
+            "model": Path(args.model).name, "model_fingerprint": args.settings["model"], "iterations": str(self.iteration),
+            "data_fingerprint": args.settings["data"], "people": str(sum(len(m) for b in self.members for m in b)),
+            "r2": str(args.r2), "learning_rate": f"{args.lr:g}", "batch_size": str(args.batch_size * self.num_shards),
+            "warmup": f"{args.warmup:g}", "seed": str(args.seed), "prompt": args.prompt, "made_by": "meta_train.py"})
+
+    @torch.no_grad()
+    def preview(self):
+        """Two people of the bucket: a photo, and a sample with their rows, from fixed seeds."""
+        first = {row: picture for row, _, picture, _ in reversed(self.views[0])}
+        size, pictures = max(self.args.resolution), []
+        text = self.texts[self.args.prompt]
+        txt, y = (text[part][None].to(self.group.device) for part in ("txt", "y"))
+        for seed, row in enumerate(sorted(first)[:2]):
+            self.adapter.assign(torch.tensor([row]))
+            noise = flux_model.get_noise(size, size, seed).to(self.group.device)
+            pictures.append((first[row], flux_model.denoise(self.adapter.flux, noise, txt, y, 30, guidance=3.5)))
+        autoencoder = flux_model.load_autoencoder(self.args.folder, self.group.device, self.args.dtype)
+        sheet = Image.new("RGB", (2 * size, size * len(pictures)))
+        for i, (picture, latent) in enumerate(pictures):
+            photo = photos.read_photo(picture.path)
+            sheet.paste(ImageOps.fit(photo, (size, size)), (0, size * i))
+            sheet.paste(photos.to_image(autoencoder.decode(latent)[0]), (size, size * i))
+        path = self.args.run / "previews" / f"{self.iteration:08d}.png"
+        path.parent.mkdir(exist_ok=True)
+        sheet.save(f"{path}.part", format="PNG")
+        os.replace(f"{path}.part", path)
+
+
+def peak_memory(device):
+    """GB: of the GPU, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    if resource is None:
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Something to look at
+
+
+class Log:
+    """Lines of JSON, each the mean over the iterations since the last, of one phase. A resumed run first drops the
+    lines from after its checkpoint."""
+    def __init__(self, path, iteration):
+        lines = path.read_text().splitlines() if path.exists() else []
+        whole = [line for line in lines if line.endswith("}")]                # a kill may tear the last
+        kept = [line for line in whole if json.loads(line)["iteration"] <= iteration]
+        self.smooth = json.loads(kept[-1])["loss"] if kept else None
+        write_whole(path, "".join(line + "\n" for line in kept).encode())
+        self.path, self.entries = path, []
+
+    def add(self, iteration, joint, bucket, losses, t, norms, lomd_norm, seconds, sent, memory):
+        loss = sum(losses) / len(losses)
+        self.smooth = loss if self.smooth is None else 0.98 * self.smooth + 0.02 * loss
+        self.entries.append((iteration, joint, bucket, losses, t, norms, lomd_norm, seconds, sent, memory))
+
+    def write(self):
+        iterations, joint, buckets, losses, t, norms, lomd_norms, seconds, sent, memory = zip(*self.entries)
+        losses, t, norms = (np.concatenate(values) for values in (losses, t, norms))
+        bins = np.minimum((t * T_BINS).astype(int), T_BINS - 1)
+        line = {"iteration": iterations[-1], "phase": "joint" if joint[-1] else "warm-up", "bucket": buckets[-1],
+                "loss": losses.mean(),
+                "loss_by_t": [losses[bins == b].mean() if (bins == b).any() else None for b in range(T_BINS)],
+                "gradient_rows": norms.mean(), "gradient_lomd": np.mean(lomd_norms), "seconds": np.mean(seconds),
+                "bytes_sent": int(np.mean(sent)), "peak_gb": memory[-1]}
+        rounded = json.loads(json.dumps(line, default=float), parse_float=lambda text: float(f"{float(text):.5g}"))
+        with open(self.path, "a") as file:
+            file.write(json.dumps(rounded) + "\n")
+        self.entries = []
+
+
+def plot(log, path):
+    """loss.png: the loss of both phases over the run, and by time, early and late."""
+    import matplotlib
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    figure, (over, by_t) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for phase in ("warm-up", "joint"):
+        some = [line for line in lines if line["phase"] == phase]
+        over.plot([line["iteration"] for line in some], [line["loss"] for line in some], ".", markersize=3, label=phase)
+    over.set(xlabel="iteration", ylabel="loss", title="loss by phase")
+    over.legend()
+    centres = (np.arange(T_BINS) + 0.5) / T_BINS
+    for part, some in (("first fifth", lines[:max(1, len(lines) // 5)]), ("last fifth", lines[-max(1, len(lines) // 5):])):
+        values = np.array([line["loss_by_t"] for line in some], float)                   # None becomes nan
+        seen = ~np.isnan(values).all(axis=0)
+        by_t.plot(centres[seen], np.nanmean(values[:, seen], axis=0), "o-", label=part)
+    by_t.set(xlabel="t (1 is noise)", title="loss by time")
+    by_t.legend()
+    figure.savefig(f"{path}.part", format="png", dpi=120)
+    pyplot.close(figure)
+    os.replace(f"{path}.part", path)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The command
+
+
+def parse(argv):
+    parser = flux_model.Parser(prog="meta_train.py", description="Learns LoMD from buckets of people.", allow_abbrev=False)
+    add, positive = parser.add_argument, flux_model.positive
+    add("--data", type=Path, required=True, help="buckets/<bucket>/<person>/<pictures>, or faces/<person>/<pictures>")
+    add("--model", default="flux-dev", help="flux-dev (default), flux-schnell, baby, or a folder like these")
+    add("--out", type=Path, default=Path("lomd.safetensors"), help="file to write at the end (default: lomd.safetensors)")
+    add("--run", type=Path, default=Path("run"), help="folder of this run's state, log and previews (default: run)")
+    add("--cache", type=Path, help="folder of encoded pictures and captions; may be shared (default: in --run)")
+    add("--iters", type=positive, default=50_000, help="iterations in all; may be raised later (default: 50000)")
+    add("--batch-size", type=positive, default=4, help="pictures per iteration, on each GPU (default: 4)")
+    add("--r1", type=positive, default=16, help="rows of LoMD; bounds the ranks that stage 2 can use (default: 16)")
+    add("--r2", type=positive, default=1, help="rank of the people's LoRAs in training (default: 1)")
+    add("--lr", type=float, help="learning rate (default: the model's; 4e-4 for FLUX.1)")
+    add("--warmup", type=float, default=0.4, help="share of a visit in which LoMD is frozen (default: 0.4)")
+    add("--bucket-iters", type=positive, help=f"iterations of a visit (default: until each picture was used {USES} times)")
+    add("--identities-per-bucket", type=positive, default=50, help="for a flat folder of people (default: 50)")
+    add("--fresh-identities", action="store_true", help="M and U of a bucket start anew at each of its visits")
+    add("--prompt", help="caption of pictures without one (default: the model's; 'a photo of a person' for FLUX.1)")
+    add("--resolution", type=positive, nargs="+", metavar="PIXELS", help="train at the area of a square of this side; "
+        "several: each use takes one (default: the model's; 1024 for FLUX.1)")
+    add("--seed", type=int, default=0, help="of all random numbers (default: 0)")
+    add("--skip-bad", action="store_true", help="go on without the files and people that are no good")
+    add("--no-ahead", dest="ahead", action="store_false", help="do not encode the next bucket in a second process")
+    add("--save-every", type=positive, default=500, metavar="N", help="iterations between checkpoints (default: 500)")
+    add("--log-every", type=positive, default=10, metavar="N", help="iterations per line of log.jsonl (default: 10)")
+    add("--preview-every", type=int, default=1000, metavar="N", help="iterations between pictures of two people; 0: none "
+        "(default: 1000)")
+    add("--deterministic", action="store_true", help="on a GPU: the same bits in each run, at some cost in speed")
+    add("--device", help="cuda, mps or cpu (default: the best there is)")
+    return parser.parse_args(argv)
+
+
+def check(args, group):
+    """ValueError for what can be refused before anything large is read; fills in the model's defaults."""
+    if not args.data.is_dir():
+        raise ValueError(f"--data: no such folder: {args.data}")
+    if args.out.suffix != ".safetensors" or args.out.is_dir():
+        raise ValueError(f"--out must be a file that ends in .safetensors, not {args.out}")
+    for path, what in ((args.out, "--out"), (args.run, "--run"), (args.cache or args.run, "--cache")):
+        parent = next(p for p in path.absolute().parents if p.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise ValueError(f"{what} {path}: {parent} is no folder that can be written to")
+    if not args.out.absolute().parent.is_dir():
+        raise ValueError(f"the folder of --out does not exist: {args.out.parent}")
+    if args.run.exists() and not args.run.is_dir():
+        raise ValueError(f"--run is not a folder: {args.run}")
+    if args.lr is not None and not 0 < args.lr < math.inf:
+        raise ValueError(f"--lr must be a positive number, not {args.lr}")
+    if not 0 <= args.warmup < 1:
+        raise ValueError(f"--warmup is a share from 0 to below 1, not {args.warmup}")
+    if args.resolution and not 64 <= min(args.resolution) <= max(args.resolution) <= 4096:
+        raise ValueError(f"--resolution takes 64 to 4096 pixels, not {' '.join(map(str, args.resolution))}")
+    if not 0 <= args.seed < 2 ** 63:
+        raise ValueError(f"--seed is between 0 and {2 ** 63 - 1}, not {args.seed}")
+    if args.preview_every < 0:
+        raise ValueError(f"--preview-every must be 0 or more, not {args.preview_every}")
+    args.folder = flux_model.find_model(args.model)              # may download
+    args.dtype = flux_model.pick_dtype(group.device, args.folder)
+    defaults = flux_model.model_defaults(args.folder)
+    args.lr = args.lr or defaults["learning_rate"]
+    args.resolution = sorted(set(args.resolution or [defaults["resolution"]]))
+    args.prompt = defaults["prompt"] if args.prompt is None else args.prompt
+    if any(r % 16 for r in args.resolution):
+        raise ValueError("--resolution takes multiples of 16")
+    if args.ahead:                                               # the encoders once more, beside what trains
+        room = torch.cuda.mem_get_info(group.device)[0] / 4 if group.device.type == "cuda" else 0
+        small = args.dtype == torch.float32 and os.cpu_count() > 1
+        args.ahead = small or sum(p.stat().st_size for p in args.folder.glob("text_encoder_2/*.safetensors")) < room
+
+
+def read_data(args, group):
+    """Buckets of the checked folder. ValueError, one line for each thing that is wrong; of --skip-bad notes."""
+    listing = args.run / "pictures.json"
+    known = flux_model.JsonFile(listing) if listing.exists() else {}
+    people, problems = read_people(args.data, max(map(Cache.step, args.resolution)), known, group.rank == 0)
+    if problems and not args.skip_bad:
+        for problem in problems[:-1]:
+            print(f"meta_train.py: {problem}", file=sys.stderr)
+        raise ValueError(problems[-1])
+    if group.rank == 0:
+        for problem in problems:
+            print(f"note: skipped: {problem}", file=sys.stderr)
+    buckets = make_buckets(people, args.identities_per_bucket, args.seed) if people else {}
+    for bucket, members in buckets.items():
+        if len(members) < group.size:
+            raise ValueError(f"bucket {bucket} has {len(members)} people, fewer than the {group.size} processes")
+    if not buckets:
+        raise ValueError(f"{args.data} holds no people with pictures")
+    return buckets, known
+
+
+def check_settings(args, buckets, group):
+    """What makes a run this run: written by the first command, and ValueError for a later one that differs."""
+    args.settings = {
+        "model": flux_model.flux_fingerprint(args.folder), "data": data_fingerprint(buckets), "dtype": str(args.dtype),
+        "batch-size": args.batch_size, "processes": group.size, "r1": args.r1, "r2": args.r2, "lr": args.lr,
+        "warmup": args.warmup, "bucket-iters": args.bucket_iters, "prompt": args.prompt, "resolution": args.resolution,
+        "seed": args.seed, "fresh-identities": args.fresh_identities}
+    path = args.run / "settings.json"
+    if path.exists():
+        before = flux_model.JsonFile(path)
+        changed = [f"{name} was {before[name]} and is {value}" for name, value in args.settings.items() if before[name] != value]
+        if changed:
+            raise ValueError(f"{args.run} is another run: {', '.join(changed)}; go on with its settings, or name a new --run")
+    elif args.run.exists() and any(not p.name.startswith(("pictures.json", "settings.json", "lock", "cache"))
+                                   and p != args.cache for p in args.run.iterdir()):    # those, if killed early
+        raise ValueError(f"--run {args.run} holds other files: name a new folder")
+
+
+def meta_train(argv=None):
+    args = parse(argv)
+    group = Group(args.device)
+    try:
+        check(args, group)
+        buckets, known = read_data(args, group)
+        check_settings(args, buckets, group)
+        run = Run(args, buckets, group)
+        people, pictures = sum(map(len, buckets.values())), [p for m in buckets.values() for ps in m.values() for p in ps]
+        if args.deterministic:
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+            torch.use_deterministic_algorithms(True)
+        group.gather(None)                                       # nothing is written before all have found it sound
+        if group.rank == 0:
+            args.run.mkdir(parents=True, exist_ok=True)
+            write_whole(args.run / "pictures.json", json.dumps(known).encode())
+            write_whole(args.run / "settings.json", json.dumps(args.settings, indent=1).encode())
+        group.gather(None)
+        with open(args.run / f"lock{group.rank}", "w") as lock:
+            try:
+                if fcntl:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"another process is at work in {args.run}") from None
+            run.load()
+            if group.rank == 0:
+                print(f"{people} people, {len(pictures)} pictures, {len(buckets)} buckets; {args.iters} iterations, "
+                      f"{len(run.visits)} visits" + (f"; going on from iteration {run.iteration}" if run.iteration else ""))
+                if len(run.visits) < len(buckets):
+                    print(f"note: {len(buckets) - len(run.visits)} buckets are never visited; raise --iters", file=sys.stderr)
+            try:
+                run.train()
+            except KeyboardInterrupt:
+                print(f"note: at iteration {run.iteration} of {args.iters}; the same command goes on", file=sys.stderr)
+                raise
+            if group.rank == 0:
+                plot(args.run / "log.jsonl", args.run / "loss.png")
+                run.export(args.out)
+                print(f"{args.out}: LoMD of r1 {args.r1} after {run.iteration} iterations; loss {args.run / 'loss.png'}")
+    finally:
+        group.close()
+
+
+def main(argv=None):
+    """Exit code: 0 done, 1 training diverged or memory ran out, 2 bad input, 130 Ctrl-C; work saved in each case."""
+    return flux_model.run_script("meta_train.py", meta_train, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
