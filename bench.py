@@ -1,7 +1,9 @@
-"""Seconds of a personalisation step and of a sampling step, beside those of the frozen base alone.
+"""Seconds of a personalisation step and of a sampling step, beside those of the frozen base alone; and of a
+meta-training iteration with four identities, beside one with four images of one.
 
     python bench.py                                 # the baby, and a random mid-size model
     python bench.py --model flux-dev --seconds 60   # or mid, baby, a folder; needs room for its weights twice
+    python bench.py --identities 200 2000           # memory of meta-training by the size of the run
 
 Both are timed in turn, A B A B, on random inputs, after a warm-up, so that whatever else the machine does
 hits both. A personalisation step is batch 1: weights of the adapter into place, forward, backward, AdamW.
@@ -12,11 +14,12 @@ The bound is what the base alone must compute, over the rate of a large matmul h
 between the steps. Two FLOPs per multiply-add; elementwise work, norms, RoPE and adapter count as nothing,
 and so lower the share.
 """
-import argparse
 import copy
 import math
+import re
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -24,9 +27,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from flux_model import (Flux, FluxConfig, denoise, find_model, flow_matching_loss, load_flux, model_defaults,
-                        pick_device, pick_dtype)
-from metalora import MetaLoRA, apply_loras, find_targets, random_lomd
+from flux_model import (Flux, FluxConfig, Parser, denoise, find_model, flow_matching_loss, load_flux, model_defaults,
+                        pick_device, pick_dtype, run_script)
+from metalora import DiskBank, MetaLoRA, apply_loras, find_targets, random_lomd
 
 MODELS = {                                                            # config, image tokens, text tokens
     "baby": (FluxConfig(vec_in_dim=64, context_in_dim=64, hidden_size=128, num_heads=4, depth=3,
@@ -90,15 +93,15 @@ def spread(values: list[float], digits: int) -> str:
     return f"{middle:.{digits}g} ({low:.{digits}g} to {high:.{digits}g})"
 
 
-def report(what: str, adapted, base, flops: float, weight: torch.Tensor, seconds: float) -> None:
+def report(what: str, adapted, base, flops: float, weight: torch.Tensor, seconds: float, beside="  base alone") -> None:
     """Times adapted() and base() for `seconds` and prints; the bound is `flops` at the rate of a matmul."""
     n = 1024 if weight.device.type == "cpu" else 8192
     a, b = (torch.randn(n, n, device=weight.device, dtype=weight.dtype) for _ in range(2))
     *times, matmuls = interleave([adapted, base, lambda: a @ b], weight.device, seconds)
     rate = 2 * n ** 3 / statistics.median(matmuls)
-    for name, values in zip((what, "  base alone"), times):
+    for name, values in zip((what, beside), times):
         share = flops / rate / statistics.median(values)
-        print(f"  {name:<22} {spread(values, 3):>32} s   {share:5.1%} of the bound")
+        print(f"  {name:<24} {spread(values, 3):>30} s   {share:5.1%} of the bound")
     ratios = [a / b for a, b in zip(*times)]
     print(f"    {'ratio, pair by pair':<20} {spread(ratios, 4):>32}     {len(ratios)} pairs, "
           f"matmul {rate / 1e9:.3g} GFLOP/s")
@@ -142,6 +145,57 @@ def measure(base: Flux, image_tokens: int, text_tokens: int, rank: int, seconds:
            lambda: denoise(base, noise, txt, y, 1, 3.5), forward, weight, seconds)
 
 
+def measure_mixing(flux: Flux, image_tokens: int, text_tokens: int, rank: int, seconds: float) -> None:
+    """Times a joint iteration of meta_train.py: four identities against four images of one. Leaves `flux` adapted."""
+    weight = flux.img_in.weight
+    rows = next(n for n in range(math.isqrt(image_tokens), 0, -1) if image_tokens % n == 0)
+    size = (4, flux.config.in_channels // 4, 2 * rows, 2 * image_tokens // rows)
+    latent, noise = (torch.randn(size, device=weight.device) for _ in range(2))
+    t = torch.rand(4, device=weight.device)
+    txt = torch.randn(4, text_tokens, flux.config.context_in_dim, device=weight.device, dtype=weight.dtype)
+    y = torch.randn(4, flux.config.vec_in_dim, device=weight.device, dtype=weight.dtype)
+    adapter = MetaLoRA(flux, rank, lomd=random_lomd(find_targets(flux), R1), num_identities=4, slots=4)
+    adapter.bank.weight.add_(1e-2 * torch.randn_like(adapter.bank.weight))
+    adapter.train_lomd = True
+
+    def step(*ids):
+        adapter.assign(torch.tensor(ids))
+        flow_matching_loss(flux, latent, noise, t, txt, y).sum().backward()
+        adapter.step(1e-4)
+
+    flops = 4 * count_flops(flux.config, image_tokens, text_tokens)["step"]
+    report("4 identities, joint step", lambda: step(0, 1, 2, 3), lambda: step(0, 0, 0, 0), flops, weight, seconds,
+           beside="  4 images of one")
+
+
+def private_memory(device: torch.device) -> float:
+    """MB: the peak on a GPU, else what this process holds by itself (Linux), its mapped files not counted."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e6
+
+
+def measure_bank(flux: Flux, rank: int, counts: list[int]) -> None:
+    """Memory of meta-training by the number of identities: synthetic rows on disk, buckets of 50 opened in turn."""
+    adapter = MetaLoRA(flux, rank, lomd=random_lomd(find_targets(flux), R1), num_identities=0, slots=4)
+    device, size = adapter.device, sum(adapter.sizes)
+    for count in counts:
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        with tempfile.TemporaryDirectory() as folder:
+            disk = DiskBank(Path(folder) / "bank", count, size)
+            for start in tqdm(range(0, count, 50), f"{count} identities", leave=False, disable=None):
+                ids = list(range(start, min(start + 50, count)))
+                adapter.bank = disk.read(ids, device)
+                adapter.bank.weight.normal_()
+                for _ in range(2):
+                    adapter.bank.step(torch.arange(min(4, len(ids)), device=device), torch.randn(min(4, len(ids)), size,
+                                      device=device), 1e-4)
+                disk.write(ids, adapter.bank)
+            print(f"  {count:>6} identities: {(Path(folder) / 'bank').stat().st_size / 1e6:9.1f} MB on disk, "
+                  f"{private_memory(device):9.1f} MB in memory, the model included")
+
+
 def choose(name: str, device: torch.device) -> tuple[Flux, int, int, str]:
     """--model -> frozen model, its usual image and text tokens, and what its weights are."""
     if name not in MODELS or name == "baby" and (Path(__file__).parent / "baby" / "checkpoint").is_dir():
@@ -152,11 +206,6 @@ def choose(name: str, device: torch.device) -> tuple[Flux, int, int, str]:
     config, *tokens = MODELS[name]
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     return Flux(config).requires_grad_(False).to(device, dtype), *tokens, "random weights"
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise ValueError(f"{message} (--help lists all options)")
 
 
 def positive(kind):
@@ -178,6 +227,7 @@ def bench(argv=None) -> None:
     add("--tokens", type=positive(int), help="image tokens, width x height / 256 (default: the model's own)")
     add("--text-tokens", type=positive(int), help="text tokens (default: the model's usual)")
     add("--rank", type=positive(int), default=1, help="rank of the adapter (default: 1)")
+    add("--identities", type=positive(int), nargs="+", metavar="N", help="memory of meta-training with N identities instead")
     add("--threads", type=positive(int), help="CPU threads (default: torch's choice)")
     add("--device", help="cuda, mps or cpu (default: the best there is)")
     args = parser.parse_args(argv)
@@ -190,20 +240,17 @@ def bench(argv=None) -> None:
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         print(f"{name}, {weights}: torch {torch.__version__}, {where}, {torch.get_num_threads()} threads, "
               f"{str(flux.img_in.weight.dtype)[6:]}")
-        measure(flux, args.tokens or image_tokens, args.text_tokens or text_tokens, args.rank, args.seconds)
+        if args.identities:
+            measure_bank(flux, args.rank, args.identities)
+            continue
+        tokens = args.tokens or image_tokens, args.text_tokens or text_tokens
+        measure(flux, *tokens, args.rank, args.seconds)
+        measure_mixing(flux, *tokens, args.rank, args.seconds)
 
 
 def main(argv=None) -> int:
     """Exit code: 0 done, 1 failed while computing, 2 bad input, 130 Ctrl-C; one line on stderr for each."""
-    try:
-        bench(argv)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        print(f"bench.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1 if isinstance(error, torch.OutOfMemoryError) else 2
-    return 0
+    return run_script("bench.py", bench, argv)
 
 
 if __name__ == "__main__":

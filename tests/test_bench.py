@@ -44,8 +44,8 @@ def test_prints_what_it_measured(monkeypatch, capsys):
     assert f"{torch.get_num_threads()} threads, float32" in out
     assert "15 image + 7 text tokens, rank 2" in out
     found = re.findall(r"([\d.e+-]+) \(([\d.e+-]+) to ([\d.e+-]+)\)", out)
-    assert len(found) == 6 and all(0 < float(low) <= float(mid) <= float(high) for mid, low, high in found)
-    assert len(re.findall(r"([\d.]+)% of the bound", out)) == 4 and out.count("3 pairs") == 2
+    assert len(found) == 9 and all(0 < float(low) <= float(mid) <= float(high) for mid, low, high in found)
+    assert len(re.findall(r"([\d.]+)% of the bound", out)) == 6 and out.count("3 pairs") == 3
 
 
 @pytest.mark.parametrize("words", ["--seconds 0", "--tokens -4", "--rank x", "--device quantum",
@@ -54,3 +54,13 @@ def test_bad_input_is_one_line(words, capsys):
     assert bench.main(words.split()) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("bench.py: ") and err.count("\n") == 1
+
+
+def test_memory_does_not_grow_with_the_identities_of_a_run(monkeypatch, capsys):
+    """Ten times the rows on disk, a tenth more in memory at most: 50 rows and their copies, not all."""
+    monkeypatch.setitem(bench.MODELS, "mid", (TINY, 15, 7))
+    assert bench.main(["--model", "mid", "--device", "cpu", "--identities", "100", "1000"]) == 0
+    lines = re.findall(r"([\d.]+) MB on disk, +([\d.]+) MB in memory", capsys.readouterr().out)
+    (small, before), (large, after) = [tuple(map(float, line)) for line in lines]
+    assert large == pytest.approx(10 * small, rel=0.03) and small > 1
+    assert after - before < 0.1 * (large - small)
