@@ -9,15 +9,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import meta_train
 import personalize
 import sample
 from lora_files import load_lora, read_metadata
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-COMMANDS = [command.split("#")[0].strip() for block in re.findall(r"```sh\n(.*?)```", README, re.S)
-            for line in block.splitlines() for command in line.split(" && ") if command.strip()]
-QUICK = [command for command in COMMANDS if "--model baby" in command]
+BLOCKS = [[command.split("#")[0].strip() for line in block.splitlines() for command in line.split(" && ")]
+          for block in re.findall(r"```sh\n(.*?)```", README, re.S)]
+COMMANDS = [command for block in BLOCKS for command in block if command]
+QUICK = [command for command in BLOCKS[0] if command.startswith("python")]
 
 
 def test_quick_start(tmp_path):
@@ -43,6 +45,8 @@ def test_commands_name_files_and_options_that_exist(command):
         personalize.parse(arguments)
     elif script == "sample.py":
         sample.parse_arguments(arguments)
+    elif script == "meta_train.py":
+        meta_train.parse(arguments)
     elif script != "-m":
         shown = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True)
         assert shown.returncode == 0
