@@ -391,7 +391,7 @@ class Run:
         self.shards = shards or [group.rank]
         self.folder = args.run / f"rank{group.rank}"
         self.cache = Cache(args.cache or args.run / "cache", args.folder, group.device, args.dtype, args.resolution)
-        self.bucket_names, self.members, self.ids, first = list(buckets), [], [], 0
+        self.bucket_names, self.members, first = list(buckets), [], 0
         for members in buckets.values():         # of each bucket: [(person, pictures)] by shard; numbers over all
             listed = [(first + i, person, pictures) for i, (person, pictures) in enumerate(members.items())]
             self.members.append([listed[s::self.num_shards] for s in self.shards])
@@ -413,9 +413,15 @@ class Run:
         slots = args.batch_size * len(self.shards)
         self.adapter = MetaLoRA(flux, args.r2, lomd=random_lomd(find_targets(flux), args.r1, args.seed),
                                 num_identities=0, slots=slots)
-        self.folder.mkdir(parents=True, exist_ok=True)
         if not args.fresh_identities:
-            self.disk = DiskBank(self.folder / "bank", sum(map(len, self.local)), sum(self.adapter.sizes))
+            count, size, bank = sum(map(len, self.local)), sum(self.adapter.sizes), self.folder / "bank"
+            needed, free = DiskBank.bytes(count, size), shutil.disk_usage(args.run).free
+            if not bank.exists() and needed > free:
+                raise ValueError(f"the bank of {count} people needs {needed / 1e9:.0f} GB in {args.run}, and "
+                                 f"{free / 1e9:.0f} GB are free")
+            self.folder.mkdir(exist_ok=True)
+            self.disk = DiskBank(bank, count, size)
+        self.folder.mkdir(exist_ok=True)
         self.resume()
 
     # -- checkpoints: <iteration>-<steps that LoMD has made>.safetensors
@@ -504,7 +510,7 @@ class Run:
         self.cache.fill(pictures, captions, self.interruption.raise_if_asked, show=self.group.rank == 0)
         flux_model.free(self.group.device)
         self.prepare_ahead(visit + 1)
-        bucket, self.uses, row = self.members[self.visits[visit].bucket], [], 0
+        bucket, row = self.members[self.visits[visit].bucket], 0
         self.texts = {caption: self.cache.load(self.cache.text_path(caption)) for caption in set(captions)}
         self.views, self.order = [], []
         for shard, members in zip(self.shards, bucket):
@@ -609,6 +615,7 @@ class Run:
                     start = time.perf_counter()
                     losses, t, norms, lomd_norm = self.step(visit)
                     stop = self.stop_asked(joint)
+                    saving = stop or self.iteration == visit.stop or self.iteration % self.args.save_every == 0
                     if log:
                         log.add(self.iteration, joint, self.bucket_names[visit.bucket], losses.tolist(), t.tolist(),
                                 norms.tolist(), lomd_norm, time.perf_counter() - start, self.group.sent - sent,
@@ -616,11 +623,11 @@ class Run:
                         bar.set_postfix_str(f"{'joint' if joint else 'warm-up'}, loss {log.smooth:.4f}, "
                                             f"peak {peak_memory(self.group.device):.1f} GB", refresh=False)
                         bar.update()
-                        if self.iteration % self.args.log_every == 0 or self.iteration in (visit.joint, visit.stop):
+                        if self.iteration % self.args.log_every == 0 or self.iteration == visit.joint or saving:
                             log.write()
                         if self.args.preview_every and self.iteration % self.args.preview_every == 0:
                             self.preview()
-                    if stop or self.iteration == visit.stop or self.iteration % self.args.save_every == 0:
+                    if saving:
                         self.save()
                     if stop:
                         raise KeyboardInterrupt
@@ -639,7 +646,7 @@ class Run:
         args = self.args
         save_lomd(path, self.adapter.lomd, {
             "model": Path(args.model).name, "model_fingerprint": args.settings["model"], "iterations": str(self.iteration),
-            "data_fingerprint": args.settings["data"], "people": str(sum(len(m) for b in self.members for m in b)),
+            "data_fingerprint": args.settings["data (pictures, captions, buckets)"], "people": str(sum(len(m) for b in self.members for m in b)),
             "r2": str(args.r2), "learning_rate": f"{args.lr:g}", "batch_size": str(args.batch_size * self.num_shards),
             "warmup": f"{args.warmup:g}", "seed": str(args.seed), "prompt": args.prompt, "made_by": "meta_train.py"})
 
@@ -832,7 +839,7 @@ def read_data(args, group):
 def check_settings(args, buckets, group):
     """What makes a run this run: written by the first command, and ValueError for a later one that differs."""
     args.settings = {
-        "model": flux_model.flux_fingerprint(args.folder), "data": data_fingerprint(buckets), "dtype": str(args.dtype),
+        "model": flux_model.flux_fingerprint(args.folder), "data (pictures, captions, buckets)": data_fingerprint(buckets), "dtype": str(args.dtype),
         "batch-size": args.batch_size, "processes": group.size, "r1": args.r1, "r2": args.r2, "lr": args.lr,
         "warmup": args.warmup, "bucket-iters": args.bucket_iters, "prompt": args.prompt, "resolution": args.resolution,
         "seed": args.seed, "fresh-identities": args.fresh_identities}

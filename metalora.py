@@ -233,16 +233,20 @@ class DiskBank:
     """Rows of any number of identities in one memory-mapped file: step count, weights and both moments of each, in turn.
 
     Only the rows that are asked for are read. The file starts sparse, and a row whose step count is 0 holds no weights
-    yet. ValueError where the file has another size. A row is 8 + 12 P bytes.
+    yet. ValueError where the file has another size.
     """
+    @staticmethod
+    def bytes(count: int, size: int) -> int:
+        return count * (8 + 12 * size)
+
     def __init__(self, path: Path, count: int, size: int):
         layout = np.dtype([("steps", "<i8"), *((part, "<f4", (size,)) for part in IdentityBank.PARTS[:3])])
         if not path.exists():
             part = path.with_name(path.name + ".part")
             with open(part, "wb") as file:
-                file.truncate(count * layout.itemsize)
+                file.truncate(self.bytes(count, size))
             os.replace(part, path)
-        if path.stat().st_size != count * layout.itemsize:
+        if path.stat().st_size != self.bytes(count, size):
             raise ValueError(f"{path} is {path.stat().st_size} bytes, not {count} rows of {layout.itemsize}")
         self.rows = np.memmap(path, layout, "r+", shape=(count,))
 
