@@ -52,9 +52,9 @@ AE_CONFIG = AutoEncoderConfig(resolution=128, ch=16, ch_mult=(1, 1, 2, 4), num_r
 WIDTH_TEXT, T5_TOKENS, CLIP_TOKENS = 64, 24, 40
 FLUX_CONFIG = FluxConfig(vec_in_dim=WIDTH_TEXT, context_in_dim=WIDTH_TEXT, hidden_size=128, num_heads=4, depth=3,
                          depth_single_blocks=6, axes_dim=(8, 12, 12))
-STEPS, BATCH, LR_MUON, LR_ADAM, EMA = 11_000, 64, 2e-3, 2e-3, 0.998
+STEPS, BATCH, LR_MUON, LR_ADAM, EMA = 9_500, 64, 2e-3, 2e-3, 0.998
 DECAY, GUIDED = 0.35, 0.19            # last parts of the run: learning rate falls to zero; guidance is learned
-WEAK = 2 / 11                         # part of the run after which the averaged weights are those to be guided away from
+WEAK = 2 / 9.5                        # part of the run after which the averaged weights are those to be guided away from
 DEFAULTS = {"resolution": 128, "learning_rate": 5e-3, "prompt": "a photo of a person"}
 
 
