@@ -468,8 +468,9 @@ class Run:
             path = readable[max(common)]
             self.iteration = int(path.stem.split("-")[0])
             with safe_open(path, "pt", device=str(self.group.device)) as file:
+                # clone: on a CPU the bits of a matmul depend on how its operands lie in memory, and a file's lie oddly
                 self.adapter.shared, self.adapter.bank = (
-                    IdentityBank(*(file.get_tensor(f"{bank}.{part}") for part in IdentityBank.PARTS))
+                    IdentityBank(*(file.get_tensor(f"{bank}.{part}").clone() for part in IdentityBank.PARTS))
                     for bank in ("lomd", "rows"))
                 self.open = int(file.metadata()["visit"])
                 expected = file.get_tensor("disk_steps").cpu() if self.disk else 0
