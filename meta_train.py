@@ -547,6 +547,8 @@ class Run:
         does no harm."""
         if self.disk:
             self.disk.write(self.local[self.visits[self.open].bucket], self.adapter.bank)
+        if self.group.rank == 0:
+            self.export(self.args.run / "lomd.safetensors")
 
     # -- training
 
@@ -633,8 +635,6 @@ class Run:
                     if stop:
                         raise KeyboardInterrupt
                 self.close_bucket()
-                if log:
-                    self.export(self.args.run / "lomd.safetensors")
         except FloatingPointError as error:
             self.save()
             raise FloatingPointError(f"{error}; the state before it is saved in {self.args.run}") from None
