@@ -498,7 +498,9 @@ class Run:
             context = multiprocessing.get_context("spawn")       # a fork would share this process's device
             self.worker = context.Process(target=fill_ahead, daemon=True,
                                           args=(self.cache, pictures, captions, torch.get_num_threads()))
+            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)         # inherited, for Ctrl-C while it imports
             self.worker.start()
+            signal.signal(signal.SIGINT, handler)
 
     def open_bucket(self, visit):
         """Latents, text and order of a visit; and its rows, from the bank, unless a checkpoint has brought them."""
