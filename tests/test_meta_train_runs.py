@@ -1,0 +1,654 @@
+"""Stage 1 as whole runs on a small random model: hit at any moment and gone on with, in several processes, diverging.
+
+Most runs are forked from a server that has imported everything, since a start of Python costs more than a run; some are
+the command itself. Every run is bit for bit compared with `reference`, whose state after each iteration is kept.
+"""
+import contextlib
+import fnmatch
+import itertools
+import json
+import multiprocessing
+import multiprocessing.forkserver
+import operator
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import flux_model
+import meta_train
+import metalora
+from metalora import DiskBank, IdentityBank
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = ROOT / "tests" / "golden" / "hub"
+PEOPLE = {"a": (3, 2, 2), "b": (2, 4), "c": (2, 2)}               # pictures of each person of each bucket
+ITERS = 22                                                        # visits a, b, c and a again: 0-6, 6-12, 12-18, 18-22
+VISITS = [(0, 2, 6), (6, 8, 12), (12, 14, 18), (18, 20, 22)]      # first iteration, first joint one, one after the last
+pytestmark = [pytest.mark.skipif(not MODEL.is_dir(), reason="the small model of golden/hub is not here"),
+              pytest.mark.skipif(not hasattr(os, "fork"), reason="kills and forks are POSIX")]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Runs
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """buckets/<bucket>/<person>/<pictures> of the baby's faces, of two shapes, some with captions."""
+    sys.path.insert(0, str(ROOT / "baby"))
+    import faces
+    folder, person = tmp_path_factory.mktemp("data") / "buckets", 0
+    for bucket, people in PEOPLE.items():
+        for pictures in people:
+            (folder / bucket / f"p{person}").mkdir(parents=True)
+            for i in range(pictures):
+                image, caption = faces.sample(faces.META[person], i, 96 if i == 0 else 64, 64)
+                Image.fromarray(image).save(folder / bucket / f"p{person}" / f"{i}.png")
+                if i == 1:
+                    (folder / bucket / f"p{person}" / f"{i}.txt").write_text(caption)
+            person += 1
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server():
+    """The process that all others are forked from. It has imported much and computed nothing."""
+    context = multiprocessing.get_context("forkserver")
+    models = [f"transformers.models.{name}.{part}_{name}" for name in ("clip", "t5")
+              for part in ("modeling", "tokenization")]
+    context.set_forkserver_preload(["meta_train", "pytest", "matplotlib.pyplot", *models])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
+def arguments(data, *more):
+    return [str(a) for a in ("--data", data, "--model", MODEL, "--device", "cpu", "--resolution", 64, "--iters", ITERS,
+                             "--bucket-iters", 6, "--batch-size", 2, "--r1", 4, "--save-every", 4, "--log-every", 1,
+                             "--preview-every", 0, *more)]
+
+
+def child(folder, argv, name, env, hooks, script):
+    """What a forked process does: meta_train.main(argv) in `folder`, after the hooks have been put in place."""
+    os.chdir(folder)
+    for number, stream in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(f"{stream}{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.environ.update(env)
+    for hook, *args in hooks:
+        hook(*args)
+    sys.exit(script(argv))
+
+
+def start(server, folder, argv, *hooks, name="", env={}, script=meta_train.main):
+    folder.mkdir(exist_ok=True)
+    process = server.Process(target=child, args=(folder, argv, name, env, hooks, script))
+    process.start()
+    return process
+
+
+def finish(process, seconds=60):
+    process.join(seconds)
+    if process.exitcode is None:
+        process.kill()
+        pytest.fail("a run hangs")
+    return process.exitcode
+
+
+def run(server, folder, argv, *hooks, **options):
+    """-> (exit code, stdout, stderr)"""
+    code = finish(start(server, folder, argv, *hooks, **options))
+    return code, (folder / "stdout").read_text(), (folder / "stderr").read_text()
+
+
+def run_pair(server, folder, argv, hooks=((), ())):
+    """Two processes as torchrun starts them -> (exit codes, what each wrote to stderr)"""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    both = [start(server, folder, argv, *hooks[rank], name=rank,
+                  env=dict(RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                           MASTER_PORT=f"{port}")) for rank in range(2)]
+    return [finish(process) for process in both], [(folder / f"stderr{rank}").read_text() for rank in range(2)]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Hooks: what happens to a run
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_at_file(pattern, when, count=1):
+    """At the count-th file of that name, as it gets its name: with half of it written ("torn"), "before" or "after"."""
+    replace, calls = os.replace, itertools.count(1)
+
+    def hit(source, target):
+        if not fnmatch.fnmatch(os.path.basename(target), pattern) or next(calls) < count:
+            return replace(source, target)
+        if when == "torn":
+            os.truncate(source, os.path.getsize(source) // 2)
+        if when == "after":
+            replace(source, target)
+        die()
+    os.replace = hit
+
+
+def die_in_bank(count, parts):
+    """With these parts of the rows written, and of the next one row."""
+    write, calls = DiskBank.write, itertools.count(1)
+
+    def hit(self, ids, bank):
+        if next(calls) < count:
+            return write(self, ids, bank)
+        for i, part in enumerate(IdentityBank.PARTS[:parts + 1]):
+            some = ids if i < parts else ids[:1]
+            self.rows[part][some] = getattr(bank, part)[:len(some)].numpy()
+        die()
+    DiskBank.write = hit
+
+
+def die_in_log(count):
+    """With half a line written."""
+    write, calls = meta_train.Log.write, itertools.count(1)
+
+    def hit(self):
+        write(self)
+        if next(calls) == count:
+            os.truncate(self.path, os.path.getsize(self.path) - 50)
+            die()
+    meta_train.Log.write = hit
+
+
+def die_in_step(iteration):
+    """When the people's rows have been updated and LoMD has not."""
+    step, calls = IdentityBank.step, itertools.count(1)
+
+    def hit(self, *args, **kwargs):
+        step(self, *args, **kwargs)
+        if watched.run.iteration == iteration:
+            die()
+    IdentityBank.step = hit
+    watched()
+
+
+def die_before(name, count):
+    """At the count-th call of a function that meta_train uses."""
+    owner, _, name = name.rpartition(".")
+    owner = operator.attrgetter(owner)(meta_train)
+    function, calls = getattr(owner, name), itertools.count(1)
+
+    def hit(*args, **kwargs):
+        if next(calls) == count:
+            die()
+        return function(*args, **kwargs)
+    setattr(owner, name, hit)
+
+
+def watched():
+    """Makes the process's run known to other hooks, as watched.run."""
+    init = meta_train.Run.__init__
+
+    def note(self, *args, **kwargs):
+        watched.run = self
+        init(self, *args, **kwargs)
+    meta_train.Run.__init__ = note
+
+
+def signal_at(iteration, number):
+    """In the middle of an iteration."""
+    draw = meta_train.Run.draw
+
+    def hit(self, offset):
+        if self.iteration == iteration:
+            signal.raise_signal(number)
+        return draw(self, offset)
+    meta_train.Run.draw = hit
+
+
+def die_in_draw(iteration):
+    draw = meta_train.Run.draw
+
+    def hit(self, offset):
+        if self.iteration == iteration:
+            die()
+        return draw(self, offset)
+    meta_train.Run.draw = hit
+
+
+def pause_at(iteration):
+    draw = meta_train.Run.draw
+
+    def hit(self, offset):
+        if self.iteration == iteration:
+            Path("paused").touch()
+            time.sleep(60)
+        return draw(self, offset)
+    meta_train.Run.draw = hit
+
+
+def keep_states():
+    """Copies of each checkpoint and of the bank at each end of a visit, in states/."""
+    save, close = meta_train.Run.save, meta_train.Run.close_bucket
+    Path("states").mkdir()
+
+    def save_and_keep(self):
+        save(self)
+        shutil.copy(self.checkpoints()[-1][2], f"states/{self.iteration}.safetensors")
+
+    def close_and_keep(self, *args):
+        close(self, *args)
+        if self.disk:
+            shutil.copy(self.folder / "bank", f"states/{self.iteration}.bank")
+    meta_train.Run.save, meta_train.Run.close_bucket = save_and_keep, close_and_keep
+
+
+def short_previews():
+    denoise = flux_model.denoise
+    flux_model.denoise = lambda flux, noise, txt, y, steps, guidance: denoise(flux, noise, txt, y, 2, guidance)
+
+
+def count_bytes():
+    """Each collective call of this rank, in calls<rank>: [iteration, name, bytes]."""
+    calls, dist = [], torch.distributed
+    watched()
+
+    def counted(name, function):
+        def call(*args, **kwargs):
+            size = args[0].numel() * args[0].element_size() if torch.is_tensor(args[0]) else 0
+            calls.append([watched.run.iteration if hasattr(watched, "run") else None, name, size])
+            Path(f"calls{os.environ['RANK']}").write_text(json.dumps(calls))
+            return function(*args, **kwargs)
+        return call
+    for name in dir(dist):
+        if re.match("all_|reduce|broadcast|gather|scatter|send|recv|isend|irecv|barrier|monitored", name):
+            setattr(dist, name, counted(name, getattr(dist, name)))
+
+
+def doubled(argv):
+    """One process with the batches of two, on the same draws."""
+    args = meta_train.parse(argv)
+    group = meta_train.Group(args.device)
+    meta_train.check(args, group)
+    buckets, _ = meta_train.read_data(args, group)
+    meta_train.check_settings(args, buckets, group)
+    args.run.mkdir()
+    whole = meta_train.Run(args, buckets, group, shards=[0, 1], num_shards=2)
+    whole.load()
+    whole.train()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What a run leaves behind
+
+
+def contents(path):
+    """(metadata, {name: (shape, bytes)}): equal where every bit of every tensor is."""
+    with safe_open(path, "pt") as file:
+        return file.metadata(), {name: (file.get_tensor(name).shape, file.get_tensor(name).numpy().tobytes())
+                                 for name in file.keys()}
+
+
+def newest(folder):
+    """(iteration, path) of the last checkpoint, by its name."""
+    path = sorted(folder.glob("*-*.safetensors"))[-1]
+    return int(path.stem.split("-")[0]), path
+
+
+def log_lines(run):
+    """Without what is measured, not computed."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "bytes_sent", "peak_gb")} for line in lines]
+
+
+def stopped(iteration):
+    """What Ctrl-C and SIGTERM write to stderr."""
+    return f"note: at iteration {iteration} of {ITERS}; the same command goes on\nmeta_train.py: interrupted\n"
+
+
+def assert_same_state(folder, reference, rank=0):
+    """The last checkpoint is what the undisturbed run had at this iteration -> iteration"""
+    iteration, path = newest(folder / "run" / f"rank{rank}")
+    assert contents(path) == contents(reference / "states" / f"{iteration}.safetensors")
+    return iteration
+
+
+def assert_same_end(folder, reference, ranks=1, logged=True):
+    for name in ("lomd.safetensors", "run/lomd.safetensors"):
+        assert contents(folder / name) == contents(reference / name), name
+    for rank in range(ranks):
+        ends = [newest(f / "run" / f"rank{rank}") for f in (folder, reference)]
+        assert ends[0][1].name == ends[1][1].name and contents(ends[0][1]) == contents(ends[1][1])
+        banks = [f / "run" / f"rank{rank}" / "bank" for f in (folder, reference)]
+        assert banks[0].exists() == banks[1].exists()
+        assert not banks[0].exists() or banks[0].read_bytes() == banks[1].read_bytes()
+    if logged:
+        assert log_lines(folder / "run") == log_lines(reference / "run")
+    assert (folder / "run" / "loss.png").exists()
+
+
+@pytest.fixture(scope="module")
+def reference(server, data, tmp_path_factory):
+    """An undisturbed run, with states/<iteration>.safetensors of each of its iterations."""
+    folder = tmp_path_factory.mktemp("reference")
+    done = run(server, folder, arguments(data, "--no-ahead", "--save-every", 1), (keep_states,))
+    assert done[0] == 0 and done[2] == "", done
+    return folder
+
+
+@pytest.fixture
+def warm(reference, tmp_path):
+    """A folder whose run finds all latents and text encoded."""
+    return start_with_cache(tmp_path, reference)
+
+
+# ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_undisturbed_run(server, data, reference):
+    assert sorted(p.name for p in (reference / "run" / "rank0").iterdir()) == [
+        "00000021-00000013.safetensors", "00000022-00000014.safetensors", "bank"]
+    assert sorted(p.name for p in (reference / "run").iterdir()) == [
+        "cache", "lock0", "log.jsonl", "lomd.safetensors", "loss.png", "pictures.json", "rank0", "settings.json"]
+    assert not list(reference.rglob("*.part"))
+    with Image.open(reference / "run" / "loss.png") as picture:
+        picture.load()
+    lines = log_lines(reference / "run")
+    assert [line["iteration"] for line in lines] == list(range(1, ITERS + 1))
+    for start, joint, stop in VISITS:
+        assert [line["phase"] for line in lines[start:stop]] == (["warm-up"] * (joint - start)
+                                                                 + ["joint"] * (stop - joint))
+    for line in lines:
+        assert len(line["loss_by_t"]) == 10 and 1 <= sum(loss is not None for loss in line["loss_by_t"]) <= 2
+        assert line["loss"] > 0 and line["gradient_rows"] > 0
+        assert (line["gradient_lomd"] > 0) == (line["phase"] == "joint")
+
+
+CHAIN = [  # what happens, and the exit code; the same command again after each
+    ((die_at_file, "settings.json", "torn"), -9),
+    ((die_at_file, "bank", "before"), -9),
+    ((die_at_file, "*-text-*", "before"), -9),
+    ((die_at_file, "*x64-*", "torn", 2), -9),
+    ((signal_at, 0, signal.SIGINT), 130),
+    ((die_in_log, 2), -9),
+    ((die_at_file, "00000004-*", "torn"), -9),
+    ((die_in_step, 4), -9),
+    ((die_at_file, "00000006-*", "after"), -9),                   # a visit ends: saved, and not yet in the bank
+    ((die_at_file, "log.jsonl", "torn"), -9),
+    ((die_in_bank, 1, 1), -9),                                    # going on closes it again
+    ((die_at_file, "lomd.safetensors", "torn"), -9),
+    ((signal_at, 6, signal.SIGTERM), 130),
+    ((signal_at, 9, signal.SIGINT), 130),
+    ((die_at_file, "00000012-*", "before"), -9),
+    ((die_before, "os.fsync", 3), -9),
+    ((die_in_bank, 2, 3), -9),
+    ((die_before, "Run.resume", 1), -9),
+    ((die_before, "Path.unlink", 1), -9),
+    ((signal_at, 21, signal.SIGTERM), 130),                       # in the very last iteration
+    ((die_at_file, "loss.png", "torn"), -9),
+    ((die_at_file, "lomd.safetensors", "torn", 2), -9),
+]
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_run_hit_anywhere_goes_on_bit_for_bit(server, data, reference, tmp_path, tmp_path_factory, fresh):
+    argv = arguments(data, "--no-ahead", *["--fresh-identities"] * fresh)
+    if fresh:
+        reference = tmp_path_factory.mktemp("fresh")
+        assert run(server, reference, [*argv, "--save-every", "1"], (keep_states,))[0] == 0
+    at = []
+    for hook, expected in CHAIN:
+        if fresh and (hook[0] == die_in_bank or "bank" in hook):
+            continue
+        code, out, err = run(server, tmp_path, argv, hook)
+        assert code == expected, (hook, code, err)
+        saved = list((tmp_path / "run").glob("rank0/*-*.safetensors"))
+        at.append(assert_same_state(tmp_path, reference) if saved else 0)
+        if code == 130:
+            assert at[-1] == hook[1] + 1
+            assert err == stopped(at[-1])
+        else:
+            assert err == ""
+        assert not (tmp_path / "lomd.safetensors").exists()
+    assert sorted(at) == at and len(set(at)) >= 7                 # they were hit all over the run
+    code, out, err = run(server, tmp_path, argv)
+    assert (code, err) == (0, "") and f"going on from iteration {ITERS}" in out
+    assert_same_end(tmp_path, reference)
+    assert len(list((tmp_path / "run" / "rank0").glob("*-*.safetensors"))) == 2
+
+
+def wait_for(process, log, iteration, seconds=60):
+    """Until log.jsonl has the line of an iteration."""
+    for _ in range(seconds * 100):
+        if log.exists() and any(f'"iteration": {i},' in log.read_text() for i in range(iteration, ITERS + 1)):
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    pytest.fail("the run does not get there")
+
+
+def test_the_command_with_a_second_process_that_encodes(data, reference, tmp_path):
+    """Hit twice as soon as the second process has been started: by Ctrl-C, as the terminal sends it, and kill -9."""
+    command, started = [sys.executable, ROOT / "meta_train.py", *arguments(data)], []
+    try:
+        for hit, iteration in ((signal.SIGINT, 1), (signal.SIGKILL, 4), (None, 0)):
+            process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                       text=True, start_new_session=True)
+            started.append(process.pid)
+            if hit:
+                wait_for(process, tmp_path / "run" / "log.jsonl", iteration)
+                os.killpg(process.pid, hit) if hit == signal.SIGINT else process.kill()
+            out, err = process.communicate(timeout=60)
+            at = assert_same_state(tmp_path, reference)
+            if hit == signal.SIGINT:
+                assert process.returncode == 130 and at >= iteration
+                assert err == stopped(at)
+            else:
+                assert (process.returncode, err) == (-9 if hit else 0, "")
+    finally:
+        for group in started:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL)
+    assert_same_end(tmp_path, reference)
+
+
+def test_more_iterations_and_a_torn_checkpoint(server, data, reference, warm):
+    """A run of 9 iterations becomes one of 22, although the last of its two checkpoints is torn."""
+    argv = arguments(data, "--no-ahead")
+    assert run(server, warm, [*argv, "--iters", "9"])[0] == 0
+    assert assert_same_state(warm, reference) == 9
+    torn = newest(warm / "run" / "rank0")[1]
+    os.truncate(torn, torn.stat().st_size - 1)
+    code, out, err = run(server, warm, argv)
+    assert code == 0 and "going on from iteration 8" in out
+    assert err.count("\n") == 1 and err.startswith(f"note: {torn.relative_to(warm)} is damaged and passed over: ")
+    assert_same_end(warm, reference)
+
+
+def test_a_bank_that_is_ahead_of_the_checkpoints_is_refused(server, data, reference, warm):
+    argv = arguments(data, "--no-ahead", "--save-every", 100)
+    assert run(server, warm, [*argv, "--iters", "12"])[0] == 0
+    torn = newest(warm / "run" / "rank0")[1]                      # of the end of visit b, whose rows are in the bank
+    os.truncate(torn, 1000)
+    code, out, err = run(server, warm, argv)
+    assert code == 2 and "rank0/bank does not belong to run/rank0/00000006-00000004.safetensors" in err
+
+
+def test_two_processes_on_one_run(server, data, reference, warm):
+    argv = arguments(data, "--no-ahead")
+    first = start(server, warm, argv, (pause_at, 5))
+    try:
+        while not (warm / "paused").exists():
+            assert first.is_alive()
+            time.sleep(0.01)
+        before = {path: path.read_bytes() for path in (warm / "run").rglob("*") if path.is_file()}
+        code, out, err = run(server, warm, argv, name="2")
+        assert (code, (warm / "stderr2").read_text()) == (2, "meta_train.py: another process is at work in run\n")
+        assert before == {path: path.read_bytes() for path in (warm / "run").rglob("*") if path.is_file()}
+    finally:
+        first.kill()
+    first.join()
+    assert run(server, warm, argv)[0] == 0
+    assert_same_end(warm, reference)
+
+
+@pytest.mark.parametrize("person, phase", [("p1", "joint"), ("p3", "warm-up")])
+def test_a_loss_that_is_not_finite(server, data, reference, warm, person, phase):
+    """Latents of one picture that are not numbers: the run stops at its first use, as if it had been asked to there."""
+    picture = next(data.rglob(person)) / "1.png"
+    digest = meta_train.hashlib.sha256(picture.read_bytes()).hexdigest()
+    latent, = (warm / "run" / "cache").glob(f"{digest[:32]}-*")
+    good = latent.read_bytes()
+    save_file({"posterior": torch.full_like(load_file(latent)["posterior"], torch.nan)}, latent)
+    code, out, err = run(server, warm, arguments(data, "--no-ahead"))
+    found = re.fullmatch(r"meta_train.py: the loss or its gradient is not finite at iteration (\d+) \(bucket (\w): (.*)\); "
+                         "the state before it is saved in run\n", err)
+    assert code == 1 and found, err
+    assert found.groups()[1:] == (picture.parts[-3], f"{person}, {picture}")
+    iteration = assert_same_state(warm, reference)
+    assert iteration == int(found[1])
+    start, joint, _ = next(visit for visit in VISITS if visit[0] <= iteration < visit[2])
+    assert phase == ("joint" if iteration >= joint else "warm-up")
+    bank = reference / "states" / f"{start}.bank"
+    assert (warm / "run" / "rank0" / "bank").read_bytes() == (bank.read_bytes() if start else
+                                                              bytes((reference / "run/rank0/bank").stat().st_size))
+    latent.write_bytes(good)
+    assert run(server, warm, arguments(data, "--no-ahead"))[0] == 0
+    assert_same_end(warm, reference)
+
+
+def test_previews_change_nothing(server, data, reference, warm):
+    assert run(server, warm, arguments(data, "--no-ahead", "--preview-every", 5), (short_previews,))[0] == 0
+    assert sorted(p.name for p in (warm / "run" / "previews").iterdir()) == [f"{i:08d}.png" for i in (5, 10, 15, 20)]
+    for path in (warm / "run" / "previews").iterdir():
+        with Image.open(path) as picture:
+            assert picture.size == (128, 128)
+            squares = [picture.crop((64 * x, 64 * y, 64 * x + 64, 64 * y + 64)).tobytes() for x in (0, 1) for y in (0, 1)]
+            assert len(set(squares)) == 4
+    assert_same_end(warm, reference)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Two processes
+
+
+def start_with_cache(folder, reference):
+    (folder / "run").mkdir()
+    shutil.copytree(reference / "run" / "cache", folder / "run" / "cache")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pair(server, data, reference, tmp_path_factory):
+    """An undisturbed run of two processes, with calls<rank>: what each sent."""
+    folder = start_with_cache(tmp_path_factory.mktemp("pair"), reference)
+    done = run_pair(server, folder, arguments(data, "--no-ahead"), [[(count_bytes,)]] * 2)
+    assert done == ([0, 0], ["", ""])
+    return folder
+
+
+def bank_of(folder, rank, people):
+    """Rows of a bank, IdentityBank of `people` rows."""
+    path = folder / "run" / f"rank{rank}" / "bank"
+    return DiskBank(path, people, (path.stat().st_size // people - 8) // 12).read(range(people), "cpu")
+
+
+def test_two_processes_equal_one_with_the_doubled_batch(server, data, reference, pair, warm):
+    assert run(server, warm, arguments(data, "--no-ahead"), script=doubled)[::2] == (None, "")
+    assert (pair / "run" / "rank0" / "bank").stat().st_size == 4 / 7 * (warm / "run" / "rank0" / "bank").stat().st_size
+    one = load_file(newest(warm / "run" / "rank0")[1])
+    for rank in range(2):
+        two = load_file(newest(pair / "run" / f"rank{rank}")[1])
+        for part in IdentityBank.PARTS[:3]:
+            assert_close(two[f"lomd.{part}"], one[f"lomd.{part}"])
+        assert two["lomd.steps"] == one["lomd.steps"] == sum(stop - joint for _, joint, stop in VISITS)
+    start_lomd = torch.cat([lomd.flatten() for lomd in start_of_lomd().values()])
+    assert (one["lomd.weight"][0] - start_lomd).norm() > 1e-2 * start_lomd.norm()             # it has learned something
+
+    whole, shards, place, base = bank_of(warm, 0, 7), [bank_of(pair, 0, 4), bank_of(pair, 1, 3)], [0, 0], 0
+    for pictures in PEOPLE.values():                              # in one bank: all of a bucket's first shard, then the rest
+        for rank in range(2):
+            for _ in range(len(pictures[rank::2])):
+                assert whole.steps[base] == shards[rank].steps[place[rank]] > 2
+                for part in IdentityBank.PARTS[:3]:
+                    assert_close(getattr(shards[rank], part)[place[rank]], getattr(whole, part)[base])
+                place[rank], base = place[rank] + 1, base + 1
+    assert (place, base) == ([4, 3], 7)
+
+
+def assert_close(found, expected):
+    assert found.shape == expected.shape and expected.norm() > 0
+    assert (found - expected).norm() <= 1e-5 * expected.norm()
+
+
+def start_of_lomd():
+    return metalora.random_lomd(metalora.find_targets(flux_model.load_flux(MODEL, "cpu", torch.float32)), 4, 0)
+
+
+def test_two_processes_send_the_gradient_of_lomd_and_nothing_else(pair):
+    size = sum(tensor.numel() for tensor in load_file(pair / "lomd.safetensors").values()) * 4
+    expected = [call for _, joint, stop in VISITS for k in range(joint, stop)
+                for call in ([k, "all_reduce", size], [k + 1, "all_reduce", 4])]        # and a flag: Ctrl-C or not
+    for rank in range(2):
+        calls = json.loads((pair / f"calls{rank}").read_text())
+        first = next(i for i, call in enumerate(calls) if call[1] == "all_reduce")
+        assert {(at, name) for at, name, _ in calls[:first]} == {(0, "all_gather_object")}           # before training
+        assert calls[first:] == expected
+    lines = [json.loads(line) for line in (pair / "run" / "log.jsonl").read_text().splitlines()]
+    assert len(lines) == ITERS
+    for line in lines:
+        assert line["bytes_sent"] == (size + 4 if line["phase"] == "joint" else 0)
+
+
+def test_torchrun_is_stopped_loses_a_process_and_goes_on_bit_for_bit(server, data, reference, pair, warm):
+    argv = arguments(data, "--no-ahead")
+    for end in (signal.SIGTERM, None):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port),
+                   ROOT / "meta_train.py", *argv]
+        process = subprocess.Popen(command, cwd=warm, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        try:
+            if end:                                               # to torchrun, which passes it on, in a joint phase
+                wait_for(process, warm / "run" / "log.jsonl", 9)
+                process.send_signal(end)
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+        if end:
+            assert process.returncode != 0 and err.count("the same command goes on") == 2, err
+            at = [newest(warm / "run" / f"rank{rank}") for rank in range(2)]
+            assert 9 <= at[0][0] < 18 and at[0][1].name == at[1][1].name
+            # in a warm-up one is killed, and the other is told to stop, as torchrun does
+            codes, errors = run_pair(server, warm, argv, [[(signal_at, 18, signal.SIGTERM)], [(die_in_draw, 18)]])
+            assert codes == [130, -9] and errors == [stopped(19), ""]
+            assert [newest(warm / "run" / f"rank{rank}")[0] for rank in range(2)] == [19, 18]
+        else:
+            assert process.returncode == 0, err
+    assert_same_end(warm, pair, ranks=2)
+
+
+def test_sigterm_of_one_process_stops_all_at_the_same_joint_iteration(server, data, reference, pair, warm):
+    argv = arguments(data, "--no-ahead")
+    codes, errors = run_pair(server, warm, argv, [[], [(signal_at, 3, signal.SIGTERM)]])
+    assert codes == [130, 130] and errors == [stopped(4)] * 2
+    assert [newest(warm / "run" / f"rank{rank}")[1].name for rank in range(2)] == ["00000004-00000002.safetensors"] * 2
+    for folder, script, expected in ((warm, run, "processes was 2 and is 1"), (reference, run_pair, "processes was 1 and is 2")):
+        code, *_, err = script(server, folder, argv)
+        assert all(c == 2 for c in (code if isinstance(code, list) else [code])) and expected in str(err)
