@@ -792,8 +792,11 @@ def check(args, group):
             raise ValueError(f"{what} {path}: {parent} is no folder that can be written to")
     if not args.out.absolute().parent.is_dir():
         raise ValueError(f"the folder of --out does not exist: {args.out.parent}")
-    if args.run.exists() and not args.run.is_dir():
-        raise ValueError(f"--run is not a folder: {args.run}")
+    for path, what in ((args.run, "--run"), (args.cache or args.run, "--cache")):
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"{what} is not a folder: {path}")
+        if path.resolve().is_relative_to(args.data.resolve()):   # a later command would take it for a person's
+            raise ValueError(f"{what} {path} lies within --data {args.data}; name a folder outside of it")
     if args.lr is not None and not 0 < args.lr < math.inf:
         raise ValueError(f"--lr must be a positive number, not {args.lr}")
     if not 0 <= args.warmup < 1:
