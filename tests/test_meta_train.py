@@ -1,0 +1,1174 @@
+"""meta_train.py without its interruptions: schedule, data, cache, what each phase trains, settings, its file.
+
+    pytest tests/test_meta_train.py
+
+One run on the small model of golden/hub, 24 iterations over two buckets, is recorded step by step, and many
+tests look at the recording. Kills, torchrun and previews are in test_meta_train_runs.py.
+"""
+import collections
+import copy
+import functools
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import flux_model
+import meta_train
+import personalize
+import photos
+from meta_train import Cache, Visit, draw_order, find_people, generator, make_buckets, read_people, schedule
+from metalora import DiskBank, IdentityBank, MetaLoRA, find_targets, load_lomd, plain_update, random_lomd
+
+ROOT = Path(__file__).parents[1]
+MODEL = next((path for path in (ROOT / "tests" / "golden" / "hub", ROOT.parent / "shared" / "golden" / "hub")
+              if path.is_dir()), None)
+pytestmark = pytest.mark.skipif(MODEL is None, reason="the small model of golden/hub is not here")
+PARTS = IdentityBank.PARTS
+DATA = "data (pictures, captions, buckets)"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def remembered():
+    """The text encoders are slow to load, and answer the same each time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flux_model, "load_text_encoders", functools.cache(flux_model.load_text_encoders))
+        yield
+
+
+def picture(path, seed, size=(64, 64), **options):
+    """A small picture, another for each seed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
+    Image.fromarray(pixels).resize(size, Image.BICUBIC).save(path, **options)
+    return path
+
+
+def make_people(root, counts, size=(64, 64)):
+    """{"bucket/person" or "person": how many pictures} -> files, no two the same."""
+    for number, (folder, count) in enumerate(counts.items()):
+        for i in range(count):
+            picture(root / folder / f"{i}.png", 100 * number + i, size)
+    return root
+
+
+TWO_BUCKETS = {"a/ann": 2, "a/bob": 3, "a/cy": 2, "b/dan": 2, "b/eve": 2}
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """run("--r1", 4, ...) -> (exit code, stdout, stderr), in an empty folder with the small model."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(meta_train, "plot", lambda log, path: None)
+    return lambda *args, **options: (command(*args, **options), *capsys.readouterr())
+
+
+def command(*args, data="data", iters=2, model=MODEL, resolution=64):
+    """Exit code of meta_train.py, with options that make it quick."""
+    return meta_train.main([*map(str, args), "--data", str(data), "--model", str(model), "--resolution",
+                            *str(resolution).split(), "--iters", str(iters), "--device", "cpu", "--no-ahead",
+                            "--preview-every", "0"])
+
+
+def refused(result, *words):
+    """One line on stderr that holds these words, and exit code 2."""
+    code, _, err = result
+    return code == 2 and err.count("\n") == 1 and all(str(w) in err for w in words) and "Traceback" not in err
+
+
+def one_line(function, *arguments):
+    with pytest.raises(ValueError) as caught:
+        function(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def listing():
+    return {path: path.stat().st_mtime_ns for path in Path().rglob("*") if path.is_file()}
+
+
+def relative(found, expected):
+    assert found.shape == expected.shape
+    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The schedule
+
+
+# Buckets of 7 and 4 pictures at batch 4: 70 / 4 -> 18 iterations with 7 of warm-up, 40 / 4 = 10 with 4.
+@pytest.mark.parametrize("iters, expected", [
+    (1, [(0, 0, 1, 1)]),
+    (18, [(0, 0, 7, 18)]),
+    (20, [(0, 0, 7, 18), (1, 18, 20, 20)]),                                              # cut in a warm-up
+    (25, [(0, 0, 7, 18), (1, 18, 22, 25)]),                                             # cut in a joint phase
+    (28, [(0, 0, 7, 18), (1, 18, 22, 28)]),
+    (29, [(0, 0, 7, 18), (1, 18, 22, 28), (0, 28, 29, 29)]),
+    (70, [(0, 0, 7, 18), (1, 18, 22, 28), (0, 28, 35, 46), (1, 46, 50, 56), (0, 56, 63, 70)]),
+    (85, [(0, 0, 7, 18), (1, 18, 22, 28), (0, 28, 35, 46), (1, 46, 50, 56), (0, 56, 63, 74), (1, 74, 78, 84),
+          (0, 84, 85, 85)]),
+])
+def test_algorithm_1_by_hand(iters, expected):
+    assert schedule([7, 4], iters, 4, 0.4) == [Visit(*visit) for visit in expected]
+
+
+def test_schedule_with_visits_of_a_given_length_and_other_warmups():
+    assert schedule([7, 400, 4], 17, 4, 0.4, bucket_iters=5) == [
+        (0, 0, 2, 5), (1, 5, 7, 10), (2, 10, 12, 15), (0, 15, 17, 17)]
+    assert schedule([5, 9], 9, 8, 0) == [(0, 0, 0, 7), (1, 7, 7, 9)]                           # no warm-up
+    assert schedule([3], 9, 100, 0.99) == [(0, i, i, i + 1) for i in range(9)]                # visits of 1
+    for percent in range(100):                                  # 0.29 * 100 and others fall below the whole
+        assert schedule([9], 100, 4, float(f"0.{percent:02d}"), 100) == [(0, 0, percent, 100)]
+
+
+def test_the_papers_schedule():
+    """21 buckets of 50 people with 20 pictures: 2,500 iterations a visit, 1,000 of them warm-up."""
+    visits = schedule([1000] * 21, 50_000, 4, 0.4)
+    assert visits == [(i, 2500 * i, 2500 * i + 1000, 2500 * (i + 1)) for i in range(20)]
+
+
+def counts_of(batches):
+    return collections.Counter(use for batch in batches for use in batch)
+
+
+def test_order_shows_each_picture_10_times():
+    for number, batch_size in ((20, 4), (6, 4), (7, 4), (3, 4), (5, 1)):
+        (visit,) = schedule([number], 10 ** 6, batch_size, 0.4)[:1]
+        batches = draw_order([["x"]] * number, visit.stop, batch_size, generator(0))
+        assert len(batches) == visit.stop and {len(batch) for batch in batches} == {batch_size}
+        left_over = visit.stop * batch_size - 10 * number
+        assert 0 <= left_over < batch_size
+        uses = counts_of(batches)
+        assert sorted(uses) == [(i, 0) for i in range(number)]
+        assert sorted(uses.values()) == [10] * (number - left_over) + [11] * left_over
+        flat = [use for batch in batches for use in batch]            # and none again before all have been
+        assert all(len(set(flat[i:i + number])) == number for i in range(0, 10 * number, number))
+
+
+def test_order_depends_on_its_key_alone():
+    shapes = [["x", "y"] if i % 3 else ["y"] for i in range(30)]
+    first = draw_order(shapes, 60, 4, generator(0, 2, 5, 0))
+    torch.manual_seed(5)
+    assert draw_order(shapes, 60, 4, generator(0, 2, 5, 0)) == first
+    assert draw_order(shapes, 90, 4, generator(0, 2, 5, 0))[:60] == first           # --iters was raised
+    others = [draw_order(shapes, 60, 4, generator(*key))
+              for key in ((1, 2, 5, 0), (0, 2, 6, 0), (0, 2, 5, 1))]
+    assert all(a != b for i, a in enumerate([first, *others]) for b in others[i:])
+
+
+def test_generators_are_set_apart_by_their_keys():
+    keys = [(0,), (0, 1), (1, 0), (0, 0, 1), (2 ** 63 - 1, 3, 7), (5, 3, 10 ** 9, 2)]
+    draws = [torch.rand(4, generator=generator(*key)).tolist() for key in keys]
+    assert draws == [torch.rand(4, generator=generator(*key)).tolist() for key in keys]
+    assert len({tuple(d) for d in draws}) == len(keys)
+
+
+def test_batches_have_one_shape_use_every_view_and_mix_people():
+    shapes = [["s", "l"], ["s"], ["s", "l", "xl"], ["l"]] * 10                # 10 people with 4 pictures each
+    batches = draw_order(shapes, 400, 4, generator(3))
+    for batch in batches:
+        assert len(batch) == 4 and len({shapes[i][view] for i, view in batch}) == 1
+    uses = counts_of(batches)
+    assert set(uses) == {(i, view) for i in range(40) for view in range(len(shapes[i]))}
+    of_picture = collections.Counter(i for batch in batches for i, _ in batch)
+    assert max(of_picture.values()) - min(of_picture.values()) <= 4           # but for those that still wait
+    for i in range(40):
+        for view in range(len(shapes[i])):                             # 40 uses; 5 deviations are 16 of them
+            assert abs(uses[i, view] - 40 / len(shapes[i])) <= 16
+    people = [len({i // 4 for i, _ in batch}) for batch in batches]
+    assert sum(n >= 3 for n in people) > 0.8 * len(people) and max(people) == 4
+
+
+def test_a_rare_shape_is_neither_left_out_nor_preferred():
+    shapes = [["common"]] * 38 + [["rare"]] * 2                               # fewer than fill a batch
+    batches = draw_order(shapes, 100, 4, generator(0))
+    assert len(batches) == 100
+    assert all(len(batch) == 4 and len({shapes[i][0] for i, _ in batch}) == 1 for batch in batches)
+    uses = counts_of(batches)
+    assert len(uses) == 40 and 8 <= min(uses.values()) and max(uses.values()) <= 12
+    alone = draw_order([["a"], ["b"]], 10, 4, generator(0))                    # each is in a batch of its own
+    assert [len({i for i, _ in batch}) for batch in alone] == [1] * 10
+    assert {alone[0][0][0], alone[1][0][0]} == {0, 1}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The folder of people
+
+
+def read(root, smallest=16, known=None):
+    return read_people(root, smallest, {} if known is None else known, show=False)
+
+
+def names(people):
+    """{bucket: {person: [file names]}}"""
+    return {bucket: {person: [p.path.name for p in pictures] for person, pictures in members.items()}
+            for bucket, members in people.items()}
+
+
+def test_buckets_and_flat_folders(tmp_path):
+    make_people(tmp_path / "buckets", TWO_BUCKETS)
+    people, problems = read(tmp_path / "buckets")
+    assert not problems and names(people) == {
+        "a": {"ann": ["0.png", "1.png"], "bob": ["0.png", "1.png", "2.png"], "cy": ["0.png", "1.png"]},
+        "b": {"dan": ["0.png", "1.png"], "eve": ["0.png", "1.png"]}}
+    assert make_buckets(people, 1, 0) is people                                  # buckets stay as they are
+    make_people(tmp_path / "flat", {"zoë": 2, "ann b": 3})
+    people, problems = read(tmp_path / "flat")
+    assert not problems
+    assert names(people) == {"": {"ann b": ["0.png", "1.png", "2.png"], "zoë": ["0.png", "1.png"]}}
+
+
+def test_what_is_no_picture_is_ignored(tmp_path):
+    make_people(tmp_path, {"a/ann": 2, "a/bob": 2})
+    for name in ("a/ann/._0.png", "a/.DS_Store", "a/ann/notes.md", "a/ann/other.txt", "README.txt",
+                 "a/bob/.x.heic"):
+        (tmp_path / name).write_bytes(b"of no interest")
+    for name in (".git", "a/.thumbs", "a/ann/.thumbs"):
+        picture(tmp_path / name / "0.png", 0)
+    people, problems = read(tmp_path)
+    assert not problems and names(people) == {"a": {"ann": ["0.png", "1.png"], "bob": ["0.png", "1.png"]}}
+
+
+def test_pictures_are_measured_upright_and_named_by_their_bytes(tmp_path):
+    picture(tmp_path / "ann" / "flat.jpg", 0, (80, 48))
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                            # a phone held upright
+    picture(tmp_path / "ann" / "turned.JPG", 0, (80, 48), exif=exif)
+    known = {}
+    (flat, turned), problems = read(tmp_path, known=known)[0][""]["ann"], read(tmp_path)[1]
+    assert not problems and (flat.width, flat.height, turned.width, turned.height) == (80, 48, 48, 80)
+    assert flat.digest != turned.digest and flat.path == tmp_path / "ann" / "flat.jpg"
+    assert flat.caption is turned.caption is None
+    picture(tmp_path / "ann" / "flat.jpg", 1, (96, 48))                  # known by its time and size
+    again, _ = read(tmp_path, known=known)
+    assert again[""]["ann"][0].width == 96 and again[""]["ann"][0].digest != flat.digest
+
+
+def test_what_is_known_is_not_decoded_again(tmp_path, monkeypatch):
+    make_people(tmp_path, {"ann": 2})
+    known = {}
+    first, _ = read(tmp_path, known=known)
+    known = json.loads(json.dumps(known))
+    monkeypatch.setattr(photos, "read_photo", lambda path: pytest.fail("decoded"))
+    assert read(tmp_path, known=known)[0] == first
+
+
+def test_captions(tmp_path):
+    make_people(tmp_path, {"ann": 5})
+    captions = {"0": "a photo of a woman\n".encode(), "1": b"\xef\xbb\xbf  in two\r\n lines\t here \n",
+                "2": "größer, 写真".encode(), "4": b"a. b"}
+    for name, text in captions.items():
+        (tmp_path / "ann" / f"{name}.txt").write_bytes(text)
+    people, problems = read(tmp_path)
+    assert not problems and [p.caption for p in people[""]["ann"]] == [
+        "a photo of a woman", "in two lines here", "größer, 写真", None, "a. b"]
+
+
+def found_problems(tmp_path, make, smallest=16):
+    """What is said of ann, who has two good pictures, after make(her folder); and names of what is left."""
+    make_people(tmp_path, {"ann": 2, "bob": 2})
+    make(tmp_path / "ann")
+    people, problems = read(tmp_path, smallest)
+    assert all("\n" not in problem for problem in problems)
+    return problems, names(people)
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("bad.jpg", b"no picture", "not a picture"), ("empty.png", b"", "is empty"),
+    ("phone.HEIC", b"ftypheic", "HEIC"), ("phone.heif", b"ftypheic", "HEIC"),
+    ("0.txt", b"", "is empty"), ("0.txt", b"\xef\xbb\xbf \n", "is empty"),
+    ("1.txt", "größer".encode("latin-1"), "UTF-8"), ("1.txt", "from Windows".encode("utf-16"), "UTF-8"),
+])
+def test_a_bad_file_is_named(tmp_path, name, content, words):
+    problems, left = found_problems(tmp_path, lambda ann: (picture(ann / "2.png", 7),
+                                                           (ann / name).write_bytes(content)))
+    assert len(problems) == 1 and str(tmp_path / "ann" / name) in problems[0] and words in problems[0]
+    out = f"{name[0]}.png" if name.endswith(".txt") else None                # a picture goes with its caption
+    assert left[""]["ann"] == [n for n in ("0.png", "1.png", "2.png") if n != out]
+    assert left[""]["bob"] == ["0.png", "1.png"]
+
+
+def test_damaged_and_small_pictures_are_named(tmp_path):
+    def make(ann):
+        whole = picture(ann / "cut.png", 8, (300, 300)).read_bytes()
+        (ann / "cut.png").write_bytes(whole[:len(whole) // 2])
+        picture(ann / "low.png", 9, (200, 63))
+        picture(ann / "tiny.png", 10, (200, 9))
+        picture(ann / "wide.png", 11, (200, 64))
+    problems, left = found_problems(tmp_path, make, smallest=64)
+    assert len(problems) == 3 and left[""]["ann"] == ["0.png", "1.png", "wide.png"]
+    for problem, (name, words) in zip(problems, (("cut.png", "damaged"), ("low.png", "200 x 63 pixels"),
+                                                 ("tiny.png", "200 x 9 pixels"))):
+        assert name in problem and words in problem
+
+
+def test_people_with_too_few_pictures_are_named(tmp_path):
+    make_people(tmp_path, {"a/ann": 2, "a/bob": 1, "b/cy": 1})
+    (tmp_path / "b" / "dan").mkdir()
+    people, problems = read(tmp_path)
+    assert names(people) == {"a": {"ann": ["0.png", "1.png"]}}                    # no bucket without people
+    assert [p.split(";")[0].replace(str(tmp_path), "") for p in problems] == [
+        "/a/bob has 1 usable picture", "/b/cy has 1 usable picture", "/b/dan has 0 usable pictures"]
+
+
+def test_duplicates(tmp_path):
+    make_people(tmp_path, {"a/ann": 3, "a/bob": 3, "b/ann": 3})
+    shutil.copy(tmp_path / "a/ann/1.png", tmp_path / "a/ann/again.png")
+    shutil.copy(tmp_path / "a/ann/1.png", tmp_path / "a/ann/9.png")
+    shutil.copy(tmp_path / "a/bob/2.png", tmp_path / "b/ann/bob.png")            # whose is it?
+    shutil.copy(tmp_path / "a/bob/2.png", tmp_path / "b/ann/bob2.png")
+    people, problems = read(tmp_path)
+    assert names(people) == {"a": {"ann": ["0.png", "1.png", "2.png"], "bob": ["0.png", "1.png"]},
+                             "b": {"ann": ["0.png", "1.png", "2.png"]}}
+    assert sorted(p.replace(f"{tmp_path}/", "") for p in problems) == [
+        "a/ann/9.png is the same picture as a/ann/1.png",
+        "a/ann/again.png is the same picture as a/ann/1.png",
+        "a/bob/2.png is the same picture as b/ann/bob.png",
+        "b/ann/bob.png is the same picture as a/bob/2.png",
+        "b/ann/bob2.png is the same picture as a/bob/2.png"]
+
+
+def test_what_is_in_the_wrong_place(tmp_path):
+    root = make_people(tmp_path / "loose", {"a/ann": 2, "a/bob": 2, "b/cy": 2})
+    assert find_people(root) == (
+        {"a": {"ann": root / "a/ann", "bob": root / "a/bob"}, "b": {"cy": root / "b/cy"}}, [])
+    sound = names(read(root)[0])
+    picture(root / "root.png", 50)
+    picture(root / "a" / "bucket.png", 51)
+    picture(root / "b" / "cy" / "raw" / "inner.png", 52)
+    people, problems = read(root)
+    assert names(people) == sound
+    assert sorted(p.replace(f"{root}/", "") for p in problems) == [
+        "a holds people and also loose pictures, such as bucket.png",
+        "b/cy/raw is a folder inside a person's", "root.png is in nobody's folder"]
+
+    mixed = make_people(tmp_path / "mixed", {"a/ann": 2, "bob": 2})
+    people, problems = read(mixed)
+    assert names(people) == {"a": {"ann": ["0.png", "1.png"]}}
+    assert len(problems) == 1 and problems[0].startswith(f"{mixed / 'bob'} is no bucket")
+    (tmp_path / "empty").mkdir()
+    assert read(tmp_path / "empty") == ({}, [])
+    only = picture(tmp_path / "only" / "x.png", 1).parent
+    assert read(only)[0] == {} and [str(only / "x.png") in p for p in read(only)[1]] == [True]
+
+
+def test_a_flat_folder_is_dealt_into_even_buckets():
+    people = {"": {f"p{i:02d}": [i] for i in range(23)}}
+    buckets = make_buckets(people, 5, 0)
+    assert list(buckets) == ["0000", "0001", "0002", "0003", "0004"]
+    assert [len(members) for members in buckets.values()] == [5, 5, 5, 4, 4]
+    everyone = [(person, pictures) for members in buckets.values() for person, pictures in members.items()]
+    assert dict(everyone) == people[""] and len(everyone) == 23
+    assert all(list(members) == sorted(members) for members in buckets.values())
+    assert list(buckets["0000"]) != sorted(people[""])[:5]                             # dealt at random
+    shuffled = {"": dict(reversed(people[""].items()))}
+    assert make_buckets(shuffled, 5, 0) == buckets and make_buckets(people, 5, 1) != buckets
+    assert [len(m) for m in make_buckets(people, 50, 0).values()] == [23]
+    assert [len(m) for m in make_buckets(people, 1, 0).values()] == [1] * 23
+
+
+def test_the_fingerprint_of_the_data(tmp_path):
+    make_people(tmp_path, TWO_BUCKETS)
+
+    def fingerprint():
+        people, problems = read(tmp_path)
+        assert not problems
+        return meta_train.data_fingerprint(people)
+    seen = [fingerprint()]
+    shutil.move(tmp_path / "a/ann/1.png", tmp_path / "a/ann/other name.png")
+    assert fingerprint() == seen[0]                                      # the name of a file is nothing to it
+    for change in (lambda: picture(tmp_path / "a/ann/2.png", 99),
+                   lambda: picture(tmp_path / "a/ann/2.png", 98),
+                   lambda: (tmp_path / "a/ann/2.txt").write_text("her"),
+                   lambda: (tmp_path / "a/ann/2.txt").write_text("she"),
+                   lambda: (tmp_path / "a/ann").rename(tmp_path / "a/anna"),
+                   lambda: (tmp_path / "a/anna").rename(tmp_path / "b/anna")):
+        change()
+        seen.append(fingerprint())
+    assert len(set(seen)) == len(seen)
+
+
+def make_bad_data(root):
+    """Buckets with one of each fault, and the words that its line must hold."""
+    make_people(root, {"a/ann": 4, "a/bob": 4, "b/cy": 4, "b/few": 1})
+    (root / "a/ann/bad.jpg").write_text("no picture")
+    (root / "a/ann/empty.png").write_bytes(b"")
+    (root / "a/ann/phone.heic").write_bytes(b"ftypheic")
+    picture(root / "a/ann/small.png", 70, (64, 12))
+    (root / "a/bob/0.txt").write_bytes(b"")
+    (root / "a/bob/1.txt").write_bytes(b"\xff\xfe")
+    shutil.copy(root / "b/cy/0.png", root / "b/cy/copy.png")
+    picture(root / "loose.png", 71)
+    picture(root / "b/loose.png", 72)
+    (root / "b/cy/inner").mkdir()
+    make_people(root, {"flat": 2})
+    return ["ann/bad.jpg", "ann/empty.png", "ann/phone.heic", "ann/small.png", "bob/0.txt", "bob/1.txt",
+            "cy/copy.png", "few has 1", "data/loose.png", "such as loose.png", "cy/inner",
+            "flat is no bucket"]
+
+
+def test_main_names_each_fault_and_writes_nothing(run):
+    words = make_bad_data(Path("data"))
+    before = listing()
+    code, out, err = run("--cache", "latents")
+    lines = err.splitlines()
+    assert code == 2 and out == "" and len(lines) == len(words) and "Traceback" not in err
+    assert all(line.startswith("meta_train.py: ") for line in lines)
+    for word in words:
+        assert sum(word in line for line in lines) == 1, word
+    assert listing() == before and sorted(p.name for p in Path().iterdir()) == ["data"]
+
+
+def test_skip_bad_goes_on_and_says_so(run):
+    words = make_bad_data(Path("data"))
+    code, out, err = run("--skip-bad", "--cache", "latents", "--batch-size", 2)
+    lines = [line for line in err.splitlines() if line.startswith("note: skipped: ")]
+    assert code == 0 and len(lines) == len(words)
+    assert all(sum(word in line for line in lines) == 1 for word in words)
+    assert "3 people, 10 pictures, 2 buckets" in out                     # ann 4, bob 2, cy 4
+    assert len(list(Path("latents").glob("*-64x64-*"))) == 6                   # of the bucket that was opened
+    assert {p.name for p in Path().iterdir()} == {"data", "run", "latents", "lomd.safetensors"}
+    with safe_open("lomd.safetensors", "pt") as file:
+        assert file.metadata()["people"] == "3"
+
+
+def test_data_that_holds_nobody(run):
+    assert refused(run(data="nowhere"), "--data", "nowhere")
+    Path("data").mkdir()
+    assert refused(run(), "data holds no people")
+    (Path("data") / "ann").mkdir()
+    assert refused(run(), "ann has 0 usable pictures")
+    code, _, err = run("--skip-bad")
+    assert code == 2 and err.splitlines()[-1] == "meta_train.py: data holds no people with pictures"
+    assert refused(run(data="data/ann"), "holds no people")
+    Path("file").write_text("no folder")
+    assert refused(run(data="file"), "--data", "file")
+    assert sorted(str(p) for p in Path().rglob("*")) == ["data", "data/ann", "file"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Latents and text, encoded once
+
+
+def hub_copy(folder, file=None, name=None, without=()):
+    """The small model, by links, `without` some files; in one file one number of one tensor differs."""
+    folder.mkdir()
+    for path in MODEL.iterdir():
+        if path.name not in without:
+            (folder / path.name).symlink_to(path, target_is_directory=path.is_dir())
+    if file:
+        path = folder / file
+        if path.parent != folder:
+            path.parent.unlink()
+            shutil.copytree(MODEL / path.parent.name, path.parent)
+        tensors = load_file(path)
+        with safe_open(path, "pt") as opened:
+            metadata = opened.metadata()
+        tensors[name].view(-1)[0] += 0.25                                     # more than bf16 rounds away
+        path.unlink()
+        save_file(tensors, path, metadata)
+    return folder
+
+
+def weak_copy(folder, name="double_blocks.1.img_attn.norm.key_norm.scale"):
+    """With one number of the transformer changed."""
+    return hub_copy(folder, "flux1-dev.safetensors", name)
+
+
+def cache_of(folder, resolutions=(64,), model=MODEL, dtype=torch.float32):
+    return Cache(folder, model, torch.device("cpu"), dtype, list(resolutions))
+
+
+def test_cache_names_depend_on_picture_size_and_model_not_on_paths(tmp_path):
+    make_people(tmp_path / "data", {"ann": 2, "bob": 1})
+    shutil.copy(tmp_path / "data/ann/0.png", tmp_path / "data/bob/other.png")
+    same, another = meta_train.Picture(tmp_path / "x.png", "d" * 64, 64, 64, "hers"), None
+    cache = cache_of(tmp_path / "cache")
+    base = cache.latent_path(same, (64, 64))
+    assert base == cache.latent_path(same._replace(path=tmp_path / "y.jpg", caption=None), (64, 64))
+    assert base.parent == tmp_path / "cache"
+    other_models = [
+        hub_copy(tmp_path / "ae", "ae.safetensors", "encoder.conv_in.bias"),
+        hub_copy(tmp_path / "clip", "text_encoder/model.safetensors", "encoder.layers.0.layer_norm1.bias"),
+        hub_copy(tmp_path / "t5", "text_encoder_2/model.safetensors", "encoder.final_layer_norm.weight")]
+    caches = [cache_of(tmp_path / "cache", model=m) for m in other_models] + [
+        cache_of(tmp_path / "cache", dtype=torch.bfloat16)]
+    another = [cache.latent_path(same._replace(digest="e" * 64), (64, 64)), cache.latent_path(same, (64, 80))]
+    assert len({base, *another, *(c.latent_path(same, (64, 64)) for c in caches)}) == 7
+    texts = {cache.text_path("hers"), cache.text_path("his"), *(c.text_path("hers") for c in caches)}
+    assert len(texts) == 6
+    copied = hub_copy(tmp_path / "copy")
+    assert cache_of(tmp_path / "cache", model=copied).latent_path(same, (64, 64)) == base
+    assert not (tmp_path / "cache").exists()
+
+
+def test_sizes_are_multiples_of_64_never_larger_than_the_picture():
+    def sizes(width, height, *resolutions):
+        return cache_of(Path("none"), resolutions).sizes(meta_train.Picture(None, "", width, height, None))
+    assert sizes(2048, 2048, 1024) == {(1024, 1024): 1024}
+    assert sizes(700, 700, 512, 768, 1024) == {(512, 512): 512, (640, 640): 1024}  # 768 gives it too
+    assert list(sizes(2000, 1000, 512, 1024)) == [(768, 384), (1408, 704)]
+    assert sizes(100, 90, 512) == {(64, 64): 512}
+    rng = np.random.default_rng(0)
+    for width, height in rng.integers(64, 3000, (300, 2)).tolist():
+        for (w, h), resolution in sizes(width, height, 512, 768, 1024).items():
+            assert w % 64 == h % 64 == 0 and min(w, h) >= 64 and w * h <= width * height
+            if 1 / 3 < width / height < 3 and min(width, height) > 256:
+                assert w * h <= 1.2 * resolution ** 2 and abs(np.log(w / h / (width / height))) < 0.3
+    assert [Cache.step(r) for r in (64, 128, 256, 384, 512, 768, 1024)] == [16, 16, 32, 48, 64, 64, 64]
+
+
+@pytest.fixture
+def filled(tmp_path):
+    """cache, pictures: two squares and a wide one at two resolutions, encoded."""
+    make_people(tmp_path / "data", {"ann": 2})
+    picture(tmp_path / "data/ann/2.png", 5, (160, 96))
+    pictures = read(tmp_path / "data")[0][""]["ann"]
+    cache = cache_of(tmp_path / "cache", (64, 96))
+    cache.fill(pictures, ["a man", "a woman", "a man"], show=False)
+    return cache, pictures
+
+
+def test_the_cache_holds_what_the_models_give(filled):
+    cache, pictures = filled
+    autoencoder = flux_model.load_autoencoder(MODEL, "cpu", torch.float32)
+    expected = set()
+    for p in pictures:
+        assert list(cache.sizes(p)) == ([(64, 64)] if p.width == 64 else [(80, 48), (128, 80)])
+        for size, resolution in cache.sizes(p).items():
+            fitted = photos.fit_to_grid(photos.read_photo(p.path), resolution, 16)
+            assert fitted.size == size
+            posterior = autoencoder.posterior(photos.to_tensor(fitted)[None])[0]
+            stored = cache.load(cache.latent_path(p, size))["posterior"]
+            assert stored.shape == (2, 16, size[1] // 8, size[0] // 8)
+            assert torch.equal(stored, posterior.half())
+            expected.add(cache.latent_path(p, size))
+    encoders = flux_model.load_text_encoders(MODEL, torch.device("cpu"), torch.float32)
+    for caption in ("a man", "a woman"):
+        txt, y = encoders.encode([caption])
+        stored = cache.load(cache.text_path(caption))
+        assert torch.equal(stored["txt"], txt[0]) and torch.equal(stored["y"], y[0])
+        expected.add(cache.text_path(caption))
+    assert set(cache.folder.iterdir()) == expected
+    assert cache.missing(pictures, ["a man", "a boy"]) == ([], ["a boy"])
+
+
+def test_nothing_is_encoded_twice(filled, monkeypatch):
+    cache, pictures = filled
+    lost = cache.latent_path(pictures[2], (80, 48))
+    lost.unlink()
+    assert cache.missing(pictures, []) == ([pictures[2]], [])
+    monkeypatch.setattr(flux_model, "load_text_encoders", lambda *_: pytest.fail("text was encoded again"))
+    others = [p for p in cache.folder.iterdir() if pictures[2].digest[:32] not in p.name]
+    before = {p: p.stat().st_mtime_ns for p in others}
+    cache.fill(pictures, ["a man", "a woman"], show=False)
+    assert lost.exists() and all(p.stat().st_mtime_ns == then for p, then in before.items())
+    monkeypatch.setattr(flux_model, "load_autoencoder", lambda *_: pytest.fail("a picture was encoded again"))
+    cache.fill(pictures, ["a man", "a woman"], show=False)
+    moved = [p._replace(path=Path("moved") / p.path.name) for p in pictures]       # the folder was renamed
+    cache.fill(moved, ["a man"], show=False)
+
+
+def test_changed_pictures_and_damaged_latents_are_refused(filled):
+    cache, pictures = filled
+    path = cache.latent_path(pictures[0], (64, 64))
+    path.write_bytes(path.read_bytes()[:-50])
+    assert str(path) in one_line(cache.load, path)
+    path.unlink()
+    assert str(path) in one_line(cache.load, path)
+    picture(pictures[0].path, 1234)
+    message = one_line(cache.fill, pictures, [])
+    assert str(pictures[0].path) in message and "changed" in message and not path.exists()
+    assert not list(cache.folder.glob("*.part"))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A recorded run: 4 visits of 6 iterations, two buckets twice, the first half of each visit warm-up
+
+
+def state(bank):
+    return {part: getattr(bank, part).detach().clone() for part in PARTS}
+
+
+def same(a, b, rows=slice(None)):
+    return all(torch.equal(a[part][rows], b[part][rows]) for part in PARTS)
+
+
+Step = collections.namedtuple("Step", "iteration visit present lomd rows lomd_after rows_after")
+
+
+class Recording:
+    """What a run did: each step, and the rows as each visit found and left them."""
+    def __init__(self, *args, **options):
+        self.steps, self.opened, self.closed = [], [], []
+        Run = meta_train.Run
+        real_step, real_open, real_close = Run.step, Run.open_bucket, Run.close_bucket
+
+        def step(run, visit):
+            lomd, rows, iteration = state(run.adapter.shared), state(run.adapter.bank), run.iteration
+            result = real_step(run, visit)
+            self.steps.append(Step(iteration, visit, run.adapter.present.tolist(), lomd, rows,
+                                   state(run.adapter.shared), state(run.adapter.bank)))
+            return result
+
+        def open_bucket(run, visit):
+            real_open(run, visit)
+            self.run = run
+            self.opened.append(state(run.adapter.bank))
+
+        def close_bucket(run):
+            real_close(run)
+            self.closed.append(state(run.adapter.bank))
+
+        with pytest.MonkeyPatch.context() as patch:
+            for function in (step, open_bucket, close_bucket):
+                patch.setattr(Run, function.__name__, function)
+            self.code = command(*args, **options)
+
+
+OPTIONS = ("--batch-size", 2, "--bucket-iters", 6, "--warmup", 0.5, "--r1", 3, "--r2", 2, "--lr", 1e-3,
+           "--seed", 5)
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """The run, in a folder of its own; a person's picture has a caption."""
+    folder = tmp_path_factory.mktemp("recorded")
+    make_people(folder / "data", TWO_BUCKETS)
+    (folder / "data/a/bob/1.txt").write_text("a drawing of a man")
+    recording = Recording(*OPTIONS, "--run", folder / "run", "--out", folder / "out.safetensors",
+                          data=folder / "data", iters=24)
+    assert recording.code == 0 and len(recording.steps) == 24 and len(recording.opened) == 4
+    recording.folder = folder
+    return recording
+
+
+def test_warm_up_trains_the_people_and_the_joint_phase_both(recorded):
+    for step in recorded.steps:
+        joint = step.iteration % 6 >= 3
+        assert joint == (step.iteration >= step.visit.joint) and step.visit.bucket == step.iteration // 6 % 2
+        assert same(step.lomd, step.lomd_after) != joint
+        if joint:
+            assert all(not torch.equal(step.lomd[part], step.lomd_after[part]) for part in PARTS)
+        number = len(step.rows["steps"])
+        assert number == (3, 2)[step.visit.bucket] and 1 <= len(step.present) <= 2
+        for row in range(number):
+            if row in step.present:
+                assert all(not torch.equal(step.rows[p][row], step.rows_after[p][row]) for p in PARTS), row
+                assert step.rows_after["steps"][row] == step.rows["steps"][row] + 1
+            else:
+                assert same(step.rows, step.rows_after, row)
+    assert any(len(step.present) == 2 for step in recorded.steps)
+    assert all(before.lomd_after["weight"].equal(after.lomd["weight"])
+               for before, after in zip(recorded.steps, recorded.steps[1:]))
+    assert recorded.steps[-1].lomd_after["steps"].tolist() == [12]                  # half of 24
+
+
+def test_lomd_and_rows_start_as_the_seed_says(recorded):
+    adapter = recorded.run.adapter
+    lomd = random_lomd(adapter.targets, 3, seed=5)
+    flat = torch.cat([lomd[t.path].flatten() for t in adapter.targets])
+    before = recorded.steps[0].lomd
+    assert torch.equal(before["weight"][0], flat) and not any(before[part].any() for part in PARTS[1:])
+    for opened, people in ((recorded.opened[0], (0, 1, 2)), (recorded.opened[1], (3, 4))):
+        for row, person in enumerate(people):                    # numbered over all buckets
+            assert torch.equal(opened["weight"][row], adapter.new_row(generator(5, meta_train.ROWS, person)))
+        assert not opened["steps"].any() and not opened["exp_avg"].any() and not opened["exp_avg_sq"].any()
+
+
+def test_a_second_visit_goes_on_from_the_bank(recorded):
+    for first, second in ((0, 2), (1, 3)):
+        assert same(recorded.closed[first], recorded.opened[second])
+        assert recorded.opened[second]["steps"].all()
+        assert same(recorded.closed[first], recorded.steps[6 * first + 5].rows_after)
+    bank = DiskBank(recorded.folder / "run/rank0/bank", 5, recorded.closed[0]["weight"].shape[1])
+    assert same(state(bank.read([0, 1, 2], "cpu")), recorded.closed[2])
+    assert same(state(bank.read([3, 4], "cpu")), recorded.closed[3])
+
+
+def test_a_step_trains_on_the_posterior_and_on_the_pictures_own_caption(recorded):
+    run = recorded.run
+    run.iteration = 12
+    real, run.open = run.open, 2
+    run.open_bucket(2)                                                    # bucket a
+    seen = collections.defaultdict(set)
+    for offset in range(6):
+        run.iteration = 12 + offset
+        who, (ids, latent, noise, t, txt, y) = run.draw(offset)
+        again = run.draw(offset)
+        assert again[0] == who and all(map(torch.equal, again[1], (ids, latent, noise, t, txt, y)))
+        assert [p for p, _ in who] == [["ann", "bob", "cy"][i] for i in ids.tolist()]
+        for i, (person, shown) in enumerate(who):
+            assert shown.path.parent.name == person
+            text = run.cache.load(run.cache.text_path(shown.caption or "a photo of a person"))
+            assert torch.equal(txt[i], text["txt"]) and torch.equal(y[i], text["y"])
+            mean, deviation = run.cache.load(run.cache.latent_path(shown, (64, 64)))["posterior"].float()
+            assert ((latent[i] - mean) / deviation).std().sub(1).abs() < 0.15 and 0 < t[i] < 1
+            assert noise[i].std().sub(1).abs() < 0.15
+            seen[shown.caption].add(tuple(noise[i, 0, 0].tolist()))
+    assert set(seen) == {None, "a drawing of a man"}
+    assert sum(map(len, seen.values())) == 12                                          # never the same noise
+    run.open = real
+
+
+def test_fresh_identities_start_anew_at_each_visit(run):
+    make_people(Path("data"), TWO_BUCKETS)
+    recording = Recording(*OPTIONS, "--fresh-identities", "--bucket-iters", 2, iters=8)
+    assert recording.code == 0 and len(recording.opened) == 4 and not Path("run/rank0/bank").exists()
+    new_row = recording.run.adapter.new_row
+    for visit, opened in enumerate(recording.opened):
+        for row, person in enumerate(((0, 1, 2), (3, 4))[visit % 2]):
+            assert torch.equal(opened["weight"][row], new_row(generator(5, meta_train.ROWS, person, visit)))
+        assert not any(opened[part].any() for part in PARTS[1:])
+    assert recording.opened[0]["weight"].ne(recording.opened[2]["weight"]).any()
+    assert recording.steps[-1].lomd_after["steps"].item() == 4
+
+
+def test_iterations_may_be_raised_and_the_cache_shared(run, recorded):
+    """12 iterations and then 24 give what 24 at once gave; the second visit is cut in its warm-up before."""
+    shared = "--cache", recorded.folder / "run" / "cache"
+    options = dict(data=recorded.folder / "data")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("load_autoencoder", "load_text_encoders"):
+            patch.setattr(flux_model, name, lambda *_: pytest.fail("encoded again"))
+        assert run(*OPTIONS, *shared, **options, iters=8)[0] == 0
+        assert load_lomd("lomd.safetensors")[1]["iterations"] == "8"
+        code, out, _ = run(*OPTIONS, *shared, **options, iters=24)
+    assert code == 0 and "going on from iteration 8" in out
+    again, expected = load_lomd("lomd.safetensors")[0], load_lomd(recorded.folder / "out.safetensors")[0]
+    assert again.keys() == expected.keys() and all(torch.equal(again[k], expected[k]) for k in again)
+    assert Path("run/rank0/bank").read_bytes() == (recorded.folder / "run/rank0/bank").read_bytes()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The bank on disk
+
+
+def random_bank(count, size, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return IdentityBank(*(torch.randn(count, size, generator=g) for _ in PARTS[:3]),
+                        torch.randint(1, 10 ** 12, (count,), generator=g))
+
+
+def test_disk_bank_round_trip(tmp_path):
+    bank = DiskBank(tmp_path / "bank", 6, 11)
+    assert (tmp_path / "bank").stat().st_size == 6 * (8 + 12 * 11) == DiskBank.bytes(6, 11)
+    assert list(tmp_path.iterdir()) == [tmp_path / "bank"]
+    empty = bank.read([0, 5], "cpu")
+    assert all(not getattr(empty, part).any() for part in PARTS) and empty.steps.dtype == torch.long
+    first, second = random_bank(3, 11), random_bank(2, 11, seed=1)
+    bank.write([4, 1, 2], first)
+    assert same(state(bank.read([4, 1, 2], "cpu")), state(first))
+    assert torch.equal(bank.read([1], "cpu").weight[0], first.weight[1])
+    before = (tmp_path / "bank").read_bytes()
+    bank.write([0, 5], second)
+    after, row = (tmp_path / "bank").read_bytes(), 8 + 12 * 11
+    assert after[row:5 * row] == before[row:5 * row]                     # rows of others, to the byte
+    assert after[:row] != before[:row] and after[5 * row:] != before[5 * row:]
+    reopened = DiskBank(tmp_path / "bank", 6, 11)
+    assert same(state(reopened.read([4, 1, 2], "cpu")), state(first))
+    assert same(state(reopened.read([0, 5], "cpu")), state(second))
+    (s4, s1, s2), (s0, s5) = first.steps.tolist(), second.steps.tolist()
+    assert reopened.steps().tolist() == [s0, s1, s2, 0, s4, s5]
+    copy_of = reopened.read([4], "cpu")
+    copy_of.weight.zero_()                                                              # a copy, not the file
+    assert torch.equal(reopened.read([4], "cpu").weight[0], first.weight[0])
+
+
+def test_disk_bank_of_another_size_is_refused(tmp_path):
+    DiskBank(tmp_path / "bank", 6, 11)
+    for count, size in ((5, 11), (7, 11), (6, 12), (6, 10)):
+        assert str(tmp_path / "bank") in one_line(DiskBank, tmp_path / "bank", count, size)
+    (tmp_path / "bank").write_bytes((tmp_path / "bank").read_bytes()[:-1])
+    assert str(6 * (8 + 12 * 11) - 1) in one_line(DiskBank, tmp_path / "bank", 6, 11)
+
+
+def test_a_bank_beyond_all_memory(tmp_path):
+    """67 GB, rows of about a quarter of FLUX.1-dev's: sparse, and only what is asked for is touched."""
+    bank = DiskBank(tmp_path / "bank", 4000, 1_400_000)
+    assert (tmp_path / "bank").stat().st_size == 4000 * (8 + 12 * 1_400_000)
+    some = bank.read([3999, 17], "cpu")
+    some.weight.fill_(2)
+    some.steps += 1
+    bank.write([3999, 17], some)
+    again = bank.read([17], "cpu")
+    assert again.weight.eq(2).all() and again.steps.tolist() == [1] and not again.exp_avg.any()
+    if hasattr(Path().stat(), "st_blocks"):
+        assert 512 * (tmp_path / "bank").stat().st_blocks < 3 * (8 + 12 * 1_400_000)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# One step against plain autograd
+
+
+class PlainLinear(torch.nn.Module):
+    """What AdaptedLinear computes, by plain_update, image after image and target after target."""
+    def __init__(self, linear, targets, ids, parts, lomd):
+        super().__init__()
+        self.linear, self.targets, self.ids, self.parts, self.lomd = linear, targets, ids, parts, lomd
+
+    def forward(self, x):
+        images = []
+        for image, identity in zip(x, self.ids):
+            outputs = []
+            for t in self.targets:
+                own = slice(t.start, t.start + t.rows)
+                M, U = (part[identity] for part in self.parts[t.path])
+                outputs.append(plain_update(image, self.linear.weight[own], self.linear.bias[own],
+                                            self.lomd[t.path], M, U))
+            images.append(torch.cat(outputs, dim=-1))
+        return torch.stack(images)
+
+
+def tiny_adapter(**options):
+    """The small model, and an adapter of 5 people with weights that are all in use."""
+    flux = flux_model.load_flux(MODEL, "cpu", torch.float32)
+    adapter = MetaLoRA(flux, 2, lomd=random_lomd(find_targets(flux), 3), num_identities=5, slots=4, **options)
+    adapter.bank.weight.add_(0.1 * torch.randn(adapter.bank.weight.shape))
+    adapter.train_lomd = True
+    return adapter
+
+
+def draws(batch, seed=2):
+    """latent, noise, t, txt, y for flow_matching_loss."""
+    g = torch.Generator().manual_seed(seed)
+    return (torch.randn(batch, 16, 4, 4, generator=g), torch.randn(batch, 16, 4, 4, generator=g),
+            torch.rand(batch, generator=g), torch.randn(batch, 5, 40, generator=g),
+            torch.randn(batch, 24, generator=g))
+
+
+def plain_gradients(adapter, ids, data):
+    """Losses, and by autograd: LoMD's gradient of their mean, {person: its row's, of the mean of its own}."""
+    flux = flux_model.load_flux(MODEL, "cpu", torch.float64)
+    rows = adapter.bank.weight.double().requires_grad_()
+    flat = adapter.shared.weight[0].double().requires_grad_()
+    lomd = adapter.split_lomd(flat)
+    pieces = [part.view(len(rows), *shape)
+              for part, shape in zip(rows.split(adapter.sizes, 1), adapter.shapes)]
+    parts = {t.path: pieces[2 * i:2 * i + 2] for i, t in enumerate(adapter.targets)}
+    modules = collections.defaultdict(list)
+    for t in adapter.targets:
+        modules[t.module].append(t)
+    for name, targets in modules.items():
+        parent, _, attribute = name.rpartition(".")
+        setattr(flux.get_submodule(parent), attribute,
+                PlainLinear(flux.get_submodule(name), targets, ids, parts, lomd))
+    losses = flux_model.flow_matching_loss(flux, *data)
+    of_lomd, = torch.autograd.grad(losses.mean(), flat, retain_graph=True)
+    ids = torch.tensor(ids)
+    of_rows = {i: torch.autograd.grad(losses[ids == i].mean(), rows, retain_graph=True)[0][i]
+               for i in set(ids.tolist())}
+    return losses, of_lomd, of_rows
+
+
+def clipped(gradient, limit=1.0):
+    """By torch's own."""
+    parameter = torch.zeros_like(gradient).requires_grad_()
+    parameter.grad = gradient.clone()
+    torch.nn.utils.clip_grad_norm_([parameter], limit)
+    return parameter.grad
+
+
+@pytest.mark.parametrize("clip", [1e-3, 1e3])
+def test_gradients_are_those_of_plain_autograd(clip):
+    adapter, ids, data = tiny_adapter(), [3, 0, 3, 1, 3, 0], draws(6)
+    losses, of_lomd, of_rows = plain_gradients(adapter, ids, data)
+    adapter.assign(torch.tensor(ids))
+    mine = flux_model.flow_matching_loss(adapter.flux, *data)
+    assert relative(mine, losses) < 1e-5
+    mine.sum().backward()
+    norms, lomd_norm = adapter.step(1e-3, clip=clip)
+    assert lomd_norm == pytest.approx(of_lomd.norm().item(), rel=1e-4)
+    assert (lomd_norm > clip) == (clip < 1)
+    # after one step from zero, exp_avg is a tenth of the gradient that AdamW was given
+    assert relative(10 * adapter.shared.exp_avg[0], clipped(of_lomd, clip)) < 1e-4
+    assert adapter.present.tolist() == [0, 1, 3] and adapter.bank.steps.tolist() == [1, 1, 0, 1, 0]
+    for norm, person in zip(norms, (0, 1, 3)):
+        assert norm.item() == pytest.approx(of_rows[person].norm().item(), rel=1e-4)
+        assert relative(10 * adapter.bank.exp_avg[person], clipped(of_rows[person], clip)) < 1e-4
+    assert not adapter.bank.exp_avg[[2, 4]].any()
+
+
+def test_lomd_and_each_row_are_clipped_by_their_own_norms():
+    adapter = tiny_adapter()
+    adapter.assign(torch.tensor([1, 2, 1, 4]))
+    adapter.rows.grad = torch.randn(adapter.rows.shape) * torch.tensor([[1e-4], [1e2], [1e-1]])
+    adapter.flat.grad = 1e-3 * torch.randn(adapter.flat.shape)
+    rows, flat = adapter.rows.grad.clone() / torch.tensor([[2], [1], [1]]), adapter.flat.grad.clone() / 4
+    norms, lomd_norm = adapter.step(1e-3)
+    assert torch.allclose(norms, rows.norm(dim=1)) and lomd_norm == pytest.approx(flat.norm().item())
+    assert (norms[0] < 1 < norms[2] < norms[1]) and lomd_norm < 1
+    assert relative(10 * adapter.shared.exp_avg[0], flat) < 1e-5
+    for person, gradient in zip((1, 2, 4), rows):
+        assert relative(10 * adapter.bank.exp_avg[person], clipped(gradient)) < 1e-5
+
+
+def test_lomd_is_trained_by_adamw():
+    adapter, lr = tiny_adapter(), 3e-3
+    start = adapter.shared.weight[0].clone()
+    reference = start.clone().requires_grad_()
+    optimizer = torch.optim.AdamW([reference], lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
+    for step in range(30):
+        adapter.train_lomd = step % 7 != 3                                        # as in a warm-up
+        adapter.assign(torch.tensor([step % 5, (step + 1) % 5]))
+        gradient = torch.randn(start.shape) * torch.logspace(-6, -1 + step % 3, len(start))
+        adapter.rows.grad = torch.randn(adapter.rows.shape)
+        if adapter.train_lomd:
+            adapter.flat.grad = 2 * gradient                                       # the sum over a batch of 2
+            reference.grad = clipped(gradient)
+            optimizer.step()
+        adapter.step(lr)
+    assert relative(adapter.shared.weight[0] - start, reference.detach() - start) < 1e-4
+    assert torch.allclose(adapter.shared.weight[0], reference, rtol=1e-6, atol=1e-6)
+    for part in ("exp_avg", "exp_avg_sq"):
+        assert relative(getattr(adapter.shared, part)[0], optimizer.state[reference][part]) < 1e-5
+    assert adapter.shared.steps.tolist() == [26]                  # of 30 without 3, 10, 17 and 24
+    flat = torch.cat([adapter.lomd[t.path].flatten() for t in adapter.targets])
+    assert torch.equal(flat, adapter.shared.weight[0])                             # lomd is what is trained
+
+
+def test_average_replaces_the_mean():
+    adapter, given = tiny_adapter(), []
+    adapter.assign(torch.tensor([0, 1]))
+    adapter.rows.grad, adapter.flat.grad = torch.zeros_like(adapter.rows), torch.randn(adapter.flat.shape)
+
+    def average(gradient):
+        given.append(gradient.clone())
+        return gradient / 1000
+    expected = adapter.flat.grad / 1000
+    adapter.step(1e-3, average=average)
+    assert len(given) == 1 and relative(10 * adapter.shared.exp_avg[0], expected) < 1e-5
+    adapter.train_lomd = False                                   # in a warm-up nothing is sent
+    adapter.assign(torch.tensor([0, 1]))
+    adapter.rows.grad = torch.zeros_like(adapter.rows)
+    assert adapter.step(1e-3, average=average)[1] == 0 and len(given) == 1
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", ["rows", "flat"])
+def test_a_gradient_that_is_not_finite_changes_nothing(bad, where):
+    adapter = tiny_adapter()
+    for _ in range(2):                                                          # so that moments are not zero
+        adapter.assign(torch.tensor([0, 2]))
+        flux_model.flow_matching_loss(adapter.flux, *draws(2)).sum().backward()
+        adapter.step(1e-3)
+    before = copy.deepcopy((state(adapter.bank), state(adapter.shared)))
+    adapter.assign(torch.tensor([2, 3]))
+    flux_model.flow_matching_loss(adapter.flux, *draws(2)).sum().backward()
+    getattr(adapter, where).grad.view(-1)[-7] = bad
+    with pytest.raises(FloatingPointError):
+        adapter.step(1e-3)
+    assert same(state(adapter.bank), before[0]) and same(state(adapter.shared), before[1])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Settings: what makes a run this run
+
+
+@pytest.fixture
+def begun(run, recorded):
+    """A copy of the recorded run's folder, and run() with its options."""
+    shutil.copytree(recorded.folder / "run", "run", ignore=shutil.ignore_patterns("cache"))
+    options = dict(data=recorded.folder / "data", iters=24)
+    cache = "--cache", recorded.folder / "run" / "cache"
+    return lambda *args, **more: run(*OPTIONS, *cache, *args, **options | more)
+
+
+def test_a_changed_setting_is_refused_with_both_values(begun, tmp_path):
+    before = listing()
+    for args, words in (
+            (("--batch-size", 3), "batch-size was 2 and is 3"), (("--r1", 4), "r1 was 3 and is 4"),
+            (("--r2", 1), "r2 was 2 and is 1"), (("--lr", 2e-3), "lr was 0.001 and is 0.002"),
+            (("--warmup", 0.4), "warmup was 0.5 and is 0.4"),
+            (("--bucket-iters", 7), "bucket-iters was 6 and is 7"), (("--seed", 6), "seed was 5 and is 6"),
+            (("--prompt", "her"), "prompt was a photo of a person and is her"),
+            (("--fresh-identities",), "fresh-identities was False and is True")):
+        assert refused(begun(*args), "run is another run: " + words + ";"), args
+    assert refused(begun(resolution="64 80"), "resolution was [64] and is [64, 80];")
+    assert refused(begun("--r1", 4, "--seed", 9), "r1 was 3 and is 4, seed was 5 and is 9;")
+    other = weak_copy(tmp_path / "other")
+    old, new = flux_model.flux_fingerprint(MODEL), flux_model.flux_fingerprint(other)
+    assert refused(begun(model=other), f"model was {old} and is {new};")
+    assert {p: t for p, t in listing().items() if p.parts[0] != "other"} == before
+
+
+def test_changed_people_are_another_run(begun, recorded, tmp_path):
+    shutil.copytree(recorded.folder / "data", tmp_path / "faces")
+    assert begun(data=tmp_path / "faces")[0] == 0                                    # moved, but the same
+    (tmp_path / "faces/a/bob/1.txt").write_text("another caption")
+    before = json.loads(Path("run/settings.json").read_text())[DATA]
+    assert refused(begun(data=tmp_path / "faces"), f"{DATA} was {before} and is ")
+    assert json.loads(Path("run/settings.json").read_text())[DATA] == before
+
+
+@pytest.mark.parametrize("name, value", [("dtype", torch.bfloat16), ("processes", 2)])
+def test_precision_and_number_of_processes_belong_to_a_run(recorded, name, value):
+    settings = json.loads((recorded.folder / "run" / "settings.json").read_text())
+    args, group = copy.copy(recorded.run.args), SimpleNamespace(size=1)
+    buckets = make_buckets(read(recorded.folder / "data")[0], 50, 5)
+    meta_train.check_settings(args, buckets, group)
+    assert args.settings == settings
+    if name == "dtype":
+        args.dtype = value
+    else:
+        group.size = value
+    message = one_line(meta_train.check_settings, args, buckets, group)
+    assert f"another run: {name} was {settings[name]} and is {value};" in message
+
+
+def test_foreign_and_damaged_run_folders(run, begun):
+    make_people(Path("data"), {"ann": 2})
+    picture(Path("holiday/beach.png"), 0)
+    assert refused(run("--run", "holiday"), "--run holiday holds other files")
+    assert refused(run("--run", "data"), "--run data")
+    assert sorted(p.name for p in Path("holiday").iterdir()) == ["beach.png"]
+    for content, words in (("{", "JSON"), ("[1]", "JSON"), ('{"model": "x"}', "lacks the field")):
+        Path("run/settings.json").write_text(content)
+        assert refused(begun(), "run/settings.json", words)
+        assert Path("run/settings.json").read_text() == content
+
+
+def test_a_finished_run_is_left_as_it_is(begun, recorded):
+    code, out, _ = begun("--out", "again.safetensors")
+    assert code == 0 and "going on from iteration 24" in out
+    again, expected = load_lomd("again.safetensors"), load_lomd(recorded.folder / "out.safetensors")
+    assert again[1] == expected[1] and all(torch.equal(again[0][k], expected[0][k]) for k in expected[0])
+    assert Path("run/rank0/bank").read_bytes() == (recorded.folder / "run/rank0/bank").read_bytes()
+
+
+@pytest.mark.parametrize("what", ["steps", "missing", "short", "older"])
+def test_a_bank_that_does_not_belong_to_the_checkpoint(begun, recorded, what):
+    path = Path("run/rank0/bank")
+    bank = DiskBank(path, 5, recorded.closed[0]["weight"].shape[1])
+    if what == "steps":                                       # of somebody in the bucket that is closed
+        bank.rows["steps"][1] += 1
+        bank.rows.flush()
+    elif what == "older":
+        bank.write([0, 1, 2], IdentityBank(**recorded.closed[0]))
+    elif what == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-4])
+    assert refused(begun(iters=30), "run/rank0/bank")
+    assert not Path("lomd.safetensors").exists()
+
+
+def test_a_bank_without_its_checkpoints(begun):
+    for path in Path("run/rank0").glob("*.safetensors"):
+        path.unlink()
+    assert refused(begun(), "run/rank0/bank", "a run without checkpoints")
+
+
+def test_the_open_buckets_rows_come_from_the_checkpoint(begun, recorded):
+    """A kill may have torn them in the bank."""
+    bank = DiskBank(Path("run/rank0/bank"), 5, recorded.closed[0]["weight"].shape[1])
+    bank.write([3, 4], random_bank(2, recorded.closed[0]["weight"].shape[1]))
+    assert begun()[0] == 0
+    assert Path("run/rank0/bank").read_bytes() == (recorded.folder / "run/rank0/bank").read_bytes()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The file it writes
+
+
+def test_what_the_lomd_file_says(recorded):
+    lomd, metadata = load_lomd(recorded.folder / "out.safetensors")
+    assert metadata == {
+        "format": "pt", "r1": "3", "targets": str(len(recorded.run.adapter.targets)), "model": "hub",
+        "model_fingerprint": flux_model.flux_fingerprint(MODEL), "iterations": "24", "people": "5", "r2": "2",
+        "data_fingerprint": meta_train.data_fingerprint(read(recorded.folder / "data")[0]),
+        "learning_rate": "0.001", "batch_size": "2", "warmup": "0.5", "seed": "5",
+        "prompt": "a photo of a person", "made_by": "meta_train.py"}
+    flat = torch.cat([lomd[t.path].flatten() for t in recorded.run.adapter.targets])
+    assert torch.equal(flat, recorded.steps[-1].lomd_after["weight"][0])
+    assert all(A.shape == (3, t.d_in) for t in recorded.run.adapter.targets for A in [lomd[t.path]])
+    assert {p.name for p in recorded.folder.iterdir()} == {"data", "run", "out.safetensors"}
+    assert {p.name for p in (recorded.folder / "run").iterdir()} == {
+        "rank0", "cache", "log.jsonl", "loss.png", "lomd.safetensors", "lock0", "pictures.json",
+        "settings.json"}
+    assert load_lomd(recorded.folder / "run" / "lomd.safetensors")[1] == metadata
+
+
+def test_the_log_names_phase_and_bucket(recorded):
+    lines = [json.loads(line) for line in (recorded.folder / "run" / "log.jsonl").read_text().splitlines()]
+    assert [(line["iteration"], line["phase"], line["bucket"]) for line in lines] == [
+        (3, "warm-up", "a"), (6, "joint", "a"), (9, "warm-up", "b"), (10, "joint", "b"), (12, "joint", "b"),
+        (15, "warm-up", "a"), (18, "joint", "a"), (20, "warm-up", "b"), (21, "warm-up", "b"),
+        (24, "joint", "b")]
+    for line in lines:
+        assert min(line["loss"], line["gradient_rows"], line["seconds"]) > 0 == line["bytes_sent"]
+        assert (line["gradient_lomd"] > 0) == (line["phase"] == "joint") and len(line["loss_by_t"]) == 10
+        assert any(value is not None for value in line["loss_by_t"])
+
+
+def test_personalize_takes_it_for_its_model_alone(recorded, tmp_path):
+    path = recorded.folder / "out.safetensors"
+    lomd, name, untrained = personalize.read_lomd(MODEL, path)
+    assert name.startswith("sha256 ") and not untrained and lomd.keys() == load_lomd(path)[0].keys()
+    other = weak_copy(tmp_path / "other")
+    message = one_line(personalize.read_lomd, other, path)
+    assert str(path) in message and "hub" in message
+    assert flux_model.flux_fingerprint(MODEL) in message and flux_model.flux_fingerprint(other) in message
+    diffusers = hub_copy(tmp_path / "diffusers", without=["flux1-dev.safetensors", "ae.safetensors"])
+    assert personalize.read_lomd(diffusers, path)[1] == name
+
+
+def test_the_fingerprint_of_a_model(tmp_path):
+    mine = flux_model.flux_fingerprint(MODEL)
+    diffusers = hub_copy(tmp_path / "diffusers", without=["flux1-dev.safetensors"])
+    assert flux_model.flux_files(diffusers)[2] and not flux_model.flux_files(MODEL)[2]
+    assert flux_model.flux_fingerprint(diffusers) == mine and len(mine) == 16
+    changed = {mine}
+    for i, name in enumerate(("img_in.bias", "double_blocks.0.txt_attn.norm.query_norm.scale",
+                              "single_blocks.2.norm.key_norm.scale")):
+        changed.add(flux_model.flux_fingerprint(weak_copy(tmp_path / str(i), name)))
+        other = hub_copy(tmp_path / f"{i}d", "transformer/diffusion_pytorch_model.safetensors",
+                         flux_model.diffusers_flux_names(name)[0], without=["flux1-dev.safetensors"])
+        assert flux_model.flux_fingerprint(other) in changed             # and the same in this layout
+    assert len(changed) == 4
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What it refuses
+
+
+@pytest.mark.parametrize("args, words", [
+    *((([option, value]), option) for option in (
+        "--iters", "--batch-size", "--r1", "--r2", "--bucket-iters", "--identities-per-bucket",
+        "--save-every", "--log-every", "--resolution") for value in ("0", "-3", "many", "1.5")),
+    *((([option, value]), option) for option, values in {
+        "--lr": ("0", "-1", "nan", "inf", "fast"), "--warmup": ("-0.1", "1", "nan", "long"),
+        "--seed": ("-1", str(2 ** 63), "x"), "--preview-every": ("-1", "x"),
+        "--resolution": ("63", "8192", "72", "64 x"), "--device": ("tpu", "cpux", ""),
+    }.items() for value in values),
+    (["--model", "nowhere"], "nowhere"), (["--model", "data"], "data holds no transformer"),
+    (["--out", "lomd.pt"], "lomd.pt"), (["--out", "no/where.safetensors"], "--out"),
+    (["--out", "file/x.safetensors"], "--out"), (["--out", "dir.safetensors"], "dir.safetensors"),
+    (["--run", "file"], "--run"), (["--run", "file/run"], "--run"), (["--cache", "file"], "--cache"),
+    (["--cache", "file/x"], "--cache"), (["--run", "data/run"], "--run"),
+    (["--cache", "data/ann/cache"], "--cache"), (["--warm", "0.1"], "--warm"), (["--fast"], "--fast"),
+    (["--prompt"], "--prompt"), (["positional"], "positional"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_malformed_options(run, capsys, args, words):
+    make_people(Path("data"), {"ann": 2})
+    Path("file").write_text("no folder")
+    Path("dir.safetensors").mkdir()
+    before = sorted(Path().rglob("*"))
+    given = [*" ".join(args).split()] if args[0] == "--resolution" else args
+    base = ["--data", "data", "--model", str(MODEL), "--iters", "1", "--device", "cpu", "--resolution", "64",
+            "--no-ahead"]
+    code = meta_train.main(base + given)
+    assert refused((code, *capsys.readouterr()), words)
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_data_must_be_given(run, capsys):
+    assert meta_train.main(["--model", str(MODEL)]) == 2
+    assert refused((2, *capsys.readouterr()), "--data") and not list(Path().iterdir())
