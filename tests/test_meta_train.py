@@ -671,6 +671,31 @@ def test_warm_up_trains_the_people_and_the_joint_phase_both(recorded):
     assert recorded.steps[-1].lomd_after["steps"].tolist() == [12]                  # half of 24
 
 
+def test_the_learning_rate_is_the_runs(recorded):
+    """AdamW's first step moves each weight that has a gradient by the learning rate."""
+    for step, bank in ((recorded.steps[0], "rows"), (recorded.steps[3], "lomd")):       # the first joint one
+        before, after = getattr(step, bank)["weight"], getattr(step, f"{bank}_after")["weight"]
+        moved = (after - before * (1 - 0.01 * 1e-3)).abs()
+        assert moved.max().item() == pytest.approx(1e-3, rel=1e-3)
+        assert moved[moved > 0].median().item() == pytest.approx(1e-3, rel=0.1)
+
+
+def test_a_joint_step_follows_the_mean_of_the_batch(recorded):
+    run = recorded.run
+    run.open, run.iteration = None, 16                                 # the 5th of bucket a's second visit
+    run.open_bucket(2)
+    _, (ids, latent, noise, t, txt, y) = run.draw(4)
+    adapter = run.adapter
+    adapter.train_lomd = True
+    adapter.assign(ids)
+    losses = flux_model.flow_matching_loss(adapter.flux, latent, noise, t, txt, y, guidance=1.0)
+    losses.sum().backward()
+    flat, rows = adapter.flat.grad / 2, adapter.rows.grad / adapter.counts[:, None]
+    found, times, norms, lomd_norm = run.step(run.visits[2])
+    assert torch.equal(found, losses) and torch.equal(times, t) and run.iteration == 17
+    assert torch.allclose(norms, rows.norm(dim=1)) and lomd_norm == pytest.approx(flat.norm().item())
+
+
 def test_lomd_and_rows_start_as_the_seed_says(recorded):
     adapter = recorded.run.adapter
     lomd = random_lomd(adapter.targets, 3, seed=5)
@@ -695,9 +720,8 @@ def test_a_second_visit_goes_on_from_the_bank(recorded):
 
 def test_a_step_trains_on_the_posterior_and_on_the_pictures_own_caption(recorded):
     run = recorded.run
-    run.iteration = 12
-    real, run.open = run.open, 2
-    run.open_bucket(2)                                                    # bucket a
+    run.open = None                                                              # the run is over
+    run.open_bucket(2)                                                           # bucket a
     seen = collections.defaultdict(set)
     for offset in range(6):
         run.iteration = 12 + offset
@@ -715,7 +739,6 @@ def test_a_step_trains_on_the_posterior_and_on_the_pictures_own_caption(recorded
             seen[shown.caption].add(tuple(noise[i, 0, 0].tolist()))
     assert set(seen) == {None, "a drawing of a man"}
     assert sum(map(len, seen.values())) == 12                                          # never the same noise
-    run.open = real
 
 
 def test_fresh_identities_start_anew_at_each_visit(run):
@@ -1058,6 +1081,13 @@ def test_a_bank_that_does_not_belong_to_the_checkpoint(begun, recorded, what):
         path.write_bytes(path.read_bytes()[:-4])
     assert refused(begun(iters=30), "run/rank0/bank")
     assert not Path("lomd.safetensors").exists()
+
+
+def test_a_bank_that_the_disk_cannot_hold(run, monkeypatch):
+    make_people(Path("data"), TWO_BUCKETS)
+    monkeypatch.setattr(meta_train.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    assert refused(run(), "the bank of 5 people needs")
+    assert not list(Path("run").rglob("bank*"))
 
 
 def test_a_bank_without_its_checkpoints(begun):
