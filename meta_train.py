@@ -583,8 +583,10 @@ class Run:
         try:
             norms, lomd_norm = adapter.step(self.args.lr, average=self.average)
         except FloatingPointError:
-            bad = [who[i] for i, loss in enumerate(losses.tolist()) if not math.isfinite(loss)] or who
-            names = "; ".join(f"{person}, {picture.path}" for person, picture in bad)
+            bad = [who[i] for i, loss in enumerate(losses.tolist()) if not math.isfinite(loss)]
+            if not bad and (self.group.size == 1 or not adapter.rows.grad.isfinite().all()):
+                bad = who
+            names = "; ".join(f"{person}, {picture.path}" for person, picture in bad) or "in another process"
             raise FloatingPointError(f"the loss or its gradient is not finite at iteration {self.iteration} "
                                      f"(bucket {self.bucket_names[visit.bucket] or 'of all'}: {names})") from None
         self.iteration += 1
