@@ -21,7 +21,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -46,22 +45,33 @@ pytestmark = [pytest.mark.skipif(not MODEL.is_dir(), reason="the small model of 
 # Runs
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """buckets/<bucket>/<person>/<pictures> of the baby's faces, of two shapes, some with captions."""
+def draw(folder, width):
+    """buckets/<bucket>/<person>/<pictures> of the baby's faces, the first picture `width` wide; some with captions."""
     sys.path.insert(0, str(ROOT / "baby"))
     import faces
-    folder, person = tmp_path_factory.mktemp("data") / "buckets", 0
+    person = 0
     for bucket, people in PEOPLE.items():
         for pictures in people:
             (folder / bucket / f"p{person}").mkdir(parents=True)
             for i in range(pictures):
-                image, caption = faces.sample(faces.META[person], i, 96 if i == 0 else 64, 64)
+                image, caption = faces.sample(faces.META[person], i, 64 if i else width, 64)
                 Image.fromarray(image).save(folder / bucket / f"p{person}" / f"{i}.png")
                 if i == 1:
                     (folder / bucket / f"p{person}" / f"{i}.txt").write_text(caption)
             person += 1
     return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """People with pictures of two shapes."""
+    return draw(tmp_path_factory.mktemp("data") / "buckets", 96)
+
+
+@pytest.fixture(scope="module")
+def squares(tmp_path_factory):
+    """The same people with pictures of one shape, since two processes may have theirs of different ones."""
+    return draw(tmp_path_factory.mktemp("squares") / "buckets", 64)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -101,7 +111,7 @@ def start(server, folder, argv, *hooks, name="", env={}, script=meta_train.main)
     return process
 
 
-def finish(process, seconds=60):
+def finish(process, seconds=300):
     process.join(seconds)
     if process.exitcode is None:
         process.kill()
@@ -242,6 +252,17 @@ def pause_at(iteration):
     meta_train.Run.draw = hit
 
 
+def not_finite_at(iteration):
+    """The loss of the second picture of an iteration is not a number."""
+    loss_of = flux_model.flow_matching_loss
+    watched()
+
+    def hit(*args, **kwargs):
+        losses = loss_of(*args, **kwargs)
+        return losses * torch.tensor([1, torch.nan]) if watched.run.iteration == iteration else losses
+    flux_model.flow_matching_loss = hit
+
+
 def keep_states():
     """Copies of each checkpoint and of the bank at each end of a visit, in states/."""
     save, close = meta_train.Run.save, meta_train.Run.close_bucket
@@ -287,7 +308,6 @@ def doubled(argv):
     meta_train.check(args, group)
     buckets, _ = meta_train.read_data(args, group)
     meta_train.check_settings(args, buckets, group)
-    args.run.mkdir()
     whole = meta_train.Run(args, buckets, group, shards=[0, 1], num_shards=2)
     whole.load()
     whole.train()
@@ -348,6 +368,12 @@ def reference(server, data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("reference")
     done = run(server, folder, arguments(data, "--no-ahead", "--save-every", 1), (keep_states,))
     assert done[0] == 0 and done[2] == "", done
+    return folder
+
+
+def start_with_cache(folder, other):
+    (folder / "run").mkdir()
+    shutil.copytree(other / "run" / "cache", folder / "run" / "cache")
     return folder
 
 
@@ -432,7 +458,7 @@ def test_a_run_hit_anywhere_goes_on_bit_for_bit(server, data, reference, tmp_pat
     assert len(list((tmp_path / "run" / "rank0").glob("*-*.safetensors"))) == 2
 
 
-def wait_for(process, log, iteration, seconds=60):
+def wait_for(process, log, iteration, seconds=300):
     """Until log.jsonl has the line of an iteration."""
     for _ in range(seconds * 100):
         if log.exists() and any(f'"iteration": {i},' in log.read_text() for i in range(iteration, ITERS + 1)):
@@ -453,7 +479,7 @@ def test_the_command_with_a_second_process_that_encodes(data, reference, tmp_pat
             if hit:
                 wait_for(process, tmp_path / "run" / "log.jsonl", iteration)
                 os.killpg(process.pid, hit) if hit == signal.SIGINT else process.kill()
-            out, err = process.communicate(timeout=60)
+            out, err = process.communicate(timeout=300)
             at = assert_same_state(tmp_path, reference)
             if hit == signal.SIGINT:
                 assert process.returncode == 130 and at >= iteration
@@ -547,19 +573,18 @@ def test_previews_change_nothing(server, data, reference, warm):
 # Two processes
 
 
-def start_with_cache(folder, reference):
-    (folder / "run").mkdir()
-    shutil.copytree(reference / "run" / "cache", folder / "run" / "cache")
-    return folder
-
-
 @pytest.fixture(scope="module")
-def pair(server, data, reference, tmp_path_factory):
+def pair(server, squares, tmp_path_factory):
     """An undisturbed run of two processes, with calls<rank>: what each sent."""
-    folder = start_with_cache(tmp_path_factory.mktemp("pair"), reference)
-    done = run_pair(server, folder, arguments(data, "--no-ahead"), [[(count_bytes,)]] * 2)
+    folder = tmp_path_factory.mktemp("pair")
+    done = run_pair(server, folder, arguments(squares, "--no-ahead"), [[(count_bytes,)]] * 2)
     assert done == ([0, 0], ["", ""])
     return folder
+
+
+@pytest.fixture
+def warm_pair(pair, tmp_path):
+    return start_with_cache(tmp_path, pair)
 
 
 def bank_of(folder, rank, people):
@@ -568,10 +593,10 @@ def bank_of(folder, rank, people):
     return DiskBank(path, people, (path.stat().st_size // people - 8) // 12).read(range(people), "cpu")
 
 
-def test_two_processes_equal_one_with_the_doubled_batch(server, data, reference, pair, warm):
-    assert run(server, warm, arguments(data, "--no-ahead"), script=doubled)[::2] == (None, "")
-    assert (pair / "run" / "rank0" / "bank").stat().st_size == 4 / 7 * (warm / "run" / "rank0" / "bank").stat().st_size
-    one = load_file(newest(warm / "run" / "rank0")[1])
+def test_two_processes_equal_one_with_the_doubled_batch(server, squares, pair, warm_pair):
+    assert run(server, warm_pair, arguments(squares, "--no-ahead"), script=doubled)[::2] == (0, "")
+    assert (pair / "run" / "rank0" / "bank").stat().st_size == 4 / 7 * (warm_pair / "run" / "rank0" / "bank").stat().st_size
+    one = load_file(newest(warm_pair / "run" / "rank0")[1])
     for rank in range(2):
         two = load_file(newest(pair / "run" / f"rank{rank}")[1])
         for part in IdentityBank.PARTS[:3]:
@@ -580,7 +605,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(server, data, reference,
     start_lomd = torch.cat([lomd.flatten() for lomd in start_of_lomd().values()])
     assert (one["lomd.weight"][0] - start_lomd).norm() > 1e-2 * start_lomd.norm()             # it has learned something
 
-    whole, shards, place, base = bank_of(warm, 0, 7), [bank_of(pair, 0, 4), bank_of(pair, 1, 3)], [0, 0], 0
+    whole, shards, place, base = bank_of(warm_pair, 0, 7), [bank_of(pair, 0, 4), bank_of(pair, 1, 3)], [0, 0], 0
     for pictures in PEOPLE.values():                              # in one bank: all of a bucket's first shard, then the rest
         for rank in range(2):
             for _ in range(len(pictures[rank::2])):
@@ -615,40 +640,51 @@ def test_two_processes_send_the_gradient_of_lomd_and_nothing_else(pair):
         assert line["bytes_sent"] == (size + 4 if line["phase"] == "joint" else 0)
 
 
-def test_torchrun_is_stopped_loses_a_process_and_goes_on_bit_for_bit(server, data, reference, pair, warm):
-    argv = arguments(data, "--no-ahead")
+def test_torchrun_is_stopped_loses_a_process_and_goes_on_bit_for_bit(server, squares, pair, warm_pair):
+    argv = arguments(squares, "--no-ahead")
     for end in (signal.SIGTERM, None):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port),
                    ROOT / "meta_train.py", *argv]
-        process = subprocess.Popen(command, cwd=warm, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command, cwd=warm_pair, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         try:
             if end:                                               # to torchrun, which passes it on, in a joint phase
-                wait_for(process, warm / "run" / "log.jsonl", 9)
+                wait_for(process, warm_pair / "run" / "log.jsonl", 9)
                 process.send_signal(end)
-            out, err = process.communicate(timeout=60)
+            out, err = process.communicate(timeout=300)
         finally:
             process.kill()
         if end:
             assert process.returncode != 0 and err.count("the same command goes on") == 2, err
-            at = [newest(warm / "run" / f"rank{rank}") for rank in range(2)]
+            at = [newest(warm_pair / "run" / f"rank{rank}") for rank in range(2)]
             assert 9 <= at[0][0] < 18 and at[0][1].name == at[1][1].name
             # in a warm-up one is killed, and the other is told to stop, as torchrun does
-            codes, errors = run_pair(server, warm, argv, [[(signal_at, 18, signal.SIGTERM)], [(die_in_draw, 18)]])
+            codes, errors = run_pair(server, warm_pair, argv, [[(signal_at, 18, signal.SIGTERM)], [(die_in_draw, 18)]])
             assert codes == [130, -9] and errors == [stopped(19), ""]
-            assert [newest(warm / "run" / f"rank{rank}")[0] for rank in range(2)] == [19, 18]
+            assert [newest(warm_pair / "run" / f"rank{rank}")[0] for rank in range(2)] == [19, 18]
         else:
             assert process.returncode == 0, err
-    assert_same_end(warm, pair, ranks=2)
+    assert_same_end(warm_pair, pair, ranks=2)
 
 
-def test_sigterm_of_one_process_stops_all_at_the_same_joint_iteration(server, data, reference, pair, warm):
-    argv = arguments(data, "--no-ahead")
-    codes, errors = run_pair(server, warm, argv, [[], [(signal_at, 3, signal.SIGTERM)]])
+def test_sigterm_of_one_process_stops_all_at_the_same_joint_iteration(server, squares, pair, warm_pair):
+    argv = arguments(squares, "--no-ahead")
+    codes, errors = run_pair(server, warm_pair, argv, [[], [(signal_at, 3, signal.SIGTERM)]])
     assert codes == [130, 130] and errors == [stopped(4)] * 2
-    assert [newest(warm / "run" / f"rank{rank}")[1].name for rank in range(2)] == ["00000004-00000002.safetensors"] * 2
-    for folder, script, expected in ((warm, run, "processes was 2 and is 1"), (reference, run_pair, "processes was 1 and is 2")):
-        code, *_, err = script(server, folder, argv)
-        assert all(c == 2 for c in (code if isinstance(code, list) else [code])) and expected in str(err)
+    assert [newest(warm_pair / "run" / f"rank{rank}")[1].name for rank in range(2)] == ["00000004-00000002.safetensors"] * 2
+    code, _, err = run(server, warm_pair, argv)
+    assert code == 2 and "processes was 2 and is 1" in err
+
+
+def test_a_loss_that_is_not_finite_in_one_of_two_processes(server, squares, pair, warm_pair):
+    codes, errors = run_pair(server, warm_pair, arguments(squares, "--no-ahead"), [[], [(not_finite_at, 3)]])
+    assert codes == [1, 1] and all("not finite at iteration 3 (bucket a: " in error for error in errors)
+    assert "in another process" in errors[0] and "p1, " in errors[1]                  # the second has one person of a
+    assert [newest(warm_pair / "run" / f"rank{rank}")[1].name for rank in range(2)] == ["00000003-00000001.safetensors"] * 2
+
+
+def test_two_processes_do_not_go_on_with_the_run_of_one(server, data, reference):
+    codes, errors = run_pair(server, reference, arguments(data, "--no-ahead"))
+    assert codes == [2, 2] and all("processes was 1 and is 2" in error for error in errors)
