@@ -548,6 +548,8 @@ class Run:
         """Rows back to the bank. The checkpoint before it holds them too, so that a kill while they are written
         does no harm."""
         if self.disk:
+            if self.open == len(self.visits) - 1:
+                self.group.gather(None)          # --iters may end in a warm-up, and others still be in the visit before
             self.disk.write(self.local[self.visits[self.open].bucket], self.adapter.bank)
         if self.group.rank == 0:
             self.export(self.args.run / "lomd.safetensors")
