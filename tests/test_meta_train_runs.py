@@ -93,6 +93,10 @@ def arguments(data, *more):
                              "--preview-every", 0, *more)]
 
 
+def command(data, *more):
+    return [sys.executable, ROOT / "meta_train.py", *arguments(data, *more)]
+
+
 def child(folder, argv, name, env, hooks, script):
     """What a forked process does: meta_train.main(argv) in `folder`, after the hooks have been put in place."""
     os.chdir(folder)
@@ -470,10 +474,10 @@ def wait_for(process, log, iteration, seconds=300):
 
 def test_the_command_with_a_second_process_that_encodes(data, reference, tmp_path):
     """Hit twice as soon as the second process has been started: by Ctrl-C, as the terminal sends it, and kill -9."""
-    command, started = [sys.executable, ROOT / "meta_train.py", *arguments(data)], []
+    started = []
     try:
         for hit, iteration in ((signal.SIGINT, 1), (signal.SIGKILL, 4), (None, 0)):
-            process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            process = subprocess.Popen(command(data), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                        text=True, start_new_session=True)
             started.append(process.pid)
             if hit:
@@ -633,7 +637,7 @@ def test_two_processes_send_the_gradient_of_lomd_and_nothing_else(pair):
         calls = json.loads((pair / f"calls{rank}").read_text())
         first = next(i for i, call in enumerate(calls) if call[1] == "all_reduce")
         assert {(at, name) for at, name, _ in calls[:first]} == {(0, "all_gather_object")}           # before training
-        assert calls[first:] == expected
+        assert calls[first:] == [*expected, [ITERS, "all_gather_object", 0]]               # they end together
     lines = [json.loads(line) for line in (pair / "run" / "log.jsonl").read_text().splitlines()]
     assert len(lines) == ITERS
     for line in lines:
@@ -646,9 +650,8 @@ def test_torchrun_is_stopped_loses_a_process_and_goes_on_bit_for_bit(server, squ
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port),
-                   ROOT / "meta_train.py", *argv]
-        process = subprocess.Popen(command, cwd=warm_pair, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+        process = subprocess.Popen([*torchrun, *command(squares, "--no-ahead")[1:]], cwd=warm_pair, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         try:
             if end:                                               # to torchrun, which passes it on, in a joint phase
                 wait_for(process, warm_pair / "run" / "log.jsonl", 9)
@@ -685,6 +688,58 @@ def test_a_loss_that_is_not_finite_in_one_of_two_processes(server, squares, pair
     assert [newest(warm_pair / "run" / f"rank{rank}")[1].name for rank in range(2)] == ["00000003-00000001.safetensors"] * 2
 
 
+def test_a_process_that_is_a_whole_warm_up_behind_is_killed(server, squares, pair, warm_pair):
+    """The last visit ends in its warm-up: one process is through, the other had not saved the end of the visit before."""
+    codes, errors = run_pair(server, warm_pair, arguments(squares, "--no-ahead", "--iters", 13),
+                             [[], [(die_at_file, "00000012-*", "before")]])
+    assert codes[0] != 0 and codes[1] == -9
+    assert [newest(warm_pair / "run" / f"rank{rank}")[0] for rank in range(2)] == [13, 8]
+    assert run_pair(server, warm_pair, arguments(squares, "--no-ahead")) == ([0, 0], ["", ""])
+    assert_same_end(warm_pair, pair, ranks=2)
+
+
 def test_two_processes_do_not_go_on_with_the_run_of_one(server, data, reference):
     codes, errors = run_pair(server, reference, arguments(data, "--no-ahead"))
     assert codes == [2, 2] and all("processes was 1 and is 2" in error for error in errors)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# At random
+
+
+@pytest.mark.slow
+def test_thirty_kills_at_random_moments(data, tmp_path):
+    """The command itself on the baby, killed all over the run: mostly while it trains and saves, some while it starts,
+    and one while it ends."""
+    iters = 60
+    argv = command(data, "--model", "baby", "--iters", iters, "--bucket-iters", 10, "--save-every", 3)
+    undisturbed, hit = tmp_path / "undisturbed", tmp_path / "hit"
+    undisturbed.mkdir()
+    hit.mkdir()
+    subprocess.run(argv, cwd=undisturbed, check=True)
+    rng, log, killed = random.Random(time.time()), hit / "run" / "log.jsonl", []
+    moments = sorted(rng.uniform(0, iters - 8) for _ in range(24)) + [iters]
+    for _ in range(5):
+        moments.insert(rng.randrange(25), None)
+    for moment in moments:
+        old = log.stat().st_ino if log.exists() else None        # a run that goes on starts its log as a new file
+        process = subprocess.Popen(argv, cwd=hit, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        end, at = time.monotonic() + rng.uniform(0, 5), None
+        while time.monotonic() < end or moment is not None:
+            if log.exists() and log.stat().st_ino != old:
+                at = log.read_text().count("\n")
+                if moment is None or at >= moment:
+                    break
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.2) if moment is not None else 0)
+        process.kill()
+        out, err = process.communicate()
+        assert err == ""
+        killed.append(process.returncode)
+        print(f"killed at {moment}: {at}", flush=True)
+    assert killed == [-signal.SIGKILL] * 30
+    assert not (hit / "lomd.safetensors").exists()
+    last = subprocess.run(argv, cwd=hit, capture_output=True, text=True)
+    assert (last.returncode, last.stderr) == (0, "")
+    assert_same_end(hit, undisturbed)
