@@ -715,16 +715,18 @@ def test_two_processes_do_not_go_on_with_the_run_of_one(server, data, reference)
 def test_thirty_kills_at_random_moments(data, tmp_path):
     """The command itself on the baby, killed all over the run: mostly while it trains and saves, some while it starts,
     and one while it ends."""
-    iters = 60
-    argv = command(data, "--model", "baby", "--iters", iters, "--bucket-iters", 10, "--save-every", 3)
+    iters, baby = 60, shutil.copytree(ROOT / "baby" / "checkpoint", tmp_path / "baby")        # lest it changes meanwhile
+    argv = command(data, "--model", baby, "--iters", iters, "--bucket-iters", 10, "--save-every", 3)
     undisturbed, hit = tmp_path / "undisturbed", tmp_path / "hit"
     undisturbed.mkdir()
     hit.mkdir()
     subprocess.run(argv, cwd=undisturbed, check=True)
-    rng, log, killed = random.Random(time.time()), hit / "run" / "log.jsonl", []
-    moments = sorted(rng.uniform(0, iters - 8) for _ in range(24)) + [iters]
+    rng, log, killed, torn = random.Random(time.time()), hit / "run" / "log.jsonl", [], 0
+    moments = [rng.uniform(0, iters - 8) for _ in range(12)]      # of the run, in iterations
+    moments += [rng.choice([i for i in range(iters - 8) if i % 3 == 0 or i % 10 == 0]) for _ in range(12)]      # saves
+    moments = sorted(moments) + [iters]                           # and its end
     for _ in range(5):
-        moments.insert(rng.randrange(25), None)
+        moments.insert(rng.randrange(25), None)                   # while it starts
     for moment in moments:
         old = log.stat().st_ino if log.exists() else None        # a run that goes on starts its log as a new file
         process = subprocess.Popen(argv, cwd=hit, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -736,12 +738,13 @@ def test_thirty_kills_at_random_moments(data, tmp_path):
                     break
             assert process.poll() is None, process.communicate()
             time.sleep(0.002)
-        time.sleep(rng.uniform(0, 0.2) if moment is not None else 0)
+        time.sleep(0 if moment is None else rng.uniform(0, 0.02 if isinstance(moment, int) else 0.2))
         process.kill()
         out, err = process.communicate()
         assert err == ""
         killed.append(process.returncode)
-        print(f"killed at {moment}: {at}", flush=True)
+        torn += any(hit.rglob("run/*/*.part"))
+    print(f"{torn} kills of {len(killed)} left half a file")
     assert killed == [-signal.SIGKILL] * 30
     assert not (hit / "lomd.safetensors").exists()
     last = subprocess.run(argv, cwd=hit, capture_output=True, text=True)
