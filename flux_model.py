@@ -925,7 +925,9 @@ def pick_device(name: str | None = None) -> torch.device:
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name is None:
         return torch.device(next(kind for kind, there in available.items() if there))
-    if not available.get(name.partition(":")[0], False):
+    kind, _, index = name.partition(":")
+    counts = {"cuda": torch.cuda.device_count(), "mps": 1, "cpu": 1}
+    if not available.get(kind, False) or ":" in name and not (index.isdecimal() and int(index) < counts[kind]):
         raise ValueError(f"--device {name} is not available here; available: "
                          f"{', '.join(kind for kind, there in available.items() if there)}")
     return torch.device(name)

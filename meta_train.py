@@ -90,6 +90,9 @@ def find_people(data):
         problems.append(f"{photos.image_files(data)[0]} is in nobody's folder")
     for folder in folders(data):
         loose, inner = photos.image_files(folder), folders(folder)
+        if loose and not any(map(photos.image_files, inner)):    # a person, although somebody made folders in theirs
+            problems += [f"{odd} is a folder inside a person's" for odd in inner]
+            inner = []
         if inner and loose:
             problems.append(f"{folder} holds people and also loose pictures, such as {loose[0].name}")
         if inner:
@@ -809,6 +812,8 @@ def check(args, group):
         raise ValueError(f"--resolution takes 64 to 4096 pixels, not {' '.join(map(str, args.resolution))}")
     if not 0 <= args.seed < 2 ** 63:
         raise ValueError(f"--seed is between 0 and {2 ** 63 - 1}, not {args.seed}")
+    if args.r2 > args.r1:
+        raise ValueError(f"--r2 {args.r2} is more than the --r1 {args.r1} rows of LoMD that it combines")
     if args.preview_every < 0:
         raise ValueError(f"--preview-every must be 0 or more, not {args.preview_every}")
     args.folder = flux_model.find_model(args.model)              # may download
@@ -832,11 +837,11 @@ def read_data(args, group):
     people, problems = read_people(args.data, max(map(Cache.step, args.resolution)), known, group.rank == 0)
     if problems and not args.skip_bad:
         for problem in problems[:-1]:
-            print(f"meta_train.py: {problem}", file=sys.stderr)
+            print(f"meta_train.py: {' '.join(problem.split())}", file=sys.stderr)
         raise ValueError(problems[-1])
     if group.rank == 0:
         for problem in problems:
-            print(f"note: skipped: {problem}", file=sys.stderr)
+            print(f"note: skipped: {' '.join(problem.split())}", file=sys.stderr)
     buckets = make_buckets(people, args.identities_per_bucket, args.seed) if people else {}
     for bucket, members in buckets.items():
         if len(members) < group.size:

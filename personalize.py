@@ -264,6 +264,9 @@ def personalize(args):
     lomd, lomd_name, untrained = None, "none", False
     if args.method == "meta-lora":
         lomd, lomd_name, untrained = read_lomd(args.folder, args.lomd)
+        r1 = len(next(iter(lomd.values())))
+        if args.rank > r1:
+            print(f"note: over a LoMD of {r1} rows --rank {args.rank} can do no more than {r1}", file=sys.stderr)
     crops = load_crops(args.photos, args.resolution, augment=not args.no_augment)
     if args.save_crops:
         save_crops(crops, args.save_crops)

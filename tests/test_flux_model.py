@@ -778,3 +778,13 @@ def test_importing_does_nothing(tmp_path):
             "assert not {'transformers', 'huggingface_hub'} & set(sys.modules)")
     child = python(code, cwd=tmp_path, HOME=str(tmp_path), HF_HOME=str(tmp_path / "hf"))
     assert (*child.communicate(), child.returncode) == ("", "", 0) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["quantum", "cpu:x", "cpu:1", "cpu:", "cuda:99", "mps:1", ":0", ""])
+def test_a_device_that_is_not_there(name):
+    with pytest.raises(ValueError, match="--device .* is not available here; available: .*cpu"):
+        flux_model.pick_device(name)
+
+
+def test_a_device_that_is_there():
+    assert flux_model.pick_device("cpu") == torch.device("cpu") and flux_model.pick_device("cpu:0").type == "cpu"

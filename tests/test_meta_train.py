@@ -353,6 +353,11 @@ def test_what_is_in_the_wrong_place(tmp_path):
     people, problems = read(mixed)
     assert names(people) == {"a": {"ann": ["0.png", "1.png"]}}
     assert len(problems) == 1 and problems[0].startswith(f"{mixed / 'bob'} is no bucket")
+    flat = make_people(tmp_path / "flat", {"ann": 2, "bob": 2})
+    (flat / "bob" / "notes").mkdir()                                     # does not make a bucket of bob
+    people, problems = read(flat)
+    assert names(people) == {"": {"ann": ["0.png", "1.png"], "bob": ["0.png", "1.png"]}}
+    assert problems == [f"{flat / 'bob' / 'notes'} is a folder inside a person's"]
     (tmp_path / "empty").mkdir()
     assert read(tmp_path / "empty") == ({}, [])
     only = picture(tmp_path / "only" / "x.png", 1).parent
@@ -1179,7 +1184,7 @@ def test_the_fingerprint_of_a_model(tmp_path):
         "--seed": ("-1", str(2 ** 63), "x"), "--preview-every": ("-1", "x"),
         "--resolution": ("63", "8192", "72", "64 x"), "--device": ("tpu", "cpux", ""),
     }.items() for value in values),
-    (["--model", "nowhere"], "nowhere"), (["--model", "data"], "data holds no transformer"),
+    (["--r2", "17"], "--r2"), (["--model", "nowhere"], "nowhere"), (["--model", "data"], "data holds no transformer"),
     (["--out", "lomd.pt"], "lomd.pt"), (["--out", "no/where.safetensors"], "--out"),
     (["--out", "file/x.safetensors"], "--out"), (["--out", "dir.safetensors"], "dir.safetensors"),
     (["--run", "file"], "--run"), (["--run", "file/run"], "--run"), (["--cache", "file"], "--cache"),

@@ -313,6 +313,7 @@ def doubled(argv):
     buckets, _ = meta_train.read_data(args, group)
     meta_train.check_settings(args, buckets, group)
     whole = meta_train.Run(args, buckets, group, shards=[0, 1], num_shards=2)
+    whole.average = None                                          # the adapter's own mean
     whole.load()
     whole.train()
 
@@ -409,8 +410,6 @@ def test_an_undisturbed_run(server, data, reference):
         assert (line["gradient_lomd"] > 0) == (line["phase"] == "joint")
 
 
-FRESH = [((die_at_file, "00000004-*", "before"), -9), ((die_in_step, 4), -9), ((die_at_file, "00000006-*", "after"), -9),
-         ((signal_at, 9, signal.SIGTERM), 130), ((die_at_file, "00000012-*", "torn"), -9), ((signal_at, 19, signal.SIGINT), 130)]
 CHAIN = [  # what happens, and the exit code; the same command again after each
     ((die_at_file, "settings.json", "torn"), -9),
     ((die_at_file, "bank", "before"), -9),
@@ -428,12 +427,21 @@ CHAIN = [  # what happens, and the exit code; the same command again after each
     ((signal_at, 9, signal.SIGINT), 130),
     ((die_at_file, "00000012-*", "before"), -9),
     ((die_before, "os.fsync", 3), -9),
-    ((die_in_bank, 2, 3), -9),
-    ((die_before, "Run.resume", 1), -9),
     ((die_before, "Path.unlink", 1), -9),
+    ((die_in_bank, 2, 3), -9),                                    # nothing was saved since the visit before
+    ((die_before, "Run.resume", 1), -9),
+    ((die_at_file, "00000022-*", "torn"), -9),
     ((signal_at, 21, signal.SIGTERM), 130),                       # in the very last iteration
     ((die_at_file, "loss.png", "torn"), -9),
     ((die_at_file, "lomd.safetensors", "torn", 2), -9),
+]
+FRESH = [
+    ((die_at_file, "00000004-*", "before"), -9),
+    ((die_in_step, 4), -9),
+    ((die_at_file, "00000006-*", "after"), -9),
+    ((signal_at, 9, signal.SIGTERM), 130),
+    ((die_at_file, "00000012-*", "torn"), -9),
+    ((signal_at, 19, signal.SIGINT), 130),
 ]
 
 
@@ -446,7 +454,8 @@ def test_a_run_hit_anywhere_goes_on_bit_for_bit(server, data, reference, tmp_pat
         assert contents(reference / "lomd.safetensors") != contents(kept / "lomd.safetensors")
     at = []
     for hook, expected in chain:
-        code, out, err = run(server, tmp_path, argv, hook)
+        rarely = ["--save-every", "100"] if at and at[-1] >= 12 else []               # then only where a visit ends
+        code, out, err = run(server, tmp_path, [*argv, *rarely], hook)
         assert code == expected, (hook, code, err)
         saved = list((tmp_path / "run").glob("rank0/*-*.safetensors"))
         at.append(assert_same_state(tmp_path, reference) if saved else 0)
@@ -553,8 +562,8 @@ def test_a_loss_that_is_not_finite(server, data, reference, warm, person, phase)
     good = latent.read_bytes()
     save_file({"posterior": torch.full_like(load_file(latent)["posterior"], torch.nan)}, latent)
     code, out, err = run(server, warm, arguments(data, "--no-ahead"))
-    found = re.fullmatch(r"meta_train.py: the loss or its gradient is not finite at iteration (\d+) \(bucket (\w): (.*)\); "
-                         "the state before it is saved in run\n", err)
+    found = re.fullmatch(r"meta_train.py: the loss or its gradient is not finite at iteration (\d+) "
+                         r"\(bucket (\w): (.*)\); the state before it is saved in run\n", err)
     assert code == 1 and found, err
     assert found.groups()[1:] == (picture.parts[-3], f"{person}, {picture}")
     iteration = assert_same_state(warm, reference)
@@ -576,7 +585,7 @@ def test_previews_change_nothing(server, data, reference, warm):
     for path in (warm / "run" / "previews").iterdir():
         with Image.open(path) as picture:
             assert picture.size == (128, 128)
-            squares = [picture.crop((64 * x, 64 * y, 64 * x + 64, 64 * y + 64)).tobytes() for x in (0, 1) for y in (0, 1)]
+            squares = [picture.crop((x, y, x + 64, y + 64)).tobytes() for x in (0, 64) for y in (0, 64)]
             assert len(set(squares)) == 4
     assert_same_end(warm, reference)
 
@@ -607,7 +616,8 @@ def bank_of(folder, rank, people):
 
 def test_two_processes_equal_one_with_the_doubled_batch(server, squares, pair, warm_pair):
     assert run(server, warm_pair, arguments(squares, "--no-ahead"), script=doubled)[::2] == (0, "")
-    assert (pair / "run" / "rank0" / "bank").stat().st_size == 4 / 7 * (warm_pair / "run" / "rank0" / "bank").stat().st_size
+    sizes = [(folder / "run" / "rank0" / "bank").stat().st_size for folder in (pair, warm_pair)]
+    assert 7 * sizes[0] == 4 * sizes[1]
     one = load_file(newest(warm_pair / "run" / "rank0")[1])
     for rank in range(2):
         two = load_file(newest(pair / "run" / f"rank{rank}")[1])
@@ -618,7 +628,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(server, squares, pair, w
     assert (one["lomd.weight"][0] - start_lomd).norm() > 1e-2 * start_lomd.norm()             # it has learned something
 
     whole, shards, place, base = bank_of(warm_pair, 0, 7), [bank_of(pair, 0, 4), bank_of(pair, 1, 3)], [0, 0], 0
-    for pictures in PEOPLE.values():                              # in one bank: all of a bucket's first shard, then the rest
+    for pictures in PEOPLE.values():                              # in one bank: a bucket's first shard, then its second
         for rank in range(2):
             for _ in range(len(pictures[rank::2])):
                 assert whole.steps[base] == shards[rank].steps[place[rank]] > 2
