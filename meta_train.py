@@ -447,6 +447,10 @@ class Run:
         with open(f"{path}.part", "rb+") as file:
             os.fsync(file.fileno())
         os.replace(f"{path}.part", path)
+        if fcntl:                                # the name too must be on disk before the bank is written
+            folder = os.open(self.folder, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
         checkpoints = self.checkpoints()
         kept = checkpoints[-2:]
         if self.group.size > 1:

@@ -1,7 +1,7 @@
 """Does a meta-trained LoMD help with people it has never seen? Stage 2 on one photo each, the loss on their other ones.
 
-    python baby/faces.py --identities 200 --images 20 --out faces/ --seed 100000
-    python meta_train.py --data faces/ --model baby --iters 4000
+    python baby/faces.py --identities 200 --images 10 --out faces/ --seed 100000
+    python meta_train.py --data faces/ --model baby --iters 5000 --lr 2e-3
     python baby/held_out.py lomd.safetensors --out held_out.png
 
 For each person personalize.py's own training runs twice, over the learned LoMD and over a random one of the same shape:
