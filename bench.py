@@ -107,21 +107,27 @@ def report(what: str, adapted, base, flops: float, weight: torch.Tensor, seconds
           f"matmul {rate / 1e9:.3g} GFLOP/s")
 
 
+def random_inputs(flux: Flux, batch: int, image_tokens: int, text_tokens: int) -> tuple:
+    """latent, noise, t, txt, y of flow_matching_loss, for a latent as square as the number of tokens lets it be."""
+    config, weight = flux.config, flux.img_in.weight
+    rows = next(n for n in range(math.isqrt(image_tokens), 0, -1) if image_tokens % n == 0)
+    size = (batch, config.in_channels // 4, 2 * rows, 2 * image_tokens // rows)
+    like = dict(device=weight.device, dtype=weight.dtype)
+    return (torch.randn(size, device=weight.device), torch.randn(size, device=weight.device),
+            torch.rand(batch, device=weight.device), torch.randn(batch, text_tokens, config.context_in_dim, **like),
+            torch.randn(batch, config.vec_in_dim, **like))
+
+
 def measure(base: Flux, image_tokens: int, text_tokens: int, rank: int, seconds: float) -> None:
     """Times both kinds of step of a frozen model and prints them."""
-    config, weight = base.config, base.img_in.weight
-    device, dtype = weight.device, weight.dtype
-    flops = count_flops(config, image_tokens, text_tokens)
+    weight = base.img_in.weight
+    flops = count_flops(base.config, image_tokens, text_tokens)
     forward = flops["linears"] + flops["attention"]
     parameters = sum(p.numel() for p in base.parameters())
     print(f"  {parameters / 1e6:,.1f} M parameters, {image_tokens} image + {text_tokens} text tokens, "
           f"rank {rank}, r1 {R1}; {forward:.3g} FLOP forward, {flops['step']:.3g} per training step")
 
-    rows = next(n for n in range(math.isqrt(image_tokens), 0, -1) if image_tokens % n == 0)
-    size = (1, config.in_channels // 4, 2 * rows, 2 * image_tokens // rows)
-    latent, noise = torch.randn(size, device=device), torch.randn(size, device=device)
-    txt = torch.randn(1, text_tokens, config.context_in_dim, device=device, dtype=dtype)
-    y, t = torch.randn(1, config.vec_in_dim, device=device, dtype=dtype), torch.rand(1, device=device)
+    latent, noise, t, txt, y = random_inputs(base, 1, image_tokens, text_tokens)
     inputs = latent.clone().requires_grad_(), txt.clone().requires_grad_()
 
     flux = copy.deepcopy(base)
@@ -147,24 +153,18 @@ def measure(base: Flux, image_tokens: int, text_tokens: int, rank: int, seconds:
 
 def measure_mixing(flux: Flux, image_tokens: int, text_tokens: int, rank: int, seconds: float) -> None:
     """Times a joint iteration of meta_train.py: four identities against four images of one. Leaves `flux` adapted."""
-    weight = flux.img_in.weight
-    rows = next(n for n in range(math.isqrt(image_tokens), 0, -1) if image_tokens % n == 0)
-    size = (4, flux.config.in_channels // 4, 2 * rows, 2 * image_tokens // rows)
-    latent, noise = (torch.randn(size, device=weight.device) for _ in range(2))
-    t = torch.rand(4, device=weight.device)
-    txt = torch.randn(4, text_tokens, flux.config.context_in_dim, device=weight.device, dtype=weight.dtype)
-    y = torch.randn(4, flux.config.vec_in_dim, device=weight.device, dtype=weight.dtype)
+    inputs = random_inputs(flux, 4, image_tokens, text_tokens)
     adapter = MetaLoRA(flux, rank, lomd=random_lomd(find_targets(flux), R1), num_identities=4, slots=4)
     adapter.bank.weight.add_(1e-2 * torch.randn_like(adapter.bank.weight))
     adapter.train_lomd = True
 
     def step(*ids):
         adapter.assign(torch.tensor(ids))
-        flow_matching_loss(flux, latent, noise, t, txt, y).sum().backward()
+        flow_matching_loss(flux, *inputs).sum().backward()
         adapter.step(1e-4)
 
     flops = 4 * count_flops(flux.config, image_tokens, text_tokens)["step"]
-    report("4 identities, joint step", lambda: step(0, 1, 2, 3), lambda: step(0, 0, 0, 0), flops, weight, seconds,
+    report("4 identities, joint step", lambda: step(0, 1, 2, 3), lambda: step(0, 0, 0, 0), flops, flux.img_in.weight, seconds,
            beside="  4 images of one")
 
 

@@ -900,6 +900,26 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def check_training(args) -> None:
+    """ValueError for a lr, resolution or seed that neither training stage takes; None (the model's default) is fine."""
+    if args.lr is not None and not 0 < args.lr < math.inf:
+        raise ValueError(f"--lr must be a positive number, not {args.lr}")
+    if args.resolution and not 64 <= min(args.resolution) <= max(args.resolution) <= 4096:
+        raise ValueError(f"--resolution takes 64 to 4096 pixels, not {' '.join(map(str, args.resolution))}")
+    if not 0 <= args.seed < 2 ** 63:
+        raise ValueError(f"--seed is between 0 and {2 ** 63 - 1}, not {args.seed}")
+
+
+def take_model(args, device: torch.device) -> None:
+    """args.model -> args.folder (may download) and args.dtype; lr, resolution and prompt default to the model's."""
+    args.folder = find_model(args.model)
+    args.dtype = pick_dtype(device, args.folder)
+    defaults = model_defaults(args.folder)
+    args.lr = args.lr or defaults["learning_rate"]
+    args.resolution = args.resolution or [defaults["resolution"]]
+    args.prompt = defaults["prompt"] if args.prompt is None else args.prompt
+
+
 def run_script(name: str, script, argv=None) -> int:
     """script(argv) -> exit code: 0 done, 1 failed while computing, 2 bad input, 130 Ctrl-C; one line on stderr for each."""
     try:

@@ -633,11 +633,12 @@ class Run:
                     stop = self.stop_asked(joint)
                     saving = stop or self.iteration == visit.stop or self.iteration % self.args.save_every == 0
                     if log:
+                        memory = peak_memory(self.group.device)
                         log.add(self.iteration, joint, self.bucket_names[visit.bucket], losses.tolist(), t.tolist(),
                                 norms.tolist(), lomd_norm, time.perf_counter() - start, self.group.sent - sent,
-                                peak_memory(self.group.device))
+                                memory)
                         bar.set_postfix_str(f"{'joint' if joint else 'warm-up'}, loss {log.smooth:.4f}, "
-                                            f"peak {peak_memory(self.group.device):.1f} GB", refresh=False)
+                                            f"peak {memory:.1f} GB", refresh=False)
                         bar.update()
                         if self.iteration % self.args.log_every == 0 or self.iteration == visit.joint or saving:
                             log.write()
@@ -808,24 +809,15 @@ def check(args, group):
             raise ValueError(f"{what} is not a folder: {path}")
         if path.resolve().is_relative_to(args.data.resolve()):   # a later command would take it for a person's
             raise ValueError(f"{what} {path} lies within --data {args.data}; name a folder outside of it")
-    if args.lr is not None and not 0 < args.lr < math.inf:
-        raise ValueError(f"--lr must be a positive number, not {args.lr}")
+    flux_model.check_training(args)
     if not 0 <= args.warmup < 1:
         raise ValueError(f"--warmup is a share from 0 to below 1, not {args.warmup}")
-    if args.resolution and not 64 <= min(args.resolution) <= max(args.resolution) <= 4096:
-        raise ValueError(f"--resolution takes 64 to 4096 pixels, not {' '.join(map(str, args.resolution))}")
-    if not 0 <= args.seed < 2 ** 63:
-        raise ValueError(f"--seed is between 0 and {2 ** 63 - 1}, not {args.seed}")
     if args.r2 > args.r1:
         raise ValueError(f"--r2 {args.r2} is more than the --r1 {args.r1} rows of LoMD that it combines")
     if args.preview_every < 0:
         raise ValueError(f"--preview-every must be 0 or more, not {args.preview_every}")
-    args.folder = flux_model.find_model(args.model)              # may download
-    args.dtype = flux_model.pick_dtype(group.device, args.folder)
-    defaults = flux_model.model_defaults(args.folder)
-    args.lr = args.lr or defaults["learning_rate"]
-    args.resolution = sorted(set(args.resolution or [defaults["resolution"]]))
-    args.prompt = defaults["prompt"] if args.prompt is None else args.prompt
+    flux_model.take_model(args, group.device)
+    args.resolution = sorted(set(args.resolution))
     if any(r % 16 for r in args.resolution):
         raise ValueError("--resolution takes multiples of 16")
     if args.ahead:                                               # the encoders once more, beside what trains
@@ -858,7 +850,8 @@ def read_data(args, group):
 def check_settings(args, buckets, group):
     """What makes a run this run: written by the first command, and ValueError for a later one that differs."""
     args.settings = {
-        "model": flux_model.flux_fingerprint(args.folder), "data (pictures, captions, buckets)": data_fingerprint(buckets), "dtype": str(args.dtype),
+        "model": flux_model.flux_fingerprint(args.folder),
+        "data (pictures, captions, buckets)": data_fingerprint(buckets), "dtype": str(args.dtype),
         "batch-size": args.batch_size, "processes": group.size, "r1": args.r1, "r2": args.r2, "lr": args.lr,
         "warmup": args.warmup, "bucket-iters": args.bucket_iters, "prompt": args.prompt, "resolution": args.resolution,
         "seed": args.seed, "fresh-identities": args.fresh_identities}

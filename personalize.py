@@ -195,12 +195,7 @@ def check(args):
         raise ValueError(f"--save-crops is not a folder: {args.save_crops}")
     if max(args.save_at, default=0) > args.iters:
         raise ValueError(f"--save-at {max(args.save_at)} is beyond the last of {args.iters} iterations")
-    if args.lr is not None and not 0 < args.lr < math.inf:
-        raise ValueError(f"--lr must be a positive number, not {args.lr}")
-    if args.resolution and not 64 <= min(args.resolution) <= max(args.resolution) <= 4096:
-        raise ValueError(f"--resolution takes 64 to 4096 pixels, not {' '.join(map(str, args.resolution))}")
-    if not 0 <= args.seed < 2 ** 63:
-        raise ValueError(f"--seed is between 0 and {2 ** 63 - 1}, not {args.seed}")
+    flux_model.check_training(args)
     if args.lomd and args.method == "lora":
         raise ValueError("--method lora trains its own A and takes no --lomd")
     if args.lomd and not Path(args.lomd).is_file():
@@ -211,12 +206,7 @@ def check(args):
         photos.read_photo(path)
 
     args.device = flux_model.pick_device(args.device)
-    args.folder = flux_model.find_model(args.model)              # may download
-    args.dtype = flux_model.pick_dtype(args.device, args.folder)
-    defaults = flux_model.model_defaults(args.folder)
-    args.lr = args.lr or defaults["learning_rate"]
-    args.resolution = args.resolution or [defaults["resolution"]]
-    args.prompt = defaults["prompt"] if args.prompt is None else args.prompt
+    flux_model.take_model(args, args.device)
 
 
 def read_lomd(folder, path=None):
@@ -257,8 +247,7 @@ def personalize(args):
     start, seconds = time.perf_counter(), {}
 
     def lap(part):
-        if args.device.type == "cuda":
-            torch.cuda.empty_cache()
+        flux_model.free(args.device)
         seconds[part] = time.perf_counter() - start - sum(seconds.values())
 
     lomd, lomd_name, untrained = None, "none", False

@@ -66,7 +66,7 @@ def losses_of(person: int, lomd: dict, folder: Path, others: dict, rank: int, lr
 
 
 def summary(results: dict, kinds: list[str], people: list[int]) -> dict:
-    """{kind: (mean, standard error) of the loss relative to step 0, in percent}, over people, each of shape (STEPS,)."""
+    """{kind: (mean over people (STEPS,), its standard error, each person's (people, STEPS))}: change since step 0 in %."""
     found = {}
     for kind in kinds:
         values = np.array([results[f"{kind} {person}"] for person in people])

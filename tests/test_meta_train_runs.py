@@ -229,36 +229,27 @@ def watched():
     meta_train.Run.__init__ = note
 
 
-def signal_at(iteration, number):
-    """In the middle of an iteration."""
+def in_draw(iteration, act):
+    """act() in the middle of an iteration."""
     draw = meta_train.Run.draw
 
     def hit(self, offset):
         if self.iteration == iteration:
-            signal.raise_signal(number)
+            act()
         return draw(self, offset)
     meta_train.Run.draw = hit
+
+
+def signal_at(iteration, number):
+    in_draw(iteration, lambda: signal.raise_signal(number))
 
 
 def die_in_draw(iteration):
-    draw = meta_train.Run.draw
-
-    def hit(self, offset):
-        if self.iteration == iteration:
-            die()
-        return draw(self, offset)
-    meta_train.Run.draw = hit
+    in_draw(iteration, die)
 
 
 def pause_at(iteration):
-    draw = meta_train.Run.draw
-
-    def hit(self, offset):
-        if self.iteration == iteration:
-            Path("paused").touch()
-            time.sleep(60)
-        return draw(self, offset)
-    meta_train.Run.draw = hit
+    in_draw(iteration, lambda: (Path("paused").touch(), time.sleep(60)))
 
 
 def not_finite_at(iteration):
