@@ -4,6 +4,7 @@ meta-training iteration with four identities, beside one with four images of one
     python bench.py                                 # the baby, and a random mid-size model
     python bench.py --model flux-dev --seconds 60   # or mid, baby, a folder; needs room for its weights twice
     python bench.py --identities 200 2000           # memory of meta-training by the size of the run
+    python bench.py --model baby --people 16        # personalising many people together against one by one
 
 Both are timed in turn, A B A B, on random inputs, after a warm-up, so that whatever else the machine does
 hits both. A personalisation step is batch 1: weights of the adapter into place, forward, backward, AdamW.
@@ -29,7 +30,8 @@ from tqdm import tqdm
 
 from flux_model import (Flux, FluxConfig, Parser, denoise, find_model, flow_matching_loss, load_flux, model_defaults,
                         pick_device, pick_dtype, run_script)
-from metalora import DiskBank, MetaLoRA, apply_loras, find_targets, random_lomd
+from metalora import DiskBank, IdentityBank, MetaLoRA, apply_loras, find_targets, random_lomd
+from personalize import people_at_once, train
 
 MODELS = {                                                            # config, image tokens, text tokens
     "baby": (FluxConfig(vec_in_dim=64, context_in_dim=64, hidden_size=128, num_heads=4, depth=3,
@@ -168,6 +170,27 @@ def measure_mixing(flux: Flux, image_tokens: int, text_tokens: int, rank: int, s
            beside="  4 images of one")
 
 
+def measure_people(flux: Flux, count: int, text_tokens: int, rank: int, seconds: float) -> None:
+    """Times personalize.train on `count` people together, against one. Everybody has 15 random crops of five shapes."""
+    device, lomd, config = flux.img_in.weight.device, random_lomd(find_targets(flux), R1), flux.config
+    shapes = [(16, 16), (18, 14), (14, 18), (22, 12), (12, 22)]
+    people = [[torch.randn(2, 2, 16, *shape, device=device) for shape in shapes * 3] for _ in range(count)]
+    txt, y = (torch.randn(count, *size, device=device, dtype=flux.img_in.weight.dtype)
+              for size in ((text_tokens, config.context_in_dim), (config.vec_in_dim,)))
+    slots = min(count, people_at_once(flux, rank))
+
+    def trained(people, slots):
+        adapter = MetaLoRA(flux, rank, lomd=lomd, num_identities=0, slots=slots)
+        row = adapter.new_row(torch.Generator().manual_seed(0))
+        adapter.bank = IdentityBank(row.repeat(len(people), 1).to(device))
+        train(flux, adapter, people, txt, y, 8, 1e-4)
+        adapter.remove()
+    together, alone = interleave([lambda: trained(people, slots), lambda: trained(people[:1], 1)], device, seconds)
+    for what, times, n in ((f"{count} people, {slots} at once", together, count), ("  one alone", alone, 1)):
+        print(f"  {what:<24} {spread([value / 8 / n for value in times], 4):>30} s a step and person")
+    print(f"    {'one by one / together':<22} {spread([count * b / a for a, b in zip(together, alone)], 3):>30}     {len(alone)} pairs")
+
+
 def private_memory(device: torch.device) -> float:
     """MB: the peak on a GPU, else what this process holds by itself (Linux), its mapped files not counted."""
     if device.type == "cuda":
@@ -228,6 +251,7 @@ def bench(argv=None) -> None:
     add("--text-tokens", type=positive(int), help="text tokens (default: the model's usual)")
     add("--rank", type=positive(int), default=1, help="rank of the adapter (default: 1)")
     add("--identities", type=positive(int), nargs="+", metavar="N", help="memory of meta-training with N identities instead")
+    add("--people", type=positive(int), metavar="N", help="speed of personalising N people together instead")
     add("--threads", type=positive(int), help="CPU threads (default: torch's choice)")
     add("--device", help="cuda, mps or cpu (default: the best there is)")
     args = parser.parse_args(argv)
@@ -242,6 +266,9 @@ def bench(argv=None) -> None:
               f"{str(flux.img_in.weight.dtype)[6:]}")
         if args.identities:
             measure_bank(flux, args.rank, args.identities)
+            continue
+        if args.people:
+            measure_people(flux, args.people, args.text_tokens or text_tokens, args.rank, args.seconds)
             continue
         tokens = args.tokens or image_tokens, args.text_tokens or text_tokens
         measure(flux, *tokens, args.rank, args.seconds)

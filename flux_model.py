@@ -476,15 +476,17 @@ def sample_times(batch: int, generator: torch.Generator | None = None) -> Tensor
 
 
 def flow_matching_loss(flux: Flux, latent: Tensor, noise: Tensor, t: Tensor, txt: Tensor, y: Tensor,
-                       guidance: float | Tensor = 1.0) -> Tensor:
+                       guidance: float | Tensor = 1.0, weight: Tensor | None = None) -> Tensor:
     """Mean squared error of the velocity, in fp32, one value per image (B,).
 
-    latent and noise (B, 16, h, w), t (B,), txt (B, T, _), y (B, _). The network runs in its own dtype.
+    latent and noise (B, 16, h, w), t (B,), txt (B, T, _), y (B, _). The network runs in its own dtype. `weight`: of the
+    places, broadcast against the latent; it moves effort, and not what the best velocity is.
     """
     latent, noise = latent.float(), noise.float()
     at = t[:, None, None, None].float()
     predicted = velocity(flux, (1 - at) * latent + at * noise, t, txt, y, guidance)
-    return (predicted - (noise - latent)).square().mean(dim=(1, 2, 3))
+    error = (predicted - (noise - latent)).square()
+    return (error if weight is None else weight * error).mean(dim=(1, 2, 3))
 
 
 @torch.no_grad()
@@ -748,14 +750,14 @@ def quiet_transformers():
             logging.enable_progress_bar()
 
 
-def load_text_encoder(kind, folder: Path, dtype: torch.dtype) -> nn.Module:
-    """One text encoder, strictly: transformers itself fills what a file lacks with random weights and goes on."""
-    model, report = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, ignore_mismatched_sizes=True,
+def load_transformers_model(kind, folder: str | Path, dtype: torch.dtype, use_safetensors: bool | None = True) -> nn.Module:
+    """A model of transformers, strictly: it would itself fill what a file lacks with random weights and go on."""
+    model, report = kind.from_pretrained(folder, dtype=dtype, use_safetensors=use_safetensors, ignore_mismatched_sizes=True,
                                          output_loading_info=True)
     for problem in ("missing", "mismatched"):
         names = sorted(map(str, report[f"{problem}_keys"]))
         if names:
-            raise ValueError(f"{folder.name}/ does not fit its config.json: {len(names)} {problem} ({names[0]})")
+            raise ValueError(f"{Path(folder).name}/ does not fit its config.json: {len(names)} {problem} ({names[0]})")
     return model.eval()
 
 
@@ -766,8 +768,8 @@ class TextEncoders:
         self.device, self.max_length = device, max_length
         self.clip_tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
         self.t5_tokenizer = T5Tokenizer.from_pretrained(folder / "tokenizer_2")
-        self.clip = load_text_encoder(CLIPTextModel, folder / "text_encoder", dtype).to(device)
-        self.t5 = load_text_encoder(T5EncoderModel, folder / "text_encoder_2", dtype).to(device)
+        self.clip = load_transformers_model(CLIPTextModel, folder / "text_encoder", dtype).to(device)
+        self.t5 = load_transformers_model(T5EncoderModel, folder / "text_encoder_2", dtype).to(device)
 
     def tokenize(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """Token ids of CLIP (B, 77) and T5 (B, max_length). Longer prompts are cut at the end."""

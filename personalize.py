@@ -35,10 +35,10 @@ FLOOR = 512                                      # pixels; FLUX.1 was not made f
 
 
 class NotFinite(FloatingPointError):
-    """Training diverged at `iteration`, on the images of these indices."""
-    def __init__(self, iteration, images):
+    """Training of a person diverged at `iteration`, on the images of these indices."""
+    def __init__(self, iteration, images, person):
         super().__init__(f"the loss or its gradient is not finite at iteration {iteration}")
-        self.iteration, self.images = iteration, images
+        self.iteration, self.images, self.person = iteration, images, person
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -121,33 +121,71 @@ def epoch(latents, batch_size, generator):
     return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
 
 
-def train(flux, adapter, latents, txt, y, iters, lr, batch_size=1, seed=0, on_step=None):
-    """`iters` steps of flow matching on the adapter's first identity; the base stays as it is.
-
-    flux with `adapter` in it; latents from `encode`; txt (1, T, _) and y (1, _); all on one device. Every
-    random number comes from one CPU generator, and lr is constant, so a longer run begins as a shorter one.
-    on_step(iteration, loss) is called after each step, counted from 1. Raises NotFinite.
-    """
-    generator, batches = torch.Generator().manual_seed(seed), []
-    for iteration in range(1, iters + 1):
-        batches = batches or epoch(latents, batch_size, generator)
-        batch = batches.pop()
-        n = len(batch)
-        latent = torch.stack([draw(latents[i], generator) for i in batch])                    # (B, 16, h, w)
+def batches(latents, batch_size, seed):
+    """Endless training batches of one person, (image indices, latent (B, 16, h, w), noise, t (B,)), of one seed."""
+    generator, order = torch.Generator().manual_seed(seed), []
+    while True:
+        order = order or epoch(latents, batch_size, generator)
+        batch = order.pop()
+        latent = torch.stack([draw(latents[i], generator) for i in batch])
         noise = torch.randn(latent.shape, generator=generator).to(latent.device)
-        t = flux_model.sample_times(n, generator).to(latent.device)
+        yield batch, latent, noise, flux_model.sample_times(len(batch), generator).to(latent.device)
 
-        adapter.assign(torch.zeros(n, dtype=torch.long))
-        losses = flux_model.flow_matching_loss(
-            flux, latent, noise, t, txt.expand(n, -1, -1), y.expand(n, -1), guidance=1.0)               # (B,)
+
+def people_at_once(flux, rank):
+    """How many people together make the most of a step: each widens every layer by its rank.
+
+    Measured on the baby at ranks 1 to 16 (`bench.py --people 16`). A large model fills the machine with one.
+    """
+    small = sum(parameter.numel() for parameter in flux.parameters()) < 1e9
+    return max(1, round(16 / rank ** 0.5)) if small else 1
+
+
+def train(flux, adapter, people, txt, y, iters, lr, batch_size=1, seed=0, on_step=None):
+    """`iters` steps of flow matching for each row of the adapter; the base stays as it is.
+
+    flux with `adapter` in it; people: for each row what `encode` gave; txt (N, T, _) and y (N, _): one caption
+    for each. Every random number of a person comes from one CPU generator, and lr is constant, so a longer run
+    begins as a shorter one, and rows that have steps behind them go on where they were.
+    A person trains as if alone. But whose next batches have the same shape go through the network together, up
+    to `adapter.slots` people: nobody waits for anybody, so the most frequent shape goes first.
+    on_step(iteration, loss, person) is called after each step, counted from 1. Raises NotFinite.
+    """
+    streams = [batches(latents, batch_size, seed) for latents in people]
+    done, waiting = adapter.bank.steps.tolist(), {}
+    for person, stream in enumerate(streams):
+        for _ in range(done[person]):
+            next(stream)
+        if done[person] < iters:
+            waiting[person] = next(stream)
+    while waiting:
+        alike = collections.defaultdict(list)
+        for person in sorted(waiting, key=done.__getitem__):                          # who is behind goes first
+            alike[waiting[person][1].shape].append(person)
+        group = max(alike.values(), key=len)[:adapter.slots]
+        images, *tensors = zip(*(waiting[person] for person in group))
+        latent, noise, t = (torch.cat(parts).to(txt.device) for parts in tensors)                  # (B, 16, h, w), .., (B,)
+        rows = torch.tensor(group).repeat_interleave(len(images[0]))
+
+        adapter.assign(rows)
+        losses = flux_model.flow_matching_loss(flux, latent, noise, t, txt[rows], y[rows], guidance=1.0)       # (B,)
         losses.sum().backward()
+        of_person = losses.detach().view(len(group), -1).cpu()
         try:
             adapter.step(lr)
         except FloatingPointError:
-            bad = [i for i, loss in zip(batch, losses.tolist()) if not math.isfinite(loss)]
-            raise NotFinite(iteration, bad or batch) from None
+            at = next((i for i, own in enumerate(of_person) if not own.isfinite().all()), 0)
+            bad = [i for i, loss in zip(images[at], of_person[at].tolist()) if not math.isfinite(loss)]
+            raise NotFinite(done[group[at]] + 1, bad or images[at], group[at]) from None
+        for person in group:
+            done[person] += 1
+            if done[person] < iters:
+                waiting[person] = next(streams[person])
+            else:
+                del waiting[person]
         if on_step:
-            on_step(iteration, losses.mean().item())
+            for person, loss in zip(group, of_person.mean(dim=1).tolist()):
+                on_step(done[person], loss, person)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -286,7 +324,7 @@ def personalize(args):
             "augment": str(not args.no_augment).lower(), "model": Path(args.model).name, "lomd": lomd_name,
             "made_by": "personalize.py"})
 
-    def on_step(iteration, loss):
+    def on_step(iteration, loss, person):
         nonlocal done, smooth, memory
         done, smooth = iteration, loss if iteration == 1 else 0.95 * smooth + 0.05 * loss
         if args.device.type == "cuda":
@@ -298,7 +336,7 @@ def personalize(args):
 
     with tqdm(total=args.iters, desc="training", disable=None) as bar:
         try:
-            train(flux, adapter, latents, txt, y, args.iters, args.lr, args.batch_size, args.seed, on_step)
+            train(flux, adapter, [latents], txt, y, args.iters, args.lr, args.batch_size, args.seed, on_step)
         except NotFinite as error:
             crop = crops[error.images[0]]
             raise FloatingPointError(f"{error}, on {crop.photo} {crop.box}; a --lr below {args.lr:g} may "

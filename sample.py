@@ -38,22 +38,28 @@ def encode_prompts(folder, prompts, device, dtype):
 
 
 def sample_latents(flux, embeddings, jobs, width, height, steps, guidance, negative=None, true_cfg=1.0,
-                   on_step=None):
-    """Yields the latent (1, 16, height / 8, width / 8), fp32, of each (prompt, seed) in jobs, one by one.
+                   on_step=None, batch_size=1):
+    """Yields the latent (1, 16, height / 8, width / 8), fp32, of each (prompt, seed) in jobs, in their order.
 
     embeddings: of encode_prompts, with `negative` among them where true_cfg is not 1. width and height in
-    pixels, multiples of 16. FloatingPointError names the first picture that is not finite.
+    pixels, multiples of 16. A batch larger than 1 gives the same up to rounding, and pays for small models only.
+    FloatingPointError names the first picture that is not finite.
     """
     device = flux.img_in.weight.device
-    neg_txt, neg_y = (part.to(device) for part in embeddings[negative]) if true_cfg != 1.0 else (None, None)
-    for prompt, seed in jobs:
-        txt, y = (part.to(device) for part in embeddings[prompt])
-        latent = denoise(flux, get_noise(height, width, seed).to(device), txt, y, steps, guidance,
-                         neg_txt, neg_y, true_cfg, on_step)
-        if not latent.isfinite().all():
-            raise FloatingPointError(f"seed {seed} of {shorten(prompt)} gave values that are not finite; "
-                                     "a LoRA or --true-cfg may be too strong")
-        yield latent
+    for start in range(0, len(jobs), batch_size):
+        batch = jobs[start:start + batch_size]
+
+        def texts(prompts):
+            return (torch.cat(parts).to(device) for parts in zip(*(embeddings[prompt] for prompt in prompts)))
+        negatives = texts([negative] * len(batch)) if true_cfg != 1.0 else (None, None)
+        noise = torch.cat([get_noise(height, width, seed) for _, seed in batch]).to(device)
+        latents = denoise(flux, noise, *texts([prompt for prompt, _ in batch]), steps, guidance, *negatives,
+                          true_cfg, on_step)
+        for (prompt, seed), latent in zip(batch, latents):
+            if not latent.isfinite().all():
+                raise FloatingPointError(f"seed {seed} of {shorten(prompt)} gave values that are not finite; "
+                                         "a LoRA or --true-cfg may be too strong")
+            yield latent[None]
 
 
 @torch.no_grad()
@@ -178,6 +184,16 @@ def read_loras(files, config):
     return loras
 
 
+def name_prompts(prompts):
+    """For each prompt its first words, as part of a file name; no name twice."""
+    names = []
+    for prompt in prompts:
+        names.append(re.sub(r"[\W_]+", "-", prompt.lower())[:40].strip("-") or "prompt")
+        while names[-1] in names[:-1]:
+            names[-1] += "-2"
+    return names
+
+
 def plan_files(out, prompts, seeds):
     """Where each picture goes, by prompt and seed, and the grid (None for one picture). Writes nothing."""
     count = len(prompts) * len(seeds)
@@ -193,12 +209,7 @@ def plan_files(out, prompts, seeds):
         raise ValueError(f"--out {out}: {parent} is {'not writable' if parent.is_dir() else 'not a folder'}")
     if is_file:
         return [out], None
-    names = []
-    for prompt in prompts:
-        names.append(re.sub(r"[\W_]+", "-", prompt.lower())[:40].strip("-") or "prompt")
-        while names[-1] in names[:-1]:
-            names[-1] += "-2"
-    files = [out / f"{name}_{seed}.png" for name in names for seed in seeds]
+    files = [out / f"{name}_{seed}.png" for name in name_prompts(prompts) for seed in seeds]
     return files, out / "grid.png" if count > 1 else None
 
 

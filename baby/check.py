@@ -1,9 +1,11 @@
-"""How good is the baby? Samples captions it may have seen and faces it has not, and counts those with a face.
+"""How good is the baby? Samples captions it may have seen and faces it has not: how many show a face, and what was asked?
 
     python baby/check.py --out check.png
 
 One picture for each style and background (72), at seeds of their own. MTCNN, a detector trained on photographs of real
-people, says whether a sample shows a face; renders of test identities, through the autoencoder, are the ceiling.
+people, says whether a sample shows a face; the baby's own scorer (baby/metrics.py) picks its style among 6 and its
+background among 12. Renders of test identities, through the autoencoder, are the ceiling. And the face embedder tells
+test identities apart.
 """
 import argparse
 import sys
@@ -16,7 +18,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import faces  # noqa: E402
+from metrics import auc  # noqa: E402
 from flux_model import find_model, load_autoencoder, load_flux  # noqa: E402
+from eval_rfacesim import Judges  # noqa: E402
 from photos import find_faces, to_image, to_tensor  # noqa: E402
 from sample import decode_latent, encode_prompts, sample_latents  # noqa: E402
 
@@ -29,6 +33,30 @@ def scenes() -> list[tuple[str, dict, dict]]:
         scene = faces.scene(rng, style=style, background=background)
         cells.append((faces.caption(who, scene, rng), who, scene))
     return cells
+
+
+def named(judges: Judges, images: list, cells: list) -> tuple[np.ndarray, np.ndarray]:
+    """Whether the scorer names the style and the background of each picture, the other one and the gender given."""
+    pictures, right = judges.embed_images(images), []
+    for picture, (_, who, scene) in zip(pictures, cells):
+        hits = []
+        for kind, every in (("style", faces.STYLES), ("background", faces.BACKGROUNDS)):
+            own = [{"style": scene["style"], "background": scene["background"], kind: name} for name in every]
+            texts = [f"{faces.STYLES[o['style']]} of a {who['gender']} {faces.BACKGROUNDS[o['background']]}" for o in own]
+            hits.append(list(every)[int((judges.embed_texts(texts) @ picture).argmax())] == scene[kind])
+        right.append(hits)
+    return np.array(right).T
+
+
+def verification(judges: Judges, people: int = 100, pictures: int = 4) -> tuple[float, int]:
+    """AUC of "the same person?" over all pairs of photo-style pictures of test identities, and how many faces there were."""
+    first = faces.TEST.start + 2000
+    crops = [(p, judges.crop(Image.fromarray(faces.sample(first + p, i, style="photo")[0]))) for p in range(people) for i in range(pictures)]
+    who, found = zip(*((p, crop) for p, crop in crops if crop is not None))
+    embeddings, who = judges.embed(list(found)), np.array(who)
+    upper = np.triu_indices(len(who), 1)
+    cosines, same = (embeddings @ embeddings.T).numpy()[upper], (who[:, None] == who)[upper]
+    return auc(cosines[same], cosines[~same]), len(who)
 
 
 def main(argv=None) -> int:
@@ -57,6 +85,13 @@ def main(argv=None) -> int:
     for style, share in zip(faces.STYLES, found.mean(axis=2).T):
         print(f"{style:20} {share[0]:7.0%}  {share[1]:11.0%}  {share[2]:7.0%}")
     print(f"{'all':20} {found[0].mean():7.0%}  {found[1].mean():11.0%}  {found[2].mean():7.0%}   (n = {found[0].size} each)")
+    judges = Judges(args.model)
+    print(f"{'named by the scorer':20} renders  autoencoder  samples")
+    hits = np.array([named(judges, column, cells) for column in (renders, decoded, samples)]).mean(axis=2)
+    for kind, share in zip(("style", "background"), hits.T):
+        print(f"{kind:20} {share[0]:7.0%}  {share[1]:11.0%}  {share[2]:7.0%}")
+    area, count = verification(judges)
+    print(f"face embedder, 100 unseen people in {count} photos: verification AUC {area:.4f}")
     columns = len(faces.BACKGROUNDS)
     sheet = Image.new("RGB", (128 * columns, 128 * len(faces.STYLES)))
     for i, image in enumerate(samples):

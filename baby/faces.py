@@ -17,9 +17,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-# Seeds of identities, disjoint by purpose: pretraining, meta-training, choosing settings, final tests.
+# Seeds of identities, disjoint by purpose: pretraining, meta-training, choosing settings, final tests, and the networks
+# that judge (baby/metrics.py).
 BASE, META = range(0, 100_000), range(100_000, 110_000)
-CHOOSE, TEST = range(110_000, 111_000), range(111_000, 120_000)
+CHOOSE, TEST, METRIC = range(110_000, 111_000), range(111_000, 120_000), range(120_000, 140_000)
 
 STYLES = {"photo": "a photo", "pencil drawing": "a pencil drawing", "oil painting": "an oil painting",
           "pop art": "a pop art picture", "black and white": "a black and white photo",

@@ -61,7 +61,7 @@ def losses_of(person: int, lomd: dict, folder: Path, others: dict, rank: int, lr
             losses.append(flow_matching_loss(flux, **others).mean().item())
 
     look(0)
-    train(flux, adapter, latents, *shared["text"], STEPS[-1], lr, seed=seed, on_step=look)
+    train(flux, adapter, [latents], *shared["text"], STEPS[-1], lr, seed=seed, on_step=look)
     return losses
 
 

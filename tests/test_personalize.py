@@ -277,9 +277,9 @@ def overfit(folder, lomd, side, rank, lr, iters):
         return flux_model.flow_matching_loss(
             flux, clean, noise, t, txt.expand(16, -1, -1), y.expand(16, -1)).mean().item()
     before, seen = loss(), []
-    personalize.train(flux, adapter, latents, txt, y, iters, lr, on_step=lambda *step: seen.append(step))
+    personalize.train(flux, adapter, [latents], txt, y, iters, lr, on_step=lambda *step: seen.append(step))
     after = loss()
-    assert [i for i, _ in seen] == list(range(1, iters + 1)) and all(math.isfinite(x) for _, x in seen)
+    assert [i for i, _, _ in seen] == list(range(1, iters + 1)) and all(math.isfinite(x) for _, x, _ in seen)
     adapter.remove()                                                # the base is frozen
     assert all(torch.equal(value, base[name]) for name, value in flux.state_dict().items())
     return before, after

@@ -108,19 +108,32 @@ def test_guidance_moves_the_target_and_not_the_input(tiny, monkeypatch):
     captions = {shape: (run / "data" / f"{shape[0]}x{shape[1]}.txt").read_text().splitlines() for shape in pretrain.SHAPES}
     latents = {shape: load_file(run / "latents" / f"{shape[0]}x{shape[1]}.safetensors")["latents"] for shape in pretrain.SHAPES}
     chances = {shape: np.full(len(texts), 1 / len(texts)) for shape, texts in captions.items()}
-    x0, noise, t, text, guidance = pretrain.batch_of(0, latents, captions, chances)
+    face = {shape: torch.ones(len(texts), 1, shape[1] // 8, shape[0] // 8) for shape, texts in captions.items()}
+    x0, noise, t, text, guidance, weight = pretrain.batch_of(0, latents, face, captions, chances)
     at, seen = t[:, None, None, None], {}
-    monkeypatch.setattr(pretrain, "flow_matching_loss", lambda flux, x0, noise, t, txt, y, g: (
+    monkeypatch.setattr(pretrain, "flow_matching_loss", lambda flux, x0, noise, t, txt, y, g, w: (
         seen.update(x_t=(1 - at) * x0 + at * noise, target=noise - x0, flux=flux), torch.zeros(1))[1])
-    pretrain.loss_of(baby, (x0.clone(), noise.clone(), t, text, guidance), average, weak)
+    pretrain.loss_of(baby, (x0.clone(), noise.clone(), t, text, guidance, weight), average, weak)
     x_t = (1 - at) * x0 + at * noise
     assert torch.allclose(seen["x_t"], x_t, atol=1e-5) and seen["flux"] is baby.flux
     with torch.no_grad():
         good, bad = (pretrain.velocity(m.flux, x_t, t, *m.embed(text), torch.ones(len(t))) for m in (average, weak))
     wanted = noise - x0 + (guidance[:, None, None, None] - 1) / 2 * (good - bad)
     assert torch.allclose(seen["target"], wanted, atol=1e-4) and (guidance > 1).any() and (guidance == 1).any()
-    pretrain.loss_of(baby, (x0.clone(), noise.clone(), t, text, guidance))                                 # not guided
+    pretrain.loss_of(baby, (x0.clone(), noise.clone(), t, text, guidance, weight))                                 # not guided
     assert torch.equal(seen["target"], noise - x0)
+
+
+def test_the_weighted_part_of_a_picture_is_its_face():
+    """Recomputed from the seeds, without drawing again: skin is where the weight is, and the mean weight is 1."""
+    for index in range(8):
+        image, _ = pretrain.draw((index, 128, 128))
+        who, scene = pretrain.person_and_scene(index)
+        assert np.array_equal(faces.render(who, scene, 128, 128), image)
+        weight = pretrain.face_weights(128, 128, index, 1)[0, 0].float()
+        assert weight.mean().item() == pytest.approx(1, abs=1e-3) and weight.max() / weight.min() == pytest.approx(pretrain.FACE, rel=1e-3)
+        centre = faces.Pose(who, scene, 128, 128).centre
+        assert weight[int(centre[1] // 8), int(centre[0] // 8)] == weight.max() and weight[0, 0] == weight.min()
 
 
 def test_pictures_that_are_no_photos_are_told_by_their_captions():

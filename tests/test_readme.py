@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import eval_rfacesim
 import meta_train
 import personalize
 import sample
@@ -47,6 +48,8 @@ def test_commands_name_files_and_options_that_exist(command):
         sample.parse_arguments(arguments)
     elif script == "meta_train.py":
         meta_train.parse(arguments)
+    elif script == "eval_rfacesim.py":
+        eval_rfacesim.parse(arguments)
     elif script != "-m":
         shown = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True)
         assert shown.returncode == 0

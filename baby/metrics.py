@@ -1,0 +1,240 @@
+"""Trains what judges the baby: a face embedder and a text-image scorer, in place of InceptionResnetV1 and CLIP ViT-B/32.
+
+    python baby/metrics.py --run baby/run/metrics --out baby/checkpoint
+
+Stages, each skipped where its result is there:
+  pictures   20 of each of 1,500 METRIC identities, with captions; MTCNN cuts the faces out          -> run
+  embedder   eval_rfacesim's FaceEmbedder, by telling these people apart (CosFace)                   -> out/face_embedder.safetensors
+  scorer     transformers' CLIPModel, small, by matching pictures and captions                       -> out/scorer/
+METRIC people are nobody else: neither the baby nor LoMD was trained on them, and none is a test person. Both networks
+see what the baby's own pictures suffer from (blur, noise, shifted colours), so that they judge the face and not the
+rendering.
+
+Sources: "CosFace: Large Margin Cosine Loss for Deep Face Recognition" (Wang et al. 2018), "Learning Transferable Visual
+Models From Natural Language Supervision" (Radford et al. 2021); equal captions in a batch count as matches here.
+"""
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import faces  # noqa: E402
+from eval_rfacesim import FaceEmbedder  # noqa: E402
+from pretrain import cosine, save_whole  # noqa: E402
+
+SEED, PEOPLE, PICTURES, HELD_OUT = 0, 1_500, 20, 100               # HELD_OUT: METRIC people that only measure
+EMBEDDER_STEPS, EMBEDDER_BATCH, EMBEDDER_LR, SCALE, MARGIN = 4_000, 128, 2e-3, 24.0, 0.3
+SCORER_STEPS, SCORER_BATCH, SCORER_LR = 2_000, 128, 1e-3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def draw(person: int) -> tuple[np.ndarray, np.ndarray, list, list]:
+    """All pictures of a METRIC person: (n, 128, 128, 3), crops (n, 64, 64, 3), whether a face was found, captions."""
+    torch.set_num_threads(1)
+    from facenet_pytorch.models.utils.detect_face import crop_resize
+    images, crops, found, texts = [], [], [], []
+    for index in range(PICTURES):
+        size = 128 if index % 2 else 256
+        who, rng = faces.identity(faces.METRIC.start + person), np.random.default_rng([faces.METRIC.start + person, index, 1])
+        scene = faces.scene(rng)
+        image = Image.fromarray(faces.render(who, scene, size, size))
+        boxes, _ = detector().detect(image)
+        box = (0, 0, 0, 0) if boxes is None else boxes[0].clip(0, size).astype(int).tolist()
+        ok = box[2] - box[0] >= 8 and box[3] - box[1] >= 8
+        crop = crop_resize(image, box, FaceEmbedder.SIDE) if ok else Image.new("RGB", (FaceEmbedder.SIDE,) * 2)
+        images.append(np.asarray(image.resize((128, 128), Image.BOX)))
+        crops.append(np.asarray(crop))
+        found.append(bool(ok))
+        texts.append(describe(who, scene, rng))
+    return np.stack(images), np.stack(crops), found, texts
+
+
+def detector():
+    if not hasattr(detector, "mtcnn"):
+        from facenet_pytorch import MTCNN
+        detector.mtcnn = MTCNN()
+    return detector.mtcnn
+
+
+def describe(who: dict, scene: dict, rng: np.random.Generator) -> str:
+    """The caption, or now and then only a part of it: a scorer must also know what short prompts mean."""
+    text, chance = faces.caption(who, scene, rng), rng.random()
+    style, place = faces.STYLES[scene["style"]], faces.BACKGROUNDS[scene["background"]]
+    if chance < 0.15:
+        text = f"{style} of a {who['gender']} {place}"
+    elif chance < 0.25:
+        text = f"{style} of a {who['gender']} in a {scene['colour']} {scene['clothes']}"
+    elif chance < 0.3:
+        text = f"{style} of a {who['gender']}"
+    return text.replace(who["gender"], "person") if rng.random() < 0.2 else text
+
+
+def make_pictures(run: Path) -> dict:
+    path = run / "pictures.npz"
+    if not path.exists():
+        run.mkdir(parents=True, exist_ok=True)
+        with multiprocessing.get_context("spawn").Pool(initializer=faces.cv2.setNumThreads, initargs=(1,)) as pool:
+            parts = list(tqdm(pool.imap(draw, range(PEOPLE), 4), total=PEOPLE, desc="people"))
+        images, crops, found, texts = map(np.concatenate, zip(*parts))
+        np.savez(f"{path}.part.npz", images=images, crops=crops, found=found, texts=texts)
+        os.replace(f"{path}.part.npz", path)
+    with np.load(path) as file:
+        return {name: file[name] for name in file.files}
+
+
+def worsen(x: torch.Tensor, generator: torch.Generator, shift: float) -> torch.Tensor:
+    """(B, 3, H, W) in about [-1, 1]: shifted and scaled by up to `shift`, some blurred, with other contrast and noise."""
+    n, side = len(x), x.shape[-1]
+    u = lambda *shape: 2 * torch.rand(shape, generator=generator) - 1
+    zoom = 1 + shift * u(n)
+    theta = torch.zeros(n, 2, 3)
+    theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = zoom, zoom, shift * u(n, 2)
+    x = F.grid_sample(x, F.affine_grid(theta, x.shape, align_corners=False), padding_mode="reflection", align_corners=False)
+    small = side // 2 + int(torch.randint(side // 2, (), generator=generator))
+    blurred = F.interpolate(F.interpolate(x, size=small, mode="area"), size=side, mode="bilinear", align_corners=False)
+    x = torch.where(u(n, 1, 1, 1) > 0, blurred, x)
+    x = x * (1 + 0.15 * u(n, 1, 1, 1)) + 0.1 * u(n, 3, 1, 1)
+    return x + 0.04 * torch.rand((n, 1, 1, 1), generator=generator) * torch.randn(x.shape, generator=generator)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Face embedder
+
+
+def train_embedder(run: Path, out: Path, data: dict):
+    people = np.repeat(np.arange(PEOPLE), PICTURES)
+    train = np.flatnonzero(data["found"] & (people < PEOPLE - HELD_OUT))
+    torch.manual_seed(SEED)
+    model = FaceEmbedder()
+    classes = nn.Parameter(torch.randn(PEOPLE - HELD_OUT, FaceEmbedder.DIM) * 0.05)
+    optimizer = torch.optim.AdamW([*model.parameters(), classes], lr=EMBEDDER_LR, weight_decay=0.05)
+    bar, shown = tqdm(range(EMBEDDER_STEPS), desc="embedder", mininterval=5), 0.0
+    for step in bar:
+        rng, generator = np.random.default_rng([SEED, step, 5]), torch.Generator().manual_seed(step)
+        index = rng.choice(train, EMBEDDER_BATCH, replace=False)
+        x = (torch.from_numpy(data["crops"][index]).permute(0, 3, 1, 2).float() - 127.5) / 128
+        x = worsen(torch.where(torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5, x.flip(-1), x), generator, 0.08)
+        with torch.autocast("cpu", torch.bfloat16):
+            embedding = model(x)
+        cosines = embedding.float() @ F.normalize(classes, dim=1).T
+        label = torch.from_numpy(people[index])
+        margin = MARGIN * min(1.0, step / 1000)                    # at once it keeps a new network from starting
+        loss = F.cross_entropy(SCALE * (cosines - margin * F.one_hot(label, len(classes))), label)
+        optimizer.param_groups[0]["lr"] = EMBEDDER_LR * cosine(step, EMBEDDER_STEPS, 100)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        shown = loss.item() if not step else 0.98 * shown + 0.02 * loss.item()
+        if step % 500 == 499:
+            bar.write(f"step {step + 1}, loss {shown:.3f}, {verification(model, data)}")
+    save_whole({k: v.half() for k, v in model.state_dict().items() if v.is_floating_point()},
+               out / "face_embedder.safetensors", {"made_by": "baby/metrics.py"})
+
+
+@torch.no_grad()
+def verification(model: nn.Module, data: dict) -> str:
+    """Same person or not, by the cosine of two pictures: AUC over all pairs of the held-out people."""
+    rows = slice((PEOPLE - HELD_OUT) * PICTURES, None)
+    people, texts = np.repeat(np.arange(HELD_OUT), PICTURES), data["texts"][rows]
+    photo = np.array([("a photo of" in t or t.endswith("a photo")) and not t.endswith("at night") for t in texts])
+    model.eval()
+    x = (torch.from_numpy(data["crops"][rows]).permute(0, 3, 1, 2).float() - 127.5) / 128
+    embeddings = torch.cat([model(part) for part in x.split(256)]).numpy()
+    model.train()
+    words = []
+    for name, chosen in (("photo", data["found"][rows] & photo), ("all styles", data["found"][rows])):
+        e, p = embeddings[chosen], people[chosen]
+        cosines, same = (e @ e.T)[np.triu_indices(len(e), 1)], (p[:, None] == p)[np.triu_indices(len(e), 1)]
+        words.append(f"{name}: AUC {auc(cosines[same], cosines[~same]):.4f}, same {cosines[same].mean():.2f}, "
+                     f"different {cosines[~same].mean():.2f}")
+    return "; ".join(words)
+
+
+def auc(positive: np.ndarray, negative: np.ndarray) -> float:
+    """Chance that a positive is above a negative (Mann-Whitney)."""
+    ranks = np.searchsorted(np.sort(negative), positive, "left") + np.searchsorted(np.sort(negative), positive, "right")
+    return float(ranks.mean() / 2 / len(negative))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scorer
+
+
+def train_scorer(out: Path, data: dict):
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+    folder = out / "scorer"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+        shutil.copyfile(out / "tokenizer" / name, folder / name)
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    length, end = tokenizer.model_max_length, tokenizer.eos_token_id
+    config = CLIPConfig(
+        text_config=dict(vocab_size=len(tokenizer), hidden_size=96, intermediate_size=192, num_hidden_layers=2,
+                         num_attention_heads=4, max_position_embeddings=length, bos_token_id=tokenizer.bos_token_id,
+                         eos_token_id=end, pad_token_id=end),
+        vision_config=dict(hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+                           image_size=128, patch_size=16), projection_dim=64)
+    torch.manual_seed(SEED)
+    model = CLIPModel(config)
+    CLIPImageProcessor(size={"shortest_edge": 128}, crop_size={"height": 128, "width": 128}, image_mean=[0.5] * 3,
+                       image_std=[0.5] * 3).save_pretrained(folder)
+    ids = torch.tensor(tokenizer(data["texts"].tolist(), padding="max_length", truncation=True, max_length=length).input_ids)
+    ids = ids[:, :int((ids != end).sum(1).max()) + 1]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=SCORER_LR, betas=(0.9, 0.98), weight_decay=0.05)
+    train = (PEOPLE - HELD_OUT) * PICTURES
+    bar, shown = tqdm(range(SCORER_STEPS), desc="scorer", mininterval=5), 0.0
+    for step in bar:
+        rng, generator = np.random.default_rng([SEED, step, 6]), torch.Generator().manual_seed(step)
+        index = rng.choice(train, SCORER_BATCH, replace=False)
+        x = torch.from_numpy(data["images"][index]).permute(0, 3, 1, 2).float() / 127.5 - 1
+        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):          # as in pretrain.py
+            result = model(input_ids=ids[index], pixel_values=worsen(x, generator, 0.04))
+        logits = result.logits_per_image.float()
+        match = torch.from_numpy(data["texts"][index][:, None] == data["texts"][index]).float()
+        match = match / match.sum(1, keepdim=True)
+        loss = (F.cross_entropy(logits, match) + F.cross_entropy(logits.T, match)) / 2
+        optimizer.param_groups[0]["lr"] = SCORER_LR * cosine(step, SCORER_STEPS, 100)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(max=math.log(100))            # as CLIP does
+        shown = loss.item() if not step else 0.98 * shown + 0.02 * loss.item()
+        if step % 250 == 249:
+            bar.set_postfix(loss=f"{shown:.3f}", scale=f"{model.logit_scale.exp().item():.0f}", refresh=False)
+    model.half().save_pretrained(folder)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--run", type=Path, default=Path("baby/run/metrics"), help="pictures (2 GB)")
+    parser.add_argument("--out", type=Path, default=Path("baby/checkpoint"), help="the baby's folder")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    data = make_pictures(args.run)
+    if not (args.out / "face_embedder.safetensors").exists():
+        train_embedder(args.run, args.out, data)
+    if not (args.out / "scorer" / "model.safetensors").exists():
+        train_scorer(args.out, data)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,558 @@
+"""eval_rfacesim.py: the metric by hand, the judges against facenet-pytorch's own use, foreign pictures, the whole run."""
+import json
+import math
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import eval_rfacesim as ev
+import personalize
+from flux_model import find_model, load_autoencoder, load_flux, load_text_encoders
+from metalora import IdentityBank, MetaLoRA, load_lomd
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+BABY = find_model("baby")
+sys.path.insert(0, str(ROOT / "baby"))
+import faces  # noqa: E402
+
+
+def paint(path, colour, size=32):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (size, size), colour).save(path)
+    return path
+
+
+class GivenEmbeddings:
+    """Judges whose embedding and CLIP-T of a picture are written in its colour: (angle in degrees or 255, .., CLIP-T)."""
+    names = {"face": "given", "text": "given"}
+
+    def crop(self, image):
+        angle = image.getpixel((0, 0))[0]
+        return None if angle == 255 else torch.tensor(float(angle))
+
+    def embed(self, crops):
+        radians = torch.deg2rad(torch.stack([torch.zeros(()), *crops]))[1:]
+        return torch.stack([radians.cos(), radians.sin()], dim=1)
+
+    def match(self, images, texts):
+        return torch.tensor([image.getpixel((0, 0))[2] / 100 for image in images])
+
+
+@pytest.fixture
+def by_hand(tmp_path):
+    """Three identities, two prompts. Angles: reference, tests -> generated; 255 is no face. The third colour is 100 CLIP-T."""
+    world = {"anna": ((0, 60, 90), ((30, 20), (0, 40))), "bert": ((90, 30), ((90, 10), (255, 30))), "cleo": ((10, 10), ((70, 50), (10, 30)))}
+    for i, (name, (real, generated)) in enumerate(world.items()):
+        for j, angle in enumerate(real):                               # the second colour makes pictures differ
+            paint(tmp_path / "people" / name / f"{j}.png", (angle, j, i))
+        for j, (angle, clip) in enumerate(generated):
+            paint(tmp_path / "results" / "mine" / name / f"{j}_0.png", (angle, 100 + j, clip))
+    (tmp_path / "prompts.txt").write_text("one\ntwo\n")
+    return tmp_path
+
+
+def evaluated(root):
+    """rows and people of the folders in root, by GivenEmbeddings."""
+    judges, people = GivenEmbeddings(), ev.read_people([root / "people"])
+    prompts = ev.prompts_for(people, root / "prompts.txt", None)
+    pictures, _ = ev.find_pictures(root / "results", prompts)
+    real = ev.embed_real(judges, people)
+    rows = []
+    for person in people:
+        own = [p for p in pictures if p.person == person.name]
+        rows += ev.score(judges, real[person.name], own, root / "parts")[0]
+    return rows, people
+
+
+def test_the_metrics_equal_a_case_worked_out_by_hand(by_hand):
+    """cos 30 = .8660254, cos 60 = .5; R-FaceSim of anna: prompt one (cos(30-60) + cos(30-90)) / 2 = .6830127, prompt two
+    (cos 60 + cos 90) / 2 = .25; bert: cos(90-30) = .5, and no face; cleo: cos 60 = .5, and cos 0 = 1."""
+    rows, people = evaluated(by_hand)
+    a, b, c = (0.6830127 + 0.25) / 2, 0.5, (0.5 + 1) / 2
+    mean = (a + b + c) / 3
+    error = math.sqrt(((a - mean) ** 2 + (b - mean) ** 2 + (c - mean) ** 2) / 2 / 3)
+    found = ev.summarise(rows, people, "r_facesim")
+    assert found == {"mean": pytest.approx(mean, abs=2e-6), "error": pytest.approx(error, abs=2e-6), "identities": 3, "pictures": 5,
+                     "of": 6, "found": pytest.approx(5 / 6, abs=1e-6)}
+
+    strict = ev.summarise(rows, people, "r_facesim", no_face_as_zero=True)
+    mean = (a + b / 2 + c) / 3                                                   # bert: (.5 + 0) / 2
+    error = math.sqrt(((a - mean) ** 2 + (b / 2 - mean) ** 2 + (c - mean) ** 2) / 2 / 3)
+    assert strict == {"mean": pytest.approx(mean, abs=2e-6), "error": pytest.approx(error, abs=2e-6), "identities": 3, "pictures": 6,
+                      "of": 6, "found": pytest.approx(5 / 6, abs=1e-6)}
+
+    # FaceSim: anna cos(30 - 0), cos(0 - 0); bert cos(90 - 90); cleo cos(70 - 10), cos(10 - 10)
+    a, b, c = (0.8660254 + 1) / 2, 1.0, (0.5 + 1) / 2
+    assert ev.summarise(rows, people, "facesim")["mean"] == pytest.approx((a + b + c) / 3, abs=2e-6)
+    assert ev.summarise(rows, people, "facesim", True)["mean"] == pytest.approx((a + b / 2 + c) / 3, abs=2e-6)
+
+    # CLIP-T needs no face: anna .2, .4; bert .1, .3; cleo .5, .3
+    text = ev.summarise(rows, people, "clip_t", True)
+    assert text["mean"] == pytest.approx((0.3 + 0.2 + 0.4) / 3, abs=1e-6) and text["pictures"] == text["of"] == 6
+    assert text["error"] == pytest.approx(0.1 / math.sqrt(3), abs=1e-6)
+
+
+def test_a_person_of_whom_no_face_was_found_is_counted_out_or_zero(by_hand):
+    paint(by_hand / "results/mine/bert/0_0.png", (255, 0, 10))
+    rows, people = evaluated(by_hand)
+    assert ev.summarise(rows, people, "r_facesim")["identities"] == 2
+    strict = ev.summarise(rows, people, "r_facesim", no_face_as_zero=True)
+    assert strict["identities"] == 3 and strict["found"] == pytest.approx(4 / 6, abs=1e-6)
+
+
+def test_seeds_are_averaged_within_a_prompt_before_prompts(by_hand):
+    """Three seeds of one prompt weigh as much as the one seed of the other."""
+    paint(by_hand / "results/mine/cleo/0_1.png", (10, 50, 0))
+    paint(by_hand / "results/mine/cleo/0_2.png", (10, 51, 0))
+    rows, people = evaluated(by_hand)
+    own = [row for row in rows if row["identity"] == "cleo"]
+    assert ev.summarise(own, people, "r_facesim")["mean"] == pytest.approx(((0.5 + 1 + 1) / 3 + 1) / 2, abs=2e-6)
+
+
+@pytest.mark.parametrize("reference", ["first", "all"])
+def test_the_reference_is_never_among_the_test_pictures(by_hand, reference):
+    """What equals the reference and no other picture scores FaceSim 1 and R-FaceSim 0: with the reference among the tests it
+    would be above 0. And whichever is the reference, all others are tests."""
+    for name, angles in (("anna", (0, 90, 90)), ("bert", (90, 0)), ("cleo", (10, 100))):
+        for j, angle in enumerate(angles):
+            paint(by_hand / f"people/{name}/{j}.png", (angle, j, 0))
+        for j in range(2):
+            paint(by_hand / f"results/mine/{name}/{j}_0.png", (angles[0], 100 + j, 0))
+    people = ev.read_people([by_hand / "people"], reference)
+    for person in people:
+        every = set((by_hand / "people" / person.identity).glob("*.png"))
+        assert person.reference not in person.tests and {person.reference, *person.tests} == every
+        assert len(person.tests) == len(every) - 1
+    if reference == "first":
+        rows, people = evaluated(by_hand)
+        assert ev.summarise(rows, people, "facesim")["mean"] == pytest.approx(1, abs=1e-6)
+        assert ev.summarise(rows, people, "r_facesim")["mean"] == pytest.approx(0, abs=1e-6)
+    else:
+        assert sorted(p.name for p in people) == ["anna@0", "anna@1", "anna@2", "bert@0", "bert@1", "cleo@0", "cleo@1"]
+
+
+def test_a_copy_of_the_reference_among_the_tests_is_refused(by_hand):
+    shutil.copyfile(by_hand / "people/anna/0.png", by_hand / "people/anna/copy.png")
+    with pytest.raises(ValueError, match="copy.png is the same picture as 0.png"):
+        ev.read_people([by_hand / "people"])
+
+
+def test_with_every_reference_an_identity_still_counts_once():
+    people = [ev.Person(f"{name}@{i}", name, None, Path(f"{i}"), (Path("x"),)) for name in "ab" for i in range(3 if name == "a" else 1)]
+    rows = [{"identity": p.name, "number": 0, "seed": 0, "r_facesim": 0.2 if p.identity == "a" else 0.8} for p in people]
+    assert ev.summarise(rows, people, "r_facesim") == {
+        "mean": 0.5, "error": pytest.approx(0.3), "identities": 2, "pictures": 4, "of": 4, "found": 1.0}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders and prompts
+
+
+def test_layouts_genders_and_references(tmp_path):
+    for name, gender in (("anna", "female"), ("bert", "male")):
+        for i in range(3):
+            paint(tmp_path / "unsplash" / gender / name / f"{i}.png", (i, 1, len(name)))
+    (tmp_path / "unsplash/male/bert/1.png").rename(tmp_path / "unsplash/male/bert/reference.png")
+    for i in range(2):
+        paint(tmp_path / "ffhq" / "man" / f"{i:05d}.png", (50 + i, 0, 0))
+    people = ev.read_people([tmp_path / "unsplash", tmp_path / "ffhq"])
+    assert [(p.name, p.gender, p.reference.name, len(p.tests)) for p in people] == [
+        ("anna", "woman", "0.png", 2), ("bert", "man", "reference.png", 2), ("00000", "man", "00000.png", 0), ("00001", "man", "00001.png", 0)]
+    prompts = ev.prompts_for(people, None, None)
+    assert len(prompts["anna"]) == 10 and prompts["anna"][1].startswith("A woman in a casual outfit") and " her eyes " in prompts["anna"][1]
+    assert len(prompts["00000"]) == 40 and sum(text is not None for text in prompts["00000"]) == 20
+    assert prompts["bert"][8].endswith("as he looks at the camera.")
+
+
+def test_meta_phd_is_the_papers_tables():
+    ffhq, unsplash = (ev.read_prompts(ROOT / "meta_phd" / f"{part}.txt") for part in ("ffhq", "unsplash"))
+    for gender in ("man", "woman"):
+        own = [text for text in (ev.fill(prompt, gender) for prompt in ffhq) if text]
+        assert len(own) == 20 and all(gender in text.split(",")[0].split() or gender == "man" and "man" in text for text in own)
+        for prompt in unsplash:
+            assert "[" not in ev.fill(prompt, gender)
+    assert len(ffhq) == 40 and len(unsplash) == 10 and all("[man/woman]" in prompt for prompt in unsplash)
+    quoted = json.loads((ROOT / "meta_phd" / "published.json").read_text())
+    assert quoted["table 4"][-1] == {"method": "Meta-LoRA", "base": "FLUX.1-dev", "facesim": 79.45, "r_facesim": 77.16, "difference": -2.9}
+
+
+def test_captions_tell_the_gender_and_a_slot_without_one_is_refused(tmp_path):
+    for i in range(2):
+        paint(tmp_path / "anna" / f"{i}.png", (i, 0, 0))
+    person, = ev.read_people([tmp_path])
+    assert person.gender is None
+    with pytest.raises(ValueError, match="depends on the gender"):
+        ev.fill("a [man/woman]", person.gender)
+    (tmp_path / "anna/1.txt").write_text("A photo of a woman on a beach\n")
+    assert ev.read_people([tmp_path])[0].gender == "woman" and ev.fill("a [man/woman]", "woman") == "a woman"
+    assert ev.read_people([tmp_path], gender="man")[0].gender == "woman"              # what the caption says is nearer
+    assert ev.fill("man: a man", "woman") is None and ev.fill("woman: a [b/c]", "woman") == "a c"
+    assert ev.fill("5:00 in the morning", None) == "5:00 in the morning"
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda d: (d / "anna/1.png").write_bytes(b"no"), "1.png is not a picture"),
+    (lambda d: (d / "anna/1.png").unlink(), "has 1 pictures"),
+    (lambda d: paint(d / "loose.png", "red"), "holds both"),
+    (lambda d: shutil.rmtree(d / "anna"), "holds neither"),
+    (lambda d: paint(d / "man/bob/1.png", "red"), "by gender, or none")])
+def test_bad_folders_are_refused_by_name(tmp_path, damage, message):
+    for i in range(2):
+        paint(tmp_path / "d" / "anna" / f"{i}.png", (i, 0, 0))
+    damage(tmp_path / "d")
+    with pytest.raises(ValueError, match=message):
+        ev.read_people([tmp_path / "d"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Judges
+
+
+@pytest.fixture(scope="module")
+def inception(tmp_path_factory):
+    """An InceptionResnetV1 of random weights, as facenet-pytorch's own file has them, with the classifier's."""
+    from facenet_pytorch import InceptionResnetV1
+    torch.manual_seed(1)
+    model = InceptionResnetV1(pretrained=None).eval()
+    path = tmp_path_factory.mktemp("inception") / "weights.pt"
+    torch.save(model.state_dict() | {"logits.weight": torch.zeros(2, 512), "logits.bias": torch.zeros(2)}, path)
+    return model, path
+
+
+@pytest.mark.skipif(not (SHARED / "photos").is_dir(), reason="the photos are not here")
+def test_crops_and_embeddings_equal_facenet_pytorchs_own_use(inception):
+    from facenet_pytorch import MTCNN
+    model, path = inception
+    judges = ev.Judges(face_weights=path, clip=str(BABY / "scorer"))
+    detector, files = MTCNN(image_size=160, margin=0), sorted((SHARED / "photos").rglob("*.[jp][pn]g"))
+    assert len(files) >= 1
+    own = [detector(Image.open(file).convert("RGB")) for file in files]
+    crops = [judges.crop(ev.photos.read_photo(file)) for file in files]
+    assert all(torch.equal(a, b) for a, b in zip(own, crops)) and crops[0].shape == (3, 160, 160)
+    with torch.no_grad():
+        expected = torch.stack([model(crop[None])[0] for crop in own])
+    assert torch.allclose(judges.embed(crops), expected, atol=1e-6)
+    assert (expected[0] - expected[-1]).abs().max() > 1e-3 or len(files) == 1      # random weights tell them apart all the same
+
+
+def drawn(count, size=128, start=faces.METRIC.stop - 200):
+    return [Image.fromarray(faces.sample(start + i, 0, size, size, style="photo", yaw=0)[0]) for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def baby_judges():
+    return ev.Judges("baby")
+
+
+def test_scoring_in_batches_equals_one_by_one(baby_judges):
+    images = drawn(35)                                                       # more than a batch of 32
+    crops, texts = [baby_judges.crop(image) for image in images], [f"a photo of a {'wo' * (i % 2)}man" for i in range(35)]
+    assert all(crop is not None for crop in crops)
+    together, alone = baby_judges.embed(crops), torch.cat([baby_judges.embed([crop]) for crop in crops])
+    assert together.shape == (35, 128) and (together - alone).abs().max() < 1e-5
+    assert torch.allclose(together.norm(dim=1), torch.ones(35), atol=1e-5)
+    match, single = baby_judges.match(images, texts), torch.cat([baby_judges.match([i], [t]) for i, t in zip(images, texts)])
+    assert match.shape == (35,) and (match - single).abs().max() < 1e-5
+
+
+def test_the_babys_judges_know_people_and_words(baby_judges):
+    """On people they never saw: two pictures of one are nearer than those of two, and captions fit their own picture."""
+    people = range(faces.TEST.start + 900, faces.TEST.start + 920)
+    pairs = [[faces.sample(p, i, style="photo") for i in range(2)] for p in people]
+    crops = [[baby_judges.crop(Image.fromarray(image)) for image, _ in pair] for pair in pairs]
+    first, second = (baby_judges.embed([crop[i] for crop in crops if None not in crop]) for i in range(2))
+    cosines = first @ second.T
+    same, different = cosines.diagonal(), cosines[~torch.eye(len(cosines), dtype=bool)]
+    assert len(first) >= 18 and (same[:, None] > different).float().mean() > 0.97            # AUC
+    images, texts = zip(*((Image.fromarray(image), text) for pair in pairs for image, text in pair[:1]))
+    grid = torch.stack([baby_judges.match(list(images), [text] * len(images)) for text in texts], dim=1)
+    assert (grid.argmax(dim=1) == torch.arange(len(texts))).float().mean() > 0.8
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda p: torch.save({"model": torch.nn.Linear(2, 2)}, p), "no file of weights"),             # a pickle with code
+    (lambda p: torch.save({"last_bn.weight": torch.zeros(3)}, p), "does not fit InceptionResnetV1"),
+    (lambda p: torch.save([1], p), "no state dict"), (lambda p: p.write_bytes(b"torn"), "no file of weights")])
+def test_face_weights_that_are_none_are_refused_in_one_line(tmp_path, make, message):
+    make(tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match=message) as error:
+        ev.load_face_embedder(None, tmp_path / "weights.pt")
+    assert "\n" not in str(error.value)
+
+
+def test_missing_weights_say_in_one_line_what_to_do(tmp_path, monkeypatch, inception):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+
+    def offline(*_, **__):
+        raise OSError("no route to host")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    with pytest.raises(ValueError, match=r"--face-weights; --model baby needs neither$"):
+        ev.Judges()
+    (tmp_path / "checkpoints").mkdir(exist_ok=True)                                # as facenet-pytorch caches it
+    shutil.copyfile(inception[1], tmp_path / "checkpoints" / ev.INCEPTION.rpartition("/")[2])
+    with pytest.raises(ValueError, match=r"^CLIP cannot be loaded .*--clip; --model baby needs neither$"):
+        ev.Judges()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures of another method
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory):
+    """Four drawn people of three pictures each, frontal."""
+    folder = tmp_path_factory.mktemp("eval") / "people"
+    for p in range(4):
+        for i in range(3):
+            image, caption = faces.sample(faces.METRIC.stop - 100 + p, i, 192, 192, style="photo", yaw=8.0 * (i - 1))
+            (folder / f"p{p}").mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(folder / f"p{p}" / f"{i}.png")
+            (folder / f"p{p}" / f"{i}.txt").write_text(caption)
+    return folder
+
+
+def run(*words):
+    return ev.main([str(word) for word in words])
+
+
+def test_a_foreign_methods_folder_makes_a_row_and_each_fault_is_reported(people, tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a photo of a [man/woman]\na pencil drawing of a [man/woman], smiling\n")
+    results = tmp_path / "results"
+    for p in range(4):
+        gender = ev.read_people([people])[p].gender
+        for name in ("0_0", f"a-pencil-drawing-of-a-{gender}-smiling_0"):                  # numbers, and sample.py's names
+            path = results / "Other" / f"p{p}" / f"{name}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(people / f"p{p}" / "1.png", path)
+    base = ["--data", people, "--images", results, "--prompts", prompts, "--model", "baby", "--out", tmp_path / "report"]
+    assert run(*base) == 0
+    out, err = capsys.readouterr()
+    assert err.count("note:") == 0 and "| Other | – | " in out and "4, 8 of 8" in out
+    scores = json.loads((tmp_path / "report" / "scores.json").read_text())
+    assert len(scores["pictures"]) == 8 and scores["methods"][0]["facesim"]["mean"] > 0.3 and not scores["problems"]
+
+    (results / "Other/p0/wrong name.png").write_bytes(b"x")
+    (results / "Other/p0/9_0.png").write_bytes(b"x")
+    (results / "Other/p0/notes.txt").write_text("x")
+    (results / "Other/p1/0_0.png").write_bytes(b"torn")
+    (results / "Other/p2/0_0.png").unlink()
+    shutil.copyfile(people / "p3/2.png", results / "Other/p3/00_0.png")
+    paint(results / "Other/nobody/0_0.png", "red")
+    paint(results / "grid.png", "red")
+    assert run(*base) == 0
+    out, err = capsys.readouterr()
+    notes = [line for line in err.splitlines() if line.startswith("note: ")]
+    for words in ("wrong name.png is not scored: its name", "9_0.png is not scored: 9 is no prompt", "notes.txt is not scored",
+                  "not scored: " + str(results / "Other/p1/0_0.png"), "1 of 2 pictures of p2 are missing, the first is prompt 0, seed 0",
+                  "is the same prompt and seed", "nobody is not scored: no identity", "grid.png is not scored: it is not in a method"):
+        assert sum(words in line for line in notes) == 1, words
+    assert len(notes) == 8 and "4, 6 of 6" in out
+    assert json.loads((tmp_path / "report" / "scores.json").read_text())["problems"] == [n.removeprefix("note: ") for n in notes]
+
+    assert run(*base, "--seeds", "2") == 0                               # now everybody's second seed is missing too
+    assert "3 of 4 pictures of p2 are missing" in capsys.readouterr().err
+
+
+def test_a_json_list_gives_the_same_scores_as_the_folder(people, tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a photo of a person\n")
+    entries = []
+    for p in range(4):
+        for method in ("A", "B"):
+            path = tmp_path / "results" / method / f"p{p}" / "0_3.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(people / f"p{p if method == 'A' else 3 - p}" / "2.png", path)
+            entries.append({"method": method, "identity": f"p{p}", "prompt": "a photo of a person", "seed": 3,
+                            "path": f"results/{method}/p{p}/0_3.png"})
+    (tmp_path / "list.json").write_text(json.dumps(entries))
+    base = ["--data", people, "--model", "baby"]
+    assert run(*base, "--images", tmp_path / "results", "--prompts", prompts, "--out", tmp_path / "a") == 0
+    assert run(*base, "--images", tmp_path / "list.json", "--out", tmp_path / "b") == 0
+    a, b = (json.loads((tmp_path / name / "scores.json").read_text()) for name in "ab")
+    key = lambda row: (row["method"], row["identity"])
+    assert sorted(a["pictures"], key=key) == sorted(b["pictures"], key=key) and len(a["pictures"]) == 8
+    of = {m["label"]: m["r_facesim"]["mean"] for m in a["methods"]}
+    assert of["A"] > of["B"] + 0.2                                           # pictures of other people are no likeness
+    (tmp_path / "list.json").write_text('[{"method": "A"}]')
+    assert run(*base, "--images", tmp_path / "list.json", "--out", tmp_path / "c") == 2
+    assert "is no list of pictures" in capsys.readouterr().err
+
+
+def test_real_pictures_without_a_face_are_an_error_that_names_each(people, tmp_path, capsys):
+    shutil.copytree(people, tmp_path / "people")
+    for p in range(2):
+        paint(tmp_path / "people" / f"p{p}" / "empty.png", "blue", 128)
+    paint(tmp_path / "results/A/p0/0_0.png", "red", 128)
+    assert run("--data", tmp_path / "people", "--images", tmp_path / "results", "--model", "baby", "--out", tmp_path / "r") == 2
+    err = capsys.readouterr().err
+    assert "p0/empty.png" in err and "p1/empty.png" in err and "Traceback" not in err and not (tmp_path / "r").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole run
+
+
+BASE = ["--model", "baby", "--steps", "2", "--seeds", "1"]
+
+
+@pytest.fixture(scope="module")
+def prompts_file(people):
+    path = people.parent / "prompts.txt"
+    path.write_text("a photo of a [man/woman] on a beach\na pencil drawing of a [man/woman]\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(people, prompts_file):
+    """A run in one go: two methods and the floor, two ranks, two iteration counts."""
+    out = people.parent / "whole"
+    words = [*BASE, "--data", people, "--prompts", prompts_file, "--methods", "meta-lora", "lora", "none", "--ranks", "1", "2",
+             "--iters", "2", "3", "--lr", "1e-2", "lora=5e-3"]
+    assert run(*words, "--out", out) == 0
+    return words, out
+
+
+def test_the_whole_run_writes_everything(whole, capsys):
+    words, out = whole
+    scores = json.loads((out / "scores.json").read_text())
+    assert [m["label"] for m in scores["methods"]] == [f"{m}_r{r}_i{i}" for m in ("meta-lora", "lora") for r in (1, 2) for i in (2, 3)] + ["none"]
+    assert len(scores["pictures"]) == 9 * 4 * 2 and scores["settings"]["learning rates"]["lora"] == 5e-3
+    assert scores["settings"]["learning rates"]["meta-lora"] == 1e-2
+    for row in scores["pictures"]:
+        assert set(row) == {"method", "identity", "prompt", "number", "seed", "clip_t", "r_facesim", "facesim"}
+    for name in ("scores.png", "ranks.png", "sheet_seeds.png", "tables.md"):
+        assert (out / name).stat().st_size > 1000, name
+    assert sorted(p.name for p in out.glob("sheet_*.png")) == ["sheet_man.png", "sheet_seeds.png", "sheet_woman.png"] or \
+        len({p["gender"] for p in scores["people"].values()}) == 1
+    text = (out / "tables.md").read_text()
+    assert "| Rank-1 Meta-LoRA, 2 iterations | checkpoint |" in text or "| Rank-1 Meta-LoRA, 2 iterations | baby |" in text
+    assert text.count("no LoRA") == 2 and "the reference photo itself" in text
+    # its own pictures score the same when they come in as finished ones
+    assert run("--data", words[words.index("--data") + 1], "--images", out / "images", "--prompts", words[words.index("--prompts") + 1],
+               "--model", "baby", "--out", out.parent / "again") == 0
+    again = json.loads((out.parent / "again" / "scores.json").read_text())
+    key = lambda row: (row["method"], row["identity"], row["number"], row["seed"])
+    assert sorted(again["pictures"], key=key) == sorted(scores["pictures"], key=key)
+
+
+class Killed(Exception):
+    pass
+
+
+def dies_at(monkeypatch, owner, name, call):
+    """The `call`-th call of owner.name raises, as a kill would end the process there."""
+    real, count = getattr(owner, name), [0]
+
+    def wrapper(*args, **kwargs):
+        count[0] += 1
+        if count[0] == call:
+            raise Killed(f"{name} {call}")
+        return real(*args, **kwargs)
+    monkeypatch.setattr(owner, name, wrapper)
+
+
+def test_interrupted_anywhere_and_continued_gives_the_same_scores(whole, monkeypatch):
+    """Hit in training, while LoRAs are written, between the pictures of a batch, in scoring: each time the same command goes
+    on, and at the end every file that counts is the same as in one go. Nothing that is there is made again."""
+    words, one_go = whole
+    out, made = one_go.parent / "in pieces", {}
+    for owner, name, call in ((personalize.flux_model, "flow_matching_loss", 3), (ev, "save_lora", 2), (ev, "save_file", 1),
+                              (ev, "save_lora", 9), (ev, "save_png", 2), (ev, "save_png", 6), (ev, "sample_latents", 9),
+                              (ev.Judges, "match", 5), (ev, "figures", 1)):
+        with monkeypatch.context() as patch:
+            dies_at(patch, owner, name, call)
+            with pytest.raises(Killed):
+                run(*words, "--out", out)
+        for path in out.rglob("*.png"):
+            assert made.setdefault(path, path.read_bytes()) == path.read_bytes()
+    assert run(*words, "--out", out) == 0
+    assert (out / "scores.json").read_bytes() == (one_go / "scores.json").read_bytes()
+    for path in one_go.rglob("*"):
+        if path.suffix in (".safetensors", ".png"):
+            assert path.read_bytes() == (out / path.relative_to(one_go)).read_bytes(), path
+
+
+def test_ctrl_c_saves_the_training_and_the_same_command_goes_on(whole, monkeypatch, tmp_path):
+    import signal
+    words, one_go = whole
+    words = words[:words.index("--methods")] + ["--methods", "meta-lora", "--iters", "3", "--lr", "1e-2"]
+    real, calls = ev.personalize.flux_model.flow_matching_loss, []
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*args, **kwargs)
+    monkeypatch.setattr(personalize.flux_model, "flow_matching_loss", counted)
+    assert run(*words, "--out", tmp_path / "r") == 130
+    steps = load_file(tmp_path / "r/state/meta-lora_r1.safetensors")["steps"]
+    first = len(calls)
+    assert 0 < steps.sum() < 12
+    assert run(*words, "--out", tmp_path / "r") == 0
+    for p in range(4):
+        same = [folder / "loras/meta-lora_r1_i3" / f"p{p}.safetensors" for folder in (tmp_path / "r", one_go)]
+        assert same[0].read_bytes() == same[1].read_bytes()
+    assert 4 * 3 - steps.sum() >= len(calls) - first                      # steps that were saved are not taken again
+
+
+def test_more_is_added_and_other_settings_are_refused(whole, monkeypatch, tmp_path, capsys):
+    words, one_go = whole
+    shutil.copytree(one_go, tmp_path / "r")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "r").rglob("*.png") if path.parent.parent.parent.name == "images"}
+    more = [word if word != "1" or words[i - 1] != "--seeds" else "2" for i, word in enumerate(words)]
+    more[more.index("3")] = "4"                                               # iterations 2 and 4 instead of 2 and 3
+    assert run(*more, "--out", tmp_path / "r") == 0
+    scores = json.loads((tmp_path / "r" / "scores.json").read_text())
+    assert len(scores["pictures"]) == 9 * 4 * 2 * 2 and {m["iterations"] for m in scores["methods"]} == {0, 2, 4}
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items()) and len(before) == 72
+    capsys.readouterr()
+    for option, value, said in (("--steps", "3", "steps: it was 2 and is 3"), ("--seed", "1", "seed"), ("--resolution", "96", "resolution")):
+        assert run(*words, option, value, "--out", tmp_path / "r") == 2
+        assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["meta-lora", "lora"])
+def test_people_trained_together_equal_those_trained_one_by_one(people, method):
+    """The same LoRAs to fp32 rounding, with crops of several shapes and of different numbers; together in fewer passes."""
+    lomd = load_lomd(BABY / "lomd.safetensors")[0] if method == "meta-lora" else None
+    autoencoder = load_autoencoder(BABY, dtype=torch.float32)
+    references = [p.reference for p in ev.read_people([people])]
+    latents = [personalize.encode(autoencoder, [c.picture for c in personalize.load_crops([r], [128])])[:9 + 2 * i]
+               for i, r in enumerate(references)]
+    assert len({latent.shape for latent in latents[0]}) > 2 and len({len(own) for own in latents}) > 1
+    txt, y = load_text_encoders(BABY, dtype=torch.float32).encode(["a photo of a man", "a photo of a woman"] * 2)
+    flux, iters, passes = load_flux(BABY, dtype=torch.float32), 12, []
+
+    def trained(people, slots):
+        adapter = MetaLoRA(flux, 2, method, lomd, num_identities=0, slots=slots)
+        adapter.bank = IdentityBank(adapter.new_row(torch.Generator().manual_seed(0)).repeat(len(people), 1))
+        assign = adapter.assign
+        adapter.assign = lambda ids: (passes.append(len(ids)), assign(ids))
+        personalize.train(flux, adapter, [latents[p] for p in people], txt[people], y[people], iters, 5e-3, seed=0)
+        assert adapter.bank.steps.tolist() == [iters] * len(people)
+        updates = [torch.cat([(B @ A).flatten() for A, B in adapter.collapse(i).values()]) for i in range(len(people))]
+        adapter.remove()
+        return updates
+    together = trained([0, 1, 2, 3], 3)
+    assert max(passes) == 3 and len(passes) < 4 * iters * 0.75 and sum(passes) == 4 * iters
+    for person, update in enumerate(together):
+        alone, = trained([person], 1)
+        assert ((update - alone).norm() / alone.norm()).item() < 1e-4
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--lr", "lora2=1"], "no method 'lora2'"), (["--lr", "x"], "is no number"), (["--lr", "-1"], "positive"), (["--size", "100"], "multiples of 16"),
+    (["--methods", "dreambooth"], "invalid choice"), (["--images", "nowhere"], "no such folder or list"), (["--prompts", "nowhere"], "cannot be read")])
+def test_bad_words_end_in_one_line(people, tmp_path, capsys, words, said):
+    assert run("--data", people, "--model", "baby", "--out", tmp_path / "r", *words) == 2
+    err = capsys.readouterr().err.strip()
+    assert said in err and "\n" not in err and not (tmp_path / "r").exists()
