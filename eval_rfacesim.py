@@ -749,18 +749,17 @@ def figures(methods: list[dict], quoted: dict | None, out: Path):
         for metric, axes in panels.items():
             if trained:
                 lowest = min(p["rank"] for p in points)
-                line_of(axes, [p for p in points if p["rank"] == lowest], metric, color=colours[method],
-                        label=f"{label}, rank {lowest}")
+                line_of(axes, [p for p in points if p["rank"] == lowest], metric, color=colours[method])
             else:
-                axes.axhline(100 * points[0][metric]["mean"], color=colours[method], linestyle="--", label=label)
+                axes.axhline(100 * points[0][metric]["mean"], color=colours[method], linestyle="--")
     for i, row in enumerate(quoted["table 5"] if quoted else []):
         plane.scatter(row["clip_t"], row["r_facesim"], marker=f"${i + 1}$", color="grey",
                       label=f"quoted: {row['method']}, {row['base']}")
     plane.set(xlabel=names["clip_t"], ylabel=names["r_facesim"], title="each rank (size of the dot) and number of iterations")
     for metric, axes in panels.items():
         axes.set(ylabel=names[metric], xlabel="iterations" if metric == "clip_t" else "")
-    plane.legend(fontsize=8)
-    upper.legend(fontsize=8)
+    upper.set(title="the lowest rank")
+    figure.legend(*plane.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     save_figure(figure, out / "scores.png")
     ranks = sorted({p["rank"] for points in by_method.values() for p in points if p["rank"]})
     if not ranks:
@@ -776,7 +775,7 @@ def figures(methods: list[dict], quoted: dict | None, out: Path):
         axes[1, column].set(xlabel="iterations")
     for row, metric in enumerate(names):
         axes[row, 0].set(ylabel=names[metric])
-    axes[0, 0].legend(fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     save_figure(figure, out / "ranks.png")
 
 

@@ -64,3 +64,10 @@ def test_memory_does_not_grow_with_the_identities_of_a_run(monkeypatch, capsys):
     (small, before), (large, after) = [tuple(map(float, line)) for line in lines]
     assert large == pytest.approx(10 * small, rel=0.03) and small > 1
     assert after - before < 0.1 * (large - small)
+
+
+def test_people_together_against_one_by_one(monkeypatch, capsys):
+    monkeypatch.setitem(bench.MODELS, "mid", (TINY, 15, 7))
+    assert bench.main(["--model", "mid", "--device", "cpu", "--people", "3", "--rank", "2", "--seconds", "0.001"]) == 0
+    out = capsys.readouterr().out
+    assert "3 people, 3 at once" in out and "one alone" in out and out.count(" to ") == 3 and "3 pairs" in out

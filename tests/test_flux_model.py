@@ -260,6 +260,10 @@ def test_flow_matching_loss():
     error = torch.tensor([0.5, -2.0, 3.0])[:, None, None]
     assert flow_matching_loss(Oracle(picture, error), picture, noise, t, *text).tolist() == \
         pytest.approx([0.25, 4.0, 9.0], rel=1e-4)
+    weight = torch.zeros(3, 1, 6, 4)
+    weight[:, :, 0] = 3.0                                                                # a sixth of the places, three times
+    assert flow_matching_loss(Oracle(picture, error), picture, noise, t, *text, weight=weight).tolist() == \
+        pytest.approx([0.125, 2.0, 4.5], rel=1e-4)
     backwards = flow_matching_loss(Oracle(noise), picture, noise, t, *text)             # x_0 and noise exchanged
     assert (backwards > 1).all()
 

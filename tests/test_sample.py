@@ -177,6 +177,18 @@ def test_lora_is_its_update():
     assert np.abs(difference).max() <= 1
 
 
+def test_a_batch_gives_what_each_picture_gives_alone():
+    """In the order of the jobs, with a rest that fills no batch; the negative prompt goes along."""
+    flux = flux_model.load_flux(HUB, "cpu", torch.float32)
+    jobs = [("a cat", 0), ("a dog", 0), ("a cat", 3)]
+    embeddings = sample.encode_prompts(HUB, ["a cat", "a dog", ""], "cpu", torch.float32)
+    rest = (flux, embeddings, jobs, 48, 32, 2, 3.5, "", 2.0)
+    alone, together = list(sample.sample_latents(*rest)), list(sample.sample_latents(*rest, batch_size=2))
+    assert len(together) == 3 and all(a.shape == b.shape == (1, 16, 4, 6) for a, b in zip(alone, together))
+    assert all((a - b).norm() < 1e-5 * a.norm() for a, b in zip(alone, together))
+    assert (alone[0] - alone[1]).norm() > 1e-4 * alone[0].norm()
+
+
 BAD = {
     "no prompt": [],
     "empty prompt": ["a cat", " "],
