@@ -948,7 +948,8 @@ def check_settings(args, people: list[Person], prompts: dict):
     write_whole(path, json.dumps(now, indent=1).encode())
 
 
-def evaluate(argv=None):
+def evaluate(argv=None, quiet: bool = False):
+    """The command. `quiet`: the tables are written and not shown."""
     args = parse(argv)
     start, problems = time.perf_counter(), []
     check(args)
@@ -984,12 +985,13 @@ def evaluate(argv=None):
                 bar.update(len(some))
     for problem in problems:
         note(" ".join(problem.split()))
-    report(args, people, pictures, rows, real, judges, problems)
-    print(f"seconds: {drawn - start:.0f} until all pictures were there, {time.perf_counter() - drawn:.0f} to score and report")
+    report(args, people, pictures, rows, real, judges, problems, people, quiet)
+    if not quiet:
+        print(f"seconds: {drawn - start:.0f} until all pictures were there, {time.perf_counter() - drawn:.0f} to score and report")
 
 
-def report(args, people, pictures, rows, real, judges, problems):
-    """scores.json, tables.md, figures and sheets into --out; the tables also on stdout."""
+def report(args, people, pictures, rows, real, judges, problems, shown, quiet=False):
+    """scores.json, tables.md, figures and sheets (of the people `shown`) into args.out; unless `quiet` the tables on stdout."""
     args.out.mkdir(parents=True, exist_ok=True)
     methods = []
     for label, own in rows.items():
@@ -1013,7 +1015,9 @@ def report(args, people, pictures, rows, real, judges, problems):
     write_whole(args.out / "scores.json", json.dumps(scores, indent=1).encode())
     write_whole(args.out / "tables.md", text.encode())
     figures(methods, quoted, args.out)
-    sheets(pictures, people, args.out)
+    sheets(pictures, shown, args.out)
+    if quiet:
+        return
     print(text)
     print(f"{args.out}: scores.json, tables.md, {', '.join(sorted(p.name for p in args.out.glob('*.png')))}")
 

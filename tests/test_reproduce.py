@@ -1,0 +1,80 @@
+"""baby/reproduce.py: learning rates chosen on other people, seeds of training together, and the whole command in small."""
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "baby"))
+
+import eval_rfacesim  # noqa: E402
+import faces  # noqa: E402
+import personalize  # noqa: E402
+import reproduce  # noqa: E402
+
+
+def test_nobody_is_in_two_roles():
+    """Seeds of pretraining, meta-training, choosing, testing and judging are disjoint, and what reproduce.py draws lies within."""
+    ranges = [faces.BASE, faces.META, faces.CHOOSE, faces.TEST, faces.METRIC]
+    assert all(a.stop <= b.start for a, b in zip(ranges, ranges[1:]))
+    for size in (reproduce.FULL, reproduce.SUBSET):
+        assert faces.CHOOSE.start + 500 + size["choose"] <= faces.CHOOSE.stop and faces.TEST.start + 3000 + 500 <= faces.TEST.stop
+
+
+def test_the_best_rate_that_still_follows_the_prompt(tmp_path, monkeypatch):
+    seen = {3e-4: (0.2, 0.70), 1e-3: (0.5, 0.65), 3e-3: (0.7, 0.30), 1e-2: (0.6, 0.20)}               # R-FaceSim, CLIP-T
+
+    def scores(*words):
+        robust, text = seen[words[words.index("--lr") + 1]]
+        row = lambda method, r, c: {"method": method, "r_facesim": {"mean": r}, "clip_t": {"mean": c}}
+        return {"methods": [row("none", 0.1, 0.72), row("lora", robust, text), row("meta-lora", robust, 0.1 * text)]}
+    monkeypatch.setattr(reproduce, "evaluate", scores)
+    chosen = reproduce.choose_rates([], Path("data"), tmp_path, ("lora", "meta-lora"))
+    assert chosen == {"lora": 1e-3, "meta-lora": 3e-4}                     # none is good enough: that with the best text score
+    assert json.loads((tmp_path / "rates.json").read_text())["tried"]["lora"]["0.003"] == {"r_facesim": 0.7, "clip_t": 0.3}
+
+
+def test_seeds_of_training_count_as_one_identity_and_differences_are_paired():
+    people = [eval_rfacesim.Person(name, name, None, Path("r"), (Path("t"),)) for name in "ab"]
+    score = lambda method, identity, value: {"method": method, "identity": identity, "number": 0, "seed": 0, "clip_t": value, "r_facesim": value}
+    runs = [{"pictures": [score(m, i, base + own + 0.01 * seed) for m, base in (("x", 0.1), ("y", 0.0)) for i, own in (("a", 0.2), ("b", 0.6))]}
+            for seed in range(2)]
+    runs[0]["pictures"][0]["r_facesim"] = None                             # x on a, seed 0: no face
+    persons, rows = reproduce.together(people, runs)
+    assert len(persons) == 4 and eval_rfacesim.summarise(rows["y"], persons, "clip_t")["identities"] == 2
+    assert eval_rfacesim.summarise(rows["y"], persons, "clip_t")["mean"] == pytest.approx(0.405)
+    gap = reproduce.difference(rows, persons, "x", "y", "clip_t")
+    assert gap == {"mean": pytest.approx(0.1), "error": pytest.approx(0, abs=1e-9), "identities": 2}
+    strict = reproduce.difference(rows, persons, "x", "y", "r_facesim")   # a: (0 + .31) / 2 - .205, b: .1
+    assert strict["mean"] == pytest.approx((0.155 - 0.205 + 0.1) / 2, abs=1e-6)
+
+
+def test_the_command_in_small(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(reproduce, "RATES", (1e-3,))
+    monkeypatch.setattr(reproduce, "PHOTOS", 3)
+    monkeypatch.setattr(reproduce, "SUBSET", dict(people=2, choose=2, ranks=(1,), iters=(2, 3), noises=1, trainings=2))
+    for owner in (reproduce, personalize):
+        monkeypatch.setattr(owner, "ITERATIONS", {"meta-lora": 2, "lora": 3})
+    monkeypatch.setattr(eval_rfacesim, "read_prompts", lambda path: ["a photo of a [man/woman]"])
+    real = eval_rfacesim.sample_latents
+    monkeypatch.setattr(eval_rfacesim, "sample_latents", lambda *args, **kwargs: real(*args[:5], 2, *args[6:], **kwargs))    # 2 steps
+    words = ["--subset", "--run", str(tmp_path / "run")]
+    reproduce.reproduce(words)
+    out = capsys.readouterr().out
+    assert "meta-lora_r1_i2 less lora-crops_r1_i3" in out and "learning rates: lora " in out
+    report = json.loads((tmp_path / "run/report/scores.json").read_text())
+    labels = ["none", *(f"{m}_r1_i{i}" for m in reproduce.METHODS for i in (2, 3))]
+    assert [m["label"] for m in report["methods"]] == labels
+    assert all(m["r_facesim"]["identities"] == 2 and m["r_facesim"]["of"] == 4 for m in report["methods"])
+    seeds = [json.loads((tmp_path / f"run/seed{s}/scores.json").read_text()) for s in range(2)]
+    means = [next(m for m in own["methods"] if m["label"] == "lora_r1_i3")["clip_t"]["mean"] for own in seeds]
+    assert means[0] != means[1]
+    assert next(m for m in report["methods"] if m["label"] == "lora_r1_i3")["clip_t"]["mean"] == pytest.approx(np.mean(means), abs=2e-6)
+    assert {p.name for p in (tmp_path / "run/report").iterdir()} >= {"tables.md", "scores.png", "ranks.png", "sheet_seeds.png"}
+
+    monkeypatch.setattr(personalize, "train", None)                                    # all is there: nothing is made again
+    monkeypatch.setattr(eval_rfacesim, "sample_latents", None)
+    reproduce.reproduce(words)
+    assert capsys.readouterr().out == out
