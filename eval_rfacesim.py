@@ -45,7 +45,7 @@ import photos
 from lora_files import load_lora, save_lora
 from meta_train import Interruption, write_whole
 from metalora import IdentityBank, MetaLoRA, apply_loras, find_targets, random_lomd, remove_loras
-from sample import decode_latent, encode_prompts, name_prompts, note, sample_latents, save_png
+from sample import decode_latent, encode_prompts, name_prompts, note, read_prompts, sample_latents, save_png
 
 HERE = Path(__file__).resolve().parent
 METHODS = {"meta-lora": "Meta-LoRA", "lora": "LoRA", "lora-crops": "LoRA + augmented inputs",
@@ -208,6 +208,7 @@ class Person(NamedTuple):
     gender: str | None
     reference: Path
     tests: tuple[Path, ...]    # the other pictures; never the reference. Empty: one picture a person, CLIP-T only
+    more: tuple[Path, ...] = ()                       # with --photos further references: seen by the method, never a test
 
 
 def complain(problems: list[str]):
@@ -218,9 +219,10 @@ def complain(problems: list[str]):
         raise ValueError(problems[-1])
 
 
-def read_people(folders: list[Path], reference: str = "first", gender: str | None = None) -> list[Person]:
+def read_people(folders: list[Path], reference: str = "first", gender: str | None = None, count: int = 1) -> list[Person]:
     """Identities of the folders, in order. `reference`: "first" by name (or the one called reference.*), or "all": each in
-    turn. Gender: of the folder above, else as a caption (.txt) beside a picture says, else `gender`.
+    turn; the `count` - 1 after it by name are shown to the method too. Gender: of the folder above, else as a caption (.txt)
+    beside a picture says, else `gender`.
 
     ValueError, after a line for each problem: pictures that cannot be read, a reference that is also among the test
     pictures, an identity of one picture among others with several, two identities of one name.
@@ -239,8 +241,8 @@ def read_people(folders: list[Path], reference: str = "first", gender: str | Non
             for name, paths in [(f.name, photos.image_files(f)) for f in people] + [(p.stem, [p]) for p in loose]:
                 if name in found:
                     problems.append(f"{place / name}: another identity has this name already")
-                if people and len(paths) < 2:
-                    problems.append(f"{place / name} has {len(paths)} pictures: R-FaceSim needs a reference and at least one other")
+                if people and len(paths) <= count:
+                    problems.append(f"{place / name} has {len(paths)} pictures: R-FaceSim needs {count} as reference and at least one other")
                 found[name] = GENDERS.get(place.name.lower()) if sexes else None, paths
     persons = []
     for name, (sex, paths) in found.items():
@@ -258,7 +260,8 @@ def read_people(folders: list[Path], reference: str = "first", gender: str | Non
         named = [path for path in paths if path.stem == "reference"]
         for i in range(len(paths)) if reference == "all" else [paths.index(named[0]) if named else 0][:len(paths)]:
             label = f"{name}@{paths[i].stem}" if reference == "all" and len(paths) > 1 else name
-            persons.append(Person(label, name, sex, paths[i], tuple(paths[:i] + paths[i + 1:])))
+            turned = paths[i:] + paths[:i]
+            persons.append(Person(label, name, sex, paths[i], tuple(sorted(turned[count:])), tuple(turned[1:count])))
     complain(problems)
     return persons
 
@@ -278,18 +281,6 @@ def gender_in_captions(paths: list[Path]) -> str | None:
     return None
 
 
-def read_prompts(path: Path) -> list[str]:
-    """The prompts of a file, one a line; # starts a comment. ValueError where there are none."""
-    try:
-        lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--prompts {path} cannot be read: {error}") from None
-    prompts = [line for line in lines if line and not line.startswith("#")]
-    if not prompts:
-        raise ValueError(f"{path} holds no prompt")
-    return prompts
-
-
 def fill(prompt: str, gender: str | None) -> str | None:
     """A prompt for somebody: [man/woman] takes the side of the gender, and `man: ...` is for men only (None for others)."""
     only, _, rest = prompt.partition(":")
@@ -305,7 +296,7 @@ def prompts_for(people: list[Person], own: Path | None, model_folder: Path | Non
     """{person: its prompts}; None where a prompt is not for it. Of one file, else the model's, else Meta-PHD's."""
     theirs = model_folder / "prompts.txt" if model_folder and (model_folder / "prompts.txt").is_file() else None
     files = {bool(p.tests): own or theirs or HERE / "meta_phd" / ("unsplash.txt" if p.tests else "ffhq.txt") for p in people}
-    lists = {kind: read_prompts(path) for kind, path in files.items()}
+    lists = {kind: read_prompts([], path) for kind, path in files.items()}
     return {p.name: [fill(prompt, p.gender) for prompt in lists[bool(p.tests)]] for p in people}
 
 
@@ -558,7 +549,7 @@ class Run:
         if augment not in self.encoded:
             self.encoded[augment] = []
             for person in tqdm(self.people, "crops" if augment else "photos", disable=None, leave=False):
-                crops = personalize.load_crops([person.reference], self.args.resolution, augment)
+                crops = personalize.load_crops([person.reference, *person.more], self.args.resolution, augment)
                 own = personalize.encode(self.autoencoder, [crop.picture for crop in crops], mirror=augment)
                 self.encoded[augment].append([latent.cpu() for latent in own])
                 self.interruption.raise_if_asked()
@@ -866,6 +857,8 @@ def parse(argv):
         "else meta_phd/unsplash.txt, for one-picture people meta_phd/ffhq.txt)")
     add("--reference", choices=("first", "all"), default="first", help="which picture of an identity is the reference: the one "
         "called reference.*, else the first by name; or each in turn")
+    add("--photos", type=positive, default=1, metavar="N", help="how many pictures of a person the methods see: the reference and "
+        "those after it (default: 1)")
     add("--gender", choices=("man", "woman"), help="of people whose folder and captions do not say")
     add("--lr", nargs="+", default=[], metavar="[METHOD=]LR", help="learning rates (default: the model's)")
     add("--lomd", type=Path, help="weights of stage 1 (default: lomd.safetensors of the model's folder, else here)")
@@ -916,9 +909,10 @@ def check(args):
 
 def take_model(args):
     """Finds the model (may download) and its LoMD, and what decides about results into args.settings."""
-    args.lr = args.rates.pop("", None)
-    flux_model.take_model(args, args.device)
-    args.rates = {method: args.rates.get(method, args.lr) for method in METHODS}
+    general = args.rates.pop("", None)
+    flux_model.take_model(args, args.device, "lora")
+    kind = lambda method: "lora" if method.startswith("lora") else "meta-lora"
+    args.rates = {m: args.rates.get(m) or general or flux_model.learning_rate(args.folder, kind(m)) for m in METHODS}
     args.size = args.size or flux_model.model_defaults(args.folder)["resolution"]
     args.learned_lomd, lomd = None, "none"
     if {"meta-lora", "random-lomd"} & set(args.methods):
@@ -934,7 +928,8 @@ def check_settings(args, people: list[Person], prompts: dict):
     """What --out was made with: written by the first command; ValueError for one that differs. --methods, --ranks, --iters and
     --seeds may change: what they name is added."""
     now = json.loads(json.dumps(args.settings | {
-        "people and their references": [f"{p.name} {digest(p.reference.read_bytes())}" for p in people], "prompts": prompts}))
+        "people and their references": [" ".join([p.name, *(digest(path.read_bytes()) for path in (p.reference, *p.more))]) for p in people],
+        "prompts": prompts}))
     path = args.out / "settings.json"
     if path.exists():
         before = flux_model.JsonFile(path)
@@ -949,11 +944,11 @@ def check_settings(args, people: list[Person], prompts: dict):
 
 
 def evaluate(argv=None, quiet: bool = False):
-    """The command. `quiet`: the tables are written and not shown."""
+    """The command. `quiet`: scores.json and tables.md alone, for a script that goes on with them."""
     args = parse(argv)
     start, problems = time.perf_counter(), []
     check(args)
-    people = read_people(args.data, args.reference, args.gender)
+    people = read_people(args.data, args.reference, args.gender, args.photos)
     if args.images and args.images.is_file():
         pictures, problems, prompts = read_picture_list(args.images, people)
     else:
@@ -991,7 +986,7 @@ def evaluate(argv=None, quiet: bool = False):
 
 
 def report(args, people, pictures, rows, real, judges, problems, shown, quiet=False):
-    """scores.json, tables.md, figures and sheets (of the people `shown`) into args.out; unless `quiet` the tables on stdout."""
+    """scores.json and tables.md into args.out; unless `quiet` also figures and sheets (of the people `shown`), tables on stdout."""
     args.out.mkdir(parents=True, exist_ok=True)
     methods = []
     for label, own in rows.items():
@@ -1010,14 +1005,14 @@ def report(args, people, pictures, rows, real, judges, problems, shown, quiet=Fa
     scores = {"settings": getattr(args, "settings", {}) | {"reference": args.reference, "no_face_as_zero": args.no_face_as_zero},
               "judges": judges.names, "versions": versions, "methods": methods, "reference_photo": ceiling,
               "people": {p.name: {"identity": p.identity, "gender": p.gender, "reference": p.reference.name,
-                                  "tests": [path.name for path in p.tests]} for p in people},
+                                  "more": [path.name for path in p.more], "tests": [path.name for path in p.tests]} for p in people},
               "problems": problems, "pictures": [row for own in rows.values() for row in own]}
     write_whole(args.out / "scores.json", json.dumps(scores, indent=1).encode())
     write_whole(args.out / "tables.md", text.encode())
-    figures(methods, quoted, args.out)
-    sheets(pictures, shown, args.out)
     if quiet:
         return
+    figures(methods, quoted, args.out)
+    sheets(pictures, shown, args.out)
     print(text)
     print(f"{args.out}: scores.json, tables.md, {', '.join(sorted(p.name for p in args.out.glob('*.png')))}")
 

@@ -912,12 +912,12 @@ def check_training(args) -> None:
         raise ValueError(f"--seed is between 0 and {2 ** 63 - 1}, not {args.seed}")
 
 
-def take_model(args, device: torch.device) -> None:
-    """args.model -> args.folder (may download) and args.dtype; lr, resolution and prompt default to the model's."""
+def take_model(args, device: torch.device, use: str) -> None:
+    """args.model -> args.folder (may download) and args.dtype; resolution, prompt and lr (for `use`) default to the model's."""
     args.folder = find_model(args.model)
     args.dtype = pick_dtype(device, args.folder)
     defaults = model_defaults(args.folder)
-    args.lr = args.lr or defaults["learning_rate"]
+    args.lr = args.lr or learning_rate(args.folder, use)
     args.resolution = args.resolution or [defaults["resolution"]]
     args.prompt = defaults["prompt"] if args.prompt is None else args.prompt
 
@@ -936,10 +936,16 @@ def run_script(name: str, script, argv=None) -> int:
 
 
 def model_defaults(folder: str | Path) -> dict:
-    """Resolution, learning rate and prompt that suit a model: FLUX.1's, or those of its own defaults.json."""
+    """Resolution, learning rate (one, or {use: rate}) and prompt that suit a model: FLUX.1's, or of its own defaults.json."""
     path = Path(folder) / "defaults.json"
     own = json.loads(path.read_text()) if path.is_file() else {}
     return {"resolution": 1024, "learning_rate": 4e-4, "prompt": "a photo of a person"} | own
+
+
+def learning_rate(folder: str | Path, use: str) -> float:
+    """The model's default; a small model may need another one for each use: "meta-lora", "lora" and "stage 1"."""
+    rate = model_defaults(folder)["learning_rate"]
+    return rate[use] if isinstance(rate, dict) else rate
 
 
 def pick_device(name: str | None = None) -> torch.device:

@@ -816,7 +816,7 @@ def check(args, group):
         raise ValueError(f"--r2 {args.r2} is more than the --r1 {args.r1} rows of LoMD that it combines")
     if args.preview_every < 0:
         raise ValueError(f"--preview-every must be 0 or more, not {args.preview_every}")
-    flux_model.take_model(args, group.device)
+    flux_model.take_model(args, group.device, "stage 1")
     args.resolution = sorted(set(args.resolution))
     if any(r % 16 for r in args.resolution):
         raise ValueError("--resolution takes multiples of 16")

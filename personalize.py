@@ -244,7 +244,7 @@ def check(args):
         photos.read_photo(path)
 
     args.device = flux_model.pick_device(args.device)
-    flux_model.take_model(args, args.device)
+    flux_model.take_model(args, args.device, args.method)
 
 
 def read_lomd(folder, path=None):

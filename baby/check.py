@@ -25,10 +25,10 @@ from photos import find_faces, to_image, to_tensor  # noqa: E402
 from sample import decode_latent, encode_prompts, sample_latents  # noqa: E402
 
 
-def scenes() -> list[tuple[str, dict, dict]]:
-    """(caption, identity, scene) for every style and background, of test identities."""
+def scenes(each: int) -> list[tuple[str, dict, dict]]:
+    """(caption, identity, scene), `each` for every style and background, of test identities."""
     cells = []
-    for i, (style, background) in enumerate((s, b) for s in faces.STYLES for b in faces.BACKGROUNDS):
+    for i, (_, style, background) in enumerate((n, s, b) for n in range(each) for s in faces.STYLES for b in faces.BACKGROUNDS):
         rng, who = np.random.default_rng([i, 7]), faces.identity(faces.TEST.start + 1000 + i)
         scene = faces.scene(rng, style=style, background=background)
         cells.append((faces.caption(who, scene, rng), who, scene))
@@ -65,15 +65,16 @@ def main(argv=None) -> int:
     parser.add_argument("--out", type=Path, default=Path("check.png"), help="contact sheet: rows styles, columns backgrounds")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--guidance", type=float, default=3.5)
+    parser.add_argument("--each", type=int, default=1, help="pictures for each style and background (default: 1)")
     args = parser.parse_args(argv)
-    folder, cells = find_model(args.model), scenes()
+    folder, cells = find_model(args.model), scenes(args.each)
     embeddings = encode_prompts(folder, [caption for caption, _, _ in cells], torch.device("cpu"), torch.float32)
     flux = load_flux(folder, dtype=torch.float32)
     autoencoder = load_autoencoder(folder, dtype=torch.float32)
     jobs = [(caption, seed) for seed, (caption, _, _) in enumerate(cells)]
     with torch.no_grad():
         samples = [decode_latent(autoencoder, latent) for latent in
-                   tqdm(sample_latents(flux, embeddings, jobs, 128, 128, args.steps, args.guidance), total=len(jobs))]
+                   tqdm(sample_latents(flux, embeddings, jobs, 128, 128, args.steps, args.guidance, batch_size=24), total=len(jobs))]
         renders = [Image.fromarray(faces.render(who, scene)) for _, who, scene in cells]
         decoded = [to_image(autoencoder.decode(autoencoder.encode(to_tensor(image)[None]))[0].clamp(-1, 1)) for image in renders]
     errors = [np.square(np.float32(a) - np.float32(b)).mean() for a, b in zip(renders, decoded)]
@@ -81,8 +82,8 @@ def main(argv=None) -> int:
     print(f"{'share with a face':20} renders  autoencoder  samples")
     # 0.7 is the detector's own threshold; find_faces is stricter by default, since photos are full of things
     found = np.array([[bool(find_faces(image, threshold=0.7)) for image in column] for column in (renders, decoded, samples)])
-    found = found.reshape(3, len(faces.STYLES), len(faces.BACKGROUNDS))
-    for style, share in zip(faces.STYLES, found.mean(axis=2).T):
+    found = found.reshape(3, args.each, len(faces.STYLES), -1)
+    for style, share in zip(faces.STYLES, found.mean(axis=(1, 3)).T):
         print(f"{style:20} {share[0]:7.0%}  {share[1]:11.0%}  {share[2]:7.0%}")
     print(f"{'all':20} {found[0].mean():7.0%}  {found[1].mean():11.0%}  {found[2].mean():7.0%}   (n = {found[0].size} each)")
     judges = Judges(args.model)
@@ -94,7 +95,7 @@ def main(argv=None) -> int:
     print(f"face embedder, 100 unseen people in {count} photos: verification AUC {area:.4f}")
     columns = len(faces.BACKGROUNDS)
     sheet = Image.new("RGB", (128 * columns, 128 * len(faces.STYLES)))
-    for i, image in enumerate(samples):
+    for i, image in enumerate(samples[:columns * len(faces.STYLES)]):
         sheet.paste(image, (128 * (i % columns), 128 * (i // columns)))
     sheet.save(args.out)
     return 0

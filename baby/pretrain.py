@@ -5,6 +5,7 @@
 Stages, each resumable by the same command; Ctrl-C saves first, a crash costs at most 500 steps:
   data         faces of BASE identities in five aspect ratios, with captions         -> run/data
   autoencoder  the product's AutoEncoder, small, on 64-pixel crops                    -> out/ae.safetensors
+  decoder      its decoder a while longer, on whole pictures                          -> out/ae.safetensors
   latents      every picture, encoded once                                            -> run/latents
   text         tokenizers on the captions (sentencepiece for T5, BPE for CLIP)        -> out/tokenizer*, run
   lomd         a random LoMD, so that stage 2 runs; never trained                     -> out/lomd.safetensors
@@ -48,6 +49,7 @@ from metalora import find_targets, random_lomd, save_lomd  # noqa: E402
 SEED = 0
 SHAPES = {(128, 128): 24_000, (144, 112): 4_000, (112, 144): 4_000, (176, 96): 2_500, (96, 176): 2_500}  # (w, h): count
 AE_STEPS, AE_BATCH, AE_LR = 4_000, 16, 3e-3
+DECODER_STEPS, DECODER_BATCH, DECODER_LR = 1_200, 8, 1e-3
 AE_CONFIG = AutoEncoderConfig(resolution=128, ch=16, ch_mult=(1, 1, 2, 4), num_res_blocks=1, num_groups=4)
 WIDTH_TEXT, T5_TOKENS, CLIP_TOKENS = 64, 24, 40
 FLUX_CONFIG = FluxConfig(vec_in_dim=WIDTH_TEXT, context_in_dim=WIDTH_TEXT, hidden_size=128, num_heads=4, depth=3,
@@ -56,7 +58,7 @@ STEPS, BATCH, LR_MUON, LR_ADAM, EMA = 9_500, 64, 2e-3, 2e-3, 0.998
 FACE = 4.0                            # weight of the loss on the face against the rest
 DECAY, GUIDED = 0.35, 0.19            # last parts of the run: learning rate falls to zero; guidance is learned
 WEAK = 2 / 9.5                        # part of the run after which the averaged weights are those to be guided away from
-DEFAULTS = {"resolution": 128, "learning_rate": 5e-3, "prompt": "a photo of a person"}
+DEFAULTS = {"resolution": 128, "learning_rate": {"lora": 5e-3, "meta-lora": 1e-3, "stage 1": 2e-3}, "prompt": "a photo of a person"}
 
 
 def save_whole(tensors: dict, path: Path, metadata: dict | None = None):
@@ -231,6 +233,33 @@ def normalise_latents(model: AutoEncoder, images: torch.Tensor):
     model.decoder.conv_in.weight *= std[None, :, None, None]
     model.config.shift_factor = float((mean.mean(dim=(0, 2, 3)) / std).mean())
     model.config.scale_factor = 1.0
+
+
+def train_decoder(run: Path, out: Path):
+    """The decoder alone, on whole pictures and from the latents' means, as it is used: latents stay what they are."""
+    model = load_autoencoder(out, "cpu", torch.float32).to(memory_format=torch.channels_last)
+    parameters = [p.requires_grad_() for p in model.decoder.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=DECODER_LR, betas=(0.9, 0.99), weight_decay=1e-3)
+    data, state = np.load(run / "data" / "128x128.npy", mmap_mode="r"), run / "decoder.safetensors"
+    start, interrupted = load_state(state, model.decoder, [optimizer]), Interrupted()
+    for step in tqdm(range(start, DECODER_STEPS), initial=start, total=DECODER_STEPS, desc="decoder"):
+        rng = np.random.default_rng([SEED, step, 8])
+        images = pictures(data[np.sort(rng.choice(len(data), DECODER_BATCH, replace=False))]).to(memory_format=torch.channels_last)
+        optimizer.param_groups[0]["lr"] = DECODER_LR * cosine(step, DECODER_STEPS, 50)
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                z = model.moments(images).chunk(2, dim=1)[0]
+            error = model.decoder(z).float() - images
+        (error.abs().mean() + 4 * error.square().mean()).backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step % 200 == 199 or interrupted.now:
+            save_state(state, model.decoder, [optimizer], step + 1)
+        if interrupted.now:
+            sys.exit(130)
+    model = model.to(memory_format=torch.contiguous_format)
+    save_whole(model.state_dict(), out / "ae.safetensors", {"config": json.dumps(vars(model.config)), "decoder_steps": str(DECODER_STEPS)})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -459,6 +488,10 @@ def main():
     make_data(args.run)
     if not (args.out / "ae.safetensors").exists():
         train_autoencoder(args.run, args.out)
+    with safe_open(args.out / "ae.safetensors", "pt") as file:
+        whole = "decoder_steps" in file.metadata()
+    if not whole:
+        train_decoder(args.run, args.out)
     encode_latents(args.run, args.out)
     if not (args.out / "text_encoder_2" / "model.safetensors").exists():
         make_text(args.run, args.out)

@@ -2,6 +2,7 @@
 
     python baby/reproduce.py --subset                 # minutes: 8 people, rank 1, one seed of noise and of training
     python baby/reproduce.py                          # hours: 48 people, ranks 1 to 16, 3 seeds of noise, 2 of training
+    python baby/reproduce.py --study                  # hours: what the paper leaves open, one LoMD for each variant
 
 Stages, each by eval_rfacesim.py, each going on where it was stopped:
   people    48 TEST identities and 8 CHOOSE identities, 6 photos of each, in every one of which MTCNN finds a face
@@ -27,25 +28,28 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import eval_rfacesim as evaluation  # noqa: E402
 import faces  # noqa: E402
+import meta_train  # noqa: E402
 from flux_model import JsonFile, Parser, find_model, run_script  # noqa: E402
 from meta_train import write_whole  # noqa: E402
 from personalize import ITERATIONS  # noqa: E402
 
 METHODS = ("lora", "lora-crops", "random-lomd", "meta-lora")
 RATES, KEEP = (3e-4, 1e-3, 3e-3, 1e-2), 0.85
-FULL = dict(people=48, choose=8, ranks=(1, 2, 4, 8, 16), iters=(250, 375, 500, 625, 750), noises=3, trainings=2)
-SUBSET = dict(people=8, choose=4, ranks=(1,), iters=(250, 375, 625), noises=1, trainings=1)
+FULL = dict(people=48, choose=8, ranks=(1, 2, 4, 8, 16), iters=(250, 375, 500, 625, 750), noises=3, trainings=2,
+            meta=(50, 200, 800), meta_iters=5000, study_photos=9)
+SUBSET = dict(people=8, choose=4, ranks=(1,), iters=(250, 375, 625), noises=1, trainings=1,
+              meta=(5, 10, 20), meta_iters=100, study_photos=9)
 PHOTOS, SIDE = 6, 384                                     # of each person, the first as the reference; pixels
 
 
-def draw_people(judges, folder: Path, first: int, count: int):
-    """`count` identities from seed `first`, PHOTOS photo-style pictures each; a picture without a face is drawn anew. The
+def draw_people(judges, folder: Path, first: int, count: int, photos: int):
+    """`count` identities from seed `first`, `photos` photo-style pictures each; a picture without a face is drawn anew. The
     reference is nearly frontal, as one would choose it."""
     for seed in tqdm(range(first, first + count), f"people in {folder.name}", disable=None, leave=False):
         who, index = faces.identity(seed), 0
         person = folder / who["gender"] / f"{seed}"
         person.mkdir(parents=True, exist_ok=True)
-        for i in range(PHOTOS):
+        for i in range(photos):
             path = person / f"{i}.png"
             while not path.is_file():
                 options = dict(style="photo", yaw=float(np.random.default_rng([seed, 8]).uniform(-8, 8))) if i == 0 else dict(style="photo")
@@ -101,10 +105,73 @@ def difference(rows: dict, people: list, one: str, other: str, metric: str) -> d
     return {"mean": float(np.mean(gaps)), "error": float(np.std(gaps, ddof=1) / len(gaps) ** 0.5), "identities": len(gaps)}
 
 
+def variants(size) -> list[tuple[str, str, int, list, int]]:
+    """(question, value, people in stage 1, words for meta_train.py, photos in stage 2): each differs from the first in one thing.
+
+    All have the same number of iterations, and the first two visits to each bucket, so that kept and fresh rows differ.
+    """
+    base = ("base", "r1 16, r2 1, warm-up 0.4", size.meta[1], [], 1)
+    table = [("r1", str(r1), size.meta[1], ["--r1", r1], 1) for r1 in (4, 64)]
+    table += [("r2 of stage 1", str(r2), size.meta[1], ["--r2", r2], 1) for r2 in (4, 16)]
+    table += [("warm-up", str(share), size.meta[1], ["--warmup", share], 1) for share in (0, 0.2)]
+    table += [("people in stage 1", str(count), count, [], 1) for count in (size.meta[0], size.meta[2])]
+    table += [("M and U", "fresh at each visit", size.meta[1], ["--fresh-identities"], 1)]
+    return [base, *table, *(("photos", str(count), size.meta[1], [], count) for count in (2, 5))]
+
+
+def study(args, run: Path, size, judges):
+    """Every variant's R-FaceSim and CLIP-T on the TEST people, at a learning rate of its own -> study.json, study.png."""
+    draw_people(judges, run / "study people", faces.TEST.start + 4000, size.people, size.study_photos)
+    draw_people(judges, run / "study choose", faces.CHOOSE.start + 700, size.choose, size.study_photos)
+    rows, lomds, common = [], {}, ["--model", args.model, *(["--device", args.device] if args.device else [])]
+    for question, value, count, words, shown in variants(size):
+        name = f"{question} {value}".replace(" ", "_").replace(",", "")
+        data, lomd = run / f"meta{count}", run / "study" / name / "lomd.safetensors"
+        lomd = lomds.setdefault((count, *words), lomd)                        # with more photos it is the base's
+        if not lomd.is_file():
+            lomd.parent.mkdir(parents=True, exist_ok=True)
+            if not (data / f"{faces.META.start + count - 1:06d}" / "0009.txt").is_file():                        # its last one
+                faces.main(["--identities", str(count), "--images", "10", "--out", str(data), "--seed", str(faces.META.start)])
+            meta_train.meta_train([str(word) for word in [
+                "--data", data, *common, "--iters", size.meta_iters, "--identities-per-bucket", min(50, count), "--preview-every", 0,
+                "--bucket-iters", max(1, size.meta_iters * min(50, count) // count // 2), "--run", lomd.parent / "run",
+                "--cache", run / f"cache{count}", "--out", lomd, *words]])
+        more = ["--photos", shown, "--lomd", lomd]
+        rate = choose_rates(common + more, run / "study choose", run / "study" / name, ("meta-lora",))["meta-lora"]
+        scores = evaluate(*common, *more, "--data", run / "study people", "--methods", "meta-lora", "--seeds", 1, "--no-face-as-zero",
+                          "--lr", rate, "--out", run / "study" / name / "scores")
+        own = scores["methods"][0]
+        rows.append({"question": question, "value": value, "learning rate": rate} | {
+            metric: own[metric] for metric in ("r_facesim", "clip_t")})
+        print(f"{question}: {value}: R-FaceSim {evaluation.percent(own['r_facesim'])}, CLIP-T {evaluation.percent(own['clip_t'])}, lr {rate:g}")
+    out = args.out or run / "report"
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(out / "study.json", json.dumps(rows, indent=1).encode())
+    draw_study(rows, out / "study.png")
+
+
+def draw_study(rows: list[dict], path: Path):
+    """One line for each variant, R-FaceSim left, CLIP-T right, with standard errors; the base's is the dotted line."""
+    import matplotlib
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+    figure, panels = pyplot.subplots(1, 2, figsize=(10, 0.32 * len(rows) + 1.2), sharey=True, layout="constrained")
+    for axes, metric in zip(panels, ("r_facesim", "clip_t")):
+        means, errors = ([100 * row[metric][part] for row in rows] for part in ("mean", "error"))
+        axes.errorbar(means, range(len(rows)), xerr=errors, fmt="o", capsize=3)
+        axes.axvline(means[0], color="grey", linestyle=":", linewidth=1)
+        axes.set(xlabel={"r_facesim": "R-FaceSim (%)", "clip_t": "CLIP-T (%)"}[metric])
+    panels[0].set_yticks(range(len(rows)), [f"{row['question']}: {row['value']}" for row in rows])
+    panels[0].invert_yaxis()
+    evaluation.save_figure(figure, path)
+
+
 def reproduce(argv=None):
     parser = Parser(prog="reproduce.py", description="LoRA, LoRA + crops and Meta-LoRA on people never seen.", allow_abbrev=False)
     add = parser.add_argument
     add("--subset", action="store_true", help="8 people, rank 1, 250, 375 and 625 iterations, one seed of noise and of training")
+    add("--study", action="store_true", help="instead of the comparison: stage 1 with other ranks, warm-ups and numbers of people, and "
+        "stage 2 with more photos")
     add("--model", default="baby", help="baby (default), or a folder like it")
     add("--lomd", type=Path, help="weights of stage 1 (default: the model's own)")
     add("--run", type=Path, help="all that is made on the way (default: baby/run/reproduce, with --subset baby/run/subset)")
@@ -119,8 +186,10 @@ def reproduce(argv=None):
         raise ValueError(f"--people is 2 to 500, not {size.people}")
 
     judges = evaluation.Judges(args.model)
-    draw_people(judges, run / "people", faces.TEST.start + 3000, size.people)
-    draw_people(judges, run / "choose", faces.CHOOSE.start + 500, size.choose)
+    if args.study:
+        return study(args, run, size, judges)
+    draw_people(judges, run / "people", faces.TEST.start + 3000, size.people, PHOTOS)
+    draw_people(judges, run / "choose", faces.CHOOSE.start + 500, size.choose, PHOTOS)
     common = ["--model", args.model, *(["--lomd", args.lomd] if args.lomd else []), *(["--device", args.device] if args.device else [])]
     rates = choose_rates(common, run / "choose", run, METHODS)
     print(f"learning rates: {', '.join(f'{method} {rate:g}' for method, rate in rates.items())}")

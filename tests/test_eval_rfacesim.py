@@ -139,6 +139,18 @@ def test_the_reference_is_never_among_the_test_pictures(by_hand, reference):
         assert sorted(p.name for p in people) == ["anna@0", "anna@1", "anna@2", "bert@0", "bert@1", "cleo@0", "cleo@1"]
 
 
+@pytest.mark.parametrize("reference", ["first", "all"])
+def test_further_photos_are_no_test_pictures_either(by_hand, reference):
+    for j in range(2, 5):
+        for name in ("anna", "bert", "cleo"):
+            paint(by_hand / f"people/{name}/{j}.png", (20 * j, j, 3))
+    for person in ev.read_people([by_hand / "people"], reference, count=2):
+        own = [person.reference, *person.more, *person.tests]
+        assert len(person.more) == 1 and len(person.tests) == 3 and sorted(own) == sorted((by_hand / "people" / person.identity).glob("*.png"))
+    with pytest.raises(ValueError, match="has 5 pictures: R-FaceSim needs 5 as reference"):
+        ev.read_people([by_hand / "people"], reference, count=5)
+
+
 def test_a_copy_of_the_reference_among_the_tests_is_refused(by_hand):
     shutil.copyfile(by_hand / "people/anna/0.png", by_hand / "people/anna/copy.png")
     with pytest.raises(ValueError, match="copy.png is the same picture as 0.png"):
@@ -173,7 +185,7 @@ def test_layouts_genders_and_references(tmp_path):
 
 
 def test_meta_phd_is_the_papers_tables():
-    ffhq, unsplash = (ev.read_prompts(ROOT / "meta_phd" / f"{part}.txt") for part in ("ffhq", "unsplash"))
+    ffhq, unsplash = (ev.read_prompts([], ROOT / "meta_phd" / f"{part}.txt") for part in ("ffhq", "unsplash"))
     for gender in ("man", "woman"):
         own = [text for text in (ev.fill(prompt, gender) for prompt in ffhq) if text]
         assert len(own) == 20 and all(gender in text.split(",")[0].split() or gender == "man" and "man" in text for text in own)
@@ -563,7 +575,7 @@ def test_people_trained_together_equal_those_trained_one_by_one(people, method):
 
 @pytest.mark.parametrize("words, said", [
     (["--lr", "lora2=1"], "no method 'lora2'"), (["--lr", "x"], "is no number"), (["--lr", "-1"], "positive"), (["--size", "100"], "multiples of 16"),
-    (["--methods", "dreambooth"], "invalid choice"), (["--images", "nowhere"], "no such folder or list"), (["--prompts", "nowhere"], "cannot be read")])
+    (["--methods", "dreambooth"], "invalid choice"), (["--images", "nowhere"], "no such folder or list"), (["--prompts", "nowhere"], "No such file")])
 def test_bad_words_end_in_one_line(people, tmp_path, capsys, words, said):
     assert run("--data", people, "--model", "baby", "--out", tmp_path / "r", *words) == 2
     err = capsys.readouterr().err.strip()

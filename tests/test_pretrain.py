@@ -61,6 +61,21 @@ def test_normalising_latents_changes_no_picture(tiny):
     assert torch.allclose(model.encode(images).std(dim=(0, 2, 3)), torch.ones(16), atol=1e-3)
 
 
+def test_the_decoder_learns_alone_and_latents_stay(tiny, monkeypatch, tmp_path):
+    run, out = tiny
+    monkeypatch.setattr(pretrain, "DECODER_STEPS", 40)
+    monkeypatch.setattr(pretrain, "DECODER_LR", 1e-2)
+    (tmp_path / "data").symlink_to(run / "data")
+    (tmp_path / "ae.safetensors").write_bytes((out / "ae.safetensors").read_bytes())
+    images = pretrain.pictures(np.load(run / "data" / "128x128.npy")[:8])
+    before = load_autoencoder(out, dtype=torch.float32)
+    pretrain.train_decoder(tmp_path, tmp_path)
+    after = load_autoencoder(tmp_path, dtype=torch.float32)
+    assert torch.equal(before.encode(images), after.encode(images))
+    errors = [(model.decode(model.encode(images)) - images).square().mean() for model in (before, after)]
+    assert errors[1] < 0.8 * errors[0]
+
+
 def test_a_stopped_run_goes_on_bit_for_bit(tiny, monkeypatch, tmp_path):
     run, out = tiny
     states = []
