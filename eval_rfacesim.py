@@ -315,16 +315,16 @@ class Picture(NamedTuple):
 
 def find_pictures(root: Path, prompts: dict) -> tuple[list[Picture], list[str]]:
     """Pictures of <root>/<method>/<identity>/<prompt>_<seed>.<suffix>, and a line for each thing that is none."""
-    pictures, problems = [], [f"{path} is not scored: it is not in a method's folder" for path in sorted(root.iterdir())
-                              if path.is_file()]
-    for folder in [path for method in subfolders(root) for path in sorted(method.iterdir())]:
+    inside = lambda folder: sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    pictures, problems = [], [f"{path} is not scored: it is not in a method's folder" for path in inside(root) if path.is_file()]
+    for folder in [path for method in subfolders(root) for path in inside(method)]:
         if folder.name not in prompts or not folder.is_dir():
             problems.append(f"{folder} is not scored: no identity of that name in --data")
             continue
         texts = prompts[folder.name]
         numbers = {name: i for i, name in enumerate(name_prompts([text or f"not for them {i}" for i, text in enumerate(texts)]))}
         numbers |= {str(i): i for i in range(len(texts))}
-        for path in sorted(folder.iterdir()):
+        for path in inside(folder):
             match = re.fullmatch(r"(.+)_(\d+)", path.stem)
             number = match and numbers.get(match[1], numbers.get(match[1].lstrip("0") or "0"))
             if path.suffix.lower() not in photos.SUFFIXES or not match:

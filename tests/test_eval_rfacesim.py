@@ -361,6 +361,7 @@ def test_a_foreign_methods_folder_makes_a_row_and_each_fault_is_reported(people,
     (results / "Other/p0/wrong name.png").write_bytes(b"x")
     (results / "Other/p0/9_0.png").write_bytes(b"x")
     (results / "Other/p0/notes.txt").write_text("x")
+    (results / "Other/p0/.DS_Store").write_text("x")                                      # nobody put that there
     (results / "Other/p1/0_0.png").write_bytes(b"torn")
     (results / "Other/p2/0_0.png").unlink()
     shutil.copyfile(people / "p3/2.png", results / "Other/p3/00_0.png")
