@@ -5,6 +5,7 @@ meta-training iteration with four identities, beside one with four images of one
     python bench.py --model flux-dev --seconds 60   # or mid, baby, a folder; needs room for its weights twice
     python bench.py --identities 200 2000           # memory of meta-training by the size of the run
     python bench.py --model baby --people 16        # personalising many people together against one by one
+    python bench.py --model mid --against peft      # the same layers under peft, where it is installed
 
 Both are timed in turn, A B A B, on random inputs, after a warm-up, so that whatever else the machine does
 hits both. A personalisation step is batch 1: weights of the adapter into place, forward, backward, AdamW.
@@ -170,6 +171,48 @@ def measure_mixing(flux: Flux, image_tokens: int, text_tokens: int, rank: int, s
            beside="  4 images of one")
 
 
+def measure_against_peft(base: Flux, image_tokens: int, text_tokens: int, rank: int, seconds: float) -> None:
+    """Times a step of plain LoRA on every Linear of the blocks: ours, peft's and the frozen base's, in turn.
+
+    Both have a LoRA of this rank on every Linear; ours has one on each of q, k, v and mlp of a fused one, so three or four
+    times as much there. peft's parameters are fp32, as ours, and are trained by torch's fused AdamW.
+    """
+    try:
+        import peft
+    except ImportError:
+        raise ValueError("--against peft: peft is not installed here (pip install peft)") from None
+    weight = base.img_in.weight
+    latent, noise, t, txt, y = random_inputs(base, 1, image_tokens, text_tokens)
+    inputs = latent.clone().requires_grad_(), txt.clone().requires_grad_()
+    ours, theirs = copy.deepcopy(base), copy.deepcopy(base)
+    adapter, identity = MetaLoRA(ours, rank, method="lora"), torch.zeros(1, dtype=torch.long)
+    names = sorted({target.module for target in find_targets(theirs)})
+    theirs = peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=names), theirs)
+    trained = [p for p in theirs.parameters() if p.requires_grad]
+    assert len(trained) == 2 * len(names)
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+
+    def our_step():
+        adapter.assign(identity)
+        flow_matching_loss(ours, latent, noise, t, txt, y).sum().backward()
+        adapter.step(1e-4)
+
+    def peft_step():
+        flow_matching_loss(theirs, latent, noise, t, txt, y).sum().backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def base_step():
+        torch.autograd.grad(flow_matching_loss(base, inputs[0], noise, t, inputs[1], y).mean(), inputs)
+    times = interleave([our_step, peft_step, base_step], weight.device, seconds)
+    for name, values in zip(("plain LoRA, ours", f"  peft {peft.__version__}", "  base alone"), times):
+        print(f"  {name:<24} {spread(values, 4):>30} s")
+    us, peft_, alone = (statistics.median(values) for values in times)
+    print(f"    step, ours / peft {spread([a / b for a, b, _ in zip(*times)], 4):>34}     {len(times[0])} rounds\n"
+          f"    cost over the base, ours / peft: {(us - alone) / (peft_ - alone):.3f}, of medians")
+
+
 def measure_people(flux: Flux, count: int, text_tokens: int, rank: int, seconds: float) -> None:
     """Times personalize.train on `count` people together, against one. Everybody has 15 random crops of five shapes."""
     device, lomd, config = flux.img_in.weight.device, random_lomd(find_targets(flux), R1), flux.config
@@ -219,15 +262,15 @@ def measure_bank(flux: Flux, rank: int, counts: list[int]) -> None:
                   f"{private_memory(device):9.1f} MB in memory, the model included")
 
 
-def choose(name: str, device: torch.device) -> tuple[Flux, int, int, str]:
+def choose(name: str, device: torch.device, dtype: torch.dtype | None) -> tuple[Flux, int, int, str]:
     """--model -> frozen model, its usual image and text tokens, and what its weights are."""
     if name not in MODELS or name == "baby" and (Path(__file__).parent / "baby" / "checkpoint").is_dir():
         folder = find_model(name)
-        flux = load_flux(folder, device, pick_dtype(device, folder))
+        flux = load_flux(folder, device, dtype or pick_dtype(device, folder))
         tokens = (model_defaults(folder)["resolution"] // 16) ** 2, 512 if flux.config.guidance_embed else 256
         return flux, *(MODELS[name][1:] if name in MODELS else tokens), "its own weights"
     config, *tokens = MODELS[name]
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     return Flux(config).requires_grad_(False).to(device, dtype), *tokens, "random weights"
 
 
@@ -252,6 +295,8 @@ def bench(argv=None) -> None:
     add("--rank", type=positive(int), default=1, help="rank of the adapter (default: 1)")
     add("--identities", type=positive(int), nargs="+", metavar="N", help="memory of meta-training with N identities instead")
     add("--people", type=positive(int), metavar="N", help="speed of personalising N people together instead")
+    add("--against", choices=("peft",), help="speed of a plain LoRA's step beside another library's, where it is installed, instead")
+    add("--dtype", choices=("float32", "bfloat16"), help="of the frozen base (default: by the device)")
     add("--threads", type=positive(int), help="CPU threads (default: torch's choice)")
     add("--device", help="cuda, mps or cpu (default: the best there is)")
     args = parser.parse_args(argv)
@@ -260,12 +305,15 @@ def bench(argv=None) -> None:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     for name in [args.model] if args.model else MODELS:
-        flux, image_tokens, text_tokens, weights = choose(name, device)
+        flux, image_tokens, text_tokens, weights = choose(name, device, args.dtype and getattr(torch, args.dtype))
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         print(f"{name}, {weights}: torch {torch.__version__}, {where}, {torch.get_num_threads()} threads, "
               f"{str(flux.img_in.weight.dtype)[6:]}")
         if args.identities:
             measure_bank(flux, args.rank, args.identities)
+            continue
+        if args.against:
+            measure_against_peft(flux, args.tokens or image_tokens, args.text_tokens or text_tokens, args.rank, args.seconds)
             continue
         if args.people:
             measure_people(flux, args.people, args.text_tokens or text_tokens, args.rank, args.seconds)

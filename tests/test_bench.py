@@ -71,3 +71,16 @@ def test_people_together_against_one_by_one(monkeypatch, capsys):
     assert bench.main(["--model", "mid", "--device", "cpu", "--people", "3", "--rank", "2", "--seconds", "0.001"]) == 0
     out = capsys.readouterr().out
     assert "3 people, 3 at once" in out and "one alone" in out and out.count(" to ") == 3 and "3 pairs" in out
+
+
+def test_against_peft(monkeypatch, capsys):
+    """With peft its numbers stand beside ours; without, one line says what is missing."""
+    monkeypatch.setitem(bench.MODELS, "mid", (TINY, 15, 7))
+    words = ["--model", "mid", "--device", "cpu", "--against", "peft", "--seconds", "0.001", "--dtype", "bfloat16"]
+    try:
+        import peft
+        assert bench.main(words) == 0
+        out = capsys.readouterr().out
+        assert f"peft {peft.__version__}" in out and "bfloat16" in out and "step, ours / peft" in out and "cost over the base" in out
+    except ImportError:
+        assert bench.main(words) == 2 and "pip install peft" in capsys.readouterr().err
