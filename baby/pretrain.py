@@ -8,7 +8,7 @@ Stages, each resumable by the same command; Ctrl-C saves first, a crash costs at
   decoder      its decoder a while longer, on whole pictures                          -> out/ae.safetensors
   latents      every picture, encoded once                                            -> run/latents
   text         tokenizers on the captions (sentencepiece for T5, BPE for CLIP)        -> out/tokenizer*, run
-  lomd         a random LoMD, so that stage 2 runs; never trained                     -> out/lomd.safetensors
+  lomd         a random LoMD, so that stage 2 runs, until meta_train.py makes one     -> out/lomd.safetensors
   transformer  the product's Flux, small, with T5 and CLIP trained jointly            -> out/flux1-dev.safetensors, ...
 The result is a folder in the hub's layout that every script of the project takes as --model baby.
 
@@ -495,10 +495,11 @@ def main():
     encode_latents(args.run, args.out)
     if not (args.out / "text_encoder_2" / "model.safetensors").exists():
         make_text(args.run, args.out)
-    with torch.device("meta"):
-        targets = find_targets(Flux(FLUX_CONFIG))
-    save_lomd(args.out / "lomd.safetensors", random_lomd(targets, r1=16, seed=SEED),
-              {"model": "baby", "iterations": "0", "random": "true"})
+    if not (args.out / "lomd.safetensors").exists():
+        with torch.device("meta"):
+            targets = find_targets(Flux(FLUX_CONFIG))
+        save_lomd(args.out / "lomd.safetensors", random_lomd(targets, r1=16, seed=SEED),
+                  {"model": "baby", "iterations": "0", "random": "true"})
     train_transformer(args.run, args.out, args.steps, args.init)
 
 
