@@ -75,6 +75,7 @@ def test_variants_differ_from_the_base_in_one_thing():
         meta_train.parse(["--data", "x", *map(str, words)])
 
 
+@pytest.mark.slow
 def test_the_study_in_small(tmp_path, monkeypatch, capsys, small):
     every = reproduce.variants
     monkeypatch.setattr(reproduce, "variants", lambda size: [v for v in every(size) if v[0] in ("base", "M and U") or v[4] == 2])
