@@ -178,7 +178,7 @@ def measure_against_peft(base: Flux, image_tokens: int, text_tokens: int, rank: 
     times as much there. peft's parameters are fp32, as ours, and are trained by torch's fused AdamW.
     """
     try:
-        import peft
+        import peft                                  # no dependency: only who compares has it
     except ImportError:
         raise ValueError("--against peft: peft is not installed here (pip install peft)") from None
     weight = base.img_in.weight

@@ -22,7 +22,6 @@ import collections
 import hashlib
 import importlib.metadata
 import json
-import math
 import os
 import re
 import sys
@@ -53,7 +52,6 @@ METHODS = {"meta-lora": "Meta-LoRA", "lora": "LoRA", "lora-crops": "LoRA + augme
 GENDERS = {"man": "man", "men": "man", "male": "man", "woman": "woman", "women": "woman", "female": "woman"}
 INCEPTION = "https://github.com/timesler/facenet-pytorch/releases/download/v2.2.9/20180402-114759-vggface2.pt"
 CLIP = "openai/clip-vit-base-patch32"
-SMALL = 1e9                                       # parameters: below, batches and people together pay
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -130,7 +128,7 @@ def load_face_embedder(baby: Path | None, weights: Path | None = None) -> tuple[
     if odd:
         raise ValueError(f"{path} does not fit {type(model).__name__}: {len(odd)} differences, the first in {odd[0]}")
     model.load_state_dict({name: value.float() if value.is_floating_point() else value for name, value in state.items()},
-                          strict=False)
+                          strict=False)                           # odd is empty: only num_batches_tracked may be absent
     return model.eval(), FaceEmbedder.SIDE if baby else 160, f"{type(model).__name__} {digest(path.read_bytes())}"
 
 
@@ -494,8 +492,13 @@ class Setting(NamedTuple):
         return f"Rank-{self.rank} {name}, {self.iterations} iterations" if self.rank else name
 
 
+def kind_of(method: str) -> str:
+    """What metalora.py calls a method: "lora" or "meta-lora"."""
+    return "lora" if method.startswith("lora") else "meta-lora"
+
+
 def iterations_of(method: str, given: list[int] | None) -> list[int]:
-    return sorted(given or [personalize.ITERATIONS["lora" if method.startswith("lora") else "meta-lora"]])
+    return sorted(given or [personalize.ITERATIONS[kind_of(method)]])
 
 
 def settings_of(args) -> list[Setting]:
@@ -511,8 +514,7 @@ class Run:
     def __init__(self, args, people: list[Person], prompts: dict, interruption: Interruption):
         self.args, self.people, self.prompts, self.interruption = args, people, prompts, interruption
         self.device, self.out = args.device, args.out
-        parameters = sum(math.prod(files.shape(n)) for files in [flux_model.flux_files(args.folder)[0]] for n in files.file_of)
-        self.small = parameters < SMALL
+        self.small = flux_model.is_small(args.folder)
         self.flux = self.texts = self.autoencoder = None
         self.encoded = {}
 
@@ -527,9 +529,9 @@ class Run:
 
     def batches(self, setting: Setting, person: Person) -> list[list[Picture]]:
         """Batches of which a picture is missing. They are the same whatever is there, and so are their pictures' bits."""
-        size, batches = 16 if self.small else 1, []
+        size, batches, pictures = 16 if self.small else 1, [], self.pictures(setting, person)
         for seed in range(self.args.seeds):
-            own = [p for p in self.pictures(setting, person) if p.seed == seed]
+            own = [p for p in pictures if p.seed == seed]
             batches += [own[i:i + size] for i in range(0, len(own), size)]
         return [batch for batch in batches if not all(p.path.is_file() for p in batch)]
 
@@ -561,7 +563,7 @@ class Run:
         if all(self.lora_path(s, person).is_file() for s in settings for person in self.people):
             return
         self.load()
-        augment, kind, lomd = method != "lora", "lora" if method.startswith("lora") else "meta-lora", None
+        augment, kind, lomd = method != "lora", kind_of(method), None
         if kind == "meta-lora":
             lomd = args.learned_lomd
             if method == "random-lomd":
@@ -654,10 +656,10 @@ class Run:
 # Report
 
 
-def percent(summary: dict | None, error: bool = True) -> str:
+def percent(summary: dict | None) -> str:
     if summary is None:
         return "–"
-    spread = "" if summary["error"] is None or not error else f" ({100 * summary['error']:.2f})"
+    spread = "" if summary["error"] is None else f" ({100 * summary['error']:.2f})"
     return f"{100 * summary['mean']:.2f}{spread}"
 
 
@@ -911,8 +913,7 @@ def take_model(args):
     """Finds the model (may download) and its LoMD, and what decides about results into args.settings."""
     general = args.rates.pop("", None)
     flux_model.take_model(args, args.device, "lora")
-    kind = lambda method: "lora" if method.startswith("lora") else "meta-lora"
-    args.rates = {m: args.rates.get(m) or general or flux_model.learning_rate(args.folder, kind(m)) for m in METHODS}
+    args.rates = {m: args.rates.get(m) or general or flux_model.learning_rate(args.folder, kind_of(m)) for m in METHODS}
     args.size = args.size or flux_model.model_defaults(args.folder)["resolution"]
     args.learned_lomd, lomd = None, "none"
     if {"meta-lora", "random-lomd"} & set(args.methods):

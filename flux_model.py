@@ -963,6 +963,10 @@ def pick_device(name: str | None = None) -> torch.device:
 
 def pick_dtype(device: torch.device, folder: str | Path) -> torch.dtype:
     """bf16, but fp32 on a CPU for models small enough that memory is no matter."""
+    return torch.float32 if torch.device(device).type == "cpu" and is_small(folder) else torch.bfloat16
+
+
+def is_small(folder: str | Path) -> bool:
+    """Under a billion parameters in the transformer: memory is no matter then, and batches pay."""
     files = flux_files(folder)[0]
-    small = sum(math.prod(files.shape(name)) for name in files.file_of) < 1e9
-    return torch.float32 if torch.device(device).type == "cpu" and small else torch.bfloat16
+    return sum(math.prod(files.shape(name)) for name in files.file_of) < 1e9

@@ -412,7 +412,7 @@ class Run:
         """The model with its adapter, and the bank on disk; then the newest checkpoint, where there is one."""
         args = self.args
         flux = flux_model.load_flux(args.folder, self.group.device, args.dtype)
-        flux.recompute = sum(p.numel() for p in flux.parameters()) > 1e9
+        flux.recompute = not flux_model.is_small(args.folder)
         slots = args.batch_size * len(self.shards)
         self.adapter = MetaLoRA(flux, args.r2, lomd=random_lomd(find_targets(flux), args.r1, args.seed),
                                 num_identities=0, slots=slots)

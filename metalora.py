@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from flux_model import diffusers_flux_names
+from flux_model import diffusers_flux_names          # one table of names, for loading and for adapting
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The adapted Linear

@@ -310,7 +310,7 @@ def personalize(args):
     lap("pictures")
     flux = flux_model.load_flux(args.folder, args.device, args.dtype)
     # the paper's trainer does so too: a third more time, and 1024 pixels fit a card
-    flux.recompute = sum(parameter.numel() for parameter in flux.parameters()) > 1e9
+    flux.recompute = not flux_model.is_small(args.folder)
     adapter = MetaLoRA(flux, args.rank, method=args.method, lomd=lomd, seed=args.seed)
     lap("model")
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import faces  # noqa: E402
-from metrics import auc  # noqa: E402
+from metrics import auc, pairs  # noqa: E402
 from flux_model import find_model, load_autoencoder, load_flux  # noqa: E402
 from eval_rfacesim import Judges  # noqa: E402
 from photos import find_faces, to_image, to_tensor  # noqa: E402
@@ -53,10 +53,7 @@ def verification(judges: Judges, people: int = 100, pictures: int = 4) -> tuple[
     first = faces.TEST.start + 2000
     crops = [(p, judges.crop(Image.fromarray(faces.sample(first + p, i, style="photo")[0]))) for p in range(people) for i in range(pictures)]
     who, found = zip(*((p, crop) for p, crop in crops if crop is not None))
-    embeddings, who = judges.embed(list(found)), np.array(who)
-    upper = np.triu_indices(len(who), 1)
-    cosines, same = (embeddings @ embeddings.T).numpy()[upper], (who[:, None] == who)[upper]
-    return auc(cosines[same], cosines[~same]), len(who)
+    return auc(*pairs(judges.embed(list(found)).numpy(), np.array(who))), len(who)
 
 
 def main(argv=None) -> int:

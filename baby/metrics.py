@@ -33,7 +33,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import faces  # noqa: E402
 from eval_rfacesim import FaceEmbedder  # noqa: E402
-from pretrain import cosine, save_whole  # noqa: E402
+from pretrain import cosine, is_photo, save_whole  # noqa: E402
 
 SEED, PEOPLE, PICTURES, HELD_OUT = 0, 1_500, 20, 100               # HELD_OUT: METRIC people that only measure
 EMBEDDER_STEPS, EMBEDDER_BATCH, EMBEDDER_LR, SCALE, MARGIN = 4_000, 128, 2e-3, 24.0, 0.3
@@ -152,18 +152,23 @@ def verification(model: nn.Module, data: dict) -> str:
     """Same person or not, by the cosine of two pictures: AUC over all pairs of the held-out people."""
     rows = slice((PEOPLE - HELD_OUT) * PICTURES, None)
     people, texts = np.repeat(np.arange(HELD_OUT), PICTURES), data["texts"][rows]
-    photo = np.array([("a photo of" in t or t.endswith("a photo")) and not t.endswith("at night") for t in texts])
+    photo = np.array([is_photo(text) for text in texts])
     model.eval()
     x = (torch.from_numpy(data["crops"][rows]).permute(0, 3, 1, 2).float() - 127.5) / 128
     embeddings = torch.cat([model(part) for part in x.split(256)]).numpy()
     model.train()
     words = []
     for name, chosen in (("photo", data["found"][rows] & photo), ("all styles", data["found"][rows])):
-        e, p = embeddings[chosen], people[chosen]
-        cosines, same = (e @ e.T)[np.triu_indices(len(e), 1)], (p[:, None] == p)[np.triu_indices(len(e), 1)]
-        words.append(f"{name}: AUC {auc(cosines[same], cosines[~same]):.4f}, same {cosines[same].mean():.2f}, "
-                     f"different {cosines[~same].mean():.2f}")
+        same, different = pairs(embeddings[chosen], people[chosen])
+        words.append(f"{name}: AUC {auc(same, different):.4f}, same {same.mean():.2f}, different {different.mean():.2f}")
     return "; ".join(words)
+
+
+def pairs(embeddings: np.ndarray, people: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines of all pairs of embeddings (n, E): those of one person, those of two."""
+    upper = np.triu_indices(len(people), 1)
+    cosines, same = (embeddings @ embeddings.T)[upper], (people[:, None] == people)[upper]
+    return cosines[same], cosines[~same]
 
 
 def auc(positive: np.ndarray, negative: np.ndarray) -> float:

@@ -75,9 +75,15 @@ def save_whole(tensors: dict, path: Path, metadata: dict | None = None):
 def draw(job: tuple) -> tuple:
     """One training picture. A third is drawn at another scale, since personalisation trains on close and wide crops."""
     index, width, height = job
+    person, size = subject(index)
+    return faces.sample(person, index, width, height, size=size)
+
+
+def subject(index: int) -> tuple[int, float | None]:
+    """Seed of the person in training picture `index`, and the size of the head where it is not the scene's own."""
     rng = np.random.default_rng([SEED, index, 2])
     size = float(rng.uniform(0.3, 0.95)) if rng.random() < 1 / 3 else None
-    return faces.sample(int(rng.integers(faces.BASE.stop)), index, width, height, size=size)
+    return int(rng.integers(faces.BASE.stop)), size
 
 
 def face_weights(width: int, height: int, first: int, count: int) -> torch.Tensor:
@@ -96,9 +102,7 @@ def face_weights(width: int, height: int, first: int, count: int) -> torch.Tenso
 
 def person_and_scene(index: int) -> tuple[dict, dict]:
     """Who is in training picture `index`, and how, as `draw` has it."""
-    rng = np.random.default_rng([SEED, index, 2])
-    size = float(rng.uniform(0.3, 0.95)) if rng.random() < 1 / 3 else None
-    person = int(rng.integers(faces.BASE.stop))
+    person, size = subject(index)
     return faces.identity(person), faces.scene(np.random.default_rng([person, index, 1]), size=size)
 
 
