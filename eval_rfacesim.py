@@ -544,7 +544,7 @@ class Run:
             self.captions = [torch.cat(parts) for parts in zip(*(self.texts[caption] for caption in captions))]
             self.autoencoder = flux_model.load_autoencoder(self.args.folder, self.device, self.args.dtype)
             self.flux = flux_model.load_flux(self.args.folder, self.device, self.args.dtype)
-            self.flux.recompute = not self.small
+            self.flux.recompute = 0 if self.small else len(self.flux.blocks)
 
     def latents(self, augment: bool) -> list[list[Tensor]]:
         """Of everybody's reference: what personalize.py trains on, kept on the CPU."""

@@ -34,6 +34,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from speed import E4M3, Fp8Linear, Offload, check_memory, compile_blocks, quantize_rows
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Transformer
 
@@ -218,7 +220,9 @@ class Flux(nn.Module):
         self.double_blocks = nn.ModuleList(DoubleStreamBlock(config) for _ in range(config.depth))
         self.single_blocks = nn.ModuleList(SingleStreamBlock(config) for _ in range(config.depth_single_blocks))
         self.final_layer = LastLayer(config)
-        self.recompute = False        # training: keep only the blocks' inputs, run each block again in the backward pass
+        self.recompute = 0            # training: so many blocks keep only their inputs and run again in the backward pass
+        self.offload = None           # an Offload where the blocks live on the CPU
+        self.compiled = False         # by speed.compile_blocks
 
     def forward(self, img: Tensor, img_ids: Tensor, txt: Tensor, txt_ids: Tensor, timesteps: Tensor, y: Tensor,
                 guidance: Tensor | None = None) -> Tensor:
@@ -236,15 +240,24 @@ class Flux(nn.Module):
             vec = vec + self.guidance_in(sinusoidal_embedding(guidance).to(dtype))
         img, txt = self.img_in(img.to(dtype)), self.txt_in(txt.to(dtype))              # (B, I, hidden), (B, T, hidden)
         rope = rope_angles(torch.cat((txt_ids, img_ids), dim=1), self.config.axes_dim, self.config.theta)
-        run = lambda block, *inputs: block(*inputs)
-        if self.recompute and torch.is_grad_enabled():
-            run = partial(checkpoint, use_reentrant=False)
-        for block in self.double_blocks:
-            img, txt = run(block, img, txt, vec, rope)
+        for i in range(len(self.double_blocks)):
+            img, txt = self.run(i, img, txt, vec, rope)
         x = torch.cat((txt, img), dim=1)                                                                # (B, L, hidden)
-        for block in self.single_blocks:
-            x = run(block, x, vec, rope)
+        for i in range(len(self.double_blocks), len(self.blocks)):
+            x = self.run(i, x, vec, rope)
         return self.final_layer(x[:, txt.shape[1]:], vec)                                                   # (B, I, 64)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return [*self.double_blocks, *self.single_blocks]
+
+    def run(self, index: int, *inputs):
+        """Block `index`, wherever its weights live, and with or without keeping what its backward pass will need."""
+        block = partial(self.offload.run, index) if self.offload else self.blocks[index]
+        # the backward pass of a block that lives elsewhere needs its weights once more, as running it again does
+        if torch.is_grad_enabled() and (self.offload or index < self.recompute):
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -584,6 +597,11 @@ def diffusers_autoencoder_names(name: str, levels: int) -> list[str]:
 # Loading
 
 
+PREFIXES = ("model.diffusion_model.",)           # ComfyUI's files with everything: only the transformer is ours
+SCALES = "scale_weight", "weight_scale"          # ComfyUI's scaled fp8, and that of others
+MARKS = "scaled_fp8", "comfy_quant", "scale_input", "input_scale"
+
+
 class TensorFiles:
     """The tensors of one safetensors file, or of all shards of a folder, by name; read only when asked for."""
     def __init__(self, files: list[Path]):
@@ -596,12 +614,30 @@ class TensorFiles:
             self.metadata.update(file.metadata() or {})
             self.file_of.update(dict.fromkeys(file.keys(), file))
         self.path = files[0] if len(files) == 1 else files[0].parent
+        self.prefix = next((p for p in PREFIXES if any(name.startswith(p) for name in self.file_of)), "")
+        self.file_of = {name.removeprefix(self.prefix): file for name, file in self.file_of.items() if name.startswith(self.prefix)}
+        # 8-bit files have one scale for each weight beside it, under one of several names, and marks of their makers
+        self.scales = {name.removesuffix(end) + "weight": name for name in self.file_of for end in SCALES if name.endswith("." + end)}
+        self.raw = {name: self.file_of.pop(name) for name in [*self.file_of] if name in self.scales.values() or name.endswith(MARKS)}
 
     def shape(self, name: str) -> list[int]:
-        return self.file_of[name].get_slice(name).get_shape()
+        return self.file_of[name].get_slice(self.prefix + name).get_shape()
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.file_of[name].get_tensor(name)
+        tensor = self.file_of[name].get_tensor(self.prefix + name)
+        return tensor.float() * self.scale(name) if tensor.dtype.itemsize == 1 else tensor
+
+    def scale(self, name: str) -> Tensor:
+        """What an 8-bit weight of the file is to be multiplied by: fp32, one number, or one for each row (d_out, 1)."""
+        if name not in self.scales:
+            return torch.ones(1)
+        scale = self.raw[self.scales[name]].get_tensor(self.prefix + self.scales[name]).float()
+        return scale.view(-1, 1) if scale.numel() > 1 else scale.view(1)
+
+    def quantized(self, name: str) -> tuple[Tensor, Tensor]:
+        """A weight (d_out, d_in) as float8_e4m3 with row scales (d_out, 1); one that has 8 bits already stays as it is."""
+        tensor = self.file_of[name].get_tensor(self.prefix + name)
+        return (tensor, self.scale(name).expand(len(tensor), 1)) if tensor.dtype == E4M3 else quantize_rows(self[name])
 
 
 class JsonFile(dict):
@@ -642,11 +678,12 @@ def read_config(kind, text: str, path: Path):
         raise ValueError(f"{path}: the {kind.__name__} in its metadata cannot be used: {error}") from None
 
 
-def load_weights(model: nn.Module, files: TensorFiles, sources, dtype: torch.dtype, device) -> nn.Module:
+def load_weights(model: nn.Module, files: TensorFiles, sources, dtype: torch.dtype, place, fp8: bool = False) -> nn.Module:
     """Fills a model built on the meta device, strictly, tensor by tensor: the peak is the model and one tensor.
 
-    sources(name) lists the tensors whose rows make up a parameter. Raises ValueError that names the first missing,
-    misshapen and unexpected tensor.
+    sources(name) lists the tensors whose rows make up a parameter, place(name) says on which device it goes. With `fp8`
+    the Linears of the blocks become Fp8Linears on the way. Raises ValueError that names the first missing, misshapen and
+    unexpected tensor.
     """
     plan = {name: sources(name) for name, _ in model.named_parameters()}
     missing = [part for parts in plan.values() for part in parts if part not in files.file_of]
@@ -666,15 +703,25 @@ def load_weights(model: nn.Module, files: TensorFiles, sources, dtype: torch.dty
     if problems:
         raise ValueError(f"{files.path} does not fit this {type(model).__name__}: {', '.join(problems)}")
     for name, parameter in list(model.named_parameters()):
-        weight, row = torch.empty(parameter.shape, dtype=dtype, device=device), 0
+        module, _, attribute = name.rpartition(".")
+        layer, row = model.get_submodule(module), 0
+        if fp8 and isinstance(layer, nn.Linear) and "_blocks." in name:              # the weight comes before the bias
+            layer = Fp8Linear(layer.in_features, layer.out_features, layer.bias is not None, dtype, place(name))
+            model.set_submodule(module, layer)
+        if isinstance(layer, Fp8Linear) and attribute == "weight":
+            for part in plan[name]:
+                tensor, scale = files.quantized(part)
+                layer.weight[row:row + len(tensor)], layer.scale[row:row + len(tensor)] = tensor.to(layer.weight.device), scale
+                row += len(tensor)
+            continue
+        weight = torch.empty(parameter.shape, dtype=dtype, device=place(name))
         for part in plan[name]:
             tensor = files[part]
             weight[row:row + len(tensor)].copy_(tensor.view(tensor.shape + (1,) * (weight.dim() - tensor.dim())))
             row += len(tensor)
         if plan[name][0].startswith("norm_out.linear."):
             weight = weight.roll(len(weight) // 2, 0)
-        module, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(module), attribute, nn.Parameter(weight, requires_grad=False))
+        setattr(layer, attribute, nn.Parameter(weight, requires_grad=False))
     return model.eval()
 
 
@@ -689,9 +736,12 @@ def locate(folder: str | Path, names: tuple[str, ...], diffusers: str, what: str
     raise ValueError(f"{folder} holds no {what}: neither {' nor '.join(names)} nor {diffusers}/")
 
 
+FLUX_FILES = tuple(f"flux1-{kind}{bits}.safetensors" for bits in ("", "-fp8") for kind in ("dev", "schnell"))
+
+
 def flux_files(folder: str | Path) -> tuple[TensorFiles, FluxConfig, bool]:
     """Tensors and configuration of the transformer of a snapshot, and whether they are in the diffusers layout."""
-    paths, config = locate(folder, ("flux1-dev.safetensors", "flux1-schnell.safetensors"), "transformer", "transformer")
+    paths, config = locate(folder, FLUX_FILES, "transformer", "transformer")
     files = TensorFiles(paths)
     if config is not None:
         heads, head_size = config["num_attention_heads"], config["attention_head_dim"]
@@ -706,15 +756,20 @@ def flux_files(folder: str | Path) -> tuple[TensorFiles, FluxConfig, bool]:
     return files, FluxConfig(guidance_embed="guidance_in.in_layer.weight" in files.file_of), False
 
 
-def load_flux(folder: str | Path, device="cpu", dtype: torch.dtype = torch.bfloat16) -> Flux:
+def load_flux(folder: str | Path, device="cpu", dtype: torch.dtype = torch.bfloat16, fp8: bool = False, offload: bool = False) -> Flux:
     """The transformer of a snapshot folder (original or diffusers files), frozen, on `device` in `dtype`.
 
-    ValueError, in one line, where the files are missing, torn or of another model.
+    fp8: weights of the blocks' Linears in 8 bits, quantised one by one as they are read. offload: the blocks live in CPU
+    memory. ValueError, in one line, where the files are missing, torn or of another model.
     """
     files, config, is_diffusers = flux_files(folder)
     with torch.device("meta"):
         model = Flux(config)
-    return load_weights(model, files, diffusers_flux_names if is_diffusers else lambda name: [name], dtype, device)
+    place = lambda name: "cpu" if offload and "_blocks." in name else device
+    load_weights(model, files, diffusers_flux_names if is_diffusers else lambda name: [name], dtype, place, fp8)
+    if offload:
+        model.offload = Offload(model.blocks, device)
+    return model
 
 
 def load_autoencoder(folder: str | Path, device="cpu", dtype: torch.dtype = torch.bfloat16) -> AutoEncoder:
@@ -732,7 +787,7 @@ def load_autoencoder(folder: str | Path, device="cpu", dtype: torch.dtype = torc
         config = read_config(AutoEncoderConfig, files.metadata.get("config", "{}"), files.path)
     with torch.device("meta"):
         model = AutoEncoder(config)
-    return load_weights(model, files, sources, dtype, device)
+    return load_weights(model, files, sources, dtype, lambda name: device)
 
 
 @contextmanager
@@ -824,7 +879,7 @@ HUB = {"flux-dev": ("black-forest-labs/FLUX.1-dev", "flux1-dev.safetensors", "FL
 
 def check_snapshot(folder: Path) -> None:
     """ValueError that names the first part a snapshot lacks, in either layout."""
-    locate(folder, ("flux1-dev.safetensors", "flux1-schnell.safetensors"), "transformer", "transformer")
+    locate(folder, FLUX_FILES, "transformer", "transformer")
     locate(folder, ("ae.safetensors",), "vae", "autoencoder")
     check_text_files(folder)
 
@@ -902,6 +957,31 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def add_speed_options(add, training: bool) -> None:
+    """The switches of large models, for the parser of a script."""
+    add("--fp8", action="store_true", help="weights of the blocks in 8 bits: half the memory, and faster on recent cards; the "
+        "pictures change a little")
+    add("--offload", action="store_true", help="the blocks' weights stay in CPU memory and come one by one: for small cards")
+    add("--compile", action=argparse.BooleanOptionalAction, help="compile the blocks first, which takes a minute or so "
+        "(default: on a GPU, where it is a large model's long run)")
+    if training:
+        add("--recompute", type=int, metavar="N", help="blocks that are run twice to save memory (default: as few as it takes)")
+
+
+LONG_RUN = 300                        # steps of a large model after which compiling may pay: a guess, never measured
+
+
+def open_flux(args, device: torch.device, steps: int) -> Flux:
+    """The transformer as args.folder, args.dtype, args.fp8, args.offload and args.compile want it, for so many steps."""
+    with torch.device("meta"):
+        check_memory(Flux(flux_files(args.folder)[1]), device, args.dtype, args.fp8, args.offload)
+    flux = load_flux(args.folder, device, args.dtype, args.fp8, args.offload)
+    pays = device.type == "cuda" and steps >= LONG_RUN and not is_small(args.folder)
+    if pays if args.compile is None else args.compile:
+        compile_blocks(flux)
+    return flux
+
+
 def check_training(args) -> None:
     """ValueError for a lr, resolution or seed that neither training stage takes; None (the model's default) is fine."""
     if args.lr is not None and not 0 < args.lr < math.inf:
@@ -910,6 +990,8 @@ def check_training(args) -> None:
         raise ValueError(f"--resolution takes 64 to 4096 pixels, not {' '.join(map(str, args.resolution))}")
     if not 0 <= args.seed < 2 ** 63:
         raise ValueError(f"--seed is between 0 and {2 ** 63 - 1}, not {args.seed}")
+    if args.recompute is not None and args.recompute < 0:
+        raise ValueError(f"--recompute takes 0 or more blocks, not {args.recompute}")
 
 
 def take_model(args, device: torch.device, use: str) -> None:

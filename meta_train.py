@@ -411,11 +411,14 @@ class Run:
     def load(self):
         """The model with its adapter, and the bank on disk; then the newest checkpoint, where there is one."""
         args = self.args
-        flux = flux_model.load_flux(args.folder, self.group.device, args.dtype)
-        flux.recompute = not flux_model.is_small(args.folder)
+        flux = flux_model.open_flux(args, self.group.device, args.iters)
         slots = args.batch_size * len(self.shards)
         self.adapter = MetaLoRA(flux, args.r2, lomd=random_lomd(find_targets(flux), args.r1, args.seed),
                                 num_identities=0, slots=slots)
+        flux.recompute = args.recompute
+        if flux.recompute is None:
+            text = 512 if flux.config.guidance_embed else 256
+            flux.recompute = self.adapter.blocks_to_recompute(max(args.resolution) ** 2 // 256, text, args.batch_size)
         if not args.fresh_identities:
             count, size, bank = sum(map(len, self.local)), sum(self.adapter.sizes), self.folder / "bank"
             needed, free = DiskBank.bytes(count, size), shutil.disk_usage(args.run).free
@@ -788,6 +791,7 @@ def parse(argv):
     add("--preview-every", type=int, default=1000, metavar="N", help="iterations between pictures of two people; 0: none "
         "(default: 1000)")
     add("--deterministic", action="store_true", help="on a GPU: the same bits in each run, at some cost in speed")
+    flux_model.add_speed_options(add, training=True)
     add("--device", help="cuda, mps or cpu (default: the best there is)")
     return parser.parse_args(argv)
 
@@ -851,7 +855,7 @@ def check_settings(args, buckets, group):
     """What makes a run this run: written by the first command, and ValueError for a later one that differs."""
     args.settings = {
         "model": flux_model.flux_fingerprint(args.folder),
-        "data (pictures, captions, buckets)": data_fingerprint(buckets), "dtype": str(args.dtype),
+        "data (pictures, captions, buckets)": data_fingerprint(buckets), "dtype": str(args.dtype) + " fp8" * args.fp8,
         "batch-size": args.batch_size, "processes": group.size, "r1": args.r1, "r2": args.r2, "lr": args.lr,
         "warmup": args.warmup, "bucket-iters": args.bucket_iters, "prompt": args.prompt, "resolution": args.resolution,
         "seed": args.seed, "fresh-identities": args.fresh_identities}

@@ -19,6 +19,7 @@ own, and x C^T is masked so that every image meets only its person's.
 """
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from flux_model import diffusers_flux_names          # one table of names, for loading and for adapting
+from speed import Fp8Linear, blocks_to_recompute, memory_left, saved_bytes
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The adapted Linear
@@ -80,34 +82,38 @@ def plain_update(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, M: T
 
 
 class AdaptedLinear(nn.Module):
-    """A frozen Linear with room for `columns` update columns beside its weight, in the base's dtype."""
-    def __init__(self, linear: nn.Linear, columns: int):
+    """A frozen Linear and its update, in one of two ways. Beside its weight are spare columns for U, so that x C^T widens
+    the input of one GEMM; or, with beside=True, U stands by itself and is added by a second one, `addmm`: for a base of 8
+    bits, for one that lives on the CPU, and where that is faster."""
+    def __init__(self, linear: nn.Module, columns: int, beside: bool = False):
         super().__init__()
-        self.out_features, self.in_features = linear.weight.shape
-        spare = -(self.in_features + columns) % 8 + columns       # rows of a multiple of 8 elements suit tensor cores
-        wide = linear.weight.new_zeros(self.out_features, self.in_features + spare)
-        wide[:, :self.in_features] = linear.weight.detach()
-        self.register_buffer("wide", wide)
-        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
-        self.spans, self.blocks, self.C, self.mask = [], [], None, None
+        self.out_features, self.in_features = linear.out_features, linear.in_features
+        self.spare = -(self.in_features + columns) % 8 + columns  # rows of a multiple of 8 elements suit tensor cores
+        self.dtype = linear.dtype if isinstance(linear, Fp8Linear) else linear.weight.dtype
+        self.base = linear if beside else None
+        if not beside:
+            self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
+            wide = linear.weight.new_zeros(self.out_features, self.in_features + self.spare)
+            wide[:, :self.in_features] = linear.weight.detach()
+            self.register_buffer("wide", wide)
+        self.spans, self.blocks, self.C, self.U, self.mask = [], [], None, None, None
 
     @property
     def weight(self) -> Tensor:
-        return self.wide[:, :self.in_features]
-
-    @property
-    def spare(self) -> int:
-        return self.wide.shape[1] - self.in_features
+        return self.base.weight if self.base else self.wide[:, :self.in_features]
 
     def set_update(self, downs: list[Tensor], ups: list[Tensor], rows: list[int], mask: Tensor | None = None):
         """The update to add from now on: for each target C_t (R_t, d_in), U_t (rows_t, R_t) and its first row.
 
         mask (B, sum of R_t): which of the columns an image of the batch meets; None: all.
         """
-        used = sum(len(down) for down in downs)
-        pad = self.spare - used
-        self.C = F.pad(torch.cat(downs), (0, 0, 0, pad)).to(self.wide.dtype)
-        self.mask = None if mask is None else F.pad(mask, (0, pad)).to(self.wide.dtype)
+        pad = self.spare - sum(len(down) for down in downs)
+        self.C = F.pad(torch.cat(downs), (0, 0, 0, pad)).to(self.dtype)
+        self.mask = None if mask is None else F.pad(mask, (0, pad)).to(self.dtype)
+        if self.base is not None:
+            ups = [F.pad(up, (0, 0, row, self.out_features - row - len(up))) for row, up in zip(rows, ups)]
+            self.U = F.pad(torch.cat(ups, dim=1), (0, pad)).to(self.dtype)
+            return
         self.spans, self.blocks, column = [], ups, 0
         with torch.no_grad():
             self.wide[:, self.in_features:].zero_()
@@ -119,8 +125,12 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.C is None:
-            return F.linear(x, self.weight, self.bias)
-        return FusedUpdate.apply(x, self.wide, self.bias, self.C, self.mask, self.spans, *self.blocks)
+            return self.base(x) if self.base else F.linear(x, self.weight, self.bias)
+        if self.base is None:
+            return FusedUpdate.apply(x, self.wide, self.bias, self.C, self.mask, self.spans, *self.blocks)
+        m = x @ self.C.T
+        m = m if self.mask is None else m * self.mask.view(len(m), *(1,) * (m.dim() - 2), -1)
+        return torch.addmm(self.base(x).flatten(0, -2), m.flatten(0, -2), self.U.T).unflatten(0, x.shape[:-1])
 
 
 class Target(NamedTuple):
@@ -135,7 +145,9 @@ def find_targets(flux: nn.Module, outside: bool = False) -> list[Target]:
     """Every Linear of the blocks, fused ones split: 14 per double and 6 per single block; outside=True adds the rest."""
     targets = []
     for name, module in flux.named_modules():
-        if isinstance(module, (nn.Linear, AdaptedLinear)) and (outside or "_blocks." in name):
+        if name.endswith(".base"):                        # of an AdaptedLinear, which speaks for it
+            continue
+        if isinstance(module, (nn.Linear, Fp8Linear, AdaptedLinear)) and (outside or "_blocks." in name):
             paths, start = [p.removesuffix(".weight") for p in diffusers_flux_names(name + ".weight")], 0
             for i, path in enumerate(paths):
                 rows = module.out_features - start if i == len(paths) - 1 else module.in_features
@@ -151,11 +163,13 @@ def by_module(targets: list[Target]) -> dict[str, list[Target]]:
     return grouped
 
 
-def inject(flux: nn.Module, name: str, columns: int) -> AdaptedLinear:
+def inject(flux: nn.Module, name: str, columns: int, beside: bool = False) -> AdaptedLinear:
     """Replaces a Linear of `flux`, by name, by an AdaptedLinear; one layer's weight exists twice for a moment."""
-    parent, _, attribute = name.rpartition(".")
-    adapted = AdaptedLinear(flux.get_submodule(name), columns)
-    setattr(flux.get_submodule(parent), attribute, adapted)
+    linear = flux.get_submodule(name)
+    # a copy of an offloaded weight would not move along, and plain products are what a compiler understands
+    beside = beside or isinstance(linear, Fp8Linear) or flux.compiled or flux.offload is not None
+    adapted = AdaptedLinear(linear, columns, beside)
+    flux.set_submodule(name, adapted)
     return adapted
 
 
@@ -163,11 +177,12 @@ def remove_loras(flux: nn.Module):
     """Every AdaptedLinear back to the Linear that it was."""
     for name, module in list(flux.named_modules()):
         if isinstance(module, AdaptedLinear):
-            linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
-            linear.weight = nn.Parameter(module.weight.contiguous(), requires_grad=False)
-            linear.bias = module.bias
-            parent, _, attribute = name.rpartition(".")
-            setattr(flux.get_submodule(parent), attribute, linear)
+            linear = module.base
+            if linear is None:
+                linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+                linear.weight = nn.Parameter(module.weight.contiguous(), requires_grad=False)
+                linear.bias = module.bias
+            flux.set_submodule(name, linear)
 
 
 def apply_loras(flux: nn.Module, loras: list[tuple[dict, float]]):
@@ -189,11 +204,11 @@ def apply_loras(flux: nn.Module, loras: list[tuple[dict, float]]):
                 B = B.roll(len(B) // 2, 0)
             updates.setdefault(target.module, []).append((A, strength * B.float(), target.start))
     remove_loras(flux)
+    device = next(flux.parameters()).device
     for name, parts in updates.items():
         layer = inject(flux, name, sum(len(A) for A, _, _ in parts))
         downs, ups, rows = zip(*parts)
-        layer.set_update([A.to(layer.wide.device, torch.float32) for A in downs],
-                         [B.to(layer.wide.device) for B in ups], rows)
+        layer.set_update([A.to(device, torch.float32) for A in downs], [B.to(device) for B in ups], rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -286,7 +301,7 @@ class MetaLoRA:
     `bank` may be exchanged for another between two steps: a bucket's, in stage 1.
     """
     def __init__(self, flux: nn.Module, rank: int, method: str = "meta-lora", lomd: dict[str, Tensor] | None = None,
-                 num_identities: int = 1, seed: int = 0, slots: int = 1):
+                 num_identities: int = 1, seed: int = 0, slots: int = 1, beside: bool = False):
         if (method == "meta-lora") != (lomd is not None) or method not in ("meta-lora", "lora"):
             raise ValueError("method must be 'meta-lora', with a LoMD, or 'lora', without one")
         self.flux, self.rank, self.method, self.slots, self.train_lomd = flux, rank, method, slots, False
@@ -307,7 +322,7 @@ class MetaLoRA:
         rows = [self.new_row(generator) for _ in range(num_identities)] or [torch.zeros(0, sum(self.sizes))]
         self.bank = IdentityBank(torch.stack(rows).to(self.device))
         remove_loras(flux)                                                # such as lie outside the blocks would stay
-        self.layers = [(inject(flux, name, len(targets) * slots * rank), targets)
+        self.layers = [(inject(flux, name, len(targets) * slots * rank, beside), targets)
                        for name, targets in by_module(self.targets).items()]
 
     def split_lomd(self, flat: Tensor) -> dict[str, Tensor]:
@@ -373,6 +388,31 @@ class MetaLoRA:
 
     def remove(self):
         remove_loras(self.flux)
+
+    def blocks_to_recompute(self, image_tokens: int, text_tokens: int, batch: int) -> int:
+        """How many blocks must run twice for a batch of these sizes to fit into the memory that is left; errors as there.
+
+        Counted, not guessed: what autograd keeps of one more token in two blocks of the same classes and proportions, but of
+        few heads, which run on the CPU with an adapter of the same rank in place. It grows with tokens and width.
+        """
+        if self.flux.offload:
+            return len(self.flux.blocks)
+        config, (layer, _) = self.flux.config, self.layers[0]
+        heads, size = min(4, config.num_heads), config.hidden_size // config.num_heads
+        small = type(self.flux)(replace(config, hidden_size=heads * size, num_heads=heads, depth=1, depth_single_blocks=1))
+        small.requires_grad_(False).to(layer.dtype)
+        adapter = MetaLoRA(small, self.rank, "lora", slots=self.slots, beside=layer.base is not None)
+        adapter.assign(torch.zeros(1, dtype=torch.long))
+
+        def kept(block: nn.Module, streams: int, tokens: int) -> int:
+            x = [torch.randn(1, tokens // streams, heads * size, dtype=layer.dtype, requires_grad=True) for _ in range(streams)]
+            vec, rope = torch.randn(1, heads * size, dtype=layer.dtype), (torch.randn(1, 1, tokens, size // 2),) * 2
+            return saved_bytes(lambda: block(*x, vec, rope))
+        per_block = []
+        for blocks, streams, count in ((small.double_blocks, 2, config.depth), (small.single_blocks, 1, config.depth_single_blocks)):
+            a_token = (kept(blocks[0], streams, 192) - kept(blocks[0], streams, 64)) / 128 * config.num_heads / heads
+            per_block += [a_token * batch * (image_tokens + text_tokens)] * count
+        return blocks_to_recompute(per_block, memory_left(self.device))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -214,6 +214,7 @@ def parse(argv):
     add("--save-at", type=flux_model.positive, nargs="+", default=[], metavar="N",
         help="also write out-00000N.safetensors after N steps, and so on")
     add("--save-crops", type=Path, metavar="DIR", help="write the pictures that are trained on, as PNG")
+    flux_model.add_speed_options(add, training=True)
     add("--device", help="cuda, mps or cpu (default: the best there is)")
     return parser.parse_intermixed_args(argv)
 
@@ -308,10 +309,12 @@ def personalize(args):
                      tqdm([crop.picture for crop in crops], "encoding", disable=None, leave=False),
                      mirror=not args.no_augment)
     lap("pictures")
-    flux = flux_model.load_flux(args.folder, args.device, args.dtype)
-    # the paper's trainer does so too: a third more time, and 1024 pixels fit a card
-    flux.recompute = not flux_model.is_small(args.folder)
+    flux = flux_model.open_flux(args, args.device, args.iters)
     adapter = MetaLoRA(flux, args.rank, method=args.method, lomd=lomd, seed=args.seed)
+    largest = max(latent[0, 0, 0].numel() // 4 for latent in latents)
+    flux.recompute = adapter.blocks_to_recompute(largest, txt.shape[1], args.batch_size) if args.recompute is None else args.recompute
+    if flux.recompute:
+        print(f"{min(flux.recompute, len(flux.blocks))} of {len(flux.blocks)} blocks are run twice, to save memory")
     lap("model")
 
     out, done, smooth, memory = args.out, 0, math.nan, ""

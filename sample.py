@@ -21,8 +21,8 @@ import torch
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
-from flux_model import (Parser, denoise, find_model, flux_files, free, get_noise, load_autoencoder, load_flux,
-                        load_text_encoders, model_defaults, pick_device, pick_dtype, run_script)
+from flux_model import (Parser, add_speed_options, denoise, find_model, flux_files, free, get_noise, load_autoencoder,
+                        load_text_encoders, model_defaults, open_flux, pick_device, pick_dtype, run_script)
 from lora_files import load_lora
 from metalora import apply_loras
 from photos import SUFFIXES, to_image
@@ -118,6 +118,7 @@ def parse_arguments(argv):
     add("--out", type=Path, help="PNG file for one picture, folder for several (default: out.png, samples/); "
         "replaces files of the same name. Their text fields hold all settings")
     add("--model", default="flux-dev", help="flux-dev, flux-schnell, baby, or a folder (default: flux-dev)")
+    add_speed_options(add, training=False)
     add("--device", help="cuda, mps or cpu (default: the best there is)")
     args = parser.parse_intermixed_args(argv)
     for name in ("steps", "num", "width", "height"):
@@ -213,9 +214,9 @@ def plan_files(out, prompts, seeds):
     return files, out / "grid.png" if count > 1 else None
 
 
-def denoise_all(folder, device, dtype, loras, embeddings, jobs, **settings):
+def denoise_all(args, device, loras, embeddings, jobs, **settings):
     """Latents of the jobs, on the CPU, and what stopped them early (Ctrl-C, a value not finite) or None."""
-    flux = load_flux(folder, device, dtype)
+    flux = open_flux(args, device, len(jobs) * settings["steps"])
     apply_loras(flux, [(lora, strength) for lora, strength in loras if strength])
     latents = []
     try:
@@ -253,6 +254,7 @@ def draw(argv):
     device = pick_device(args.device)
     folder = find_model(args.model)
     config, dtype = flux_files(folder)[1], pick_dtype(device, folder)
+    args.folder, args.dtype = folder, dtype
     loras = read_loras(lora_files, config)
     if args.negative and args.true_cfg == 1.0:
         note("--negative does nothing without --true-cfg")
@@ -269,7 +271,7 @@ def draw(argv):
     start = time.perf_counter()
     negative = [settings["negative"]] if args.true_cfg != 1.0 else []
     embeddings = encode_prompts(folder, prompts + negative, device, dtype)
-    latents, stopped = denoise_all(folder, device, dtype, loras, embeddings, jobs, **settings)
+    latents, stopped = denoise_all(args, device, loras, embeddings, jobs, **settings)
     free(device)
     if stopped and latents:
         note(f"stopped: saving the finished pictures, {len(latents)} of {len(jobs)}; Ctrl-C ends at once")

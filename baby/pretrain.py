@@ -52,7 +52,7 @@ AE_STEPS, AE_BATCH, AE_LR = 4_000, 16, 3e-3
 DECODER_STEPS, DECODER_BATCH, DECODER_LR = 1_200, 8, 1e-3
 AE_CONFIG = AutoEncoderConfig(resolution=128, ch=16, ch_mult=(1, 1, 2, 4), num_res_blocks=1, num_groups=4)
 WIDTH_TEXT, T5_TOKENS, CLIP_TOKENS = 64, 24, 40
-FLUX_CONFIG = FluxConfig(vec_in_dim=WIDTH_TEXT, context_in_dim=WIDTH_TEXT, hidden_size=128, num_heads=4, depth=3,
+FLUX_CONFIG = FluxConfig(vec_in_dim=WIDTH_TEXT, context_in_dim=WIDTH_TEXT, hidden_size=192, num_heads=6, depth=3,
                          depth_single_blocks=6, axes_dim=(8, 12, 12))
 STEPS, BATCH, LR_MUON, LR_ADAM, EMA = 9_500, 64, 2e-3, 2e-3, 0.998
 FACE = 4.0                            # weight of the loss on the face against the rest
@@ -352,12 +352,12 @@ def vary(caption: str, rng: np.random.Generator) -> str:
 
 class Baby(nn.Module):
     """Everything that the last stage trains."""
-    def __init__(self, out: Path):
+    def __init__(self, out: Path, config: FluxConfig = FLUX_CONFIG):
         super().__init__()
         self.text = load_text_encoders(out, "cpu", torch.float32, T5_TOKENS)
         torch.manual_seed(SEED)                           # from nothing, also where `out` holds trained ones
         self.clip, self.t5 = CLIPTextModel(self.text.clip.config), T5EncoderModel(self.text.t5.config)
-        self.flux = Flux(FLUX_CONFIG)
+        self.flux = Flux(config)
         for name, p in self.flux.named_parameters():
             if name.endswith("mod.lin.weight") or "modulation" in name or "final_layer.linear" in name:
                 nn.init.zeros_(p)                         # adaLN-zero: every block starts as the identity (DiT)
@@ -407,18 +407,49 @@ def export(average: Baby, out: Path):
     (out / "defaults.json").write_text(json.dumps(DEFAULTS, indent=1) + "\n")
 
 
-def load_checkpoint(baby: Baby, folder: Path):
-    """Weights of an exported checkpoint, in place of those drawn at the start."""
+def load_checkpoint(baby: Baby, folder: Path) -> Baby:
+    """Weights of an exported checkpoint, in place of those drawn at the start; a narrower one grows. -> the checkpoint"""
     encoders, flux = load_text_encoders(folder, "cpu", torch.float32, T5_TOKENS), load_flux(folder, "cpu", torch.float32)
     baby.clip.load_state_dict(encoders.clip.state_dict())
     baby.t5.load_state_dict(encoders.t5.state_dict())
-    baby.flux.load_state_dict(flux.state_dict())
+    small = copy.deepcopy(baby)
+    small.flux = flux.float()
+    grow(flux, baby.flux)
+    return small
+
+
+@torch.no_grad()
+def grow(small: Flux, large: Flux):
+    """Weights of a narrower transformer into a wider one (Net2Net, Chen et al. 2016): new channel j is a copy of channel j
+    modulo the old number, and whatever reads a channel that there is twice divides its weight among the copies, at
+    random, so that the copies part when they are trained. Were it not for LayerNorm, which now counts some channels
+    twice, the outputs would be the same. Head size, depth, and text widths have to be."""
+    generator, (narrow, wide) = torch.Generator().manual_seed(SEED), (m.config.hidden_size for m in (small, large))
+    old = dict(small.named_parameters())
+
+    def channels(was: int, now: int) -> torch.Tensor:
+        """Old index of every new one. What has several parts, as q, k, v and mlp, grows part by part."""
+        start = torch.arange(0, was, narrow)[:, None]
+        return torch.arange(now) if was == now else (start + torch.arange(wide) % narrow).flatten()
+
+    for name, p in large.named_parameters():
+        rows = channels(len(old[name]), len(p))
+        if p.ndim == 1:
+            p.copy_(old[name][rows])
+            continue
+        columns = channels(*(weight.shape[1] for weight in (old[name], p)))
+        share = torch.ones(p.shape)
+        for first in columns.unique().tolist():
+            copies = (columns == first).nonzero()[:, 0]
+            if len(copies) > 1:
+                split = torch.randn(len(p), len(copies), generator=generator) / 4
+                share[:, copies] = 1 / len(copies) + split - split.mean(1, keepdim=True)
+        p.copy_(old[name][rows][:, columns] * share)
 
 
 def train_transformer(run: Path, out: Path, steps: int, init: Path | None = None):
     baby = Baby(out)
-    if init:
-        load_checkpoint(baby, init)
+    small = load_checkpoint(baby, init) if init else None
     # a picture in another style than a photo is drawn twice as often: 10 % each of the data are too few to learn from
     chances, captions = {}, {s: (run / "data" / f"{s[0]}x{s[1]}.txt").read_text().splitlines() for s in SHAPES}
     latents, face, first = {}, {}, 0
@@ -435,7 +466,9 @@ def train_transformer(run: Path, out: Path, steps: int, init: Path | None = None
     others = [p for p in named.values() if all(p is not m for m in matrices)]
     optimizers = [torch.optim.Muon(matrices, lr=LR_MUON, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
                   torch.optim.AdamW(others, lr=LR_ADAM, betas=(0.9, 0.98), weight_decay=0.0)]
-    average, weak = copy.deepcopy(baby), copy.deepcopy(baby)
+    average = copy.deepcopy(baby)
+    smaller = small is not None and small.flux.config.hidden_size < FLUX_CONFIG.hidden_size
+    weak = small if smaller else copy.deepcopy(baby)      # guided away from the narrower one that it grew from, if there is one
     ema = {k: p.detach() for k, p in average.named_parameters()}
     path, weak_path = run / "transformer.safetensors", run / "weak.safetensors"
     start = load_state(path, baby, optimizers, ema)
@@ -448,7 +481,7 @@ def train_transformer(run: Path, out: Path, steps: int, init: Path | None = None
     for step in bar:
         left = (steps - step) / steps
         if step == int((1 - GUIDED) * steps) or step == start and left < GUIDED:
-            if not load_state(weak_path, weak, []):
+            if not smaller and not load_state(weak_path, weak, []):
                 raise SystemExit(f"pretrain.py: {weak_path} is missing; it was written at step {WEAK * steps:.0f}")
         rate = min(1.0, (step + 1) / 200) * min(1.0, left / DECAY)                      # warm up, hold, fall
         optimizers[0].param_groups[0]["lr"], optimizers[1].param_groups[0]["lr"] = LR_MUON * rate, LR_ADAM * rate

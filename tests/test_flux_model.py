@@ -275,7 +275,7 @@ def test_recomputed_blocks_give_the_same_gradient_and_keep_less():
     adapter.bank.weight.normal_(std=0.1)
     latent, noise, t = torch.randn(2, 16, 8, 8), torch.randn(2, 16, 8, 8), torch.tensor([0.2, 0.7])
     txt, y, results = torch.randn(2, 5, 40), torch.randn(2, 24), []
-    for flux.recompute in (False, True):
+    for flux.recompute in (0, 99):
         kept = 0
 
         def pack(tensor):

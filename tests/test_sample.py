@@ -317,7 +317,7 @@ def test_models_come_and_go_in_turn(monkeypatch, stopped):
                 loaded.extend(weakref.ref(x) for x in (*module.modules(), *module.parameters()))
             return model
         return watched
-    for load in (flux_model.load_text_encoders, flux_model.load_flux, flux_model.load_autoencoder):
+    for load in (flux_model.load_text_encoders, flux_model.open_flux, flux_model.load_autoencoder):
         monkeypatch.setattr(sample, load.__name__, watch(load))
     if stopped:
         stop_at_second(monkeypatch, interrupt)

@@ -1,0 +1,305 @@
+"""speed.py: 8-bit weights, offloading, recomputation and its planning, compilation: pytest tests/test_speed.py
+
+Everything runs on the CPU, where torch multiplies float8 matrices by the same call as on a card. Copies to a card on a
+second stream, and what any of it saves, cannot be seen here. With -m slow: compilation (a minute or two).
+"""
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import metalora
+import speed
+from flux_model import (Flux, FluxConfig, TensorFiles, denoise, find_model, flow_matching_loss, load_flux, open_flux)
+from metalora import AdaptedLinear, MetaLoRA, apply_loras, find_targets
+from personalize import main as personalize
+from sample import main as sample
+from speed import E4M3, Fp8Linear, Offload, blocks_to_recompute, check_memory, dequantize, quantize_rows, saved_bytes, weight_bytes
+from test_flux_model import DIFFUSERS, HUB, ORIGINAL, TEXT_PARTS, link, message, relative
+
+BABY = find_model("baby")
+
+
+def draws(size=16, batch=2, dtype=torch.float32):
+    """latent, noise, t, txt, y for the baby."""
+    g = torch.Generator().manual_seed(3)
+    latent, noise = torch.randn(2, batch, 16, size, 16, generator=g)
+    return (latent, noise, torch.rand(batch, generator=g), torch.randn(batch, 24, 64, generator=g).to(dtype),
+            torch.randn(batch, 64, generator=g).to(dtype))
+
+
+def trained(flux, beside=False, steps=2, size=16):
+    """Losses and gradients of a few steps of two people at once."""
+    adapter = MetaLoRA(flux, 2, "lora", num_identities=2, slots=2, seed=1, beside=beside)
+    adapter.bank.weight.normal_(std=0.02, generator=torch.Generator().manual_seed(5))
+    out = []
+    for _ in range(steps):
+        adapter.assign(torch.tensor([0, 1]))
+        loss = flow_matching_loss(flux, *draws(size, dtype=flux.img_in.weight.dtype))
+        loss.sum().backward()
+        out += [loss.detach(), adapter.rows.grad.clone()]
+        adapter.step(1e-3)
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 8 bits
+
+
+def test_rows_in_8_bits():
+    """Every row by its own scale: its largest number keeps its place, no number is off by more than a 16th, zeros stay."""
+    x = torch.randn(6, 64) * torch.tensor([1e-6, 1e-2, 1, 1e3, 1e6, 0])[:, None]
+    x8, scale = quantize_rows(x)
+    assert x8.dtype == E4M3 and scale.shape == (6, 1) and scale.dtype == torch.float32
+    back = dequantize(x8, scale, torch.float32)
+    assert back.isfinite().all() and (back[5] == 0).all()
+    normal = x.abs() > x.abs().amax(1, keepdim=True) / 448 / 64           # below lie e4m3's subnormal numbers
+    assert ((back - x).abs() <= x.abs() / 15.9)[normal].all() and normal[:5].float().mean() > 0.95
+    assert relative(back[:5], x[:5]) > 0.005                                                # 8 bits they are
+    again, scale2 = quantize_rows(back)
+    assert torch.equal(dequantize(again, scale2, torch.float32), back)                      # as it is already representable
+
+
+@pytest.mark.parametrize("shape", [(5, 96), (2, 7, 96)])
+@pytest.mark.parametrize("kernel", [True, False])
+def test_linear_of_8_bits(shape, kernel, monkeypatch):
+    """Near the Linear it was made of, in both ways to multiply; its gradient is that of the weight that it stands for."""
+    monkeypatch.setattr(speed, "multiplies_fp8", lambda device: kernel)
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(96, 48, dtype=torch.bfloat16).requires_grad_(False)
+    eight, x = Fp8Linear.of(linear), torch.randn(shape, dtype=torch.bfloat16, requires_grad=True)
+    assert eight.weight.nbytes == linear.weight.nbytes // 2
+    error = relative(eight(x).detach(), linear(x).detach())
+    assert (0.03 if kernel else 0.02) < error < (0.045 if kernel else 0.035)                   # x's rounding comes on top
+    dy = torch.randn_like(eight(x))
+    found, = torch.autograd.grad(eight(x), x, dy)
+    assert relative(found, dy.float() @ dequantize(eight.weight, eight.scale, torch.float32)) < 5e-3
+
+
+def test_sizes_that_no_kernel_takes():
+    linear = torch.nn.Linear(24, 20, dtype=torch.bfloat16)
+    x = torch.randn(3, 24, dtype=torch.bfloat16)
+    assert relative(Fp8Linear.of(linear)(x).detach(), linear(x).detach()) < 0.04
+
+
+def test_model_of_8_bits(tmp_path):
+    """Only the blocks' Linears have 8 bits; the same from original and diffusers files; near the model of 16 bits."""
+    one, other = (load_flux(link(tmp_path / str(i), parts), dtype=torch.bfloat16, fp8=True)
+                  for i, parts in enumerate((ORIGINAL, DIFFUSERS)))
+    for (name, p), (_, q) in zip(one.named_parameters(), other.named_parameters(), strict=True):
+        assert torch.equal(p.float(), q.float()), name
+        assert (p.dtype == E4M3) == ("_blocks." in name and name.endswith("weight")), name
+    txt = torch.Generator().manual_seed(1)
+    latent, noise, t, txt, y = draws(dtype=torch.bfloat16)
+    outputs = [denoise(load_flux(BABY, dtype=torch.bfloat16, fp8=fp8), noise, txt, y, 8, 3.5) for fp8 in (False, True)]
+    assert 0.01 < relative(outputs[1], outputs[0]) < 0.25                                         # 8 steps, all of the network
+
+
+def eight_bit_file(path, names, kind):
+    """A snapshot's transformer as others publish it in 8 bits -> the values that it stands for."""
+    tensors, meant, metadata = load_file(HUB / "flux1-dev.safetensors"), {}, TensorFiles([HUB / "flux1-dev.safetensors"]).metadata
+    out = {}
+    for name, tensor in tensors.items():
+        weight = "_blocks." in name and name.endswith(".weight")
+        scale = torch.tensor(1.0)
+        if weight and kind in ("scaled", "rows"):
+            scale = tensor.abs().max().float() / 448 if kind == "scaled" else quantize_rows(tensor)[1]
+        stored = (tensor / scale).to(torch.float8_e5m2 if kind == "e5m2" else E4M3) if weight else tensor.bfloat16()
+        meant[name] = stored.float() * (scale if weight else 1)
+        out[names(name)] = stored
+        if weight and kind in ("scaled", "rows"):
+            out[names(name).removesuffix("weight") + ("scale_weight" if kind == "scaled" else "weight_scale")] = scale
+    if kind == "scaled":
+        out[names("scaled_fp8")] = torch.zeros(2).to(E4M3)
+    save_file(out, path, metadata)
+    return meant
+
+
+@pytest.mark.parametrize("kind, prefix", [("cast", ""), ("cast", "model.diffusion_model."), ("scaled", ""), ("rows", ""), ("e5m2", "")])
+def test_common_8_bit_files(tmp_path, kind, prefix):
+    """Weights cast to 8 bits, with one scale or one for each row beside them, alone or in ComfyUI's files with everything: read
+    to 16 bits or more they are exactly what the file means, and what is e4m3 already stays so without another rounding."""
+    link(tmp_path, TEXT_PARTS + ("ae.safetensors",))
+    path = tmp_path / "flux1-dev-fp8.safetensors"
+    meant = eight_bit_file(path, lambda name: prefix + name, kind)
+    if prefix:
+        everything = TensorFiles([path])
+        save_file(load_file(path) | {"vae.decoder.conv_in.weight": torch.zeros(1)}, path, everything.metadata)
+    full = load_flux(tmp_path, dtype=torch.float32)
+    for name, p in full.named_parameters():
+        assert torch.equal(p, meant[name]), name
+    for name, module in load_flux(tmp_path, dtype=torch.bfloat16, fp8=True).named_modules():
+        if isinstance(module, Fp8Linear):
+            found = dequantize(module.weight, module.scale, torch.float32)
+            assert relative(found, meant[f"{name}.weight"]) < (0.04 if kind == "e5m2" else 1e-6)
+
+
+def test_an_8_bit_file_that_lacks_a_weight(tmp_path):
+    link(tmp_path, TEXT_PARTS + ("ae.safetensors",))
+    path = tmp_path / "flux1-dev-fp8.safetensors"
+    eight_bit_file(path, str, "scaled")
+    tensors = load_file(path)
+    gone = next(name for name in tensors if name.endswith("linear1.weight"))
+    save_file({name: t for name, t in tensors.items() if name != gone}, path, TensorFiles([path]).metadata)
+    assert gone in message(load_flux, tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The update beside the weight, and blocks that live elsewhere
+
+
+@pytest.mark.parametrize("dtype, loss_bound, bound", [(torch.float32, 1e-6, 1e-5), (torch.bfloat16, 1e-3, 0.03)])
+def test_update_beside_the_weight(dtype, loss_bound, bound):
+    """addmm after the base, or a wider GEMM: the same up to rounding, for two people in a batch, with fused layers."""
+    one, other = (trained(load_flux(BABY, dtype=dtype), beside, steps=1) for beside in (False, True))
+    for i, (a, b) in enumerate(zip(one, other)):
+        assert relative(a, b) < (bound if i % 2 else loss_bound)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_offloaded_training(fp8, monkeypatch):
+    """Blocks that come and go change no bit; a step copies each block in once forwards and, but for two, once backwards."""
+    copies, fetch = [], Offload.fetch
+    monkeypatch.setattr(Offload, "fetch", lambda self, index, slot: (copies.append(index), fetch(self, index, slot)))
+    here = load_flux(BABY, dtype=torch.float32, fp8=fp8)
+    here.recompute = len(here.blocks)
+    expected = trained(here, beside=True)
+    flux = load_flux(BABY, dtype=torch.float32, fp8=fp8, offload=True)
+    assert all(torch.equal(a, b) for a, b in zip(expected, trained(flux), strict=True))
+    n = len(flux.blocks)
+    assert copies == [*range(n), *range(n - 3, -1, -1), *range(2, n), *range(n - 3, -1, -1)]
+
+
+def test_offloaded_sampling(monkeypatch):
+    """The same picture bit for bit, with LoRAs applied and taken away again; every block is copied once in each step."""
+    copies, fetch = [], Offload.fetch
+    monkeypatch.setattr(Offload, "fetch", lambda self, index, slot: (copies.append(index), fetch(self, index, slot)))
+    _, noise, _, txt, y = draws()
+    here, flux = (load_flux(BABY, dtype=torch.float32, offload=offload) for offload in (False, True))
+    assert torch.equal(denoise(flux, noise, txt, y, 3, 3.5), denoise(here, noise, txt, y, 3, 3.5))
+    assert copies == [*range(9)] * 3 + [0]
+    lora = {t.path: (torch.randn(2, t.d_in) / 10, torch.randn(t.rows, 2) / 10) for t in find_targets(here)[::3]}
+    for model in (here, flux):
+        apply_loras(model, [(lora, 0.5)])
+    assert any(isinstance(m, AdaptedLinear) and m.base is not None for m in flux.modules())
+    changed = denoise(flux, noise, txt, y, 3, 3.5)
+    assert relative(changed, denoise(here, noise, txt, y, 3, 3.5)) < 1e-5
+    for model in (here, flux):
+        apply_loras(model, [])
+    plain = denoise(flux, noise, txt, y, 3, 3.5)
+    assert torch.equal(plain, denoise(here, noise, txt, y, 3, 3.5)) and relative(changed, plain) > 0.01
+
+
+def test_only_two_blocks_are_elsewhere():
+    """All weights of a block are views of one piece of memory, and only what runs, and what comes next, is on the device."""
+    flux = load_flux(BABY, dtype=torch.float32, offload=True)
+    homes = [home.data_ptr() for home in flux.offload.homes]
+    _, noise, _, txt, y = draws()
+    denoise(flux, noise, txt, y, 1, 3.5)
+    starts = [next(block.parameters()).untyped_storage().data_ptr() for block in flux.blocks]
+    assert sum(start != home for start, home in zip(starts, homes)) <= 2
+    assert {p.untyped_storage().data_ptr() for p in flux.blocks[3].parameters()} == {homes[3]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+
+
+def test_as_few_blocks_are_run_twice_as_it_takes():
+    sizes = [3.0] * 2 + [1.5] * 4                                                                # 12 in all, and 6 to work in
+    counts = [blocks_to_recompute(sizes, free) for free in (100, 18, 17.9, 15.3, 12.5, 11, 7)]
+    assert counts == [0, 0, 1, 1, 2, 3, 6]
+    assert "GiB" in message(blocks_to_recompute, sizes, 6)
+
+
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_block_keeps_is_foreseen(beside, dtype, monkeypatch):
+    """The plan's bytes for each block against those that autograd really keeps, at another width, batch and length."""
+    torch.manual_seed(0)
+    config = FluxConfig(vec_in_dim=24, context_in_dim=40, hidden_size=384, num_heads=12, depth=1, depth_single_blocks=1, axes_dim=(8, 12, 12))
+    flux = Flux(config).requires_grad_(False).to(dtype)
+    adapter = MetaLoRA(flux, 1, "lora", beside=beside)
+    plans = []
+    monkeypatch.setattr(metalora, "blocks_to_recompute", lambda per_block, free: plans.extend(per_block) or 0)
+    adapter.blocks_to_recompute(200, 56, 2)
+    adapter.assign(torch.zeros(2, dtype=torch.long))
+    x, vec = torch.randn(2, 256, 384, dtype=dtype, requires_grad=True), torch.randn(2, 384, dtype=dtype)
+    img, txt = x[:, 56:].detach().requires_grad_(), x[:, :56].detach().requires_grad_()
+    rope = (torch.randn(1, 1, 256, 16),) * 2
+    real = [saved_bytes(lambda: flux.double_blocks[0](img, txt, vec, rope)), saved_bytes(lambda: flux.single_blocks[0](x, vec, rope))]
+    for plan, kept in zip(plans, real, strict=True):
+        assert 0.8 < plan / kept < 1.1
+
+
+def test_recomputing_some_blocks_changes_nothing():
+    flux, results, kept = load_flux(BABY, dtype=torch.bfloat16), [], []
+    adapter = MetaLoRA(flux, 1, "lora")
+    adapter.bank.weight.normal_(std=0.02)
+    for flux.recompute in (0, 4, 99):
+        adapter.assign(torch.tensor([0, 0]))
+        losses = []
+        kept.append(saved_bytes(lambda: losses.append(flow_matching_loss(flux, *draws(dtype=torch.bfloat16)).sum())))
+        losses[0].backward()
+        results.append(adapter.rows.grad.clone())
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2]) and results[0].abs().sum() > 0
+    assert kept[0] > 1.4 * kept[1] > 2 * kept[2]
+
+
+def test_memory_is_asked_for_before_the_start(monkeypatch):
+    """What does not fit is refused before anything is read, with the switch that helps: FLUX.1-dev in 24 and in 1 GiB."""
+    with torch.device("meta"):
+        flux = Flux(FluxConfig())
+    bf16 = torch.bfloat16
+    sizes = {on: weight_bytes(flux, bf16, *on) / 2 ** 30 for on in ((False, False), (True, False), (False, True), (True, True))}
+    assert [round(size, 1) for size in sizes.values()] == [22.2, 11.1, 1.4, 0.8]
+    for free, switches, words in ((20, (False, False), "--fp8 it takes 11.1"), (10, (True, False), "--offload it takes 0.8"),
+                                  (10, (False, False), "--offload it takes 1.4"), (1, (False, False), "--fp8 --offload it takes 0.8"),
+                                  (0.5, (True, True), "no switch")):
+        monkeypatch.setattr(speed, "memory_left", lambda device: free * 2 ** 30)
+        assert words in message(check_memory, flux, "cuda", bf16, *switches)
+    monkeypatch.setattr(speed, "memory_left", lambda device: 23 * 2 ** 30)
+    check_memory(flux, "cuda", bf16, False, False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The switches
+
+
+def test_switches_of_the_scripts(tmp_path, monkeypatch, capsys):
+    """personalize.py and sample.py with all of them at once: a LoRA and a picture come out."""
+    monkeypatch.chdir(tmp_path)
+    photo = BABY.parent / "example.png"
+    assert personalize([str(photo), "--model", "baby", "--iters", "2", "--fp8", "--offload", "--recompute", "3"]) == 0
+    assert sample(["--model", "baby", "--lora", "out.safetensors", "a photo of a woman", "--steps", "2", "--fp8", "--offload"]) == 0
+    assert (tmp_path / "out.png").is_file() and "3 of 9 blocks are run twice" in capsys.readouterr().out
+    assert personalize([str(photo), "--model", "baby", "--recompute", "-1"]) == 2
+    assert "--recompute" in capsys.readouterr().err
+
+
+def test_a_small_model_is_not_compiled_unless_asked(monkeypatch):
+    from types import SimpleNamespace
+    asked = []
+    monkeypatch.setattr("flux_model.compile_blocks", asked.append)
+    for wanted, steps, expected in ((None, 10_000, 0), (False, 10_000, 0), (True, 1, 1)):
+        args = SimpleNamespace(folder=HUB, dtype=torch.float32, fp8=False, offload=False, compile=wanted)
+        open_flux(args, torch.device("cpu"), steps)
+        assert len(asked) == expected
+
+
+@pytest.mark.slow
+def test_compiled_blocks():
+    """Two pieces of code for all blocks, no new ones for other aspect ratios, and gradients at most as far from fp32's as
+    those of the blocks as they are written."""
+    from torch._dynamo.utils import counters
+    counters.clear()
+    flux = load_flux(BABY, dtype=torch.bfloat16)
+    exact, plain = ([trained(model, beside=True, steps=1, size=size) for size in (16, 12, 20)]
+                    for model in (load_flux(BABY, dtype=torch.float32), load_flux(BABY, dtype=torch.bfloat16)))
+    speed.compile_blocks(flux)
+    compiled = [trained(flux, steps=1, size=size) for size in (16, 12, 20)]
+    assert counters["stats"]["unique_graphs"] <= 4 and not counters["graph_break"]
+    for fast, slow, true in zip(compiled, plain, exact):
+        assert relative(fast[0], slow[0]) < 1e-3
+        assert relative(fast[1], true[1]) < 1.1 * relative(slow[1], true[1])
