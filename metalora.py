@@ -9,13 +9,14 @@ and U of one. M A is a plain down-projection, so the result collapses to an ordi
 same thing without M and with an A per person.
 
 Source: "Meta-LoRA" (Topal et al. 2025), equation 1. How it is computed here: the product C = M A is formed first, on the
-weights' side, where it is small. Then the input is widened, not the output:
+weights' side, where it is small. Then the narrower side of the Linear is widened, and the wide one is left alone:
 
-    y = [x | x C^T] [W | U]^T
+    y = [x | x C^T] [W | U]^T                        where the output is wider, as of q, k, v and the mlp's first Linear
+    [y0 | m] = x [W ; C]^T,  y = y0 + m U^T          where the input is, and backwards  dx = [dy | dm] [W ; C]
 
-Every adapted weight is stored with a few spare columns that hold U, so that the update costs one slightly wider GEMM and
-is added in its fp32 accumulator, before rounding to bf16. When a batch holds several people, each has columns of its
-own, and x C^T is masked so that every image meets only its person's.
+Every adapted weight is stored with a few spare columns that hold U, or rows that hold C, so that the update costs one
+slightly wider GEMM; of the first kind it is even added in its fp32 accumulator, before rounding to bf16. When a batch
+holds several people, each has columns of its own, and x C^T is masked so that every image meets only its person's.
 """
 import math
 import os
@@ -37,16 +38,14 @@ from speed import Fp8Linear, blocks_to_recompute, memory_left, saved_bytes
 # The adapted Linear
 
 
-class FusedUpdate(torch.autograd.Function):
+class WideInput(torch.autograd.Function):
     """y = [x | mask * (x C^T)] wide^T + bias. Gradients of x, C and the U blocks only: the base is frozen.
 
-    x (B, ..., d_in), wide (d_out, d_in + S) = [W | U | 0], bias (d_out) or None, C (S, d_in), mask (B, S) or None,
+    x (B, ..., d_in), wide (d_out, d_in + S) = [W | U | 0], bias (d_out) or None, C (S, d_in), mask (B, .., S) or None,
     spans: for each block U_t (rows, columns) its (first row, first column) within the spare columns.
     """
     @staticmethod
     def forward(ctx, x, wide, bias, C, mask, spans, *blocks):
-        if mask is not None:
-            mask = mask.view(mask.shape[0], *(1,) * (x.dim() - 2), -1)
         m = x @ C.T                                                                                         # (B, .., S)
         m = m if mask is None else m * mask
         ctx.save_for_backward(x, C, mask, m)
@@ -56,8 +55,7 @@ class FusedUpdate(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, C, mask, m = ctx.saved_tensors
-        if ctx.wide._version != ctx.version:
-            raise RuntimeError("the adapter was given other weights between forward and backward")
+        same_weights(ctx.wide, ctx.version)
         d_in = x.shape[-1]
         dx = dC = None
         if ctx.needs_input_grad[0]:
@@ -76,31 +74,77 @@ class FusedUpdate(torch.autograd.Function):
         return dx, None, None, dC, None, None, *dU
 
 
+class WideOutput(torch.autograd.Function):
+    """[y0 | m] = x [W ; C]^T + [bias | 0],  y = y0 + (mask * m) U^T: the same, where the output is the narrower side.
+
+    Backwards it is the gradient that is widened, dx = [dy | dm] [W ; C]: no pass over the wide input but the GEMMs'.
+    x (B, ..., d_in), tall (d_out + S, d_in) = [W ; C], bias (d_out + S) or None, C (S, d_in), U (d_out, S), mask (B, .., S) or None.
+    """
+    @staticmethod
+    def forward(ctx, x, tall, bias, C, U, mask):
+        y, m = F.linear(x, tall, bias).split((len(U), len(C)), dim=-1)
+        m = m.contiguous() if mask is None else m * mask
+        ctx.save_for_backward(x, U, mask, m)
+        ctx.tall, ctx.version = tall, tall._version
+        return torch.addmm(y.flatten(0, -2), m.flatten(0, -2), U.T).unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, U, mask, m = ctx.saved_tensors
+        same_weights(ctx.tall, ctx.version)
+        dm = dy @ U
+        dm = dm if mask is None else dm * mask
+        dx = torch.cat((dy, dm), dim=-1) @ ctx.tall if ctx.needs_input_grad[0] else None
+        dC = dm.flatten(0, -2).T @ x.flatten(0, -2) if ctx.needs_input_grad[3] else None
+        dU = dy.flatten(0, -2).T @ m.flatten(0, -2) if ctx.needs_input_grad[4] else None
+        return dx, None, None, dC, dU, None
+
+
+def same_weights(stored: Tensor, version: int):
+    """Functions above keep a reference to a weight with its update, not a copy: it must be what it was."""
+    if stored._version != version:
+        raise RuntimeError("the adapter was given other weights between forward and backward")
+
+
 def plain_update(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, M: Tensor, U: Tensor) -> Tensor:
     """The same by three more matmuls, for one target and one person: to read, and to test the fused path against."""
     return F.linear(x, weight, bias) + F.linear(F.linear(F.linear(x, A), M), U)
 
 
 class AdaptedLinear(nn.Module):
-    """A frozen Linear and its update, in one of two ways. Beside its weight are spare columns for U, so that x C^T widens
-    the input of one GEMM; or, with beside=True, U stands by itself and is added by a second one, `addmm`: for a base of 8
-    bits, for one that lives on the CPU, and where that is faster."""
+    """A frozen Linear with room for an update of `columns` columns, in the base's dtype.
+
+    The room is beside its weight, on the narrower side: spare columns for U where the input is narrower, spare rows for C
+    where the output is. With beside=True there is none, and the update is added by GEMMs of its own, which suits a base of
+    8 bits, one that lives on the CPU, and a compiler.
+    """
     def __init__(self, linear: nn.Module, columns: int, beside: bool = False):
         super().__init__()
         self.out_features, self.in_features = linear.out_features, linear.in_features
-        self.spare = -(self.in_features + columns) % 8 + columns  # rows of a multiple of 8 elements suit tensor cores
         self.dtype = linear.dtype if isinstance(linear, Fp8Linear) else linear.weight.dtype
+        self.wide_input = not beside and self.in_features < self.out_features
+        self.spare = -(min(self.in_features, self.out_features) + columns) % 8 + columns  # multiples of 8 suit tensor cores
         self.base = linear if beside else None
         if not beside:
+            extra = (0, self.spare) if self.wide_input else (self.spare, 0)
+            stored = linear.weight.new_zeros(self.out_features + extra[0], self.in_features + extra[1])
+            stored[:self.out_features, :self.in_features] = linear.weight.detach()
+            self.register_buffer("stored", stored)
             self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
-            wide = linear.weight.new_zeros(self.out_features, self.in_features + self.spare)
-            wide[:, :self.in_features] = linear.weight.detach()
-            self.register_buffer("wide", wide)
+            self.register_buffer("stored_bias", None if linear.bias is None else F.pad(linear.bias.detach(), (0, extra[0])))
         self.spans, self.blocks, self.C, self.U, self.mask = [], [], None, None, None
 
     @property
     def weight(self) -> Tensor:
-        return self.base.weight if self.base else self.wide[:, :self.in_features]
+        return self.base.weight if self.base else self.stored[:self.out_features, :self.in_features]
+
+    def restored(self) -> nn.Module:
+        """The Linear that it was."""
+        if self.base:
+            return self.base
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        linear.weight, linear.bias = nn.Parameter(self.weight.contiguous(), requires_grad=False), self.bias
+        return linear
 
     def set_update(self, downs: list[Tensor], ups: list[Tensor], rows: list[int], mask: Tensor | None = None):
         """The update to add from now on: for each target C_t (R_t, d_in), U_t (rows_t, R_t) and its first row.
@@ -110,26 +154,32 @@ class AdaptedLinear(nn.Module):
         pad = self.spare - sum(len(down) for down in downs)
         self.C = F.pad(torch.cat(downs), (0, 0, 0, pad)).to(self.dtype)
         self.mask = None if mask is None else F.pad(mask, (0, pad)).to(self.dtype)
-        if self.base is not None:
+        if not self.wide_input:
             ups = [F.pad(up, (0, 0, row, self.out_features - row - len(up))) for row, up in zip(rows, ups)]
             self.U = F.pad(torch.cat(ups, dim=1), (0, pad)).to(self.dtype)
+            if not self.base:
+                with torch.no_grad():
+                    self.stored[self.out_features:] = self.C
             return
         self.spans, self.blocks, column = [], ups, 0
         with torch.no_grad():
-            self.wide[:, self.in_features:].zero_()
+            self.stored[:, self.in_features:].zero_()
             for row, up in zip(rows, ups):
                 start = self.in_features + column
-                self.wide[row:row + len(up), start:start + up.shape[1]] = up
+                self.stored[row:row + len(up), start:start + up.shape[1]] = up
                 self.spans.append((row, column))
                 column += up.shape[1]
 
     def forward(self, x: Tensor) -> Tensor:
         if self.C is None:
             return self.base(x) if self.base else F.linear(x, self.weight, self.bias)
-        if self.base is None:
-            return FusedUpdate.apply(x, self.wide, self.bias, self.C, self.mask, self.spans, *self.blocks)
+        mask = None if self.mask is None else self.mask.view(len(self.mask), *(1,) * (x.dim() - 2), -1)
+        if self.wide_input:
+            return WideInput.apply(x, self.stored, self.stored_bias, self.C, mask, self.spans, *self.blocks)
+        if not self.base:
+            return WideOutput.apply(x, self.stored, self.stored_bias, self.C, self.U, mask)
         m = x @ self.C.T
-        m = m if self.mask is None else m * self.mask.view(len(m), *(1,) * (m.dim() - 2), -1)
+        m = m if mask is None else m * mask
         return torch.addmm(self.base(x).flatten(0, -2), m.flatten(0, -2), self.U.T).unflatten(0, x.shape[:-1])
 
 
@@ -177,12 +227,7 @@ def remove_loras(flux: nn.Module):
     """Every AdaptedLinear back to the Linear that it was."""
     for name, module in list(flux.named_modules()):
         if isinstance(module, AdaptedLinear):
-            linear = module.base
-            if linear is None:
-                linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
-                linear.weight = nn.Parameter(module.weight.contiguous(), requires_grad=False)
-                linear.bias = module.bias
-            flux.set_submodule(name, linear)
+            flux.set_submodule(name, module.restored())
 
 
 def apply_loras(flux: nn.Module, loras: list[tuple[dict, float]]):
