@@ -4,6 +4,7 @@ tests/golden holds small random models and what two independent public implement
 outputs of transformer and autoencoder (their weights are those of hub/), hub/ a whole snapshot in both layouts, pipeline
 the pictures it gives, and the names and shapes of the full-size checkpoints. With -m slow: loading a 2 GB checkpoint.
 """
+import copy
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -110,6 +112,72 @@ def test_autoencoder(models):
     assert relative(autoencoder.moments(golden["in.img"]), golden["out.moments"]) < 1e-5
     assert relative(autoencoder.encode(golden["in.img"]), golden["out.z_mode_shifted_scaled"]) < 1e-5
     assert relative(autoencoder.decode(golden["out.z_mode_shifted_scaled"]), golden["out.decoded"]) < 1e-5
+
+
+@torch.no_grad()
+def test_autoencoder_with_channels_last(models):
+    plain, golden = models[1], load_file(GOLDEN / "autoencoder.safetensors")
+    autoencoder = copy.deepcopy(plain).to(memory_format=torch.channels_last)
+    image, latent = golden["in.img"], golden["out.z_mode_shifted_scaled"]
+    for found, expected in ((autoencoder.encode(image), plain.encode(image)),
+                            (autoencoder.posterior(image), plain.posterior(image)),
+                            (autoencoder.decode(latent), plain.decode(latent))):
+        assert relative(found, expected) < 1e-5
+    assert autoencoder.moments(image).is_contiguous() and autoencoder.posterior(image).is_contiguous()
+
+
+@pytest.fixture(scope="module")
+def large():
+    """The baby's autoencoder and the latent (1, 16, 48, 48) of a picture: large beside the tiles of these tests."""
+    autoencoder = load_autoencoder(find_model("baby"), dtype=torch.float32)
+    pixels = torch.frombuffer(bytearray(Image.open(GOLDEN.parents[1] / "baby" / "example.png").tobytes()), dtype=torch.uint8)
+    return autoencoder, autoencoder.encode(pixels.view(1, 384, 384, 3).permute(0, 3, 1, 2) / 127.5 - 1)
+
+
+@torch.no_grad()
+def test_only_large_pictures_are_decoded_in_tiles(large, monkeypatch):
+    autoencoder, latent = large[0], large[1][..., :16, :24]
+    config, decoder, half = autoencoder.config, autoencoder.decoder, copy.deepcopy(autoencoder).bfloat16()
+    whole, tiled, calls = decoder(latent / config.scale_factor + config.shift_factor), decoder.upsample_tiled, []
+    monkeypatch.setattr(decoder, "upsample_tiled", lambda x: calls.append(len(x)) or tiled(x))
+    monkeypatch.setattr(flux_model, "WHOLE_PIXELS", 128 * 192)
+    assert torch.equal(autoencoder.decode(latent), whole) and not calls
+    monkeypatch.setattr(flux_model, "WHOLE_PIXELS", 128 * 192 - 1)
+    # smaller than a tile: the same but for rounding, and each picture of a batch by its own statistics
+    both = autoencoder.decode(torch.cat((latent, 2 * latent)))
+    assert relative(both[:1], whole) < 1e-5 and calls == [1, 1]
+    in_bf16 = half.decode(latent)
+    assert in_bf16.dtype == torch.bfloat16 and relative(in_bf16, whole) < 2e-2
+    monkeypatch.undo()
+    assert relative(both[1:], autoencoder.decode(2 * latent)) < 1e-5
+    assert torch.equal(autoencoder.decode(latent), whole)                              # no statistics stay behind
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("height, width, tile, bound", [
+    (48, 11, 24, 3e-3), (9, 47, 24, 3e-3),     # tall and wide, tiles in one direction; every feature's statistics
+    (41, 48, 24, 3e-2)])                       # tiles in both; statistics of every second feature
+def test_tiles_give_the_whole_picture(large, monkeypatch, height, width, tile, bound):
+    autoencoder, latent = large[0], large[1][..., :height, :width]
+    whole = autoencoder.decode(latent)
+
+    def distance(overlap):
+        monkeypatch.setattr(flux_model, "WHOLE_PIXELS", 0)
+        monkeypatch.setattr(flux_model, "TILE", tile)
+        monkeypatch.setattr(flux_model, "OVERLAP", overlap)
+        return relative(autoencoder.decode(latent), whole)
+
+    assert distance(overlap=8) < bound < distance(overlap=0)
+    monkeypatch.setattr(flux_model.GroupNorm, "forward", torch.nn.GroupNorm.forward)
+    assert distance(overlap=8) > bound                      # with statistics of each tile's own
+
+
+def test_tiles_cover_and_overlap():
+    for size in range(1, 700):
+        parts = flux_model.tiles(size)
+        assert parts[0].start == 0 and parts[-1].stop == size
+        assert len({part.stop - part.start for part in parts}) == 1 and parts[0].stop <= flux_model.TILE
+        assert all(a.stop - b.start - flux_model.OVERLAP in (0, 1) for a, b in zip(parts, parts[1:]))
 
 
 @torch.no_grad()
@@ -332,6 +400,8 @@ def test_loaded_models_are_whole_frozen_and_as_asked(folders, layout, dtype):
 def test_loading_to_a_cuda_device(folders):
     flux = load_flux(folders["diffusers"], "cuda", torch.bfloat16)
     assert {t.device.type for t in flux.parameters()} == {"cuda"}
+    autoencoder = load_autoencoder(folders["diffusers"], "cuda", torch.bfloat16)
+    assert autoencoder.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def changed_flux(folder, change, name="flux1-dev.safetensors", metadata=None):
