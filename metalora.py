@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from flux_model import diffusers_flux_names          # one table of names, for loading and for adapting
 from speed import Fp8Linear, blocks_to_recompute, memory_left, saved_bytes
@@ -277,16 +278,13 @@ class IdentityBank:
     @torch.no_grad()
     def step(self, ids: Tensor, grad: Tensor, lr: float, betas=(0.9, 0.999), eps: float = 1e-8,
              weight_decay: float = 0.01):
-        """AdamW (Loshchilov & Hutter 2019), as torch computes it, on the rows `ids` (n,), with grad (n, P)."""
-        beta1, beta2 = betas
+        """AdamW (Loshchilov & Hutter 2019), by torch's fused kernel, on the rows `ids` (n,), with grad (n, P)."""
+        rows = ids.tolist()
+        part = lambda tensor: [tensor[row] for row in rows]
+        counts = list(self.steps[ids].float().unbind())                             # the kernel counts on by itself
+        adamw(part(self.weight), list(grad.unbind()), part(self.exp_avg), part(self.exp_avg_sq), [], counts, fused=True,
+              amsgrad=False, beta1=betas[0], beta2=betas[1], lr=lr, weight_decay=weight_decay, eps=eps, maximize=False)
         self.steps[ids] += 1
-        count = self.steps[ids, None].float()
-        unbias1, unbias2 = (-torch.expm1(count * math.log(beta)) for beta in betas)     # 1 - beta^count, exact in fp32
-        exp_avg = self.exp_avg[ids].lerp_(grad, 1 - beta1)
-        exp_avg_sq = self.exp_avg_sq[ids].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        denominator = exp_avg_sq.sqrt().div_(unbias2.sqrt()).add_(eps)
-        self.weight[ids] = self.weight[ids].mul_(1 - lr * weight_decay).sub_(lr / unbias1 * exp_avg / denominator)
-        self.exp_avg[ids], self.exp_avg_sq[ids] = exp_avg, exp_avg_sq
 
 
 class DiskBank:
