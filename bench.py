@@ -1,20 +1,22 @@
-"""Seconds of a personalisation step and of a sampling step, beside those of the frozen base alone; and of a
-meta-training iteration with four identities, beside one with four images of one.
+"""What each stage costs, beside what it must: seconds, share of the machine's own matrix rate, peak memory.
 
     python bench.py                                 # the baby, and a random mid-size model
-    python bench.py --model flux-dev --seconds 60   # or mid, baby, a folder; needs room for its weights twice
+    python bench.py --model flux-dev --random       # full size, random weights of the right shapes; needs a large GPU
+    python bench.py --model flux-dev --fp8 --offload --resolution 768
     python bench.py --identities 200 2000           # memory of meta-training by the size of the run
     python bench.py --model baby --people 16        # personalising many people together against one by one
     python bench.py --model mid --against peft      # the same layers under peft, where it is installed
+    python bench.py --model mid --layers            # ways to add an update to a Linear, by its shape
 
-Both are timed in turn, A B A B, on random inputs, after a warm-up, so that whatever else the machine does
-hits both. A personalisation step is batch 1: weights of the adapter into place, forward, backward, AdamW.
-Beside it: the base's forward and backward to its inputs. A sampling step is one Euler step with one LoRA
-applied, beside one without.
+First a row for each stage: text, autoencoder, a sampling step, a training step of stage 2 with none, half and all of
+the blocks run twice, an iteration of stage 1, and personalize.py from photo to file. Then what the adapter costs: both
+steps beside those of the frozen base alone, timed in turn, A B A B, so that whatever else the machine does hits both.
+Inputs are random, never zeros; everything is warmed up; medians, in brackets the quartiles.
 
-The bound is what the base alone must compute, over the rate of a large matmul here in the same dtype, timed
-between the steps. Two FLOPs per multiply-add; elementwise work, norms, RoPE and adapter count as nothing,
-and so lower the share.
+The bound is the FLOPs of the stage (of a training step: what the base alone must compute) over the rate of a large
+matmul here in the same dtype, timed between the steps. Two FLOPs per multiply-add; elementwise work, norms, RoPE,
+adapter and blocks run twice count as nothing, and so lower the share. With 8-bit weights the rate is still that of the
+16-bit matmul, and the share may pass 100 %.
 """
 import copy
 import math
@@ -24,15 +26,21 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from flux_model import (Flux, FluxConfig, Parser, denoise, find_model, flow_matching_loss, load_flux, model_defaults,
-                        pick_device, pick_dtype, run_script)
-from metalora import DiskBank, IdentityBank, MetaLoRA, apply_loras, find_targets, random_lomd
+import personalize
+from flux_model import (HUB, AutoEncoder, AutoEncoderConfig, Flux, FluxConfig, Parser, denoise, find_model, flow_matching_loss,
+                        load_autoencoder, load_flux, load_text_encoders, model_defaults, pick_device, pick_dtype, run_script)
+from lora_files import save_lora
+from metalora import AdaptedLinear, DiskBank, IdentityBank, MetaLoRA, apply_loras, find_targets, random_lomd
 from personalize import people_at_once, train
+from speed import GIB, Fp8Linear, Offload, compile_blocks
 
 MODELS = {                                                            # config, image tokens, text tokens
     "baby": (FluxConfig(vec_in_dim=64, context_in_dim=64, hidden_size=128, num_heads=4, depth=3,
@@ -234,6 +242,36 @@ def measure_people(flux: Flux, count: int, text_tokens: int, rank: int, seconds:
     print(f"    {'one by one / together':<22} {spread([count * b / a for a, b in zip(together, alone)], 3):>30}     {len(alone)} pairs")
 
 
+def measure_layers(config: FluxConfig, tokens: int, device: torch.device, dtype: torch.dtype, seconds: float) -> None:
+    """Forward and backward of every kind of Linear that sees tokens, with an update of rank 1 in each of the ways there are:
+    the narrower side widened, the other side, beside it by addmm and by baddbmm. In % over the Linear alone."""
+    hidden, mlp = config.hidden_size, int(config.hidden_size * config.mlp_ratio)
+    print(f"  {'d_in -> d_out':<16} {'alone, s':>10} {'narrow side':>24} {'wide side':>24} {'addmm':>24} {'baddbmm':>24}")
+    for d_in, d_out, parts in ((hidden, 3 * hidden, 3), (hidden, hidden, 1), (hidden, mlp, 1), (mlp, hidden, 1),
+                               (hidden, 3 * hidden + mlp, 4), (hidden + mlp, hidden, 1)):
+        linear = nn.Linear(d_in, d_out, device=device, dtype=dtype).requires_grad_(False)
+        x, dy = (torch.randn(1, tokens, size, device=device, dtype=dtype) for size in (d_in, d_out))
+        downs = [torch.randn(1, d_in, device=device).requires_grad_() for _ in range(parts)]
+        ups = [torch.randn(d_out // parts, 1, device=device).requires_grad_() for _ in range(parts)]
+        x.requires_grad_()
+
+        def baddbmm(x):
+            C, U = torch.cat(downs).to(dtype), torch.block_diag(*ups).to(dtype)
+            return torch.baddbmm(F.linear(x, linear.weight, linear.bias), x @ C.T, F.pad(U.T, (0, d_out - len(U)))[None])
+
+        def adapted(layer):
+            def function(x):
+                layer.set_update(downs, ups, [i * (d_out // parts) for i in range(parts)])
+                return layer(x)
+            return function
+        ways = [linear, *(adapted(AdaptedLinear(linear, parts, **options)) for options in (
+            {"wide_input": d_in < d_out}, {"wide_input": d_in >= d_out}, {"beside": True})), baddbmm]
+        step = lambda way: lambda: torch.autograd.grad(way(x), [x, *downs, *ups] if way is not linear else [x], dy)
+        alone, *times = interleave([step(way) for way in ways], device, seconds)
+        costs = [spread([100 * (a / b - 1) for a, b in zip(own, alone)], 3) for own in times]
+        print(f"  {f'{d_in} -> {d_out}':<16} {statistics.median(alone):>10.4g}" + "".join(f"{cost:>25}" for cost in costs))
+
+
 def private_memory(device: torch.device) -> float:
     """MB: the peak on a GPU, else what this process holds by itself (Linux), its mapped files not counted."""
     if device.type == "cuda":
@@ -262,16 +300,157 @@ def measure_bank(flux: Flux, rank: int, counts: list[int]) -> None:
                   f"{private_memory(device):9.1f} MB in memory, the model included")
 
 
-def choose(name: str, device: torch.device, dtype: torch.dtype | None) -> tuple[Flux, int, int, str]:
-    """--model -> frozen model, its usual image and text tokens, and what its weights are."""
-    if name not in MODELS or name == "baby" and (Path(__file__).parent / "baby" / "checkpoint").is_dir():
-        folder = find_model(name)
-        flux = load_flux(folder, device, dtype or pick_dtype(device, folder))
-        tokens = (model_defaults(folder)["resolution"] // 16) ** 2, 512 if flux.config.guidance_embed else 256
-        return flux, *(MODELS[name][1:] if name in MODELS else tokens), "its own weights"
-    config, *tokens = MODELS[name]
-    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-    return Flux(config).requires_grad_(False).to(device, dtype), *tokens, "random weights"
+def count(function) -> float:
+    """FLOPs of a call, by torch's own counter."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def measure_stages(models, resolutions: list[int], text_tokens: int, rank: int, seconds: float) -> None:
+    """A row for each stage of the product, at each resolution: models.text (a call) and models.autoencoder may be None."""
+    flux = models.flux
+    weight, blocks = flux.img_in.weight, len(flux.blocks)
+    device, dtype, side = weight.device, weight.dtype, 1024 if weight.device.type == "cpu" else 8192
+    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    print(f"  {'stage':<50} {'seconds':>26} {'TFLOP/s':>10} {'of bound':>9}  peak")
+
+    def stage(name: str, function, flops: float):
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        try:
+            times, matmuls = interleave([function, lambda: left @ right], device, seconds)
+        except torch.OutOfMemoryError:
+            print(f"  {name:<50} {'does not fit':>26}")
+            return
+        median, rate = statistics.median(times), 2 * side ** 3 / statistics.median(matmuls)
+        print(f"  {name:<50} {spread(times, 3):>26} {flops / median / 1e12:>10.3g} {flops / rate / median:>9.1%}  "
+              f"{private_memory(device) / 1e3:.1f} GB")
+
+    with torch.no_grad():
+        if models.text:
+            stage("text, one prompt", models.text, count(models.text))
+        for size in resolutions if models.autoencoder else []:
+            picture = torch.randn(1, 3, size, size, device=device).clamp(-1, 1)
+            latent = models.autoencoder.encode(picture)
+            for name, call in (("encode", lambda: models.autoencoder.encode(picture)), ("decode", lambda: models.autoencoder.decode(latent))):
+                stage(f"{name} a picture, {size} px", call, count(call))
+    lora = {t.path: (torch.randn(rank, t.d_in) / 100, torch.randn(t.rows, rank) / 100) for t in find_targets(flux)}
+    for applied in (False, True):
+        apply_loras(flux, [(lora, 1.0)] if applied else [])
+        for size in resolutions:
+            tokens = (size // 16) ** 2
+            flops = count_flops(flux.config, tokens, text_tokens)
+            _, noise, _, txt, y = random_inputs(flux, 1, tokens, text_tokens)
+            stage(f"sampling step, {size} px{', one LoRA' if applied else ''}", lambda: denoise(flux, noise, txt, y, 1, 3.5),
+                  flops["linears"] + flops["attention"])
+    lomd = random_lomd(find_targets(flux), R1)
+    for people in (1, 4):
+        adapter = MetaLoRA(flux, rank, lomd=lomd, num_identities=people, slots=people)
+        adapter.bank.weight.add_(1e-2 * torch.randn_like(adapter.bank.weight))
+        adapter.train_lomd = people > 1
+        for size in resolutions:
+            tokens = (size // 16) ** 2
+            inputs, flops = random_inputs(flux, people, tokens, text_tokens), people * count_flops(flux.config, tokens, text_tokens)["step"]
+
+            def step():
+                adapter.assign(torch.arange(people))
+                flow_matching_loss(flux, *inputs).sum().backward()
+                adapter.step(1e-4)
+            counts = [blocks] if flux.offload else [adapter.blocks_to_recompute(tokens, text_tokens, people)] if people > 1 else \
+                [0, blocks // 2, blocks]
+            for flux.recompute in counts:
+                what = "training step" if people == 1 else "stage 1, 4 pictures of 4 people"
+                stage(f"{what}, {size} px, {flux.recompute} of {blocks} twice", step, flops)
+        adapter.remove()
+    flux.recompute = 0
+    if models.autoencoder:
+        for size in resolutions:
+            whole(models, size, text_tokens, lomd, rank)
+
+
+def whole(models, size: int, text_tokens: int, lomd: dict, rank: int) -> None:
+    """personalize.py from photo to file, its 375 iterations, but for reading the weights from disk."""
+    start, laps, flux = time.perf_counter(), {}, models.flux
+    device = flux.img_in.weight.device
+
+    def lap(name):
+        seconds_of(lambda: None, device)                                                     # waits for what is queued
+        laps[name] = time.perf_counter() - start - sum(laps.values())
+    crops = personalize.load_crops([Path(__file__).parent / "baby" / "example.png"], [size])
+    lap("crops")
+    txt, y = models.text()
+    lap("text")
+    latents = personalize.encode(models.autoencoder, [crop.picture for crop in crops])
+    lap("encoding")
+    adapter = MetaLoRA(flux, rank, lomd=lomd)
+    flux.recompute = adapter.blocks_to_recompute(max(part[0, 0, 0].numel() // 4 for part in latents), text_tokens, 1)
+    train(flux, adapter, [latents], txt, y, personalize.ITERATIONS["meta-lora"], 1e-4)
+    lap("training")
+    with tempfile.TemporaryDirectory() as folder:
+        save_lora(Path(folder) / "lora.safetensors", adapter.collapse())
+    adapter.remove()
+    lap("saving")
+    print(f"  photo to LoRA, {size} px, {len(crops)} crops, {flux.recompute} of {len(flux.blocks)} twice: {sum(laps.values()):.1f} s ("
+          + ", ".join(f"{name} {value:.1f}" for name, value in laps.items()) + ")")
+
+
+def random_models(config: FluxConfig, device: torch.device, dtype: torch.dtype, text_tokens: int):
+    """FLUX.1's four networks with random weights, made on the device; the text encoders at their published sizes."""
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+    t5_config = T5Config(vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu")
+    clip_config = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+    flux, autoencoder, t5, clip = (random_weights(kind, config_, device, dtype) for kind, config_ in (
+        (Flux, config), (AutoEncoder, AutoEncoderConfig()), (T5EncoderModel, t5_config), (CLIPTextModel, clip_config)))
+    words, few = (torch.randint(2, 10_000, (1, length), device=device) for length in (text_tokens, 77))
+    autoencoder = autoencoder.to(memory_format=torch.channels_last) if device.type == "cuda" else autoencoder
+    return SimpleNamespace(flux=flux, autoencoder=autoencoder,
+                           text=torch.no_grad()(lambda: (t5(words).last_hidden_state, clip(few).pooler_output)))
+
+
+def random_weights(kind, config, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A frozen model on the device, each tensor drawn there at the size that keeps activations about as large."""
+    with torch.device("meta"):
+        model = kind(config).to(dtype)
+    model = model.to_empty(device=device).requires_grad_(False).eval()
+    for name, p in model.named_parameters():
+        torch.nn.init.normal_(p, mean=float("norm" in name and p.dim() == 1), std=0.02 if p.dim() == 1 else p[0].numel() ** -0.5)
+    for name, buffer in model.named_buffers():                                    # CLIP's and T5's counts of positions
+        buffer.copy_(torch.arange(buffer.shape[-1], device=device).expand_as(buffer))
+    return model
+
+
+def choose(args, name: str, device: torch.device) -> tuple:
+    """--model -> its networks, image and text tokens, and what its weights are."""
+    dtype = args.dtype and getattr(torch, args.dtype)
+    if args.random and name in HUB or name in MODELS and name != "baby":
+        dtype = dtype or (torch.float32 if device.type == "cpu" and name in MODELS else torch.bfloat16)
+        config, *tokens = MODELS.get(name) or (FluxConfig(guidance_embed=name == "flux-dev"), 4096, 512 if name == "flux-dev" else 256)
+        if name in HUB:
+            models = random_models(config, device, dtype, tokens[1])
+        else:
+            models = SimpleNamespace(flux=Flux(config).requires_grad_(False).to(device, dtype), autoencoder=None, text=None)
+        switch(models.flux, args)
+        return models, *tokens, "random weights"
+    folder = find_model(name)
+    dtype = dtype or pick_dtype(device, folder)
+    flux = load_flux(folder, device, dtype, args.fp8, args.offload)
+    encoders, autoencoder = load_text_encoders(folder, device, dtype), load_autoencoder(folder, device, dtype)
+    prompt, tokens = [model_defaults(folder)["prompt"]], (model_defaults(folder)["resolution"] // 16) ** 2
+    if args.compile:
+        compile_blocks(flux)
+    return SimpleNamespace(flux=flux, autoencoder=autoencoder, text=lambda: encoders.encode(prompt)), tokens, encoders.max_length, "its own weights"
+
+
+def switch(flux: Flux, args) -> None:
+    """--fp8, --offload and --compile for a model of random weights."""
+    for name, module in list(flux.named_modules()) if args.fp8 else []:
+        if isinstance(module, nn.Linear) and "_blocks." in name:
+            flux.set_submodule(name, Fp8Linear.of(module))
+    if args.offload:
+        flux.offload = Offload(flux.blocks, flux.img_in.weight.device)
+    if args.compile:
+        compile_blocks(flux)
 
 
 def positive(kind):
@@ -285,17 +464,22 @@ def positive(kind):
 
 
 def bench(argv=None) -> None:
-    parser = Parser(prog="bench.py", allow_abbrev=False,
-                    description="Time personalisation and sampling steps against the frozen base alone.")
+    parser = Parser(prog="bench.py", allow_abbrev=False, description="Time every stage against what it must compute, and "
+                    "training and sampling steps against the frozen base alone.")
     add = parser.add_argument
     add("--model", help="baby, mid (random weights), flux-dev, flux-schnell, a folder (default: baby, mid)")
-    add("--seconds", type=positive(float), default=10.0, help="time for each kind of step (default: 10)")
-    add("--tokens", type=positive(int), help="image tokens, width x height / 256 (default: the model's own)")
+    add("--random", action="store_true", help="flux-dev or flux-schnell with random weights, made on the device")
+    add("--seconds", type=positive(float), default=10.0, help="time for each row (default: 10)")
+    add("--resolution", type=positive(int), nargs="+", metavar="PIXELS", help="sides of pictures (default: the model's; flux: 512 768 1024)")
     add("--text-tokens", type=positive(int), help="text tokens (default: the model's usual)")
     add("--rank", type=positive(int), default=1, help="rank of the adapter (default: 1)")
+    add("--fp8", action="store_true", help="weights of the blocks in 8 bits")
+    add("--offload", action="store_true", help="weights of the blocks on the CPU")
+    add("--compile", action="store_true", help="compile the blocks")
     add("--identities", type=positive(int), nargs="+", metavar="N", help="memory of meta-training with N identities instead")
     add("--people", type=positive(int), metavar="N", help="speed of personalising N people together instead")
     add("--against", choices=("peft",), help="speed of a plain LoRA's step beside another library's, where it is installed, instead")
+    add("--layers", action="store_true", help="ways to add an update to each kind of Linear instead")
     add("--dtype", choices=("float32", "bfloat16"), help="of the frozen base (default: by the device)")
     add("--threads", type=positive(int), help="CPU threads (default: torch's choice)")
     add("--device", help="cuda, mps or cpu (default: the best there is)")
@@ -305,22 +489,27 @@ def bench(argv=None) -> None:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     for name in [args.model] if args.model else MODELS:
-        flux, image_tokens, text_tokens, weights = choose(name, device, args.dtype and getattr(torch, args.dtype))
+        models, image_tokens, text_tokens, weights = choose(args, name, device)
+        flux, text_tokens = models.flux, args.text_tokens or text_tokens
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        switches = "".join(f", {word}" for word in ("fp8", "offload", "compile") if getattr(args, word))
         print(f"{name}, {weights}: torch {torch.__version__}, {where}, {torch.get_num_threads()} threads, "
-              f"{str(flux.img_in.weight.dtype)[6:]}")
+              f"{str(flux.img_in.weight.dtype)[6:]}{switches}")
         if args.identities:
             measure_bank(flux, args.rank, args.identities)
-            continue
-        if args.against:
-            measure_against_peft(flux, args.tokens or image_tokens, args.text_tokens or text_tokens, args.rank, args.seconds)
-            continue
-        if args.people:
-            measure_people(flux, args.people, args.text_tokens or text_tokens, args.rank, args.seconds)
-            continue
-        tokens = args.tokens or image_tokens, args.text_tokens or text_tokens
-        measure(flux, *tokens, args.rank, args.seconds)
-        measure_mixing(flux, *tokens, args.rank, args.seconds)
+        elif args.against:
+            measure_against_peft(flux, image_tokens, text_tokens, args.rank, args.seconds)
+        elif args.people:
+            measure_people(flux, args.people, text_tokens, args.rank, args.seconds)
+        elif args.layers:
+            measure_layers(flux.config, image_tokens + text_tokens, device, flux.img_in.weight.dtype, args.seconds)
+        else:
+            resolutions = args.resolution or ([512, 768, 1024] if image_tokens == 4096 else [16 * math.isqrt(image_tokens)])
+            measure_stages(models, resolutions, text_tokens, args.rank, args.seconds)
+            if not (args.fp8 or args.offload or args.compile):                    # beside a base of plain Linears only
+                tokens = (resolutions[-1] // 16) ** 2, text_tokens
+                measure(flux, *tokens, args.rank, args.seconds)
+                measure_mixing(flux, *tokens, args.rank, args.seconds)
 
 
 def main(argv=None) -> int:

@@ -116,15 +116,16 @@ class AdaptedLinear(nn.Module):
     """A frozen Linear with room for an update of `columns` columns, in the base's dtype.
 
     The room is beside its weight, on the narrower side: spare columns for U where the input is narrower, spare rows for C
-    where the output is. With beside=True there is none, and the update is added by GEMMs of its own, which suits a base of
+    where the output is; wide_input says otherwise, for bench.py. With beside=True there is none, and the update is added by GEMMs of its own, which suits a base of
     8 bits, one that lives on the CPU, and a compiler.
     """
-    def __init__(self, linear: nn.Module, columns: int, beside: bool = False):
+    def __init__(self, linear: nn.Module, columns: int, beside: bool = False, wide_input: bool | None = None):
         super().__init__()
         self.out_features, self.in_features = linear.out_features, linear.in_features
         self.dtype = linear.dtype if isinstance(linear, Fp8Linear) else linear.weight.dtype
-        self.wide_input = not beside and self.in_features < self.out_features
-        self.spare = -(min(self.in_features, self.out_features) + columns) % 8 + columns  # multiples of 8 suit tensor cores
+        self.wide_input = not beside and (self.in_features < self.out_features if wide_input is None else wide_input)
+        side = self.in_features if self.wide_input else self.out_features
+        self.spare = -(side + columns) % 8 + columns                                         # multiples of 8 suit tensor cores
         self.base = linear if beside else None
         if not beside:
             extra = (0, self.spare) if self.wide_input else (self.spare, 0)

@@ -37,18 +37,55 @@ def test_flops_equal_torch_own_count():
 
 
 def test_prints_what_it_measured(monkeypatch, capsys):
-    monkeypatch.setitem(bench.MODELS, "mid", (TINY, 15, 7))
+    monkeypatch.setitem(bench.MODELS, "mid", (TINY, 16, 7))
     assert bench.main(["--model", "mid", "--seconds", "0.001", "--device", "cpu", "--rank", "2"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("mid, random weights: ") and f"torch {torch.__version__}, cpu," in out
     assert f"{torch.get_num_threads()} threads, float32" in out
-    assert "15 image + 7 text tokens, rank 2" in out
+    assert "16 image + 7 text tokens, rank 2" in out
     found = re.findall(r"([\d.e+-]+) \(([\d.e+-]+) to ([\d.e+-]+)\)", out)
-    assert len(found) == 9 and all(0 < float(low) <= float(mid) <= float(high) for mid, low, high in found)
+    assert len(found) == 9 + 6 and all(0 < float(low) <= float(mid) <= float(high) for low, mid, high in [(f[1], f[0], f[2]) for f in found])
     assert len(re.findall(r"([\d.]+)% of the bound", out)) == 6 and out.count("3 pairs") == 3
+    for row in ("sampling step, 64 px  ", "sampling step, 64 px, one LoRA", *(f"training step, 64 px, {n} of 2 twice" for n in (0, 1, 2)),
+                "stage 1, 4 pictures of 4 people, 64 px, 0 of 2 twice"):
+        assert out.count(row) == 1, row
 
 
-@pytest.mark.parametrize("words", ["--seconds 0", "--tokens -4", "--rank x", "--device quantum",
+@pytest.mark.parametrize("switches", [["--fp8"], ["--offload", "--fp8"]])
+def test_every_stage_of_the_baby(switches, monkeypatch, capsys):
+    """Text, autoencoder and the whole of personalize.py too, with weights that live elsewhere or have 8 bits."""
+    monkeypatch.setitem(bench.personalize.ITERATIONS, "meta-lora", 2)
+    assert bench.main(["--model", "baby", "--seconds", "0.001", "--device", "cpu", "--dtype", "bfloat16", *switches]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("baby, its own weights") and all(f", {word[2:]}" in out.splitlines()[0] for word in switches)
+    for row in ("text, one prompt", "encode a picture, 128 px", "decode a picture", "stage 1", "photo to LoRA, 128 px"):
+        assert out.count(row) == 1, row
+    assert "over" not in out and out.count("training step") == (1 if "--offload" in switches else 3)
+
+
+def test_random_weights_of_full_size_are_of_the_right_shapes(monkeypatch):
+    """FLUX.1's published sizes of T5 and CLIP, in parameters, on meta; a small one of each kind really runs."""
+    made = {}
+    monkeypatch.setattr(bench, "random_weights", lambda kind, config, device, dtype: made.setdefault(kind, kind(config)))
+    with torch.device("meta"):
+        bench.random_models(FluxConfig(), torch.device("meta"), torch.bfloat16, 512)
+    millions = {kind.__name__: round(sum(p.numel() for p in model.parameters()) / 1e6) for kind, model in made.items()}
+    assert millions == {"Flux": 11901, "AutoEncoder": 84, "T5EncoderModel": 4762, "CLIPTextModel": 123}
+    monkeypatch.undo()
+    model = bench.random_weights(Flux, TINY, torch.device("cpu"), torch.float32)
+    inputs = bench.random_inputs(model, 1, 16, 7)
+    assert 0.3 < flow_matching_loss(model, *inputs).item() < 100
+
+
+def test_ways_to_add_an_update(monkeypatch, capsys):
+    monkeypatch.setitem(bench.MODELS, "mid", (TINY, 16, 7))
+    assert bench.main(["--model", "mid", "--layers", "--seconds", "0.001", "--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert [line.split("  ")[1] for line in lines] == [f"{a} -> {b}" for a, b in ((64, 192), (64, 64), (64, 256), (256, 64), (64, 448), (320, 64))]
+    assert all(line.count(" to ") == 4 for line in lines)
+
+
+@pytest.mark.parametrize("words", ["--seconds 0", "--resolution -4", "--rank x", "--device quantum",
                                    "--model nowhere", "--what"])
 def test_bad_input_is_one_line(words, capsys):
     assert bench.main(words.split()) == 2
@@ -58,7 +95,7 @@ def test_bad_input_is_one_line(words, capsys):
 
 def test_memory_does_not_grow_with_the_identities_of_a_run(monkeypatch, capsys):
     """Ten times the rows on disk, a tenth more in memory at most: 50 rows and their copies, not all."""
-    monkeypatch.setitem(bench.MODELS, "mid", (TINY, 15, 7))
+    monkeypatch.setitem(bench.MODELS, "mid", (TINY, 16, 7))
     assert bench.main(["--model", "mid", "--device", "cpu", "--identities", "100", "1000"]) == 0
     lines = re.findall(r"([\d.]+) MB on disk, +([\d.]+) MB in memory", capsys.readouterr().out)
     (small, before), (large, after) = [tuple(map(float, line)) for line in lines]
@@ -67,7 +104,7 @@ def test_memory_does_not_grow_with_the_identities_of_a_run(monkeypatch, capsys):
 
 
 def test_people_together_against_one_by_one(monkeypatch, capsys):
-    monkeypatch.setitem(bench.MODELS, "mid", (TINY, 15, 7))
+    monkeypatch.setitem(bench.MODELS, "mid", (TINY, 16, 7))
     assert bench.main(["--model", "mid", "--device", "cpu", "--people", "3", "--rank", "2", "--seconds", "0.001"]) == 0
     out = capsys.readouterr().out
     assert "3 people, 3 at once" in out and "one alone" in out and out.count(" to ") == 3 and "3 pairs" in out
@@ -75,7 +112,7 @@ def test_people_together_against_one_by_one(monkeypatch, capsys):
 
 def test_against_peft(monkeypatch, capsys):
     """With peft its numbers stand beside ours; without, one line says what is missing."""
-    monkeypatch.setitem(bench.MODELS, "mid", (TINY, 15, 7))
+    monkeypatch.setitem(bench.MODELS, "mid", (TINY, 16, 7))
     words = ["--model", "mid", "--device", "cpu", "--against", "peft", "--seconds", "0.001", "--dtype", "bfloat16"]
     try:
         import peft
