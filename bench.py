@@ -42,11 +42,8 @@ from metalora import AdaptedLinear, DiskBank, IdentityBank, MetaLoRA, apply_lora
 from personalize import people_at_once, train
 from speed import GIB, Fp8Linear, Offload, compile_blocks
 
-MODELS = {                                                            # config, image tokens, text tokens
-    "baby": (FluxConfig(vec_in_dim=64, context_in_dim=64, hidden_size=128, num_heads=4, depth=3,
-                        depth_single_blocks=6, axes_dim=(8, 12, 12)), 64, 24),
-    "mid": (FluxConfig(context_in_dim=768, hidden_size=768, num_heads=6, depth=4, depth_single_blocks=8),
-            1024, 128)}
+MODELS = {"mid": (FluxConfig(context_in_dim=768, hidden_size=768, num_heads=6, depth=4, depth_single_blocks=8), 1024, 128)}
+# of random weights: config, image tokens, text tokens
 R1 = 16                                                                              # rows of the random LoMD
 
 
@@ -423,7 +420,7 @@ def random_weights(kind, config, device: torch.device, dtype: torch.dtype) -> nn
 def choose(args, name: str, device: torch.device) -> tuple:
     """--model -> its networks, image and text tokens, and what its weights are."""
     dtype = args.dtype and getattr(torch, args.dtype)
-    if args.random and name in HUB or name in MODELS and name != "baby":
+    if args.random and name in HUB or name in MODELS:
         dtype = dtype or (torch.float32 if device.type == "cpu" and name in MODELS else torch.bfloat16)
         config, *tokens = MODELS.get(name) or (FluxConfig(guidance_embed=name == "flux-dev"), 4096, 512 if name == "flux-dev" else 256)
         if name in HUB:
@@ -488,7 +485,7 @@ def bench(argv=None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    for name in [args.model] if args.model else MODELS:
+    for name in [args.model] if args.model else ["baby", *MODELS]:
         models, image_tokens, text_tokens, weights = choose(args, name, device)
         flux, text_tokens = models.flux, args.text_tokens or text_tokens
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -36,7 +36,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from speed import E4M3, Fp8Linear, Offload, check_memory, compile_blocks, quantize_rows
+from speed import E4M3, Fp8Linear, Offload, check_memory, choose_attention, compile_blocks, quantize_rows
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Transformer
@@ -1050,14 +1050,17 @@ def add_speed_options(add, training: bool) -> None:
 LONG_RUN = 300                        # steps of a large model after which compiling may pay: a guess, never measured
 
 
-def open_flux(args, device: torch.device, steps: int) -> Flux:
-    """The transformer as args.folder, args.dtype, args.fp8, args.offload and args.compile want it, for so many steps."""
+def open_flux(args, device: torch.device, steps: int, tokens: int, training: bool) -> Flux:
+    """The transformer as args.folder, args.dtype, args.fp8, args.offload and args.compile want it, for so many steps of
+    pictures of so many tokens, text included."""
     with torch.device("meta"):
         check_memory(Flux(flux_files(args.folder)[1]), device, args.dtype, args.fp8, args.offload)
     flux = load_flux(args.folder, device, args.dtype, args.fp8, args.offload)
     pays = device.type == "cuda" and steps >= LONG_RUN and not is_small(args.folder)
     if pays if args.compile is None else args.compile:
         compile_blocks(flux)
+    heads = flux.config.num_heads
+    choose_attention((1, heads, tokens, flux.config.hidden_size // heads), device, args.dtype, training)
     return flux
 
 

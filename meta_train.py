@@ -411,14 +411,14 @@ class Run:
     def load(self):
         """The model with its adapter, and the bank on disk; then the newest checkpoint, where there is one."""
         args = self.args
-        flux = flux_model.open_flux(args, self.group.device, args.iters)
+        tokens, text = max(args.resolution) ** 2 // 256, 512                           # at most: schnell has 256 of text
+        flux = flux_model.open_flux(args, self.group.device, args.iters, tokens + text, training=True)
         slots = args.batch_size * len(self.shards)
         self.adapter = MetaLoRA(flux, args.r2, lomd=random_lomd(find_targets(flux), args.r1, args.seed),
                                 num_identities=0, slots=slots)
         flux.recompute = args.recompute
         if flux.recompute is None:
-            text = 512 if flux.config.guidance_embed else 256
-            flux.recompute = self.adapter.blocks_to_recompute(max(args.resolution) ** 2 // 256, text, args.batch_size)
+            flux.recompute = self.adapter.blocks_to_recompute(tokens, text, args.batch_size)
         if not args.fresh_identities:
             count, size, bank = sum(map(len, self.local)), sum(self.adapter.sizes), self.folder / "bank"
             needed, free = DiskBank.bytes(count, size), shutil.disk_usage(args.run).free

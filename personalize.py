@@ -309,9 +309,9 @@ def personalize(args):
                      tqdm([crop.picture for crop in crops], "encoding", disable=None, leave=False),
                      mirror=not args.no_augment)
     lap("pictures")
-    flux = flux_model.open_flux(args, args.device, args.iters)
-    adapter = MetaLoRA(flux, args.rank, method=args.method, lomd=lomd, seed=args.seed)
     largest = max(latent[0, 0, 0].numel() // 4 for latent in latents)
+    flux = flux_model.open_flux(args, args.device, args.iters, largest + txt.shape[1], training=True)
+    adapter = MetaLoRA(flux, args.rank, method=args.method, lomd=lomd, seed=args.seed)
     flux.recompute = adapter.blocks_to_recompute(largest, txt.shape[1], args.batch_size) if args.recompute is None else args.recompute
     if flux.recompute:
         print(f"{min(flux.recompute, len(flux.blocks))} of {len(flux.blocks)} blocks are run twice, to save memory")

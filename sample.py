@@ -216,7 +216,8 @@ def plan_files(out, prompts, seeds):
 
 def denoise_all(args, device, loras, embeddings, jobs, **settings):
     """Latents of the jobs, on the CPU, and what stopped them early (Ctrl-C, a value not finite) or None."""
-    flux = open_flux(args, device, len(jobs) * settings["steps"])
+    tokens = settings["width"] * settings["height"] // 256 + next(iter(embeddings.values()))[0].shape[1]
+    flux = open_flux(args, device, len(jobs) * settings["steps"], tokens, training=False)
     apply_loras(flux, [(lora, strength) for lora, strength in loras if strength])
     latents = []
     try:

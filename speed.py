@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 E4M3 = torch.float8_e4m3fn
 GIB = 2 ** 30
@@ -220,7 +221,43 @@ def blocks_to_recompute(per_block: list[float], free: float) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Compilation
+# Attention and compilation
+
+KERNELS = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION
+
+
+def seconds_of_attention(kernel: SDPBackend, shape: tuple, device: torch.device, dtype: torch.dtype, backward: bool) -> float:
+    """Seconds of a call of one kernel, after warming up; infinite where the card or torch does not have it."""
+    q, k, v = torch.randn(3, *shape, device=device, dtype=dtype, requires_grad=backward).unbind()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    try:
+        with sdpa_kernel(kernel):
+            for i in range(8):
+                if i == 3:
+                    start.record()
+                out = F.scaled_dot_product_attention(q, k, v)
+                if backward:
+                    torch.autograd.grad(out.sum(), (q, k, v))
+            end.record()
+        end.synchronize()
+    except RuntimeError:
+        return math.inf
+    return start.elapsed_time(end) / 5e3
+
+
+def choose_attention(shape: tuple, device: torch.device, dtype: torch.dtype, backward: bool):
+    """On CUDA: times every kernel there is for (B, H, L, D) and leaves the fastest one to scaled_dot_product_attention.
+    -> its name, or None where nothing was chosen."""
+    if torch.device(device).type != "cuda":
+        return None
+    seconds = {kernel: seconds_of_attention(kernel, shape, device, dtype, backward) for kernel in KERNELS}
+    fastest = min(seconds, key=seconds.get)
+    if seconds[fastest] == math.inf:
+        return None
+    # cuDNN's and flash go before the memory-efficient one, which must stay: no other takes the autoencoder's wide head
+    torch.backends.cuda.enable_cudnn_sdp(fastest == SDPBackend.CUDNN_ATTENTION)
+    torch.backends.cuda.enable_flash_sdp(fastest == SDPBackend.FLASH_ATTENTION)
+    return fastest.name
 
 
 def compile_blocks(flux: nn.Module) -> None:

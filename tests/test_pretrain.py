@@ -1,4 +1,5 @@
 """baby/pretrain.py: all of its stages at a tiny size, and a run that is stopped and resumed."""
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -111,6 +112,26 @@ def test_a_run_may_start_from_a_checkpoint(tiny):
     flux, encoders = load_flux(out, dtype=torch.float32), load_text_encoders(out, dtype=torch.float32)
     for found, expected in ((baby.flux, flux), (baby.t5, encoders.t5), (baby.clip, encoders.clip)):
         assert all(torch.equal(a, b) for a, b in zip(found.parameters(), expected.parameters()))
+
+
+@pytest.mark.parametrize("wide", [64, 48])
+def test_a_narrower_transformer_grows(wide):
+    """Twice as wide it computes the same, though no weight that is read twice is simply halved, and training parts the
+    copies; half as wide again, LayerNorm counts some channels twice and moves it a little."""
+    torch.manual_seed(0)
+    narrow = FluxConfig(vec_in_dim=64, context_in_dim=64, hidden_size=32, num_heads=2, depth=1, depth_single_blocks=1, axes_dim=(4, 6, 6))
+    small, large = pretrain.Flux(narrow), pretrain.Flux(dataclasses.replace(narrow, hidden_size=wide, num_heads=wide // 16))
+    for p in small.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    pretrain.grow(small, large)
+    x, t, txt, y = torch.randn(2, 16, 8, 8), torch.tensor([0.2, 0.7]), torch.randn(2, 5, 64), torch.randn(2, 64)
+    outputs = [pretrain.velocity(flux, x, t, txt, y, 1.0) for flux in (small, large)]
+    error = ((outputs[1] - outputs[0]).norm() / outputs[0].norm()).item()
+    assert error < 1e-5 if wide == 64 else 0.001 < error < 0.5
+    outputs[1].square().mean().backward()
+    weight, gradient = large.single_blocks[0].linear1.weight, large.single_blocks[0].linear1.weight.grad
+    assert (weight[0, :wide - 32] - weight[0, 32:]).abs().max() > 0.01
+    assert (gradient[:wide - 32] - gradient[32:wide]).abs().max() > 1e-6                      # rows that are still equal part
 
 
 def test_guidance_moves_the_target_and_not_the_input(tiny, monkeypatch):

@@ -263,6 +263,24 @@ def test_memory_is_asked_for_before_the_start(monkeypatch):
     check_memory(flux, "cuda", bf16, False, False)
 
 
+def test_the_fastest_attention_is_chosen(monkeypatch):
+    """The faster ones of lower rank are made reachable by switching off those before; on another device nothing changes."""
+    cudnn, flash, efficient = speed.KERNELS
+    times, switched = {cudnn: 2.0, flash: 1.0, efficient: float("inf")}, {}
+    monkeypatch.setattr(speed, "seconds_of_attention", lambda kernel, *rest: times[kernel])
+    for name in ("cudnn", "flash"):
+        monkeypatch.setattr(torch.backends.cuda, f"enable_{name}_sdp", lambda on, name=name: switched.update({name: on}))
+    choose = lambda device: speed.choose_attention((1, 2, 3, 4), torch.device(device), torch.bfloat16, True)
+    assert choose("cpu") is None and not switched
+    assert choose("cuda") == "FLASH_ATTENTION" and switched == {"cudnn": False, "flash": True}
+    times[cudnn] = 0.5
+    assert choose("cuda") == "CUDNN_ATTENTION" and switched == {"cudnn": True, "flash": False}
+    times[efficient] = 0.1
+    assert choose("cuda") == "EFFICIENT_ATTENTION" and switched == {"cudnn": False, "flash": False}
+    times.update(dict.fromkeys(times, float("inf")))
+    assert choose("cuda") is None
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The switches
 
@@ -284,7 +302,7 @@ def test_a_small_model_is_not_compiled_unless_asked(monkeypatch):
     monkeypatch.setattr("flux_model.compile_blocks", asked.append)
     for wanted, steps, expected in ((None, 10_000, 0), (False, 10_000, 0), (True, 1, 1)):
         args = SimpleNamespace(folder=HUB, dtype=torch.float32, fp8=False, offload=False, compile=wanted)
-        open_flux(args, torch.device("cpu"), steps)
+        open_flux(args, torch.device("cpu"), steps, 100, training=True)
         assert len(asked) == expected
 
 
