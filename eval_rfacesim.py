@@ -543,8 +543,10 @@ class Run:
             self.texts = encode_prompts(self.args.folder, list(words), self.device, self.args.dtype)
             self.captions = [torch.cat(parts) for parts in zip(*(self.texts[caption] for caption in captions))]
             self.autoencoder = flux_model.load_autoencoder(self.args.folder, self.device, self.args.dtype)
-            self.flux = flux_model.load_flux(self.args.folder, self.device, self.args.dtype)
-            self.flux.recompute = 0 if self.small else len(self.flux.blocks)
+            tokens = max(self.args.size, *self.args.resolution) ** 2 // 256 + self.captions[0].shape[1]
+            self.flux = flux_model.open_flux(self.args, self.device, max(self.args.iters or [0]) + self.args.steps, tokens, training=True)
+            every = 0 if self.small else len(self.flux.blocks)
+            self.flux.recompute = every if self.args.recompute is None else self.args.recompute
 
     def latents(self, augment: bool) -> list[list[Tensor]]:
         """Of everybody's reference: what personalize.py trains on, kept on the CPU."""
@@ -875,6 +877,7 @@ def parse(argv):
         "facenet-pytorch's, from its cache or downloaded)")
     add("--clip", metavar="DIR", help=f"folder of a CLIP model (default: {CLIP} from the hub)")
     add("--paper", action="store_true", help="put the paper's published numbers beside, marked as quoted")
+    flux_model.add_speed_options(add, training=True)
     add("--device", help="cuda, mps or cpu (default: the best there is)")
     return parser.parse_args(argv)
 
@@ -922,7 +925,7 @@ def take_model(args):
             note("this LoMD is random and was never trained")
     args.settings = {"model": flux_model.flux_fingerprint(args.folder), "lomd": lomd, "learning rates": args.rates, "seed": args.seed,
                      "caption": args.prompt, "resolution": args.resolution, "size": args.size, "steps": args.steps,
-                     "guidance": args.guidance, "dtype": str(args.dtype)}
+                     "guidance": args.guidance, "dtype": str(args.dtype) + " fp8" * args.fp8}
 
 
 def check_settings(args, people: list[Person], prompts: dict):

@@ -26,6 +26,7 @@ import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 
@@ -1047,16 +1048,22 @@ def add_speed_options(add, training: bool) -> None:
         add("--recompute", type=int, metavar="N", help="blocks that are run twice to save memory (default: as few as it takes)")
 
 
+def check_fit(args, device: torch.device) -> None:
+    """Before anything is read: says how much of the device's memory the transformer takes, or ValueError with what helps."""
+    with torch.device("meta"):
+        line = check_memory(Flux(flux_files(args.folder)[1]), device, args.dtype, args.fp8, args.offload)
+    if device.type != "cpu":
+        print(line)
+
+
 LONG_RUN = 300                        # steps of a large model after which compiling may pay: a guess, never measured
 
 
 def open_flux(args, device: torch.device, steps: int, tokens: int, training: bool) -> Flux:
     """The transformer as args.folder, args.dtype, args.fp8, args.offload and args.compile want it, for so many steps of
     pictures of so many tokens, text included."""
-    with torch.device("meta"):
-        check_memory(Flux(flux_files(args.folder)[1]), device, args.dtype, args.fp8, args.offload)
     flux = load_flux(args.folder, device, args.dtype, args.fp8, args.offload)
-    pays = device.type == "cuda" and steps >= LONG_RUN and not is_small(args.folder)
+    pays = device.type == "cuda" and steps >= LONG_RUN and not is_small(args.folder) and find_spec("triton")
     if pays if args.compile is None else args.compile:
         compile_blocks(flux)
     heads = flux.config.num_heads
@@ -1084,6 +1091,7 @@ def take_model(args, device: torch.device, use: str) -> None:
     args.lr = args.lr or learning_rate(args.folder, use)
     args.resolution = args.resolution or [defaults["resolution"]]
     args.prompt = defaults["prompt"] if args.prompt is None else args.prompt
+    check_fit(args, device)
 
 
 def run_script(name: str, script, argv=None) -> int:

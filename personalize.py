@@ -29,6 +29,7 @@ import flux_model
 import photos
 from lora_files import save_lora
 from metalora import MetaLoRA, check_lomd, find_targets, load_lomd
+from speed import seconds_compiling
 
 ITERATIONS = {"meta-lora": 375, "lora": 625}     # the paper's
 FLOOR = 512                                      # pixels; FLUX.1 was not made for less
@@ -302,7 +303,10 @@ def personalize(args):
         lomd_name = f"random, {lomd_name}"
         print("note: this LoMD is random and was never trained", file=sys.stderr)
     lap("photos")
-    txt, y = flux_model.load_text_encoders(args.folder, args.device, args.dtype).encode([args.prompt])
+    # where the transformer has no room on the device, T5 has none either
+    text_device = torch.device("cpu") if args.offload else args.device
+    txt, y = (part.to(args.device) for part in
+              flux_model.load_text_encoders(args.folder, text_device, args.dtype).encode([args.prompt]))
     gc.collect()                                     # transformers' models hold reference cycles
     lap("text")
     latents = encode(flux_model.load_autoencoder(args.folder, args.device, args.dtype),
@@ -354,6 +358,8 @@ def personalize(args):
     lap("training")
     print(f"{out}: rank {args.rank}, {out.stat().st_size / 1e3:.0f} kB, {len(crops)} pictures, "
           f"{args.iters} iterations, loss {smooth:.4f}{memory}")
+    if flux.compiled:
+        print(f"of training {seconds_compiling():.1f} s went into compiling")
     print(f"seconds: {', '.join(f'{part} {value:.1f}' for part, value in seconds.items())}; in all "
           f"{sum(seconds.values()):.1f}, an iteration {seconds['training'] / args.iters:.3f}")
     model = "" if args.model == "flux-dev" else f"--model {shlex.quote(args.model)} "

@@ -21,7 +21,7 @@ import torch
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
-from flux_model import (Parser, add_speed_options, denoise, find_model, flux_files, free, get_noise, load_autoencoder,
+from flux_model import (Parser, add_speed_options, check_fit, denoise, find_model, flux_files, free, get_noise, load_autoencoder,
                         load_text_encoders, model_defaults, open_flux, pick_device, pick_dtype, run_script)
 from lora_files import load_lora
 from metalora import apply_loras
@@ -256,6 +256,7 @@ def draw(argv):
     folder = find_model(args.model)
     config, dtype = flux_files(folder)[1], pick_dtype(device, folder)
     args.folder, args.dtype = folder, dtype
+    check_fit(args, device)
     loras = read_loras(lora_files, config)
     if args.negative and args.true_cfg == 1.0:
         note("--negative does nothing without --true-cfg")
@@ -271,7 +272,8 @@ def draw(argv):
     print(f"{args.model} on {device}, {width} x {height}, {settings['steps']} steps, pictures: {len(jobs)}")
     start = time.perf_counter()
     negative = [settings["negative"]] if args.true_cfg != 1.0 else []
-    embeddings = encode_prompts(folder, prompts + negative, device, dtype)
+    # where the transformer has no room on the device, T5 has none either
+    embeddings = encode_prompts(folder, prompts + negative, torch.device("cpu") if args.offload else device, dtype)
     latents, stopped = denoise_all(args, device, loras, embeddings, jobs, **settings)
     free(device)
     if stopped and latents:

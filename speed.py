@@ -193,14 +193,17 @@ def weight_bytes(flux: nn.Module, dtype: torch.dtype, fp8: bool, offload: bool) 
     return around * dtype.itemsize + (2 * max(size([block]) for block in flux.blocks) if offload else size(flux.blocks))
 
 
-def check_memory(flux: nn.Module, device, dtype: torch.dtype, fp8: bool, offload: bool) -> None:
-    """ValueError where the weights will not fit, with the switch under which they would. `flux` may be on meta."""
-    free, gib = memory_left(device), lambda fp8, offload: weight_bytes(flux, dtype, fp8, offload) / GIB
-    if gib(fp8, offload) * GIB > free and torch.device(device).type != "cpu":
-        better = [(" ".join(words), gib(*on)) for words, on in ((["--fp8"], (True, False)), (["--offload"], (fp8, True)),
-                  (["--fp8", "--offload"], (True, True))) if gib(*on) * GIB < free]
-        raise ValueError(f"the transformer takes {gib(fp8, offload):.1f} GiB of which {free / GIB:.1f} are free" + (
-            f"; with {better[0][0]} it takes {better[0][1]:.1f}" if better else ": no switch makes it fit"))
+def check_memory(flux: nn.Module, device, dtype: torch.dtype, fp8: bool, offload: bool) -> str:
+    """One line on what the weights take of a device's memory; ValueError where they will not fit, with the switch under which
+    they would. `flux` may be on meta."""
+    free, gib = memory_left(device) / GIB, lambda fp8, offload: weight_bytes(flux, dtype, fp8, offload) / GIB
+    takes = f"the transformer takes {gib(fp8, offload):.1f} GiB of which {free:.1f} are free"
+    if gib(fp8, offload) < free or torch.device(device).type == "cpu":
+        return takes
+    for words, on in (("--fp8", (True, offload)), ("--offload", (fp8, True)), ("--fp8 --offload", (True, True))):
+        if gib(*on) < free:
+            raise ValueError(f"{takes}; with {words} it takes {gib(*on):.1f}")
+    raise ValueError(f"{takes}: no switch makes it fit")
 
 
 def blocks_to_recompute(per_block: list[float], free: float) -> int:
@@ -266,3 +269,9 @@ def compile_blocks(flux: nn.Module) -> None:
     for block in flux.blocks:
         block.compile(dynamic=True)
     flux.compiled = True
+
+
+def seconds_compiling() -> float:
+    """Time that this process has spent compiling so far, by dynamo's own count, the backward passes included."""
+    from torch._dynamo.utils import calculate_time_spent
+    return calculate_time_spent()["total_wall_time"]

@@ -352,12 +352,12 @@ def vary(caption: str, rng: np.random.Generator) -> str:
 
 class Baby(nn.Module):
     """Everything that the last stage trains."""
-    def __init__(self, out: Path, config: FluxConfig = FLUX_CONFIG):
+    def __init__(self, out: Path):
         super().__init__()
         self.text = load_text_encoders(out, "cpu", torch.float32, T5_TOKENS)
         torch.manual_seed(SEED)                           # from nothing, also where `out` holds trained ones
         self.clip, self.t5 = CLIPTextModel(self.text.clip.config), T5EncoderModel(self.text.t5.config)
-        self.flux = Flux(config)
+        self.flux = Flux(FLUX_CONFIG)
         for name, p in self.flux.named_parameters():
             if name.endswith("mod.lin.weight") or "modulation" in name or "final_layer.linear" in name:
                 nn.init.zeros_(p)                         # adaLN-zero: every block starts as the identity (DiT)

@@ -606,7 +606,7 @@ def measure(load):
     print(before, max(samples), sum(p.nbytes for p in flux.parameters()))
 
 def load():
-    return flux_model.load_flux(sys.argv[1], "cpu", torch.bfloat16)
+    return flux_model.load_flux(sys.argv[1], "cpu", torch.bfloat16, fp8=len(sys.argv) > 2)
 
 def load_twice():
     files = flux_model.flux_files(sys.argv[1])[0]
@@ -618,12 +618,12 @@ measure(load_twice)
 """
 
 
-def peaks_of_loading(folder):
+def peaks_of_loading(folder, *fp8):
     """RssAnon of a process that loads this folder, then again beside a deliberate second copy.
 
     Twice: bytes before, at the peak, and of the model.
     """
-    child = python(MEASURE, str(folder))
+    child = python(MEASURE, str(folder), *fp8)
     output, errors = child.communicate()
     assert child.returncode == 0, errors
     return [tuple(map(int, line.split())) for line in output.splitlines()]
@@ -645,6 +645,15 @@ def test_loading_makes_no_second_copy(tmp_path):
     size = write_random_checkpoint(tmp_path, config, diffusers=True)
     assert size > 190e6
     check_peaks(size, peaks_of_loading(tmp_path))
+
+
+@linux
+def test_8_bits_are_made_while_loading(tmp_path):
+    """Half of the file and a tensor or two on the way, never all of it."""
+    config = FluxConfig(hidden_size=512, num_heads=4, depth=4, depth_single_blocks=16, context_in_dim=512)
+    size = write_random_checkpoint(tmp_path, config, diffusers=False)
+    before, peak, loaded = peaks_of_loading(tmp_path, "fp8")[0]
+    assert 0.5 * size < loaded < 0.53 * size and peak - before < 0.75 * size
 
 
 @linux
