@@ -28,8 +28,8 @@ GIB = 2 ** 30
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """(n, d) -> float8_e4m3 (n, d) and fp32 scales (n, 1) such that x is about their product; rows of zeros stay zeros."""
-    scale = x.abs().amax(dim=1, keepdim=True).float().clamp(min=1e-12) / torch.finfo(E4M3).max
-    return (x.float() / scale).to(E4M3), scale
+    scale = torch.linalg.vector_norm(x, math.inf, dim=1, keepdim=True).float().clamp(min=1e-12) / torch.finfo(E4M3).max
+    return (x / scale if x.dtype == torch.float32 else x.float().div_(scale)).to(E4M3), scale       # few copies: x may be large
 
 
 def multiplies_fp8(device: torch.device) -> bool:

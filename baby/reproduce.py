@@ -37,7 +37,7 @@ METHODS = ("lora", "lora-crops", "random-lomd", "meta-lora")
 RATES, KEEP = (3e-4, 1e-3, 3e-3, 1e-2), 0.85
 FULL = dict(people=48, choose=8, ranks=(1, 2, 4, 8, 16), iters=(250, 375, 500, 625, 750), noises=3, trainings=2,
             meta=(50, 200, 800), meta_iters=5000, study_photos=9)
-SUBSET = dict(people=8, choose=4, ranks=(1,), iters=(250, 375, 625), noises=1, trainings=1,
+SUBSET = dict(people=8, choose=4, ranks=(1,), iters=(375, 625), noises=1, trainings=1,
               meta=(5, 10, 20), meta_iters=100, study_photos=9)
 PHOTOS, SIDE = 6, 384                                     # of each person, the first as the reference; pixels
 
@@ -169,7 +169,7 @@ def draw_study(rows: list[dict], path: Path):
 def reproduce(argv=None):
     parser = Parser(prog="reproduce.py", description="LoRA, LoRA + crops and Meta-LoRA on people never seen.", allow_abbrev=False)
     add = parser.add_argument
-    add("--subset", action="store_true", help="8 people, rank 1, 250, 375 and 625 iterations, one seed of noise and of training")
+    add("--subset", action="store_true", help="8 people, rank 1, 375 and 625 iterations, one seed of noise and of training")
     add("--study", action="store_true", help="instead of the comparison: stage 1 with other ranks, warm-ups and numbers of people, and "
         "stage 2 with more photos")
     add("--model", default="baby", help="baby (default), or a folder like it")

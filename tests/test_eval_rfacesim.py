@@ -571,7 +571,7 @@ def test_people_trained_together_equal_those_trained_one_by_one(people, method):
     assert max(passes) == 3 and len(passes) < 4 * iters * 0.75 and sum(passes) == 4 * iters
     for person, update in enumerate(together):
         alone, = trained([person], 1)
-        assert ((update - alone).norm() / alone.norm()).item() < 1e-4
+        assert ((update - alone).norm() / alone.norm()).item() < 3e-4
 
 
 @pytest.mark.parametrize("words, said", [

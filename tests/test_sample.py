@@ -310,9 +310,9 @@ def test_models_come_and_go_in_turn(monkeypatch, stopped):
     loaded = []
 
     def watch(load):
-        def watched(*args):
+        def watched(*args, **options):
             assert not any(ref() is not None for ref in loaded), load.__name__
-            model = load(*args)
+            model = load(*args, **options)
             for module in (model.t5, model.clip) if hasattr(model, "t5") else (model,):
                 loaded.extend(weakref.ref(x) for x in (*module.modules(), *module.parameters()))
             return model

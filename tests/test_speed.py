@@ -149,7 +149,7 @@ def test_an_8_bit_file_that_lacks_a_weight(tmp_path):
 # The update beside the weight, and blocks that live elsewhere
 
 
-@pytest.mark.parametrize("dtype, loss_bound, bound", [(torch.float32, 1e-6, 1e-5), (torch.bfloat16, 1e-3, 0.03)])
+@pytest.mark.parametrize("dtype, loss_bound, bound", [(torch.float32, 1e-6, 1e-5), (torch.bfloat16, 5e-3, 0.05)])
 def test_update_beside_the_weight(dtype, loss_bound, bound):
     """addmm after the base, or a wider GEMM: the same up to rounding, for two people in a batch, with fused layers."""
     one, other = (trained(load_flux(BABY, dtype=dtype), beside, steps=1) for beside in (False, True))
