@@ -51,7 +51,7 @@ def test_prints_what_it_measured(monkeypatch, capsys):
         assert out.count(row) == 1, row
 
 
-@pytest.mark.parametrize("switches", [["--fp8"], ["--offload", "--fp8"]])
+@pytest.mark.parametrize("switches", [["--offload", "--fp8"]])
 def test_every_stage_of_the_baby(switches, monkeypatch, capsys):
     """Text, autoencoder and the whole of personalize.py too, with weights that live elsewhere or have 8 bits."""
     monkeypatch.setitem(bench.personalize.ITERATIONS, "meta-lora", 2)

@@ -52,10 +52,9 @@ def test_commands_name_files_and_options_that_exist(command):
     elif script == "eval_rfacesim.py":
         eval_rfacesim.parse(arguments)
     elif script != "-m":
-        shown = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True)
-        assert shown.returncode == 0
+        source = (ROOT / script).read_text()                                 # to ask each for its --help takes 10 s
         for option in re.findall(r"--[a-z-]+", command):
-            assert option in shown.stdout
+            assert f'"{option}"' in source, option
 
 
 def test_files_and_pictures_that_the_readme_names_exist():
