@@ -548,15 +548,18 @@ class Run:
             every = 0 if self.small else len(self.flux.blocks)
             self.flux.recompute = every if self.args.recompute is None else self.args.recompute
 
-    def latents(self, augment: bool) -> list[list[Tensor]]:
-        """Of everybody's reference: what personalize.py trains on, kept on the CPU."""
+    def latents(self, augment: bool) -> tuple[list[list[Tensor]], list[list[Tensor]] | None]:
+        """Of everybody's reference: what personalize.py trains on, kept on the CPU, and the weights of the loss beside it."""
         if augment not in self.encoded:
-            self.encoded[augment] = []
+            latents, weights = [], []
             for person in tqdm(self.people, "crops" if augment else "photos", disable=None, leave=False):
-                crops = personalize.load_crops([person.reference, *person.more], self.args.resolution, augment)
+                crops = personalize.load_crops([person.reference, *person.more], self.args.resolution, augment,
+                                               self.args.aspects, self.args.scales)
                 own = personalize.encode(self.autoencoder, [crop.picture for crop in crops], mirror=augment)
-                self.encoded[augment].append([latent.cpu() for latent in own])
+                latents.append([latent.cpu() for latent in own])
+                weights += [[personalize.head_weights(crop, self.args.background) for crop in crops]] if augment else []
                 self.interruption.raise_if_asked()
+            self.encoded[augment] = latents, weights or None
         return self.encoded[augment]
 
     def personalise(self, method: str, rank: int):
@@ -570,7 +573,7 @@ class Run:
             lomd = args.learned_lomd
             if method == "random-lomd":
                 lomd = random_lomd(find_targets(self.flux), len(next(iter(lomd.values()))), args.seed)
-        people = self.latents(augment)
+        people, weights = self.latents(augment)
         slots = min(len(people), personalize.people_at_once(self.flux, rank))
         adapter = MetaLoRA(self.flux, rank, kind, lomd, num_identities=0, slots=slots)
         row = adapter.new_row(torch.Generator().manual_seed(args.seed))         # as everybody starts in a run of their own
@@ -615,7 +618,8 @@ class Run:
         txt, y = (part.to(self.device) for part in self.captions)
         with tqdm(total=left, desc=f"training {method}, rank {rank}, {len(people)} people", disable=None) as bar:
             try:
-                personalize.train(self.flux, adapter, people, txt, y, last, args.rates[method], seed=args.seed, on_step=on_step)
+                personalize.train(self.flux, adapter, people, txt, y, last, args.rates[method], seed=args.seed, on_step=on_step,
+                                  weights=weights)
             except personalize.NotFinite as error:
                 raise FloatingPointError(f"{method}, rank {rank}, {self.people[error.person].name}: {error}; a smaller --lr "
                                          f"{method}={args.rates[method]:g} may help") from None
@@ -868,6 +872,9 @@ def parse(argv):
     add("--lomd", type=Path, help="weights of stage 1 (default: lomd.safetensors of the model's folder, else here)")
     add("--prompt", help="what the crops are called in training; may have [man/woman] (default: the model's)")
     add("--resolution", type=positive, nargs="+", metavar="PIXELS", help="of the crops (default: the model's)")
+    add("--aspects", nargs="+", choices=tuple(photos.ASPECTS), metavar="W:H", help="of the crops (default: the model's)")
+    add("--scales", type=float, nargs="+", metavar="X", help="shorter side of a crop / longer side of the face (default: the model's)")
+    add("--background", type=flux_model.share, metavar="WEIGHT", help="of the loss of crops outside of the head (default: the model's)")
     add("--size", type=positive, help="side of the pictures (default: the model's; FLUX.1's is 1024)")
     add("--steps", type=positive, default=30, help="Euler steps (default: 30)")
     add("--guidance", type=float, default=3.5, help="guidance input (default: 3.5)")
@@ -924,7 +931,8 @@ def take_model(args):
         if untrained and "meta-lora" in args.methods:
             note("this LoMD is random and was never trained")
     args.settings = {"model": flux_model.flux_fingerprint(args.folder), "lomd": lomd, "learning rates": args.rates, "seed": args.seed,
-                     "caption": args.prompt, "resolution": args.resolution, "size": args.size, "steps": args.steps,
+                     "caption": args.prompt, "resolution": args.resolution, "aspects": args.aspects,
+                     "scales": args.scales, "background": args.background, "size": args.size, "steps": args.steps,
                      "guidance": args.guidance, "dtype": str(args.dtype) + " fp8" * args.fp8}
 
 

@@ -1037,6 +1037,12 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def share(text: str) -> float:
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"must be 0 to 1, not {text}")
+    return float(text)
+
+
 def add_speed_options(add, training: bool) -> None:
     """The switches of large models, for the parser of a script."""
     add("--fp8", action="store_true", help="weights of the blocks in 8 bits: half the memory, and faster on recent cards; the "
@@ -1084,13 +1090,16 @@ def check_training(args) -> None:
 
 
 def take_model(args, device: torch.device, use: str) -> None:
-    """args.model -> args.folder (may download) and args.dtype; resolution, prompt and lr (for `use`) default to the model's."""
+    """args.model -> args.folder (may download) and args.dtype; resolution, prompt, lr (for `use`) and, where the command has them,
+    aspects, scales and background of the crops default to the model's."""
     args.folder = find_model(args.model)
     args.dtype = pick_dtype(device, args.folder)
     defaults = model_defaults(args.folder)
     args.lr = args.lr or learning_rate(args.folder, use)
     args.resolution = args.resolution or [defaults["resolution"]]
     args.prompt = defaults["prompt"] if args.prompt is None else args.prompt
+    for name in {"aspects", "scales", "background"} & vars(args).keys():
+        setattr(args, name, defaults[name] if getattr(args, name) is None else getattr(args, name))
     check_fit(args, device)
 
 
@@ -1108,10 +1117,12 @@ def run_script(name: str, script, argv=None) -> int:
 
 
 def model_defaults(folder: str | Path) -> dict:
-    """Resolution, learning rate (one, or {use: rate}) and prompt that suit a model: FLUX.1's, or of its own defaults.json."""
+    """Resolution, learning rate (one, or {use: rate}), prompt, and the crops that suit a model: FLUX.1's, or of its own
+    defaults.json. Aspects and scales of crops: None is all of the paper's; background: its weight in the loss of a crop."""
     path = Path(folder) / "defaults.json"
     own = json.loads(path.read_text()) if path.is_file() else {}
-    return {"resolution": 1024, "learning_rate": 4e-4, "prompt": "a photo of a person"} | own
+    return {"resolution": 1024, "learning_rate": 4e-4, "prompt": "a photo of a person", "aspects": None, "scales": None,
+            "background": 1.0} | own
 
 
 def learning_rate(folder: str | Path, use: str) -> float:

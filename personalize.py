@@ -21,7 +21,9 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
@@ -50,6 +52,7 @@ class Crop(NamedTuple):
     picture: Image.Image                         # as the model sees it
     photo: Path
     box: tuple                                   # where in the photo, x0, y0, x1, y1
+    head: Image.Image | None = None              # white where the head is, of the picture's size; None: not looked for
 
 
 def to_sizes(picture, resolutions):
@@ -68,7 +71,7 @@ def to_sizes(picture, resolutions):
     return list(sized.values())
 
 
-def load_crops(paths, resolutions, augment=True):
+def load_crops(paths, resolutions, augment=True, aspects=None, scales=None):
     """Photos of one person -> [Crop], the crops of all of them; without `augment` each photo as a whole.
 
     Of several faces the largest counts, with a note on stderr. The detector runs on the CPU, so that crops
@@ -77,7 +80,7 @@ def load_crops(paths, resolutions, augment=True):
     crops = []
     for path in map(Path, paths):
         photo = photos.read_photo(path)
-        boxes = [(0, 0, *photo.size)]
+        boxes, head = [(0, 0, *photo.size)], None
         if augment:
             faces = photos.find_faces(photo)
             if not faces:
@@ -86,9 +89,12 @@ def load_crops(paths, resolutions, augment=True):
                 x0, y0, x1, y1 = map(round, faces[0][:4])
                 print(f"note: {len(faces)} faces in {path}; taking the largest, {x1 - x0} x {y1 - y0} pixels "
                       f"at ({x0}, {y0})", file=sys.stderr)
-            boxes = photos.face_crops(*photo.size, faces[0])
-        crops += [Crop(picture, path, box)
-                  for box in boxes for picture in to_sizes(photo.crop(box), resolutions)]
+            boxes, head = photos.face_crops(*photo.size, faces[0], aspects, scales), Image.new("L", photo.size)
+            head.paste(255, photos.head_box(faces[0]))
+        for box in boxes:
+            pictures = to_sizes(photo.crop(box), resolutions)
+            heads = to_sizes(head.crop(box), resolutions) if head else [None] * len(pictures)
+            crops += [Crop(picture, path, box, own) for picture, own in zip(pictures, heads)]
     return crops
 
 
@@ -107,10 +113,20 @@ def encode(autoencoder, pictures, mirror=True):
     return latents
 
 
+def head_weights(crop, background, mirror=True):
+    """A crop -> (views, 1, H / 8, W / 8): how much the loss counts at each place of the latents that `encode` gives, with a
+    mean of 1; `background` is the share of what is not head, 1 to count all alike."""
+    head = torch.from_numpy(np.array(crop.head)).float()[None] / 255
+    weights = background + (1 - background) * F.avg_pool2d(head, 8)
+    weights /= weights.mean()
+    return torch.stack([weights, weights.flip(-1)] if mirror else [weights])
+
+
 def draw(latent, generator):
-    """One element of `encode` -> latent (16, h, w): a coin for the view, a draw from its posterior."""
-    mean, deviation = latent[torch.randint(len(latent), (), generator=generator)]
-    return mean + deviation * torch.randn(mean.shape, generator=generator).to(mean.device)
+    """One element of `encode` -> which view, by a coin, and its latent (16, h, w), drawn from the posterior."""
+    view = torch.randint(len(latent), (), generator=generator)
+    mean, deviation = latent[view]
+    return view, mean + deviation * torch.randn(mean.shape, generator=generator).to(mean.device)
 
 
 def epoch(latents, batch_size, generator):
@@ -122,15 +138,17 @@ def epoch(latents, batch_size, generator):
     return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
 
 
-def batches(latents, batch_size, seed):
-    """Endless training batches of one person, (image indices, latent (B, 16, h, w), noise, t (B,)), of one seed."""
+def batches(latents, weights, batch_size, seed):
+    """Endless training batches of one person, (image indices, latent (B, 16, h, w), noise, weight (B, 1, h, w), t (B,)), of
+    one seed. weights: of `head_weights`, beside the latents."""
     generator, order = torch.Generator().manual_seed(seed), []
     while True:
         order = order or epoch(latents, batch_size, generator)
         batch = order.pop()
-        latent = torch.stack([draw(latents[i], generator) for i in batch])
+        views, drawn = zip(*(draw(latents[i], generator) for i in batch))
+        latent, weight = torch.stack(drawn), torch.stack([weights[i][view] for i, view in zip(batch, views)])
         noise = torch.randn(latent.shape, generator=generator).to(latent.device)
-        yield batch, latent, noise, flux_model.sample_times(len(batch), generator).to(latent.device)
+        yield batch, latent, noise, weight, flux_model.sample_times(len(batch), generator).to(latent.device)
 
 
 def people_at_once(flux, rank):
@@ -142,17 +160,18 @@ def people_at_once(flux, rank):
     return max(1, round(16 / rank ** 0.5)) if small else 1
 
 
-def train(flux, adapter, people, txt, y, iters, lr, batch_size=1, seed=0, on_step=None):
+def train(flux, adapter, people, txt, y, iters, lr, batch_size=1, seed=0, on_step=None, weights=None):
     """`iters` steps of flow matching for each row of the adapter; the base stays as it is.
 
-    flux with `adapter` in it; people: for each row what `encode` gave; txt (N, T, _) and y (N, _): one caption
-    for each. Every random number of a person comes from one CPU generator, and lr is constant, so a longer run
+    flux with `adapter` in it; people: for each row what `encode` gave; weights: beside it of `head_weights`, None to count
+    all places alike; txt (N, T, _) and y (N, _): one caption for each. Every random number of a person comes from one CPU generator, and lr is constant, so a longer run
     begins as a shorter one, and rows that have steps behind them go on where they were.
     A person trains as if alone. But whose next batches have the same shape go through the network together, up
     to `adapter.slots` people: nobody waits for anybody, so the most frequent shape goes first.
     on_step(iteration, loss, person) is called after each step, counted from 1. Raises NotFinite.
     """
-    streams = [batches(latents, batch_size, seed) for latents in people]
+    weights = weights or [[torch.ones(len(latent), 1, 1, 1) for latent in latents] for latents in people]
+    streams = [batches(latents, own, batch_size, seed) for latents, own in zip(people, weights)]
     done, waiting = adapter.bank.steps.tolist(), {}
     for person, stream in enumerate(streams):
         for _ in range(done[person]):
@@ -165,11 +184,11 @@ def train(flux, adapter, people, txt, y, iters, lr, batch_size=1, seed=0, on_ste
             alike[waiting[person][1].shape].append(person)
         group = max(alike.values(), key=len)[:adapter.slots]
         images, *tensors = zip(*(waiting[person] for person in group))
-        latent, noise, t = (torch.cat(parts).to(txt.device) for parts in tensors)                  # (B, 16, h, w), .., (B,)
+        latent, noise, weight, t = (torch.cat(parts).to(txt.device) for parts in tensors)          # (B, 16, h, w), .., (B,)
         rows = torch.tensor(group).repeat_interleave(len(images[0]))
 
         adapter.assign(rows)
-        losses = flux_model.flow_matching_loss(flux, latent, noise, t, txt[rows], y[rows], guidance=1.0)       # (B,)
+        losses = flux_model.flow_matching_loss(flux, latent, noise, t, txt[rows], y[rows], 1.0, weight)        # (B,)
         losses.sum().backward()
         of_person = losses.detach().view(len(group), -1).cpu()
         try:
@@ -210,6 +229,12 @@ def parse(argv):
     add("--resolution", type=flux_model.positive, nargs="+", metavar="PIXELS", help="train at the area of a square "
         "of this side; several: every crop at each (default: the model's; 1024 for FLUX.1)")
     add("--prompt", help="what every crop is called (default: the model's; 'a photo of a person' for FLUX.1)")
+    add("--aspects", nargs="+", choices=tuple(photos.ASPECTS), metavar="W:H", help="of the crops (default: the model's; all of "
+        f"{', '.join(photos.ASPECTS)} for FLUX.1)")
+    add("--scales", type=float, nargs="+", metavar="X", help="shorter side of a crop / longer side of the face (default: the "
+        f"model's; {' '.join(map(str, photos.FACE_SCALES))} for FLUX.1)")
+    add("--background", type=flux_model.share, metavar="WEIGHT", help="of the loss outside of the head, 0 to 1 "
+        "(default: the model's; 1, the paper's, for FLUX.1)")
     add("--no-augment", action="store_true", help="the whole photo instead of crops and mirror images")
     add("--seed", type=int, default=0, help="one CPU and one seed: the same weights to the bit (default: 0)")
     add("--save-at", type=flux_model.positive, nargs="+", default=[], metavar="N",
@@ -275,7 +300,7 @@ def read_lomd(folder, path=None):
 def save_crops(crops, folder):
     """One PNG for each, numbered and named by size and photo."""
     folder.mkdir(exist_ok=True)
-    for i, (picture, photo, _) in enumerate(crops):
+    for i, (picture, photo, *_) in enumerate(crops):
         path = folder / f"{i:02d}-{picture.width}x{picture.height}-{photo.stem}.png"
         picture.save(f"{path}.part", format="PNG")
         os.replace(f"{path}.part", path)
@@ -296,7 +321,7 @@ def personalize(args):
         r1 = len(next(iter(lomd.values())))
         if args.rank > r1:
             print(f"note: over a LoMD of {r1} rows --rank {args.rank} can do no more than {r1}", file=sys.stderr)
-    crops = load_crops(args.photos, args.resolution, augment=not args.no_augment)
+    crops = load_crops(args.photos, args.resolution, not args.no_augment, args.aspects, args.scales)
     if args.save_crops:
         save_crops(crops, args.save_crops)
     if untrained:
@@ -309,6 +334,7 @@ def personalize(args):
               flux_model.load_text_encoders(args.folder, text_device, args.dtype).encode([args.prompt]))
     gc.collect()                                     # transformers' models hold reference cycles
     lap("text")
+    weights = None if args.no_augment else [head_weights(crop, args.background) for crop in crops]
     latents = encode(flux_model.load_autoencoder(args.folder, args.device, args.dtype),
                      tqdm([crop.picture for crop in crops], "encoding", disable=None, leave=False),
                      mirror=not args.no_augment)
@@ -328,8 +354,8 @@ def personalize(args):
             "method": args.method, "rank": str(args.rank), "iterations": str(done), "seed": str(args.seed),
             "prompt": args.prompt, "resolution": " ".join(map(str, args.resolution)),
             "learning_rate": f"{args.lr:g}", "batch_size": str(args.batch_size),
-            "augment": str(not args.no_augment).lower(), "model": Path(args.model).name, "lomd": lomd_name,
-            "made_by": "personalize.py"})
+            "augment": str(not args.no_augment).lower(), "aspects": " ".join(args.aspects or photos.ASPECTS),
+            "scales": " ".join(map(str, args.scales or photos.FACE_SCALES)), "background": f"{args.background:g}", "model": Path(args.model).name, "lomd": lomd_name, "made_by": "personalize.py"})
 
     def on_step(iteration, loss, person):
         nonlocal done, smooth, memory
@@ -343,7 +369,7 @@ def personalize(args):
 
     with tqdm(total=args.iters, desc="training", disable=None) as bar:
         try:
-            train(flux, adapter, [latents], txt, y, args.iters, args.lr, args.batch_size, args.seed, on_step)
+            train(flux, adapter, [latents], txt, y, args.iters, args.lr, args.batch_size, args.seed, on_step, weights and [weights])
         except NotFinite as error:
             crop = crops[error.images[0]]
             raise FloatingPointError(f"{error}, on {crop.photo} {crop.box}; a --lr below {args.lr:g} may "

@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 SUFFIXES = {".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif",
             ".tiff", ".webp"}
 MIN_SIDE = 16                                    # pixels; one image token
-ASPECTS = (16 / 9, 4 / 3, 1, 3 / 4, 9 / 16)      # width / height of the crops
+ASPECTS = {"16:9": 16 / 9, "4:3": 4 / 3, "1:1": 1, "3:4": 3 / 4, "9:16": 9 / 16}      # width / height of the crops
 FACE_SCALES = (1.5, 2, 2.5, 3.5, 4.5)            # shorter side of a crop / longer side of the face
 
 
@@ -117,7 +117,15 @@ def find_faces(image, device="cpu", threshold=0.9):
     return sorted(faces, key=lambda f: (f[2] - f[0]) * (f[3] - f[1]), reverse=True)
 
 
-def face_crops(width, height, box):
+def head_box(face):
+    """A face (x0, y0, x1, y1, ...) -> the box of the head in whole pixels, which may reach beyond the picture: MTCNN's boxes
+    go from the middle of the forehead to the chin, and leave out the hair and the ears."""
+    x0, y0, x1, y1 = face[:4]
+    w, h = x1 - x0, y1 - y0
+    return round(x0 - 0.12 * w), round(y0 - 0.35 * h), round(x1 + 0.12 * w), round(y1 + 0.08 * h)
+
+
+def face_crops(width, height, box, aspects=None, scales=None):
     """The paper's crops around one face: 1 to 25 boxes (x0, y0, x1, y1), integer pixels, inside the picture.
 
     For each aspect the shorter side is the face's longer side x 1.5, 2, 2.5, 3.5 and 4.5, the face centred.
@@ -127,6 +135,7 @@ def face_crops(width, height, box):
       - Every crop contains the face where its aspect lets it. On a tight headshot the wide or narrow aspects
         may be too small for that: these show as much of it as they can, around its centre.
       - A crop within 2 pixels of an earlier one on all four edges is the same crop, and left out.
+    `aspects`: some of the names in ASPECTS; `scales`: of the face's longer side; None is all of the paper's.
     `box` starts with (x0, y0, x1, y1), floats; the rest (a probability) is ignored. ValueError if it has no
     area inside the picture.
     """
@@ -139,10 +148,10 @@ def face_crops(width, height, box):
         return start, start + size
 
     crops = []
-    for aspect in ASPECTS:
+    for aspect in map(ASPECTS.get, aspects or ASPECTS):
         wide, tall = max(1, aspect), max(1, 1 / aspect)    # sides, in units of the shorter one
         largest = min(width / wide, height / tall)
-        for scale in FACE_SCALES:
+        for scale in scales or FACE_SCALES:
             short = min(scale * max(x1 - x0, y1 - y0), largest)
             across = place(min(max(1, round(short * wide)), width), width, x0, x1)
             down = place(min(max(1, round(short * tall)), height), height, y0, y1)

@@ -6,9 +6,11 @@
 
 Stages, each by eval_rfacesim.py, each going on where it was stopped:
   people    48 TEST identities and 8 CHOOSE identities, 6 photos of each, in every one of which MTCNN finds a face
-  rates     every method at several learning rates on the CHOOSE people                     -> run/rates, rates.json
-  runs      every method, rank and number of iterations, for each seed of training          -> run/seed0, run/seed1
-  report    both seeds together: tables, figures, contact sheets                            -> --out
+  rates     every method at several learning rates on the CHOOSE people                     -> run/rates, rates.json, rates.png
+  main      every method at rank 1 and its own number of iterations: all seeds of noise, for each seed of training
+                                                                                            -> run/seed0, run/seed1
+  sweep     one seed of noise and of training: rank 1 at all numbers of iterations, then all ranks at a method's own number
+  report    after each of these, of all that is there: tables, figures, contact sheets      -> --out
 
 The learning rate of a method is the one with the highest R-FaceSim (a picture without a face counts as 0) among those that
 keep KEEP of the text score that the model has without any LoRA. random-lomd is Meta-LoRA over a random frozen A, at r1 of
@@ -29,12 +31,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import eval_rfacesim as evaluation  # noqa: E402
 import faces  # noqa: E402
 import meta_train  # noqa: E402
+from eval_rfacesim import Setting  # noqa: E402
 from flux_model import JsonFile, Parser, find_model, run_script  # noqa: E402
 from meta_train import write_whole  # noqa: E402
-from personalize import ITERATIONS  # noqa: E402
 
 METHODS = ("lora", "lora-crops", "random-lomd", "meta-lora")
-RATES, KEEP = (3e-4, 1e-3, 3e-3, 1e-2), 0.85
+RATES, KEEP = (3e-4, 6e-4, 1.2e-3, 2.4e-3), 0.85
+STEPS = 10              # of Euler. Against 30: R-FaceSim up to 1.6 points off, of five methods' 160 pictures each, with one order
 FULL = dict(people=48, choose=8, ranks=(1, 2, 4, 8, 16), iters=(250, 375, 500, 625, 750), noises=3, trainings=2,
             meta=(50, 200, 800), meta_iters=5000, study_photos=9)
 SUBSET = dict(people=8, choose=4, ranks=(1,), iters=(375, 625), noises=1, trainings=1,
@@ -70,8 +73,7 @@ def choose_rates(common: list, data: Path, run: Path, methods: tuple) -> dict[st
     """The learning rate of each method, by people of their own; what was seen goes to rates.json."""
     tried = {}
     for rate in RATES:
-        scores = evaluate(*common, "--data", data, "--methods", "none", *methods, "--lr", rate, "--seeds", 1, "--no-face-as-zero",
-                          "--out", run / "rates" / f"{rate:g}")
+        scores = evaluate(*common, "--data", data, "--methods", "none", *methods, "--lr", rate, "--seeds", 1, "--out", run / "rates" / f"{rate:g}")
         for row in scores["methods"]:
             tried.setdefault(row["method"], {})[f"{rate:g}"] = {name: row[name]["mean"] for name in ("r_facesim", "clip_t")}
     floor = next(iter(tried.pop("none").values()))["clip_t"]
@@ -81,17 +83,38 @@ def choose_rates(common: list, data: Path, run: Path, methods: tuple) -> dict[st
             {rate: own for rate, own in by_rate.items() if own["clip_t"] == max(o["clip_t"] for o in by_rate.values())}
         chosen[method] = float(max(kept, key=lambda rate: kept[rate]["r_facesim"]))
     write_whole(run / "rates.json", json.dumps({"chosen": chosen, "text score without a LoRA": floor, "tried": tried}, indent=1).encode())
+    draw_rates(tried, floor, run / "rates.png")
     return chosen
 
 
-def together(people: list, runs: list[dict]) -> tuple[list, dict[str, list[dict]]]:
-    """Scores of several seeds of training as of one evaluation: everybody is there once for each seed, as one identity."""
-    persons = [person._replace(name=f"{person.name} seed {seed}") for seed in range(len(runs)) for person in people]
+def draw_rates(tried: dict, floor: float, path: Path):
+    """Likeness against text, a line for each method through its learning rates; the dotted line is where the text score is
+    KEEP of the model's own."""
+    import matplotlib
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(figsize=(6, 4.5), layout="constrained")
+    for method, by_rate in tried.items():
+        places = [(100 * own["clip_t"], 100 * own["r_facesim"]) for own in by_rate.values()]
+        axes.plot(*zip(*places), marker="o", label=evaluation.METHODS[method])
+        for rate, place in zip(by_rate, places):
+            axes.annotate(rate, place, textcoords="offset points", xytext=(4, 4), fontsize=7)
+    axes.axvline(100 * KEEP * floor, color="grey", linestyle=":", linewidth=1)
+    axes.set(xlabel="CLIP-T (%)", ylabel="R-FaceSim (%)")
+    axes.legend(fontsize=8)
+    evaluation.save_figure(figure, path)
+
+
+def together(people: list, runs: dict[int, dict]) -> tuple[list, dict[str, list[dict]]]:
+    """Pictures' scores, {seed of training: {method: rows}}, as of one evaluation: everybody is there once for each seed of
+    training, as one identity."""
+    persons = [person._replace(name=f"{person.name} seed {seed}") for seed in runs for person in people]
     rows = {}
-    for seed, scores in enumerate(runs):
-        for row in scores["pictures"]:
-            rows.setdefault(row["method"], []).append(row | {"identity": f"{row['identity']} seed {seed}"})
-    return persons, rows
+    for seed, methods in runs.items():
+        for method, own in methods.items():
+            rows.setdefault(method, []).extend(row | {"identity": f"{row['identity']} seed {seed}"} for row in own)
+    order = {label: Setting.read(label) for label in rows}
+    return persons, dict(sorted(rows.items(), key=lambda item: (("none", *METHODS).index(order[item[0]].method), *order[item[0]][1:])))
 
 
 def difference(rows: dict, people: list, one: str, other: str, metric: str) -> dict:
@@ -123,7 +146,7 @@ def study(args, run: Path, size, judges):
     """Every variant's R-FaceSim and CLIP-T on the TEST people, at a learning rate of its own -> study.json, study.png."""
     draw_people(judges, run / "study people", faces.TEST.start + 4000, size.people, size.study_photos)
     draw_people(judges, run / "study choose", faces.CHOOSE.start + 700, size.choose, size.study_photos)
-    rows, lomds, common = [], {}, ["--model", args.model, *(["--device", args.device] if args.device else [])]
+    rows, lomds, common = [], {}, common_words(args)
     for question, value, count, words, shown in variants(size):
         name = f"{question} {value}".replace(" ", "_").replace(",", "")
         data, lomd = run / f"meta{count}", run / "study" / name / "lomd.safetensors"
@@ -133,13 +156,13 @@ def study(args, run: Path, size, judges):
             if not (data / f"{faces.META.start + count - 1:06d}" / "0009.txt").is_file():                        # its last one
                 faces.main(["--identities", str(count), "--images", "10", "--out", str(data), "--seed", str(faces.META.start)])
             meta_train.meta_train([str(word) for word in [
-                "--data", data, *common, "--iters", size.meta_iters, "--identities-per-bucket", min(50, count), "--preview-every", 0,
+                "--data", data, *model_words(args), "--iters", size.meta_iters, "--identities-per-bucket", min(50, count), "--preview-every", 0,
                 "--bucket-iters", max(1, size.meta_iters * min(50, count) // count // 2), "--run", lomd.parent / "run",
                 "--cache", run / f"cache{count}", "--out", lomd, *words]])
         more = ["--photos", shown, "--lomd", lomd]
         rate = choose_rates(common + more, run / "study choose", run / "study" / name, ("meta-lora",))["meta-lora"]
-        scores = evaluate(*common, *more, "--data", run / "study people", "--methods", "meta-lora", "--seeds", 1, "--no-face-as-zero",
-                          "--lr", rate, "--out", run / "study" / name / "scores")
+        scores = evaluate(*common, *more, "--data", run / "study people", "--methods", "meta-lora", "--seeds", 1, "--lr", rate,
+                          "--out", run / "study" / name / "scores")
         own = scores["methods"][0]
         rows.append({"question": question, "value": value, "learning rate": rate} | {
             metric: own[metric] for metric in ("r_facesim", "clip_t")})
@@ -190,30 +213,47 @@ def reproduce(argv=None):
         return study(args, run, size, judges)
     draw_people(judges, run / "people", faces.TEST.start + 3000, size.people, PHOTOS)
     draw_people(judges, run / "choose", faces.CHOOSE.start + 500, size.choose, PHOTOS)
-    common = ["--model", args.model, *(["--lomd", args.lomd] if args.lomd else []), *(["--device", args.device] if args.device else [])]
+    common = common_words(args) + (["--lomd", args.lomd] if args.lomd else [])
     rates = choose_rates(common, run / "choose", run, METHODS)
     print(f"learning rates: {', '.join(f'{method} {rate:g}' for method, rate in rates.items())}")
-    runs = [evaluate(*common, "--data", run / "people", "--methods", "none", *METHODS, "--ranks", *size.ranks, "--iters", *size.iters,
-                     "--seeds", size.noises, "--seed", seed, "--lr", *(f"{method}={rate}" for method, rate in rates.items()),
-                     "--out", run / f"seed{seed}") for seed in range(size.trainings)]
-    report(args, run, size, rates, runs, judges)
+    stages = [(seed, ["--seeds", size.noises, "--ranks", 1]) for seed in range(size.trainings)]
+    stages += [(0, ["--seeds", 1, "--ranks", 1, "--iters", *size.iters]), (0, ["--seeds", 1, "--ranks", *size.ranks])]
+    runs = {}
+    for seed, words in stages:
+        scores = evaluate(*common, "--data", run / "people", "--methods", "none", *METHODS, "--seed", seed, "--lr",
+                          *(f"{method}={rate}" for method, rate in rates.items()), *words, "--out", run / f"seed{seed}")
+        for row in scores["pictures"]:
+            runs.setdefault(seed, {}).setdefault(row["method"], {})[row["identity"], row["number"], row["seed"]] = row
+        report(args, run, size, rates, {seed: {m: list(own.values()) for m, own in methods.items()} for seed, methods in runs.items()}, judges)
 
 
-def report(args, run: Path, size, rates: dict, runs: list[dict], judges):
-    """All seeds of training together, and the one difference that the paper is about, with its standard error."""
+def model_words(args) -> list:
+    return ["--model", args.model, *(["--device", args.device] if args.device else [])]
+
+
+def common_words(args) -> list:
+    """What all calls of eval_rfacesim.py here have in common."""
+    return [*model_words(args), "--steps", STEPS, "--no-face-as-zero"]
+
+
+def report(args, run: Path, size, rates: dict, runs: dict, judges):
+    """All seeds of training together, and the differences that the paper is about, with their standard errors."""
     people = evaluation.read_people([run / "people"])
     persons, rows = together(people, runs)
     prompts, real = evaluation.prompts_for(people, None, find_model(args.model)), evaluation.embed_real(judges, people)
-    pictures = [evaluation.Picture(label, p.name, i, seed, run / "seed0" / "images" / label / p.name / f"{i}_{seed}.png", text)
-                for label in rows for p in people for seed in range(size.noises) for i, text in enumerate(prompts[p.name])]
-    ours, theirs = (f"{method}_r1_i{ITERATIONS[kind]}" for method, kind in (("meta-lora", "meta-lora"), ("lora-crops", "lora")))
-    gaps = {metric: difference(rows, persons, ours, theirs, metric) for metric in ("r_facesim", "clip_t")}
-    settings = {"learning rates": rates, "seeds of training": size.trainings, "seeds of noise": size.noises, f"{ours} less {theirs}": gaps}
+    pictures = [evaluation.Picture(row["method"], row["identity"], row["number"], row["seed"], run / "seed0" / "images" / row["method"] /
+                                   row["identity"] / f"{row['number']}_{row['seed']}.png", row["prompt"])
+                for own in runs[0].values() for row in own]
+    label = lambda method: f"{method}_r1_i{evaluation.iterations_of(method, None)[0]}"
+    gaps = {f"{label('meta-lora')} less {label(other)}": {metric: difference(rows, persons, label("meta-lora"), label(other), metric)
+                                                         for metric in ("r_facesim", "clip_t")} for other in METHODS[:-1]}
+    settings = {"learning rates": rates, "seeds of training": len(runs), "Euler steps": STEPS, "differences": gaps}
     evaluation.report(SimpleNamespace(out=args.out or run / "report", images=None, model=args.model, reference="first",
                                       no_face_as_zero=True, paper=False, settings=settings),
                       persons, pictures, rows, {p.name: real[name] for p in persons for name in [p.name.split()[0]]}, judges, [], people)
-    for metric, gap in gaps.items():
-        print(f"{metric}: {ours} less {theirs}: {100 * gap['mean']:+.2f} ({100 * gap['error']:.2f}), n = {gap['identities']}")
+    for names, gap in gaps.items():
+        print(f"{names}: " + ", ".join(f"{metric} {100 * own['mean']:+.2f} ({100 * own['error']:.2f})" for metric, own in gap.items())
+              + f", n = {gap['clip_t']['identities']}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
@@ -174,6 +175,49 @@ def test_crops_of_one_photo_and_of_several(tmp_path):
     assert [(crop.box, crop.picture.size) for crop in whole] == [((0, 0, 512, 512), (128, 128))]
 
 
+def test_the_head_counts_and_the_background_less():
+    photo = Image.open(ASTRONAUT).convert("RGB")
+    x0, y0, x1, y1 = photos.head_box(photos.find_faces(photo)[0])
+    for crop in personalize.load_crops([ASTRONAUT], [128]):
+        weights = personalize.head_weights(crop, 0.1)
+        width, height = crop.picture.size
+        assert weights.shape == (2, 1, height // 8, width // 8) and torch.equal(weights[1], weights[0].flip(-1))
+        assert weights.mean().item() == pytest.approx(1) and weights.max() / weights.min() == pytest.approx(10, rel=0.01)
+        # the head of the photo painted red, cut as the photo is: where it is red the weight is high
+        red = photo.copy()
+        red.paste("red", (x0, y0, x1, y1))
+        seen = np.asarray(personalize.to_sizes(red.crop(crop.box), [128])[0]).astype(int)
+        seen = ((seen[..., 0] > 200) & (seen[..., 1:].max(-1) < 50)).reshape(height // 8, 8, width // 8, 8).mean((1, 3))
+        assert (weights[0, 0].numpy()[seen == 1] > 0.95 * weights.max().item()).all()
+        assert (weights[0, 0].numpy()[seen == 0] < 0.3 * weights.max().item()).all()
+        assert torch.equal(personalize.head_weights(crop, 1.0), torch.ones(2, 1, height // 8, width // 8))
+
+
+def test_weights_follow_their_view_and_reach_the_loss(lomd):
+    constant = lambda value: torch.stack([torch.full((2, 16, 4, 4), v) for v in value]) * torch.tensor([1.0, 0.0]).view(1, 2, 1, 1, 1)
+    latents = [constant([1.0, 2.0]), constant([3.0, 4.0])]                   # each view its own mean, and no deviation
+    weights = [torch.tensor([1.0, 2.0]).view(2, 1, 1, 1), torch.tensor([3.0, 4.0]).view(2, 1, 1, 1)]
+    seen = set()
+    for _, (_, latent, _, weight, _) in zip(range(20), personalize.batches(latents, weights, 1, 0)):
+        assert (latent == weight).all()
+        seen.add(weight.item())
+    assert seen == {1.0, 2.0, 3.0, 4.0}
+
+    flux = flux_model.load_flux(MODEL, "cpu", torch.float32)
+    txt, y = torch.randn(1, 5, flux.config.context_in_dim), torch.randn(1, flux.config.vec_in_dim)
+
+    def learned(weight):
+        adapter, losses = MetaLoRA(flux, 1, lomd=load_lomd(lomd)[0]), []
+        personalize.train(flux, adapter, [latents], txt, y, 3, 1e-2, on_step=lambda i, loss, p: losses.append(loss),
+                          weights=weight and [[torch.full((2, 1, 4, 4), weight)] * 2])
+        update = adapter.collapse()
+        adapter.remove()
+        return losses, max(b.abs().max().item() for _, b in update.values())
+    (plain, moved), (ones, same), (twice, _), (nothing, still) = map(learned, (None, 1.0, 2.0, 1e-30))
+    assert plain == ones and moved == same > 0 and twice[0] == pytest.approx(2 * plain[0])
+    assert max(nothing) < 1e-25 and still < 1e-6 * moved
+
+
 @pytest.mark.parametrize("size, resolutions, expected", [
     ((1600, 1600), [1024], [(1024, 1024)]),
     ((800, 800), [1024], [(800, 800)]),                         # never enlarged beyond its own area
@@ -239,7 +283,7 @@ def test_draws_follow_coin_and_posterior():
     generator = torch.Generator().manual_seed(0)
     latent = torch.zeros(2, 2, 16, 2, 2)
     latent[0, 0], latent[1, 0], latent[:, 1] = -1, 1, 0.1
-    draws = torch.stack([personalize.draw(latent, generator) for _ in range(2000)])
+    draws = torch.stack([personalize.draw(latent, generator)[1] for _ in range(2000)])
     heads = draws.mean((1, 2, 3)) > 0
     assert 0.45 < heads.float().mean() < 0.55
     assert abs(draws[heads].mean() - 1) < 0.01 and abs(draws[heads].std() - 0.1) < 0.002

@@ -237,6 +237,25 @@ def test_one_face_in_each_painting(path):
     assert 5 <= len(crops) <= 25 and len(set(crops)) == len(crops)
 
 
+def test_some_aspects_and_scales_alone():
+    box = (450, 400, 550, 520)
+    every = photos.face_crops(1000, 1000, box)
+    square = photos.face_crops(1000, 1000, box, aspects=["1:1"])
+    assert square == [c for c in every if c[2] - c[0] == c[3] - c[1]] and len(square) == 5
+    assert [c[2] - c[0] for c in photos.face_crops(1000, 1000, box, aspects=["1:1"], scales=[1.5, 4.5])] == [180, 540]
+    assert len(photos.face_crops(1000, 1000, box, scales=[2])) == 5
+    assert photos.face_crops(1000, 1000, box, ["1:1"], [20]) == [(0, 0, 1000, 1000)]
+
+
+@needs_astronaut
+def test_the_head_is_more_than_the_face():
+    face = photos.find_faces(photos.read_photo(ASTRONAUT))[0]
+    x0, y0, x1, y1 = photos.head_box(face)
+    assert x0 < face[0] < face[2] < x1 and y0 < face[1] < face[3] < y1
+    # measured on the picture by eye: hair from (166, 6) to (276, 160)
+    assert max(abs(found - seen) for found, seen in zip((x0, y0, x1), (166, 6, 276))) < 25
+
+
 @needs_astronaut
 def test_tight_headshot_and_several_faces():
     image = photos.read_photo(ASTRONAUT)
@@ -323,7 +342,7 @@ def test_crop_properties_over_random_boxes():
             assert all(max(abs(a - b) for a, b in zip(crops[i], other)) > 2 for other in crops[:i])
             w, h = x1 - x0, y1 - y0
             # some aspect explains both sides to within rounding
-            assert any(abs(w - h * a) <= 0.5 + 0.5 * a for a in photos.ASPECTS)
+            assert any(abs(w - h * a) <= 0.5 + 0.5 * a for a in photos.ASPECTS.values())
             for low, high, size, limit, centre, face_low, face_size in (
                     (x0, x1, w, width, cx, fx, fw), (y0, y1, h, height, cy, fy, fh)):
                 if 0 <= centre - size / 2 and centre + size / 2 <= limit:
@@ -335,7 +354,7 @@ def test_crop_properties_over_random_boxes():
                 if size < face_size - 1:                                # no more of the face would show
                     assert face_low - 1 <= low and high <= face_low + face_size + 1
         # every aspect and size of the paper is there, or the largest of that aspect
-        for aspect in photos.ASPECTS:
+        for aspect in photos.ASPECTS.values():
             wide, tall = max(1, aspect), max(1, 1 / aspect)
             for scale in photos.FACE_SCALES:
                 short = min(scale * long, width / wide, height / tall)

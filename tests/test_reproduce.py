@@ -25,6 +25,7 @@ def test_nobody_is_in_two_roles():
 
 
 def test_the_best_rate_that_still_follows_the_prompt(tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce, "RATES", (3e-4, 1e-3, 3e-3, 1e-2))
     seen = {3e-4: (0.2, 0.70), 1e-3: (0.5, 0.65), 3e-3: (0.7, 0.30), 1e-2: (0.6, 0.20)}               # R-FaceSim, CLIP-T
 
     def scores(*words):
@@ -40,15 +41,17 @@ def test_the_best_rate_that_still_follows_the_prompt(tmp_path, monkeypatch):
 def test_seeds_of_training_count_as_one_identity_and_differences_are_paired():
     people = [eval_rfacesim.Person(name, name, None, Path("r"), (Path("t"),)) for name in "ab"]
     score = lambda method, identity, value: {"method": method, "identity": identity, "number": 0, "seed": 0, "clip_t": value, "r_facesim": value}
-    runs = [{"pictures": [score(m, i, base + own + 0.01 * seed) for m, base in (("x", 0.1), ("y", 0.0)) for i, own in (("a", 0.2), ("b", 0.6))]}
-            for seed in range(2)]
-    runs[0]["pictures"][0]["r_facesim"] = None                             # x on a, seed 0: no face
+    runs = {seed: {m: [score(m, i, base + own + 0.01 * seed) for i, own in (("a", 0.2), ("b", 0.6))] for m, base in (("lora", 0.1), ("none", 0.0))}
+            for seed in range(2)}
+    runs[0]["lora"][0]["r_facesim"] = None                                 # on a, seed 0: no face
+    runs[0]["meta-lora_r1_i2"], runs[0]["meta-lora_r1_i10"] = ([] for _ in range(2))
     persons, rows = reproduce.together(people, runs)
-    assert len(persons) == 4 and eval_rfacesim.summarise(rows["y"], persons, "clip_t")["identities"] == 2
-    assert eval_rfacesim.summarise(rows["y"], persons, "clip_t")["mean"] == pytest.approx(0.405)
-    gap = reproduce.difference(rows, persons, "x", "y", "clip_t")
+    assert list(rows) == ["none", "lora", "meta-lora_r1_i2", "meta-lora_r1_i10"]
+    assert len(persons) == 4 and eval_rfacesim.summarise(rows["none"], persons, "clip_t")["identities"] == 2
+    assert eval_rfacesim.summarise(rows["none"], persons, "clip_t")["mean"] == pytest.approx(0.405)
+    gap = reproduce.difference(rows, persons, "lora", "none", "clip_t")
     assert gap == {"mean": pytest.approx(0.1), "error": pytest.approx(0, abs=1e-9), "identities": 2}
-    strict = reproduce.difference(rows, persons, "x", "y", "r_facesim")   # a: (0 + .31) / 2 - .205, b: .1
+    strict = reproduce.difference(rows, persons, "lora", "none", "r_facesim")   # a: (0 + .31) / 2 - .205, b: .1
     assert strict["mean"] == pytest.approx((0.155 - 0.205 + 0.1) / 2, abs=1e-6)
 
 
@@ -57,9 +60,9 @@ def small(monkeypatch):
     """Two people, three photos, one prompt, two steps, one learning rate, two or three iterations."""
     monkeypatch.setattr(reproduce, "RATES", (1e-3,))
     monkeypatch.setattr(reproduce, "PHOTOS", 3)
-    monkeypatch.setattr(reproduce, "SUBSET", dict(people=2, choose=2, ranks=(1,), iters=(2, 3), noises=1, trainings=2, meta=(2, 3, 4),
+    monkeypatch.setattr(reproduce, "SUBSET", dict(people=2, choose=2, ranks=(1,), iters=(2, 3), noises=2, trainings=2, meta=(2, 3, 4),
                                                   meta_iters=4, study_photos=4))
-    for owner in (reproduce, personalize):
+    for owner in (personalize,):
         monkeypatch.setattr(owner, "ITERATIONS", {"meta-lora": 2, "lora": 3})
     monkeypatch.setattr(eval_rfacesim, "read_prompts", lambda words, path: ["a photo of a [man/woman]"])
     real = eval_rfacesim.sample_latents
@@ -99,9 +102,12 @@ def test_the_command_in_small(tmp_path, monkeypatch, capsys, small):
     report = json.loads((tmp_path / "run/report/scores.json").read_text())
     labels = ["none", *(f"{m}_r1_i{i}" for m in reproduce.METHODS for i in (2, 3))]
     assert [m["label"] for m in report["methods"]] == labels
-    assert all(m["r_facesim"]["identities"] == 2 and m["r_facesim"]["of"] == 4 for m in report["methods"])
-    seeds = [json.loads((tmp_path / f"run/seed{s}/scores.json").read_text()) for s in range(2)]
-    means = [next(m for m in own["methods"] if m["label"] == "lora_r1_i3")["clip_t"]["mean"] for own in seeds]
+    own = {"none", *(eval_rfacesim.Setting(m, 1, 3 if m.startswith("lora") else 2).label for m in reproduce.METHODS)}
+    # a method's own number of iterations at two seeds of noise and of training, the others at one of each
+    assert {m["label"]: m["r_facesim"]["of"] for m in report["methods"]} == {label: 8 if label in own else 2 for label in labels}
+    assert set(report["settings"]["differences"]) == {f"meta-lora_r1_i2 less {m}" for m in ("lora_r1_i3", "lora-crops_r1_i3", "random-lomd_r1_i2")}
+    means = [np.mean([row["clip_t"] for row in report["pictures"] if row["method"] == "lora_r1_i3" and row["identity"].endswith(f" seed {s}")])
+             for s in range(2)]
     assert means[0] != means[1]
     assert next(m for m in report["methods"] if m["label"] == "lora_r1_i3")["clip_t"]["mean"] == pytest.approx(np.mean(means), abs=2e-6)
     assert {p.name for p in (tmp_path / "run/report").iterdir()} >= {"tables.md", "scores.png", "ranks.png", "sheet_seeds.png"}
