@@ -555,9 +555,9 @@ class Run:
             for person in tqdm(self.people, "crops" if augment else "photos", disable=None, leave=False):
                 crops = personalize.load_crops([person.reference, *person.more], self.args.resolution, augment,
                                                self.args.aspects, self.args.scales)
-                own = personalize.encode(self.autoencoder, [crop.picture for crop in crops], mirror=augment)
+                own = personalize.encode(self.autoencoder, [crop.picture for crop in crops], augment and self.args.mirror)
                 latents.append([latent.cpu() for latent in own])
-                weights += [[personalize.head_weights(crop, self.args.background) for crop in crops]] if augment else []
+                weights += [[personalize.head_weights(crop, self.args.background, self.args.mirror) for crop in crops]] if augment else []
                 self.interruption.raise_if_asked()
             self.encoded[augment] = latents, weights or None
         return self.encoded[augment]
@@ -872,9 +872,7 @@ def parse(argv):
     add("--lomd", type=Path, help="weights of stage 1 (default: lomd.safetensors of the model's folder, else here)")
     add("--prompt", help="what the crops are called in training; may have [man/woman] (default: the model's)")
     add("--resolution", type=positive, nargs="+", metavar="PIXELS", help="of the crops (default: the model's)")
-    add("--aspects", nargs="+", choices=tuple(photos.ASPECTS), metavar="W:H", help="of the crops (default: the model's)")
-    add("--scales", type=float, nargs="+", metavar="X", help="shorter side of a crop / longer side of the face (default: the model's)")
-    add("--background", type=flux_model.share, metavar="WEIGHT", help="of the loss of crops outside of the head (default: the model's)")
+    personalize.add_crop_options(add)
     add("--size", type=positive, help="side of the pictures (default: the model's; FLUX.1's is 1024)")
     add("--steps", type=positive, default=30, help="Euler steps (default: 30)")
     add("--guidance", type=float, default=3.5, help="guidance input (default: 3.5)")
@@ -931,9 +929,9 @@ def take_model(args):
         if untrained and "meta-lora" in args.methods:
             note("this LoMD is random and was never trained")
     args.settings = {"model": flux_model.flux_fingerprint(args.folder), "lomd": lomd, "learning rates": args.rates, "seed": args.seed,
-                     "caption": args.prompt, "resolution": args.resolution, "aspects": args.aspects,
-                     "scales": args.scales, "background": args.background, "size": args.size, "steps": args.steps,
-                     "guidance": args.guidance, "dtype": str(args.dtype) + " fp8" * args.fp8}
+                     "caption": args.prompt, "resolution": args.resolution, "size": args.size, "steps": args.steps,
+                     "guidance": args.guidance, "dtype": str(args.dtype) + " fp8" * args.fp8,
+                     **{name: getattr(args, name) for name in personalize.CROPS}}
 
 
 def check_settings(args, people: list[Person], prompts: dict):

@@ -10,6 +10,7 @@ Deviations: sides are multiples of 16 pixels and not of 64, which keeps aspect r
 at one resolution unless --resolution names more; small crops are enlarged, see `to_sizes`. An iteration is
 one step of the optimiser, as in the paper's tables; its Algorithm 2, read literally, would count epochs.
 """
+import argparse
 import collections
 import gc
 import hashlib
@@ -164,8 +165,9 @@ def train(flux, adapter, people, txt, y, iters, lr, batch_size=1, seed=0, on_ste
     """`iters` steps of flow matching for each row of the adapter; the base stays as it is.
 
     flux with `adapter` in it; people: for each row what `encode` gave; weights: beside it of `head_weights`, None to count
-    all places alike; txt (N, T, _) and y (N, _): one caption for each. Every random number of a person comes from one CPU generator, and lr is constant, so a longer run
-    begins as a shorter one, and rows that have steps behind them go on where they were.
+    all places alike; txt (N, T, _) and y (N, _): one caption for each. Every random number of a person comes from
+    one CPU generator, and lr is constant, so a longer run begins as a shorter one, and rows that have steps behind
+    them go on where they were.
     A person trains as if alone. But whose next batches have the same shape go through the network together, up
     to `adapter.slots` people: nobody waits for anybody, so the most frequent shape goes first.
     on_step(iteration, loss, person) is called after each step, counted from 1. Raises NotFinite.
@@ -212,6 +214,21 @@ def train(flux, adapter, people, txt, y, iters, lr, batch_size=1, seed=0, on_ste
 # The command
 
 
+CROPS = ("aspects", "scales", "background", "mirror")
+
+
+def add_crop_options(add):
+    """How crops are made and weighed, for the parser of a script; each defaults to the model's (`model_defaults`)."""
+    add("--aspects", nargs="+", choices=tuple(photos.ASPECTS), metavar="W:H", help="of the crops (default: the model's; "
+        f"{' '.join(photos.ASPECTS)} for FLUX.1)")
+    add("--scales", nargs="+", type=flux_model.number(1, 100), metavar="X", help="shorter side of a crop / longer side of "
+        f"the face (default: the model's; {' '.join(map(str, photos.FACE_SCALES))} for FLUX.1)")
+    add("--background", type=flux_model.number(0, 1), metavar="WEIGHT", help="of the loss outside of the head "
+        "(default: the model's; 1, the paper's, for FLUX.1)")
+    add("--mirror", action=argparse.BooleanOptionalAction, help="train on mirror images, too (default: the model's; yes for "
+        "FLUX.1)")
+
+
 def parse(argv):
     parser = flux_model.Parser(prog="personalize.py", usage="personalize.py photo [photo ...] [options]",
                     description="Turns one photo of a person, or a few, into a LoRA.", allow_abbrev=False)
@@ -229,12 +246,7 @@ def parse(argv):
     add("--resolution", type=flux_model.positive, nargs="+", metavar="PIXELS", help="train at the area of a square "
         "of this side; several: every crop at each (default: the model's; 1024 for FLUX.1)")
     add("--prompt", help="what every crop is called (default: the model's; 'a photo of a person' for FLUX.1)")
-    add("--aspects", nargs="+", choices=tuple(photos.ASPECTS), metavar="W:H", help="of the crops (default: the model's; all of "
-        f"{', '.join(photos.ASPECTS)} for FLUX.1)")
-    add("--scales", type=float, nargs="+", metavar="X", help="shorter side of a crop / longer side of the face (default: the "
-        f"model's; {' '.join(map(str, photos.FACE_SCALES))} for FLUX.1)")
-    add("--background", type=flux_model.share, metavar="WEIGHT", help="of the loss outside of the head, 0 to 1 "
-        "(default: the model's; 1, the paper's, for FLUX.1)")
+    add_crop_options(add)
     add("--no-augment", action="store_true", help="the whole photo instead of crops and mirror images")
     add("--seed", type=int, default=0, help="one CPU and one seed: the same weights to the bit (default: 0)")
     add("--save-at", type=flux_model.positive, nargs="+", default=[], metavar="N",
@@ -261,6 +273,9 @@ def check(args):
     if max(args.save_at, default=0) > args.iters:
         raise ValueError(f"--save-at {max(args.save_at)} is beyond the last of {args.iters} iterations")
     flux_model.check_training(args)
+    given = [name for name in CROPS if getattr(args, name) is not None]
+    if args.no_augment and given:
+        raise ValueError(f"--{given[0]} is about crops, and --no-augment takes none")
     if args.lomd and args.method == "lora":
         raise ValueError("--method lora trains its own A and takes no --lomd")
     if args.lomd and not Path(args.lomd).is_file():
@@ -334,10 +349,11 @@ def personalize(args):
               flux_model.load_text_encoders(args.folder, text_device, args.dtype).encode([args.prompt]))
     gc.collect()                                     # transformers' models hold reference cycles
     lap("text")
-    weights = None if args.no_augment else [head_weights(crop, args.background) for crop in crops]
+    args.mirror = args.mirror and not args.no_augment
+    weights = None if args.no_augment else [head_weights(crop, args.background, args.mirror) for crop in crops]
     latents = encode(flux_model.load_autoencoder(args.folder, args.device, args.dtype),
                      tqdm([crop.picture for crop in crops], "encoding", disable=None, leave=False),
-                     mirror=not args.no_augment)
+                     args.mirror)
     lap("pictures")
     largest = max(latent[0, 0, 0].numel() // 4 for latent in latents)
     flux = flux_model.open_flux(args, args.device, args.iters, largest + txt.shape[1], training=True)
@@ -355,7 +371,9 @@ def personalize(args):
             "prompt": args.prompt, "resolution": " ".join(map(str, args.resolution)),
             "learning_rate": f"{args.lr:g}", "batch_size": str(args.batch_size),
             "augment": str(not args.no_augment).lower(), "aspects": " ".join(args.aspects or photos.ASPECTS),
-            "scales": " ".join(map(str, args.scales or photos.FACE_SCALES)), "background": f"{args.background:g}", "model": Path(args.model).name, "lomd": lomd_name, "made_by": "personalize.py"})
+            "scales": " ".join(map(str, args.scales or photos.FACE_SCALES)), "background": f"{args.background:g}",
+            "mirror": str(args.mirror).lower(), "model": Path(args.model).name, "lomd": lomd_name,
+            "made_by": "personalize.py"})
 
     def on_step(iteration, loss, person):
         nonlocal done, smooth, memory

@@ -25,7 +25,7 @@ import faces  # noqa: E402
 from flux_model import (Parser, find_model, flow_matching_loss, load_autoencoder, load_flux, load_text_encoders,  # noqa: E402
                         model_defaults, positive, run_script)
 from metalora import MetaLoRA, find_targets, load_lomd, random_lomd  # noqa: E402
-from personalize import encode, load_crops, train  # noqa: E402
+from personalize import encode, head_weights, load_crops, train  # noqa: E402
 from photos import to_tensor  # noqa: E402
 
 STEPS = (0, 10, 25, 50, 75, 100, 150, 200, 250, 300, 375)
@@ -49,8 +49,8 @@ def losses_of(person: int, lomd: dict, folder: Path, others: dict, rank: int, lr
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "face.png"
         Image.fromarray(faces.sample(person, 0, 384, 384, style="photo", yaw=0)[0]).save(path)
-        crops = load_crops([path], [shared["resolution"]])
-    latents = encode(shared["autoencoder"], [crop.picture for crop in crops])
+        crops = load_crops([path], [shared["resolution"]], True, shared["aspects"], shared["scales"])
+    latents = encode(shared["autoencoder"], [crop.picture for crop in crops], shared["mirror"])
     flux = load_flux(folder, dtype=torch.float32)
     adapter, losses = MetaLoRA(flux, rank, lomd=lomd, seed=seed), []
 
@@ -61,7 +61,8 @@ def losses_of(person: int, lomd: dict, folder: Path, others: dict, rank: int, lr
             losses.append(flow_matching_loss(flux, **others).mean().item())
 
     look(0)
-    train(flux, adapter, [latents], *shared["text"], STEPS[-1], lr, seed=seed, on_step=look)
+    train(flux, adapter, [latents], *shared["text"], STEPS[-1], lr, seed=seed, on_step=look,
+          weights=[[head_weights(crop, shared["background"], shared["mirror"]) for crop in crops]])
     return losses
 
 
@@ -109,8 +110,7 @@ def held_out(argv=None):
     flux = load_flux(folder, dtype=torch.float32)
     lomds = {"random": random_lomd(find_targets(flux), len(next(iter(learned.values()))), args.seed), "learned": learned}
     encoders = load_text_encoders(folder, dtype=torch.float32)
-    shared = {"resolution": defaults["resolution"], "autoencoder": load_autoencoder(folder, dtype=torch.float32),
-              "text": encoders.encode([defaults["prompt"]])}
+    shared = defaults | {"autoencoder": load_autoencoder(folder, dtype=torch.float32), "text": encoders.encode([defaults["prompt"]])}
     people = list(range(args.first, args.first + args.people))
     settings = f"{args.lomd.resolve()} {args.lomd.stat().st_mtime_ns} rank {args.rank} lr {args.lr:g} seed {args.seed} pictures {args.pictures}"
     results = json.loads(kept.read_text()) if kept.exists() else {}

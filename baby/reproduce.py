@@ -36,12 +36,12 @@ from flux_model import JsonFile, Parser, find_model, run_script  # noqa: E402
 from meta_train import write_whole  # noqa: E402
 
 METHODS = ("lora", "lora-crops", "random-lomd", "meta-lora")
-RATES, KEEP = (3e-4, 6e-4, 1.2e-3, 2.4e-3), 0.85
+RATES, STUDY_RATES, KEEP = (3e-4, 6e-4, 1.2e-3, 2.4e-3), (6e-4, 1.2e-3), 0.85
 STEPS = 10              # of Euler. Against 30: R-FaceSim up to 1.6 points off, of five methods' 160 pictures each, with one order
 FULL = dict(people=48, choose=8, ranks=(1, 2, 4, 8, 16), iters=(250, 375, 500, 625, 750), noises=3, trainings=2,
-            meta=(50, 200, 800), meta_iters=5000, study_photos=9)
+            meta=(50, 200, 800), meta_iters=1500, study_people=16, study_choose=4, study_photos=9)
 SUBSET = dict(people=8, choose=4, ranks=(1,), iters=(375, 625), noises=1, trainings=1,
-              meta=(5, 10, 20), meta_iters=100, study_photos=9)
+              meta=(5, 10, 20), meta_iters=100, study_people=4, study_choose=2, study_photos=9)
 PHOTOS, SIDE = 6, 384                                     # of each person, the first as the reference; pixels
 
 
@@ -69,10 +69,10 @@ def evaluate(*words):
     return JsonFile(Path(words[words.index("--out") + 1]) / "scores.json")
 
 
-def choose_rates(common: list, data: Path, run: Path, methods: tuple) -> dict[str, float]:
+def choose_rates(common: list, data: Path, run: Path, methods: tuple, rates: tuple) -> dict[str, float]:
     """The learning rate of each method, by people of their own; what was seen goes to rates.json."""
     tried = {}
-    for rate in RATES:
+    for rate in rates:
         scores = evaluate(*common, "--data", data, "--methods", "none", *methods, "--lr", rate, "--seeds", 1, "--out", run / "rates" / f"{rate:g}")
         for row in scores["methods"]:
             tried.setdefault(row["method"], {})[f"{rate:g}"] = {name: row[name]["mean"] for name in ("r_facesim", "clip_t")}
@@ -144,8 +144,8 @@ def variants(size) -> list[tuple[str, str, int, list, int]]:
 
 def study(args, run: Path, size, judges):
     """Every variant's R-FaceSim and CLIP-T on the TEST people, at a learning rate of its own -> study.json, study.png."""
-    draw_people(judges, run / "study people", faces.TEST.start + 4000, size.people, size.study_photos)
-    draw_people(judges, run / "study choose", faces.CHOOSE.start + 700, size.choose, size.study_photos)
+    draw_people(judges, run / "study people", faces.TEST.start + 4000, size.study_people, size.study_photos)
+    draw_people(judges, run / "study choose", faces.CHOOSE.start + 700, size.study_choose, size.study_photos)
     rows, lomds, common = [], {}, common_words(args)
     for question, value, count, words, shown in variants(size):
         name = f"{question} {value}".replace(" ", "_").replace(",", "")
@@ -160,7 +160,7 @@ def study(args, run: Path, size, judges):
                 "--bucket-iters", max(1, size.meta_iters * min(50, count) // count // 2), "--run", lomd.parent / "run",
                 "--cache", run / f"cache{count}", "--out", lomd, *words]])
         more = ["--photos", shown, "--lomd", lomd]
-        rate = choose_rates(common + more, run / "study choose", run / "study" / name, ("meta-lora",))["meta-lora"]
+        rate = choose_rates(common + more, run / "study choose", run / "study" / name, ("meta-lora",), STUDY_RATES)["meta-lora"]
         scores = evaluate(*common, *more, "--data", run / "study people", "--methods", "meta-lora", "--seeds", 1, "--lr", rate,
                           "--out", run / "study" / name / "scores")
         own = scores["methods"][0]
@@ -214,7 +214,7 @@ def reproduce(argv=None):
     draw_people(judges, run / "people", faces.TEST.start + 3000, size.people, PHOTOS)
     draw_people(judges, run / "choose", faces.CHOOSE.start + 500, size.choose, PHOTOS)
     common = common_words(args) + (["--lomd", args.lomd] if args.lomd else [])
-    rates = choose_rates(common, run / "choose", run, METHODS)
+    rates = choose_rates(common, run / "choose", run, METHODS, RATES)
     print(f"learning rates: {', '.join(f'{method} {rate:g}' for method, rate in rates.items())}")
     stages = [(seed, ["--seeds", size.noises, "--ranks", 1]) for seed in range(size.trainings)]
     stages += [(0, ["--seeds", 1, "--ranks", 1, "--iters", *size.iters]), (0, ["--seeds", 1, "--ranks", *size.ranks])]

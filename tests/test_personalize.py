@@ -154,6 +154,12 @@ def test_defaults_are_the_papers_and_the_models(tmp_path):
     personalize.check(args)
     assert (args.iters, args.rank, args.batch_size, args.lr) == (375, 1, 1, 4e-4)
     assert (args.resolution, args.prompt) == ([1024], "a photo of a person")
+    assert (args.aspects, args.scales, args.background, args.mirror) == (None, None, 1.0, True)          # all of the paper's crops
+    for words, expected in (([], (["1:1"], [4.5], 0.1, False)), (["--aspects", "3:4", "1:1", "--scales", "2", "--background", "0", "--mirror"],
+                                                                 (["3:4", "1:1"], [2.0], 0.0, True))):
+        args = personalize.parse([str(ASTRONAUT), "--model", "baby", *words])
+        personalize.check(args)
+        assert (args.aspects, args.scales, args.background, args.mirror) == expected
     args = personalize.parse([str(ASTRONAUT), "--model", str(MODEL), "--method", "lora"])
     personalize.check(args)
     assert args.iters == 625
@@ -191,6 +197,7 @@ def test_the_head_counts_and_the_background_less():
         assert (weights[0, 0].numpy()[seen == 1] > 0.95 * weights.max().item()).all()
         assert (weights[0, 0].numpy()[seen == 0] < 0.3 * weights.max().item()).all()
         assert torch.equal(personalize.head_weights(crop, 1.0), torch.ones(2, 1, height // 8, width // 8))
+        assert torch.equal(personalize.head_weights(crop, 0.1, mirror=False), weights[:1])
 
 
 def test_weights_follow_their_view_and_reach_the_loss(lomd):
@@ -416,6 +423,9 @@ def test_malformed_model_resolution_and_lomd(run):
     assert refused(run(ASTRONAUT, resolution=8), "--resolution")
     assert refused(run(ASTRONAUT, resolution="64 99999"), "--resolution")
     assert refused(run(ASTRONAUT, iters=0), "--iters")
+    for name, value in (("--aspects", "5:7"), ("--scales", 0.5), ("--background", 1.1), ("--background", "nan"), ("--background", "grey")):
+        assert refused(run(ASTRONAUT, name, value), name)
+    assert refused(run(ASTRONAUT, "--no-augment", "--no-mirror"), "--mirror")
     assert refused(run(ASTRONAUT, "--lomd", "any.safetensors", method="lora"), "--lomd")
     assert not list(Path().iterdir())
 

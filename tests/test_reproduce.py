@@ -25,7 +25,6 @@ def test_nobody_is_in_two_roles():
 
 
 def test_the_best_rate_that_still_follows_the_prompt(tmp_path, monkeypatch):
-    monkeypatch.setattr(reproduce, "RATES", (3e-4, 1e-3, 3e-3, 1e-2))
     seen = {3e-4: (0.2, 0.70), 1e-3: (0.5, 0.65), 3e-3: (0.7, 0.30), 1e-2: (0.6, 0.20)}               # R-FaceSim, CLIP-T
 
     def scores(*words):
@@ -33,7 +32,7 @@ def test_the_best_rate_that_still_follows_the_prompt(tmp_path, monkeypatch):
         row = lambda method, r, c: {"method": method, "r_facesim": {"mean": r}, "clip_t": {"mean": c}}
         return {"methods": [row("none", 0.1, 0.72), row("lora", robust, text), row("meta-lora", robust, 0.1 * text)]}
     monkeypatch.setattr(reproduce, "evaluate", scores)
-    chosen = reproduce.choose_rates([], Path("data"), tmp_path, ("lora", "meta-lora"))
+    chosen = reproduce.choose_rates([], Path("data"), tmp_path, ("lora", "meta-lora"), tuple(seen))
     assert chosen == {"lora": 1e-3, "meta-lora": 3e-4}                     # none is good enough: that with the best text score
     assert json.loads((tmp_path / "rates.json").read_text())["tried"]["lora"]["0.003"] == {"r_facesim": 0.7, "clip_t": 0.3}
 
@@ -58,10 +57,11 @@ def test_seeds_of_training_count_as_one_identity_and_differences_are_paired():
 @pytest.fixture
 def small(monkeypatch):
     """Two people, three photos, one prompt, two steps, one learning rate, two or three iterations."""
-    monkeypatch.setattr(reproduce, "RATES", (1e-3,))
+    for name in ("RATES", "STUDY_RATES"):
+        monkeypatch.setattr(reproduce, name, (1e-3,))
     monkeypatch.setattr(reproduce, "PHOTOS", 3)
     monkeypatch.setattr(reproduce, "SUBSET", dict(people=2, choose=2, ranks=(1,), iters=(2, 3), noises=2, trainings=2, meta=(2, 3, 4),
-                                                  meta_iters=4, study_photos=4))
+                                                  meta_iters=4, study_people=2, study_choose=2, study_photos=4))
     for owner in (personalize,):
         monkeypatch.setattr(owner, "ITERATIONS", {"meta-lora": 2, "lora": 3})
     monkeypatch.setattr(eval_rfacesim, "read_prompts", lambda words, path: ["a photo of a [man/woman]"])
