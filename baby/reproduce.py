@@ -31,15 +31,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import eval_rfacesim as evaluation  # noqa: E402
 import faces  # noqa: E402
 import meta_train  # noqa: E402
+import photos  # noqa: E402
 from eval_rfacesim import Setting  # noqa: E402
 from flux_model import JsonFile, Parser, find_model, run_script  # noqa: E402
 from meta_train import write_whole  # noqa: E402
 
 METHODS = ("lora", "lora-crops", "random-lomd", "meta-lora")
-RATES, STUDY_RATES, KEEP = (3e-4, 6e-4, 1.2e-3, 2.4e-3), (6e-4, 1.2e-3), 0.85
+RATES, STUDY_RATES, KEEP = (3e-4, 6e-4, 1.2e-3, 2.4e-3), (6e-4, 1.2e-3), 0.9
+OFFSETS = ((-8, -8), (0, 10), (11, 0), (9, 9))            # of a method's labels in rates.png, points
 STEPS = 10              # of Euler. Against 30: R-FaceSim up to 1.6 points off, of five methods' 160 pictures each, with one order
 FULL = dict(people=48, choose=8, ranks=(1, 2, 4, 8, 16), iters=(250, 375, 500, 625, 750), noises=3, trainings=2,
-            meta=(50, 200, 800), meta_iters=1500, study_people=16, study_choose=4, study_photos=9)
+            meta=(50, 200, 800), meta_iters=1500, study_people=12, study_choose=4, study_photos=9)
 SUBSET = dict(people=8, choose=4, ranks=(1,), iters=(375, 625), noises=1, trainings=1,
               meta=(5, 10, 20), meta_iters=100, study_people=4, study_choose=2, study_photos=9)
 PHOTOS, SIDE = 6, 384                                     # of each person, the first as the reference; pixels
@@ -88,20 +90,21 @@ def choose_rates(common: list, data: Path, run: Path, methods: tuple, rates: tup
 
 
 def draw_rates(tried: dict, floor: float, path: Path):
-    """Likeness against text, a line for each method through its learning rates; the dotted line is where the text score is
-    KEEP of the model's own."""
+    """Likeness against text, a line for each method through its learning rates, which stand beside the points in 1e-4; the
+    dotted line is where the text score is KEEP of the model's own."""
     import matplotlib
     matplotlib.use("agg")
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(figsize=(6, 4.5), layout="constrained")
     for method, by_rate in tried.items():
         places = [(100 * own["clip_t"], 100 * own["r_facesim"]) for own in by_rate.values()]
-        axes.plot(*zip(*places), marker="o", label=evaluation.METHODS[method])
+        (line,) = axes.plot(*zip(*places), marker="o", markersize=4, label=evaluation.METHODS[method])
         for rate, place in zip(by_rate, places):
-            axes.annotate(rate, place, textcoords="offset points", xytext=(4, 4), fontsize=7)
+            axes.annotate(f"{1e4 * float(rate):g}", place, textcoords="offset points", color=line.get_color(), fontsize=8,
+                          xytext=OFFSETS[METHODS.index(method)], ha="center", va="center")
     axes.axvline(100 * KEEP * floor, color="grey", linestyle=":", linewidth=1)
     axes.set(xlabel="CLIP-T (%)", ylabel="R-FaceSim (%)")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, title="learning rates in 1e-4", title_fontsize=8)
     evaluation.save_figure(figure, path)
 
 
@@ -134,19 +137,20 @@ def variants(size) -> list[tuple[str, str, int, list, int]]:
     All have the same number of iterations, and the first two visits to each bucket, so that kept and fresh rows differ.
     """
     base = ("base", "r1 16, r2 1, warm-up 0.4", size.meta[1], [], 1)
-    table = [("r1", str(r1), size.meta[1], ["--r1", r1], 1) for r1 in (4, 64)]
-    table += [("r2 of stage 1", str(r2), size.meta[1], ["--r2", r2], 1) for r2 in (4, 16)]
-    table += [("warm-up", str(share), size.meta[1], ["--warmup", share], 1) for share in (0, 0.2)]
+    table = [("photos", str(count), size.meta[1], [], count) for count in (2, 5)]
     table += [("people in stage 1", str(count), count, [], 1) for count in (size.meta[0], size.meta[2])]
+    table += [("r1", str(r1), size.meta[1], ["--r1", r1], 1) for r1 in (4, 64)]
     table += [("M and U", "fresh at each visit", size.meta[1], ["--fresh-identities"], 1)]
-    return [base, *table, *(("photos", str(count), size.meta[1], [], count) for count in (2, 5))]
+    table += [("warm-up", str(share), size.meta[1], ["--warmup", share], 1) for share in (0, 0.2)]
+    return [base, *table, *(("r2 of stage 1", str(r2), size.meta[1], ["--r2", r2], 1) for r2 in (4, 16))]
 
 
 def study(args, run: Path, size, judges):
     """Every variant's R-FaceSim and CLIP-T on the TEST people, at a learning rate of its own -> study.json, study.png."""
     draw_people(judges, run / "study people", faces.TEST.start + 4000, size.study_people, size.study_photos)
     draw_people(judges, run / "study choose", faces.CHOOSE.start + 700, size.study_choose, size.study_photos)
-    rows, lomds, common = [], {}, common_words(args)
+    rows, lomds, common, out = [], {}, common_words(args), args.out or run / "report"
+    out.mkdir(parents=True, exist_ok=True)
     for question, value, count, words, shown in variants(size):
         name = f"{question} {value}".replace(" ", "_").replace(",", "")
         data, lomd = run / f"meta{count}", run / "study" / name / "lomd.safetensors"
@@ -167,10 +171,8 @@ def study(args, run: Path, size, judges):
         rows.append({"question": question, "value": value, "learning rate": rate} | {
             metric: own[metric] for metric in ("r_facesim", "clip_t")})
         print(f"{question}: {value}: R-FaceSim {evaluation.percent(own['r_facesim'])}, CLIP-T {evaluation.percent(own['clip_t'])}, lr {rate:g}")
-    out = args.out or run / "report"
-    out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / "study.json", json.dumps(rows, indent=1).encode())
-    draw_study(rows, out / "study.png")
+        write_whole(out / "study.json", json.dumps(rows, indent=1).encode())
+        draw_study(rows, out / "study.png")
 
 
 def draw_study(rows: list[dict], path: Path):
@@ -247,13 +249,35 @@ def report(args, run: Path, size, rates: dict, runs: dict, judges):
     label = lambda method: f"{method}_r1_i{evaluation.iterations_of(method, None)[0]}"
     gaps = {f"{label('meta-lora')} less {label(other)}": {metric: difference(rows, persons, label("meta-lora"), label(other), metric)
                                                          for metric in ("r_facesim", "clip_t")} for other in METHODS[:-1]}
-    settings = {"learning rates": rates, "seeds of training": len(runs), "Euler steps": STEPS, "differences": gaps}
+    moves = spread(pictures)
+    settings = {"learning rates": rates, "seeds of training": len(runs), "Euler steps": STEPS, "differences": gaps, "spread": moves}
     evaluation.report(SimpleNamespace(out=args.out or run / "report", images=None, model=args.model, reference="first",
                                       no_face_as_zero=True, paper=False, settings=settings),
                       persons, pictures, rows, {p.name: real[name] for p in persons for name in [p.name.split()[0]]}, judges, [], people)
     for names, gap in gaps.items():
         print(f"{names}: " + ", ".join(f"{metric} {100 * own['mean']:+.2f} ({100 * own['error']:.2f})" for metric, own in gap.items())
               + f", n = {gap['clip_t']['identities']}")
+    print("spread of the face over seeds of noise, % of the side: " +
+          ", ".join(f"{label} {100 * own['mean']:.1f} ({100 * own['error']:.1f})" for label, own in moves.items()))
+
+
+def spread(pictures: list) -> dict[str, dict]:
+    """How far the centre of the face moves among seeds of noise, for the first prompt: {method: standard deviation over the
+    picture's side, as mean over people, with its standard error and their number}. A LoRA that knows its photo by heart puts
+    the face where the photo has it, at any seed: the face scores of a judge that knows everybody from any side do not see it.
+    """
+    centres = {}
+    for picture in pictures:
+        if picture.prompt == 0:
+            image = photos.read_photo(picture.path)
+            for x0, y0, x1, y1, _ in photos.find_faces(image)[:1]:
+                centres.setdefault(picture.label, {}).setdefault(picture.person, []).append(((x0 + x1) / 2 / image.width, (y0 + y1) / 2 / image.height))
+    found = {}
+    for label, people in centres.items():
+        moves = [np.linalg.norm(np.std(own, axis=0, ddof=1)) for own in people.values() if len(own) > 1]
+        if len(moves) > 1:
+            found[label] = {"mean": float(np.mean(moves)), "error": float(np.std(moves, ddof=1) / len(moves) ** 0.5), "people": len(moves)}
+    return found
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "baby"))
@@ -78,6 +79,27 @@ def test_variants_differ_from_the_base_in_one_thing():
         meta_train.parse(["--data", "x", *map(str, words)])
 
 
+def test_faces_that_stay_and_faces_that_move(tmp_path, monkeypatch):
+    """The spread is that of the centre over the seeds, the mean over people; one face alone has none, other prompts do not count."""
+    boxes = {}
+
+    def picture(label, person, prompt, seed, *box):
+        path = tmp_path / f"{label}_{person}_{prompt}_{seed}.png"
+        Image.new("RGB", (200, 100), (len(boxes), 0, 0)).save(path)
+        boxes[len(boxes)] = [(*box, 1.0)] if box else []
+        return eval_rfacesim.Picture(label, person, prompt, seed, path, "")
+    monkeypatch.setattr(reproduce.photos, "find_faces", lambda image: boxes[image.getpixel((0, 0))[0]])
+    pictures = [picture("still", p, 0, seed, 80, 30, 120, 70) for p in "ab" for seed in range(3)]
+    for person, step in (("a", 20), ("b", 40)):                                   # to the right, and down by half as much
+        pictures += [picture("moving", person, 0, seed, 20 + step * seed, 10 + step / 2 * seed, 60 + step * seed, 50 + step / 2 * seed)
+                     for seed in range(3)]
+    pictures += [picture("moving", "a", 1, 5, 180, 0, 200, 10), picture("lost", "a", 0, 0, 1, 1, 9, 9), picture("lost", "a", 0, 1)]
+    found = reproduce.spread(pictures)
+    assert found["still"] == {"mean": 0, "error": 0, "people": 2} and set(found) == {"still", "moving"}
+    # steps of 0.1 and 0.2 of the width, and of the height: standard deviations over three seeds 0.1 and 0.2 each way
+    assert found["moving"] == {"mean": pytest.approx(0.15 * 2 ** 0.5), "error": pytest.approx(0.05 * 2 ** 0.5), "people": 2}
+
+
 @pytest.mark.slow
 def test_the_study_in_small(tmp_path, monkeypatch, capsys, small):
     every = reproduce.variants
@@ -85,7 +107,7 @@ def test_the_study_in_small(tmp_path, monkeypatch, capsys, small):
     reproduce.reproduce(["--subset", "--study", "--run", str(tmp_path / "run")])
     rows = json.loads((tmp_path / "run/report/study.json").read_text())
     assert [(row["question"], row["value"]) for row in rows] == [
-        ("base", "r1 16, r2 1, warm-up 0.4"), ("M and U", "fresh at each visit"), ("photos", "2")]
+        ("base", "r1 16, r2 1, warm-up 0.4"), ("photos", "2"), ("M and U", "fresh at each visit")]
     assert all(row["r_facesim"]["identities"] == 2 and row["learning rate"] == 1e-3 for row in rows)
     lomds = sorted(path.parent.name for path in (tmp_path / "run/study").glob("*/lomd.safetensors"))
     assert lomds == ["M_and_U_fresh_at_each_visit", "base_r1_16_r2_1_warm-up_0.4"]             # two photos over the base's
