@@ -1,6 +1,6 @@
 """The paper's comparison in miniature: does a meta-learned LoMD beat a plain LoRA on people never seen?
 
-    python baby/reproduce.py --subset                 # minutes: 8 people, rank 1, one seed of noise and of training
+    python baby/reproduce.py --subset                 # minutes: 8 people, rank 1, two learning rates, one seed of each kind
     python baby/reproduce.py                          # hours: 48 people, ranks 1 to 16, 3 seeds of noise, 2 of training
     python baby/reproduce.py --study                  # hours: what the paper leaves open, one LoMD for each variant
 
@@ -37,13 +37,14 @@ from flux_model import JsonFile, Parser, find_model, run_script  # noqa: E402
 from meta_train import write_whole  # noqa: E402
 
 METHODS = ("lora", "lora-crops", "random-lomd", "meta-lora")
-RATES, STUDY_RATES, KEEP = (3e-4, 6e-4, 1.2e-3, 2.4e-3), (6e-4, 1.2e-3), 0.9
+KEEP = 0.9
 OFFSETS = ((-8, -8), (0, 10), (11, 0), (9, 9))            # of a method's labels in rates.png, points
 STEPS = 10              # of Euler. Against 30: R-FaceSim up to 1.6 points off, of five methods' 160 pictures each, with one order
-FULL = dict(people=48, choose=8, ranks=(1, 2, 4, 8, 16), iters=(250, 375, 500, 625, 750), noises=3, trainings=2,
-            meta=(50, 200, 800), meta_iters=1500, study_people=12, study_choose=4, study_photos=9)
-SUBSET = dict(people=8, choose=4, ranks=(1,), iters=(375, 625), noises=1, trainings=1,
-              meta=(5, 10, 20), meta_iters=100, study_people=4, study_choose=2, study_photos=9)
+FULL = dict(people=48, choose=8, rates=(3e-4, 6e-4, 1.2e-3, 2.4e-3), ranks=(1, 2, 4, 8, 16), iters=(250, 375, 500, 625, 750),
+            noises=3, trainings=2, meta=(50, 200, 800), meta_iters=1500, study_people=12, study_choose=4,
+            study_rates=(6e-4, 1.2e-3), study_photos=9)
+SUBSET = dict(people=8, choose=4, rates=(6e-4, 1.2e-3), ranks=(), iters=(), noises=1, trainings=1, meta=(5, 10, 20),
+              meta_iters=100, study_people=4, study_choose=2, study_rates=(1.2e-3,), study_photos=9)
 PHOTOS, SIDE = 6, 384                                     # of each person, the first as the reference; pixels
 
 
@@ -164,7 +165,7 @@ def study(args, run: Path, size, judges):
                 "--bucket-iters", max(1, size.meta_iters * min(50, count) // count // 2), "--run", lomd.parent / "run",
                 "--cache", run / f"cache{count}", "--out", lomd, *words]])
         more = ["--photos", shown, "--lomd", lomd]
-        rate = choose_rates(common + more, run / "study choose", run / "study" / name, ("meta-lora",), STUDY_RATES)["meta-lora"]
+        rate = choose_rates(common + more, run / "study choose", run / "study" / name, ("meta-lora",), size.study_rates)["meta-lora"]
         scores = evaluate(*common, *more, "--data", run / "study people", "--methods", "meta-lora", "--seeds", 1, "--lr", rate,
                           "--out", run / "study" / name / "scores")
         own = scores["methods"][0]
@@ -194,7 +195,7 @@ def draw_study(rows: list[dict], path: Path):
 def reproduce(argv=None):
     parser = Parser(prog="reproduce.py", description="LoRA, LoRA + crops and Meta-LoRA on people never seen.", allow_abbrev=False)
     add = parser.add_argument
-    add("--subset", action="store_true", help="8 people, rank 1, 375 and 625 iterations, one seed of noise and of training")
+    add("--subset", action="store_true", help="8 people, rank 1, two learning rates, one seed of noise and of training")
     add("--study", action="store_true", help="instead of the comparison: stage 1 with other ranks, warm-ups and numbers of people, and "
         "stage 2 with more photos")
     add("--model", default="baby", help="baby (default), or a folder like it")
@@ -216,10 +217,11 @@ def reproduce(argv=None):
     draw_people(judges, run / "people", faces.TEST.start + 3000, size.people, PHOTOS)
     draw_people(judges, run / "choose", faces.CHOOSE.start + 500, size.choose, PHOTOS)
     common = common_words(args) + (["--lomd", args.lomd] if args.lomd else [])
-    rates = choose_rates(common, run / "choose", run, METHODS, RATES)
+    rates = choose_rates(common, run / "choose", run, METHODS, size.rates)
     print(f"learning rates: {', '.join(f'{method} {rate:g}' for method, rate in rates.items())}")
     stages = [(seed, ["--seeds", size.noises, "--ranks", 1]) for seed in range(size.trainings)]
-    stages += [(0, ["--seeds", 1, "--ranks", 1, "--iters", *size.iters]), (0, ["--seeds", 1, "--ranks", *size.ranks])]
+    stages += [(0, ["--seeds", 1, "--ranks", 1, "--iters", *size.iters])] if size.iters else []
+    stages += [(0, ["--seeds", 1, "--ranks", *size.ranks])] if size.ranks else []
     runs = {}
     for seed, words in stages:
         scores = evaluate(*common, "--data", run / "people", "--methods", "none", *METHODS, "--seed", seed, "--lr",

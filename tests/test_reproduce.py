@@ -58,13 +58,11 @@ def test_seeds_of_training_count_as_one_identity_and_differences_are_paired():
 @pytest.fixture
 def small(monkeypatch):
     """Two people, three photos, one prompt, two steps, one learning rate, two or three iterations."""
-    for name in ("RATES", "STUDY_RATES"):
-        monkeypatch.setattr(reproduce, name, (1e-3,))
     monkeypatch.setattr(reproduce, "PHOTOS", 3)
-    monkeypatch.setattr(reproduce, "SUBSET", dict(people=2, choose=2, ranks=(1,), iters=(2, 3), noises=2, trainings=2, meta=(2, 3, 4),
-                                                  meta_iters=4, study_people=2, study_choose=2, study_photos=4))
-    for owner in (personalize,):
-        monkeypatch.setattr(owner, "ITERATIONS", {"meta-lora": 2, "lora": 3})
+    monkeypatch.setattr(reproduce, "SUBSET", dict(people=2, choose=2, rates=(1e-3,), ranks=(1,), iters=(2, 3), noises=2, trainings=2,
+                                                  meta=(2, 3, 4), meta_iters=4, study_people=2, study_choose=2, study_rates=(1e-3,),
+                                                  study_photos=4))
+    monkeypatch.setattr(personalize, "ITERATIONS", {"meta-lora": 2, "lora": 3})
     monkeypatch.setattr(eval_rfacesim, "read_prompts", lambda words, path: ["a photo of a [man/woman]"])
     real = eval_rfacesim.sample_latents
     monkeypatch.setattr(eval_rfacesim, "sample_latents", lambda *args, **kwargs: real(*args[:5], 2, *args[6:], **kwargs))
