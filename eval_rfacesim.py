@@ -921,7 +921,8 @@ def take_model(args):
     """Finds the model (may download) and its LoMD, and what decides about results into args.settings."""
     general = args.rates.pop("", None)
     flux_model.take_model(args, args.device, "lora")
-    args.rates = {m: args.rates.get(m) or general or flux_model.learning_rate(args.folder, kind_of(m)) for m in METHODS}
+    args.rates = {m: args.rates.get(m) or general or flux_model.learning_rate(args.folder, kind_of(m))
+                  for m in METHODS if m != "none"}
     args.size = args.size or flux_model.model_defaults(args.folder)["resolution"]
     args.learned_lomd, lomd = None, "none"
     if {"meta-lora", "random-lomd"} & set(args.methods):
