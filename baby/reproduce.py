@@ -18,6 +18,7 @@ the learned one; `none` is the floor, the reference photo itself the ceiling.
 
 Source: "Meta-LoRA" (Topal et al. 2025), section 4 and appendices D, F and I.
 """
+import functools
 import json
 import sys
 from pathlib import Path
@@ -263,6 +264,13 @@ def report(args, run: Path, size, rates: dict, runs: dict, judges):
           ", ".join(f"{label} {100 * own['mean']:.1f} ({100 * own['error']:.1f})" for label, own in moves.items()))
 
 
+@functools.cache
+def centre(path: Path) -> tuple[float, float] | None:
+    """Of the largest face, in parts of the picture's sides; None without a face."""
+    image = photos.read_photo(path)
+    return next((((x0 + x1) / 2 / image.width, (y0 + y1) / 2 / image.height) for x0, y0, x1, y1, _ in photos.find_faces(image)), None)
+
+
 def spread(pictures: list) -> dict[str, dict]:
     """How far the centre of the face moves among seeds of noise, for the first prompt: {method: standard deviation over the
     picture's side, as mean over people, with its standard error and their number}. A LoRA that knows its photo by heart puts
@@ -270,10 +278,8 @@ def spread(pictures: list) -> dict[str, dict]:
     """
     centres = {}
     for picture in pictures:
-        if picture.prompt == 0:
-            image = photos.read_photo(picture.path)
-            for x0, y0, x1, y1, _ in photos.find_faces(image)[:1]:
-                centres.setdefault(picture.label, {}).setdefault(picture.person, []).append(((x0 + x1) / 2 / image.width, (y0 + y1) / 2 / image.height))
+        if picture.prompt == 0 and (own := centre(picture.path)):
+            centres.setdefault(picture.label, {}).setdefault(picture.person, []).append(own)
     found = {}
     for label, people in centres.items():
         moves = [np.linalg.norm(np.std(own, axis=0, ddof=1)) for own in people.values() if len(own) > 1]

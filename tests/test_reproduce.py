@@ -59,7 +59,7 @@ def test_seeds_of_training_count_as_one_identity_and_differences_are_paired():
 def small(monkeypatch):
     """Two people, three photos, one prompt, two steps, one learning rate, two or three iterations."""
     monkeypatch.setattr(reproduce, "PHOTOS", 3)
-    monkeypatch.setattr(reproduce, "SUBSET", dict(people=2, choose=2, rates=(1e-3,), ranks=(1,), iters=(2, 3), noises=2, trainings=2,
+    monkeypatch.setattr(reproduce, "SUBSET", dict(people=2, choose=2, rates=(1e-3,), ranks=(), iters=(2, 3), noises=2, trainings=2,
                                                   meta=(2, 3, 4), meta_iters=4, study_people=2, study_choose=2, study_rates=(1e-3,),
                                                   study_photos=4))
     monkeypatch.setattr(personalize, "ITERATIONS", {"meta-lora": 2, "lora": 3})
@@ -134,5 +134,7 @@ def test_the_command_in_small(tmp_path, monkeypatch, capsys, small):
 
     monkeypatch.setattr(personalize, "train", None)                                    # all is there: nothing is made again
     monkeypatch.setattr(eval_rfacesim, "sample_latents", None)
+    for slow in ("figures", "sheets"):
+        monkeypatch.setattr(eval_rfacesim, slow, lambda *args: None)
     reproduce.reproduce(words)
     assert capsys.readouterr().out == out
