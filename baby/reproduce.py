@@ -33,7 +33,6 @@ import eval_rfacesim as evaluation  # noqa: E402
 import faces  # noqa: E402
 import meta_train  # noqa: E402
 import photos  # noqa: E402
-from eval_rfacesim import Setting  # noqa: E402
 from flux_model import JsonFile, Parser, find_model, run_script  # noqa: E402
 from meta_train import write_whole  # noqa: E402
 
@@ -118,8 +117,8 @@ def together(people: list, runs: dict[int, dict]) -> tuple[list, dict[str, list[
     for seed, methods in runs.items():
         for method, own in methods.items():
             rows.setdefault(method, []).extend(row | {"identity": f"{row['identity']} seed {seed}"} for row in own)
-    order = {label: Setting.read(label) for label in rows}
-    return persons, dict(sorted(rows.items(), key=lambda item: (("none", *METHODS).index(order[item[0]].method), *order[item[0]][1:])))
+    order = lambda setting: (("none", *METHODS).index(setting.method), setting.rank, setting.iterations)
+    return persons, {label: rows[label] for label in sorted(rows, key=lambda label: order(evaluation.Setting.read(label)))}
 
 
 def difference(rows: dict, people: list, one: str, other: str, metric: str) -> dict:
