@@ -548,18 +548,17 @@ class Run:
             every = 0 if self.small else len(self.flux.blocks)
             self.flux.recompute = every if self.args.recompute is None else self.args.recompute
 
-    def latents(self, augment: bool) -> tuple[list[list[Tensor]], list[list[Tensor]] | None]:
+    def latents(self, augment: bool) -> tuple[tuple[list[Tensor], ...], tuple[list[Tensor], ...]]:
         """Of everybody's reference: what personalize.py trains on, kept on the CPU, and the weights of the loss beside it."""
         if augment not in self.encoded:
-            latents, weights = [], []
+            everybody = []
             for person in tqdm(self.people, "crops" if augment else "photos", disable=None, leave=False):
                 crops = personalize.load_crops([person.reference, *person.more], self.args.resolution, augment,
                                                self.args.aspects, self.args.scales)
-                own = personalize.encode(self.autoencoder, [crop.picture for crop in crops], augment and self.args.mirror)
-                latents.append([latent.cpu() for latent in own])
-                weights += [[personalize.head_weights(crop, self.args.background, self.args.mirror) for crop in crops]] if augment else []
+                latents, weights = personalize.encode_crops(self.autoencoder, crops, self.args.background, self.args.mirror)
+                everybody.append(([latent.cpu() for latent in latents], weights))
                 self.interruption.raise_if_asked()
-            self.encoded[augment] = latents, weights or None
+            self.encoded[augment] = tuple(zip(*everybody))
         return self.encoded[augment]
 
     def personalise(self, method: str, rank: int):

@@ -123,6 +123,17 @@ def head_weights(crop, background, mirror=True):
     return torch.stack([weights, weights.flip(-1)] if mirror else [weights])
 
 
+def encode_crops(autoencoder, crops, background=1.0, mirror=True):
+    """What `train` takes of one person, of `load_crops` -> ([latents of `encode`], [weights of `head_weights`]), one of each for
+    every crop. Of whole photos, whose heads nobody looked for, all places count alike, and there is no mirror image."""
+    latents, weights = [], []
+    for crop in crops:
+        views = mirror and crop.head is not None
+        latents += encode(autoencoder, [crop.picture], views)
+        weights.append(torch.ones(1, 1, 1, 1) if crop.head is None else head_weights(crop, background, views))
+    return latents, weights
+
+
 def draw(latent, generator):
     """One element of `encode` -> which view, by a coin, and its latent (16, h, w), drawn from the posterior."""
     view = torch.randint(len(latent), (), generator=generator)
@@ -287,6 +298,7 @@ def check(args):
 
     args.device = flux_model.pick_device(args.device)
     flux_model.take_model(args, args.device, args.method)
+    args.mirror = args.mirror and not args.no_augment
 
 
 def read_lomd(folder, path=None):
@@ -349,11 +361,8 @@ def personalize(args):
               flux_model.load_text_encoders(args.folder, text_device, args.dtype).encode([args.prompt]))
     gc.collect()                                     # transformers' models hold reference cycles
     lap("text")
-    args.mirror = args.mirror and not args.no_augment
-    weights = None if args.no_augment else [head_weights(crop, args.background, args.mirror) for crop in crops]
-    latents = encode(flux_model.load_autoencoder(args.folder, args.device, args.dtype),
-                     tqdm([crop.picture for crop in crops], "encoding", disable=None, leave=False),
-                     args.mirror)
+    latents, weights = encode_crops(flux_model.load_autoencoder(args.folder, args.device, args.dtype),
+                                    tqdm(crops, "encoding", disable=None, leave=False), args.background, args.mirror)
     lap("pictures")
     largest = max(latent[0, 0, 0].numel() // 4 for latent in latents)
     flux = flux_model.open_flux(args, args.device, args.iters, largest + txt.shape[1], training=True)
@@ -387,7 +396,7 @@ def personalize(args):
 
     with tqdm(total=args.iters, desc="training", disable=None) as bar:
         try:
-            train(flux, adapter, [latents], txt, y, args.iters, args.lr, args.batch_size, args.seed, on_step, weights and [weights])
+            train(flux, adapter, [latents], txt, y, args.iters, args.lr, args.batch_size, args.seed, on_step, [weights])
         except NotFinite as error:
             crop = crops[error.images[0]]
             raise FloatingPointError(f"{error}, on {crop.photo} {crop.box}; a --lr below {args.lr:g} may "

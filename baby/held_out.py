@@ -25,7 +25,7 @@ import faces  # noqa: E402
 from flux_model import (Parser, find_model, flow_matching_loss, load_autoencoder, load_flux, load_text_encoders,  # noqa: E402
                         model_defaults, positive, run_script)
 from metalora import MetaLoRA, find_targets, load_lomd, random_lomd  # noqa: E402
-from personalize import encode, head_weights, load_crops, train  # noqa: E402
+from personalize import encode_crops, load_crops, train  # noqa: E402
 from photos import to_tensor  # noqa: E402
 
 STEPS = (0, 10, 25, 50, 75, 100, 150, 200, 250, 300, 375)
@@ -50,7 +50,7 @@ def losses_of(person: int, lomd: dict, folder: Path, others: dict, rank: int, lr
         path = Path(scratch) / "face.png"
         Image.fromarray(faces.sample(person, 0, 384, 384, style="photo", yaw=0)[0]).save(path)
         crops = load_crops([path], [shared["resolution"]], True, shared["aspects"], shared["scales"])
-    latents = encode(shared["autoencoder"], [crop.picture for crop in crops], shared["mirror"])
+    latents, weights = encode_crops(shared["autoencoder"], crops, shared["background"], shared["mirror"])
     flux = load_flux(folder, dtype=torch.float32)
     adapter, losses = MetaLoRA(flux, rank, lomd=lomd, seed=seed), []
 
@@ -61,8 +61,7 @@ def losses_of(person: int, lomd: dict, folder: Path, others: dict, rank: int, lr
             losses.append(flow_matching_loss(flux, **others).mean().item())
 
     look(0)
-    train(flux, adapter, [latents], *shared["text"], STEPS[-1], lr, seed=seed, on_step=look,
-          weights=[[head_weights(crop, shared["background"], shared["mirror"]) for crop in crops]])
+    train(flux, adapter, [latents], *shared["text"], STEPS[-1], lr, seed=seed, on_step=look, weights=[weights])
     return losses
 
 

@@ -1,7 +1,7 @@
 """The paper's comparison in miniature: does a meta-learned LoMD beat a plain LoRA on people never seen?
 
     python baby/reproduce.py --subset                 # minutes: 8 people, rank 1, two learning rates, one seed of each kind
-    python baby/reproduce.py                          # hours: 48 people, ranks 1 to 16, 3 seeds of noise, 2 of training
+    python baby/reproduce.py                          # hours: 48 people, 3 seeds of noise, 2 of training; then 12, ranks 1 to 16
     python baby/reproduce.py --study                  # hours: what the paper leaves open, one LoMD for each variant
 
 Stages, each by eval_rfacesim.py, each going on where it was stopped:
@@ -9,8 +9,9 @@ Stages, each by eval_rfacesim.py, each going on where it was stopped:
   rates     every method at several learning rates on the CHOOSE people                     -> run/rates, rates.json, rates.png
   main      every method at rank 1 and its own number of iterations: all seeds of noise, for each seed of training
                                                                                             -> run/seed0, run/seed1
-  sweep     one seed of noise and of training: rank 1 at all numbers of iterations, then all ranks at a method's own number
   report    after each of these, of all that is there: tables, figures, contact sheets      -> --out
+  sweep     the first 12 of them, every rank at every number of iterations, one seed of noise and of training
+                                                                                            -> run/sweep, --out/sweep
 
 The learning rate of a method is the one with the highest R-FaceSim (a picture without a face counts as 0) among those that
 keep KEEP of the text score that the model has without any LoRA. random-lomd is Meta-LoRA over a random frozen A, at r1 of
@@ -40,11 +41,13 @@ METHODS = ("lora", "lora-crops", "random-lomd", "meta-lora")
 KEEP = 0.9
 OFFSETS = ((-8, -8), (0, 10), (11, 0), (9, 9))            # of a method's labels in rates.png, points
 STEPS = 10              # of Euler. Against 30: R-FaceSim up to 1.6 points off, of five methods' 160 pictures each, with one order
-FULL = dict(people=48, choose=8, rates=(3e-4, 6e-4, 1.2e-3, 2.4e-3), ranks=(1, 2, 4, 8, 16), iters=(250, 375, 500, 625, 750),
-            noises=3, trainings=2, meta=(50, 200, 800), meta_iters=1500, study_people=12, study_choose=4,
-            study_rates=(6e-4, 1.2e-3), study_photos=9)
-SUBSET = dict(people=8, choose=4, rates=(6e-4, 1.2e-3), ranks=(), iters=(), noises=1, trainings=1, meta=(5, 10, 20),
-              meta_iters=100, study_people=4, study_choose=2, study_rates=(1.2e-3,), study_photos=9)
+RATES = dict.fromkeys(METHODS, (3e-4, 6e-4, 1.2e-3, 2.4e-3)) | {"random-lomd": (1.2e-3, 2.4e-3, 4.8e-3, 9.6e-3)}      # its rows are shorter
+FEW = dict.fromkeys(METHODS, (6e-4, 1.2e-3)) | {"random-lomd": (2.4e-3, 4.8e-3)}
+FULL = dict(people=48, choose=8, rates=RATES, sweep=12, ranks=(1, 2, 4, 8, 16),
+            iters=(250, 375, 500, 625, 750), noises=3, trainings=2, meta=(50, 200, 800), meta_iters=1500, study_people=12, study_choose=4,
+            study_rates={"meta-lora": (6e-4, 1.2e-3)}, study_photos=9)
+SUBSET = dict(people=8, choose=4, rates=FEW, sweep=0, noises=1, trainings=1, meta=(5, 10, 20),
+              meta_iters=100, study_people=4, study_choose=2, study_rates={"meta-lora": (1.2e-3,)}, study_photos=9)
 PHOTOS, SIDE = 6, 384                                     # of each person, the first as the reference; pixels
 
 
@@ -72,10 +75,11 @@ def evaluate(*words):
     return JsonFile(Path(words[words.index("--out") + 1]) / "scores.json")
 
 
-def choose_rates(common: list, data: Path, run: Path, methods: tuple, rates: tuple) -> dict[str, float]:
-    """The learning rate of each method, by people of their own; what was seen goes to rates.json."""
+def choose_rates(common: list, data: Path, run: Path, rates: dict[str, tuple]) -> dict[str, float]:
+    """The learning rate of each method, of those in `rates`, by people of their own; what was seen goes to rates.json."""
     tried = {}
-    for rate in rates:
+    for rate in sorted({rate for own in rates.values() for rate in own}):
+        methods = [method for method, own in rates.items() if rate in own]
         scores = evaluate(*common, "--data", data, "--methods", "none", *methods, "--lr", rate, "--seeds", 1, "--out", run / "rates" / f"{rate:g}")
         for row in scores["methods"]:
             tried.setdefault(row["method"], {})[f"{rate:g}"] = {name: row[name]["mean"] for name in ("r_facesim", "clip_t")}
@@ -150,8 +154,9 @@ def study(args, run: Path, size, judges):
     """Every variant's R-FaceSim and CLIP-T on the TEST people, at a learning rate of its own -> study.json, study.png."""
     draw_people(judges, run / "study people", faces.TEST.start + 4000, size.study_people, size.study_photos)
     draw_people(judges, run / "study choose", faces.CHOOSE.start + 700, size.study_choose, size.study_photos)
-    rows, lomds, common, out = [], {}, common_words(args), args.out or run / "report"
+    rows, pictures, lomds, common, out = [], {}, {}, common_words(args), args.out or run / "report"
     out.mkdir(parents=True, exist_ok=True)
+    people = evaluation.read_people([run / "study people"])
     for question, value, count, words, shown in variants(size):
         name = f"{question} {value}".replace(" ", "_").replace(",", "")
         data, lomd = run / f"meta{count}", run / "study" / name / "lomd.safetensors"
@@ -165,27 +170,30 @@ def study(args, run: Path, size, judges):
                 "--bucket-iters", max(1, size.meta_iters * min(50, count) // count // 2), "--run", lomd.parent / "run",
                 "--cache", run / f"cache{count}", "--out", lomd, *words]])
         more = ["--photos", shown, "--lomd", lomd]
-        rate = choose_rates(common + more, run / "study choose", run / "study" / name, ("meta-lora",), size.study_rates)["meta-lora"]
+        rate = choose_rates(common + more, run / "study choose", run / "study" / name, size.study_rates)["meta-lora"]
         scores = evaluate(*common, *more, "--data", run / "study people", "--methods", "meta-lora", "--seeds", 1, "--lr", rate,
                           "--out", run / "study" / name / "scores")
-        own = scores["methods"][0]
-        rows.append({"question": question, "value": value, "learning rate": rate} | {
-            metric: own[metric] for metric in ("r_facesim", "clip_t")})
-        print(f"{question}: {value}: R-FaceSim {evaluation.percent(own['r_facesim'])}, CLIP-T {evaluation.percent(own['clip_t'])}, lr {rate:g}")
+        own, pictures[name] = scores["methods"][0], scores["pictures"]
+        rows.append({"question": question, "value": value, "learning rate": rate} | {metric: own[metric] | {
+            "less base": difference(pictures, people, name, next(iter(pictures)), metric)} for metric in ("r_facesim", "clip_t")})
+        print(f"{question}: {value}: lr {rate:g}, " + ", ".join(
+            f"{metric} {evaluation.percent(own[metric])}, less the base's {evaluation.percent(rows[-1][metric]['less base'])}"
+            for metric in ("r_facesim", "clip_t")))
         write_whole(out / "study.json", json.dumps(rows, indent=1).encode())
         draw_study(rows, out / "study.png")
 
 
 def draw_study(rows: list[dict], path: Path):
-    """One line for each variant, R-FaceSim left, CLIP-T right, with standard errors; the base's is the dotted line."""
+    """One line for each variant, R-FaceSim left, CLIP-T right: the dotted line is the base's mean; the dots are that plus the
+    mean of the differences person by person, with their standard errors."""
     import matplotlib
     matplotlib.use("agg")
     from matplotlib import pyplot
     figure, panels = pyplot.subplots(1, 2, figsize=(10, 0.32 * len(rows) + 1.2), sharey=True, layout="constrained")
     for axes, metric in zip(panels, ("r_facesim", "clip_t")):
-        means, errors = ([100 * row[metric][part] for row in rows] for part in ("mean", "error"))
-        axes.errorbar(means, range(len(rows)), xerr=errors, fmt="o", capsize=3)
-        axes.axvline(means[0], color="grey", linestyle=":", linewidth=1)
+        base, (gaps, errors) = 100 * rows[0][metric]["mean"], ([100 * row[metric]["less base"][part] for row in rows] for part in ("mean", "error"))
+        axes.errorbar([base + gap for gap in gaps], range(len(rows)), xerr=errors, fmt="o", capsize=3)
+        axes.axvline(base, color="grey", linestyle=":", linewidth=1)
         axes.set(xlabel={"r_facesim": "R-FaceSim (%)", "clip_t": "CLIP-T (%)"}[metric])
     panels[0].set_yticks(range(len(rows)), [f"{row['question']}: {row['value']}" for row in rows])
     panels[0].invert_yaxis()
@@ -217,18 +225,18 @@ def reproduce(argv=None):
     draw_people(judges, run / "people", faces.TEST.start + 3000, size.people, PHOTOS)
     draw_people(judges, run / "choose", faces.CHOOSE.start + 500, size.choose, PHOTOS)
     common = common_words(args) + (["--lomd", args.lomd] if args.lomd else [])
-    rates = choose_rates(common, run / "choose", run, METHODS, size.rates)
+    rates = choose_rates(common, run / "choose", run, size.rates)
     print(f"learning rates: {', '.join(f'{method} {rate:g}' for method, rate in rates.items())}")
-    stages = [(seed, ["--seeds", size.noises, "--ranks", 1]) for seed in range(size.trainings)]
-    stages += [(0, ["--seeds", 1, "--ranks", 1, "--iters", *size.iters])] if size.iters else []
-    stages += [(0, ["--seeds", 1, "--ranks", *size.ranks])] if size.ranks else []
-    runs = {}
-    for seed, words in stages:
-        scores = evaluate(*common, "--data", run / "people", "--methods", "none", *METHODS, "--seed", seed, "--lr",
-                          *(f"{method}={rate}" for method, rate in rates.items()), *words, "--out", run / f"seed{seed}")
-        for row in scores["pictures"]:
-            runs.setdefault(seed, {}).setdefault(row["method"], {})[row["identity"], row["number"], row["seed"]] = row
-        report(args, run, size, rates, {seed: {m: list(own.values()) for m, own in methods.items()} for seed, methods in runs.items()}, judges)
+    common += ["--methods", "none", *METHODS, "--lr", *(f"{method}={rate}" for method, rate in rates.items())]
+    runs, out = {}, args.out or run / "report"
+    for seed in range(size.trainings):
+        runs[seed] = rows_of(evaluate(*common, "--data", run / "people", "--seed", seed, "--seeds", size.noises, "--out", run / f"seed{seed}"))
+        report(args, run / "people", run / "seed0", out, rates, runs, judges)
+    if size.sweep:
+        draw_people(judges, run / "sweep people", faces.TEST.start + 3000, size.sweep, PHOTOS)                 # the same again
+        scores = evaluate(*common, "--data", run / "sweep people", "--seeds", 1, "--ranks", *size.ranks, "--iters", *size.iters,
+                          "--out", run / "sweep")
+        report(args, run / "sweep people", run / "sweep", out / "sweep", rates, {0: rows_of(scores)}, judges)
 
 
 def model_words(args) -> list:
@@ -240,27 +248,50 @@ def common_words(args) -> list:
     return [*model_words(args), "--steps", STEPS, "--no-face-as-zero"]
 
 
-def report(args, run: Path, size, rates: dict, runs: dict, judges):
-    """All seeds of training together, and the differences that the paper is about, with their standard errors."""
-    people = evaluation.read_people([run / "people"])
+def rows_of(scores: dict) -> dict[str, list[dict]]:
+    """The pictures' scores of an evaluation, by method."""
+    methods = {}
+    for row in scores["pictures"]:
+        methods.setdefault(row["method"], []).append(row)
+    return methods
+
+
+def compared(labels: list[str]) -> list[tuple[str, str]]:
+    """What Meta-LoRA is compared with: at each rank each other method, both at their own numbers of iterations where these are
+    there; and at the same number."""
+    pairs = []
+    for label in labels:
+        method, rank, iterations = evaluation.Setting.read(label)
+        if method == "meta-lora":
+            for other in METHODS[:-1]:
+                own = iterations == evaluation.iterations_of(method, None)[0]
+                at = dict.fromkeys([*(evaluation.iterations_of(other, None) if own else []), iterations])
+                pairs += [(label, name) for i in at if (name := evaluation.Setting(other, rank, i).label) in labels]
+    return pairs
+
+
+def report(args, data: Path, run: Path, out: Path, rates: dict, runs: dict, judges):
+    """All seeds of training together, and the differences that the paper is about, with their standard errors; the pictures
+    are those of `run`."""
+    people = evaluation.read_people([data])
     persons, rows = together(people, runs)
     prompts, real = evaluation.prompts_for(people, None, find_model(args.model)), evaluation.embed_real(judges, people)
-    pictures = [evaluation.Picture(row["method"], row["identity"], row["number"], row["seed"], run / "seed0" / "images" / row["method"] /
+    pictures = [evaluation.Picture(row["method"], row["identity"], row["number"], row["seed"], run / "images" / row["method"] /
                                    row["identity"] / f"{row['number']}_{row['seed']}.png", row["prompt"])
                 for own in runs[0].values() for row in own]
-    label = lambda method: f"{method}_r1_i{evaluation.iterations_of(method, None)[0]}"
-    gaps = {f"{label('meta-lora')} less {label(other)}": {metric: difference(rows, persons, label("meta-lora"), label(other), metric)
-                                                         for metric in ("r_facesim", "clip_t")} for other in METHODS[:-1]}
+    gaps = {f"{one} less {other}": {metric: difference(rows, persons, one, other, metric) for metric in ("r_facesim", "clip_t")}
+            for one, other in compared(list(rows))}
     moves = spread(pictures)
     settings = {"learning rates": rates, "seeds of training": len(runs), "Euler steps": STEPS, "differences": gaps, "spread": moves}
-    evaluation.report(SimpleNamespace(out=args.out or run / "report", images=None, model=args.model, reference="first",
+    evaluation.report(SimpleNamespace(out=out, images=None, model=args.model, reference="first",
                                       no_face_as_zero=True, paper=False, settings=settings),
                       persons, pictures, rows, {p.name: real[name] for p in persons for name in [p.name.split()[0]]}, judges, [], people)
     for names, gap in gaps.items():
         print(f"{names}: " + ", ".join(f"{metric} {100 * own['mean']:+.2f} ({100 * own['error']:.2f})" for metric, own in gap.items())
               + f", n = {gap['clip_t']['identities']}")
-    print("spread of the face over seeds of noise, % of the side: " +
-          ", ".join(f"{label} {100 * own['mean']:.1f} ({100 * own['error']:.1f})" for label, own in moves.items()))
+    if moves:
+        print("spread of the face over seeds of noise, % of the side: " +
+              ", ".join(f"{label} {100 * own['mean']:.1f} ({100 * own['error']:.1f})" for label, own in moves.items()))
 
 
 @functools.cache

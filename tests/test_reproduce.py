@@ -31,9 +31,10 @@ def test_the_best_rate_that_still_follows_the_prompt(tmp_path, monkeypatch):
     def scores(*words):
         robust, text = seen[words[words.index("--lr") + 1]]
         row = lambda method, r, c: {"method": method, "r_facesim": {"mean": r}, "clip_t": {"mean": c}}
-        return {"methods": [row("none", 0.1, 0.72), row("lora", robust, text), row("meta-lora", robust, 0.1 * text)]}
+        rows = [row("none", 0.1, 0.72), row("lora", robust, text), row("meta-lora", robust, 0.1 * text)]
+        return {"methods": [own for own in rows if own["method"] in words]}
     monkeypatch.setattr(reproduce, "evaluate", scores)
-    chosen = reproduce.choose_rates([], Path("data"), tmp_path, ("lora", "meta-lora"), tuple(seen))
+    chosen = reproduce.choose_rates([], Path("data"), tmp_path, {"lora": tuple(seen), "meta-lora": (3e-4, 1e-2)})
     assert chosen == {"lora": 1e-3, "meta-lora": 3e-4}                     # none is good enough: that with the best text score
     assert json.loads((tmp_path / "rates.json").read_text())["tried"]["lora"]["0.003"] == {"r_facesim": 0.7, "clip_t": 0.3}
 
@@ -55,12 +56,20 @@ def test_seeds_of_training_count_as_one_identity_and_differences_are_paired():
     assert strict["mean"] == pytest.approx((0.155 - 0.205 + 0.1) / 2, abs=1e-6)
 
 
+def test_what_is_compared_with_meta_lora():
+    labels = [f"{m}_r{r}_i{i}" for m in ("meta-lora", "lora-crops") for r in (1, 4) for i in (250, 375, 625)]
+    assert [pair for pair in reproduce.compared(["none", *labels]) if "_r4_" in pair[0]] == [
+        ("meta-lora_r4_i250", "lora-crops_r4_i250"), ("meta-lora_r4_i375", "lora-crops_r4_i625"),
+        ("meta-lora_r4_i375", "lora-crops_r4_i375"), ("meta-lora_r4_i625", "lora-crops_r4_i625")]
+    assert reproduce.compared(["none", "meta-lora_r1_i375", "lora_r1_i625"]) == [("meta-lora_r1_i375", "lora_r1_i625")]
+
+
 @pytest.fixture
 def small(monkeypatch):
     """Two people, three photos, one prompt, two steps, one learning rate, two or three iterations."""
     monkeypatch.setattr(reproduce, "PHOTOS", 3)
-    monkeypatch.setattr(reproduce, "SUBSET", dict(people=2, choose=2, rates=(1e-3,), ranks=(), iters=(2, 3), noises=2, trainings=2,
-                                                  meta=(2, 3, 4), meta_iters=4, study_people=2, study_choose=2, study_rates=(1e-3,),
+    monkeypatch.setattr(reproduce, "SUBSET", dict(people=2, choose=2, rates=dict.fromkeys(reproduce.METHODS, (1e-3,)), noises=2, trainings=2, sweep=2, ranks=(1, 2), iters=(2, 3),
+                                                  meta=(2, 3, 4), meta_iters=4, study_people=2, study_choose=2, study_rates={"meta-lora": (1e-3,)},
                                                   study_photos=4))
     monkeypatch.setattr(personalize, "ITERATIONS", {"meta-lora": 2, "lora": 3})
     monkeypatch.setattr(eval_rfacesim, "read_prompts", lambda words, path: ["a photo of a [man/woman]"])
@@ -120,17 +129,20 @@ def test_the_command_in_small(tmp_path, monkeypatch, capsys, small):
     out = capsys.readouterr().out
     assert "meta-lora_r1_i2 less lora-crops_r1_i3" in out and "learning rates: lora " in out
     report = json.loads((tmp_path / "run/report/scores.json").read_text())
-    labels = ["none", *(f"{m}_r1_i{i}" for m in reproduce.METHODS for i in (2, 3))]
-    assert [m["label"] for m in report["methods"]] == labels
-    own = {"none", *(eval_rfacesim.Setting(m, 1, 3 if m.startswith("lora") else 2).label for m in reproduce.METHODS)}
-    # a method's own number of iterations at two seeds of noise and of training, the others at one of each
-    assert {m["label"]: m["r_facesim"]["of"] for m in report["methods"]} == {label: 8 if label in own else 2 for label in labels}
+    labels = ["none", *(f"{m}_r1_i{3 if m.startswith('lora') else 2}" for m in reproduce.METHODS)]
+    assert {m["label"]: m["r_facesim"]["of"] for m in report["methods"]} == dict.fromkeys(labels, 8)      # two seeds of each kind
     assert set(report["settings"]["differences"]) == {f"meta-lora_r1_i2 less {m}" for m in ("lora_r1_i3", "lora-crops_r1_i3", "random-lomd_r1_i2")}
     means = [np.mean([row["clip_t"] for row in report["pictures"] if row["method"] == "lora_r1_i3" and row["identity"].endswith(f" seed {s}")])
              for s in range(2)]
     assert means[0] != means[1]
     assert next(m for m in report["methods"] if m["label"] == "lora_r1_i3")["clip_t"]["mean"] == pytest.approx(np.mean(means), abs=2e-6)
-    assert {p.name for p in (tmp_path / "run/report").iterdir()} >= {"tables.md", "scores.png", "ranks.png", "sheet_seeds.png"}
+    sweep = json.loads((tmp_path / "run/report/sweep/scores.json").read_text())
+    assert {m["label"] for m in sweep["methods"]} == {"none", *(f"{m}_r{r}_i{i}" for m in reproduce.METHODS for r in (1, 2) for i in (2, 3))}
+    assert all(m["r_facesim"]["of"] == 2 for m in sweep["methods"])
+    same = [next(row for row in of["pictures"] if row["method"] == "lora_r1_i3" and row["seed"] == 0) for of in (report, sweep)]
+    assert same[0] == same[1]                                                          # the first of the same people
+    for folder in ("report", "report/sweep"):
+        assert {p.name for p in (tmp_path / "run" / folder).iterdir()} >= {"tables.md", "scores.png", "ranks.png", "sheet_seeds.png"}
 
     monkeypatch.setattr(personalize, "train", None)                                    # all is there: nothing is made again
     monkeypatch.setattr(eval_rfacesim, "sample_latents", None)
