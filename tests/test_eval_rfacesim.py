@@ -1,4 +1,5 @@
 """eval_rfacesim.py: the metric by hand, the judges against facenet-pytorch's own use, foreign pictures, the whole run."""
+import functools
 import json
 import math
 import os
@@ -546,8 +547,10 @@ def test_more_is_added_and_other_settings_are_refused(whole, monkeypatch, tmp_pa
 
 
 @pytest.mark.parametrize("method", ["meta-lora", "lora"])
-def test_people_trained_together_equal_those_trained_one_by_one(people, method):
+def test_people_trained_together_equal_those_trained_one_by_one(people, method, monkeypatch):
     """The same LoRAs to fp32 rounding, with crops of several shapes and of different numbers; together in fewer passes."""
+    # with AdamW's own epsilon, 1e-8, an entry whose gradient is rounding and nothing else takes a full step, either way
+    monkeypatch.setattr(IdentityBank, "step", functools.partialmethod(IdentityBank.step, eps=1e-4))
     lomd = load_lomd(BABY / "lomd.safetensors")[0] if method == "meta-lora" else None
     autoencoder = load_autoencoder(BABY, dtype=torch.float32)
     references = [p.reference for p in ev.read_people([people])]
@@ -571,7 +574,7 @@ def test_people_trained_together_equal_those_trained_one_by_one(people, method):
     assert max(passes) == 3 and len(passes) < 4 * iters * 0.75 and sum(passes) == 4 * iters
     for person, update in enumerate(together):
         alone, = trained([person], 1)
-        assert ((update - alone).norm() / alone.norm()).item() < 3e-4
+        assert ((update - alone).norm() / alone.norm()).item() < 1e-5
 
 
 @pytest.mark.parametrize("words, said", [
