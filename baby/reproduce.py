@@ -10,7 +10,7 @@ Stages, each by eval_rfacesim.py, each going on where it was stopped:
   main      every method at rank 1 and its own number of iterations: all seeds of noise, for each seed of training
                                                                                             -> run/seed0, run/seed1
   report    after each of these, of all that is there: tables, figures, contact sheets      -> --out
-  sweep     the first 12 of them, every rank at every number of iterations, one seed of noise and of training
+  sweep     the first 12 of the people, every rank at every number of iterations, one seed of noise and of training
                                                                                             -> run/sweep, --out/sweep
 
 The learning rate of a method is the one with the highest R-FaceSim (a picture without a face counts as 0) among those that
@@ -34,7 +34,7 @@ import eval_rfacesim as evaluation  # noqa: E402
 import faces  # noqa: E402
 import meta_train  # noqa: E402
 import photos  # noqa: E402
-from flux_model import JsonFile, Parser, find_model, run_script  # noqa: E402
+from flux_model import JsonFile, Parser, run_script  # noqa: E402
 from meta_train import write_whole  # noqa: E402
 
 METHODS = ("lora", "lora-crops", "random-lomd", "meta-lora")
@@ -210,7 +210,7 @@ def reproduce(argv=None):
     add("--lomd", type=Path, help="weights of stage 1 (default: the model's own)")
     add("--run", type=Path, help="all that is made on the way (default: baby/run/reproduce, with --subset baby/run/subset)")
     add("--out", type=Path, help="tables, figures and scores.json (default: report in --run)")
-    add("--people", type=int, help="of the comparison (default: 48)")
+    add("--people", type=int, help="of the comparison (default: 48, with --subset 8)")
     add("--device", help="cuda, mps or cpu (default: the best there is)")
     args = parser.parse_args(argv)
     size = SimpleNamespace(**(SUBSET if args.subset else FULL))
@@ -233,7 +233,7 @@ def reproduce(argv=None):
         runs[seed] = rows_of(evaluate(*common, "--data", run / "people", "--seed", seed, "--seeds", size.noises, "--out", run / f"seed{seed}"))
         report(args, run / "people", run / "seed0", out, rates, runs, judges)
     if size.sweep:
-        draw_people(judges, run / "sweep people", faces.TEST.start + 3000, size.sweep, PHOTOS)                 # the same again
+        draw_people(judges, run / "sweep people", faces.TEST.start + 3000, min(size.sweep, size.people), PHOTOS)      # the same again
         scores = evaluate(*common, "--data", run / "sweep people", "--seeds", 1, "--ranks", *size.ranks, "--iters", *size.iters,
                           "--out", run / "sweep")
         report(args, run / "sweep people", run / "sweep", out / "sweep", rates, {0: rows_of(scores)}, judges)
@@ -275,7 +275,7 @@ def report(args, data: Path, run: Path, out: Path, rates: dict, runs: dict, judg
     are those of `run`."""
     people = evaluation.read_people([data])
     persons, rows = together(people, runs)
-    prompts, real = evaluation.prompts_for(people, None, find_model(args.model)), evaluation.embed_real(judges, people)
+    real = evaluation.embed_real(judges, people)
     pictures = [evaluation.Picture(row["method"], row["identity"], row["number"], row["seed"], run / "images" / row["method"] /
                                    row["identity"] / f"{row['number']}_{row['seed']}.png", row["prompt"])
                 for own in runs[0].values() for row in own]

@@ -68,9 +68,9 @@ def test_what_is_compared_with_meta_lora():
 def small(monkeypatch):
     """Two people, three photos, one prompt, two steps, one learning rate, two or three iterations."""
     monkeypatch.setattr(reproduce, "PHOTOS", 3)
-    monkeypatch.setattr(reproduce, "SUBSET", dict(people=2, choose=2, rates=dict.fromkeys(reproduce.METHODS, (1e-3,)), noises=2, trainings=2, sweep=2, ranks=(1, 2), iters=(2, 3),
-                                                  meta=(2, 3, 4), meta_iters=4, study_people=2, study_choose=2, study_rates={"meta-lora": (1e-3,)},
-                                                  study_photos=4))
+    monkeypatch.setattr(reproduce, "SUBSET", dict(
+        people=2, choose=2, rates=dict.fromkeys(reproduce.METHODS, (1e-3,)), noises=2, trainings=2, sweep=2, ranks=(1, 2), iters=(2, 3),
+        meta=(2, 3, 4), meta_iters=4, study_people=2, study_choose=2, study_rates={"meta-lora": (1e-3,)}, study_photos=4))
     monkeypatch.setattr(personalize, "ITERATIONS", {"meta-lora": 2, "lora": 3})
     monkeypatch.setattr(eval_rfacesim, "read_prompts", lambda words, path: ["a photo of a [man/woman]"])
     real = eval_rfacesim.sample_latents
