@@ -45,9 +45,9 @@ RATES = dict.fromkeys(METHODS, (3e-4, 6e-4, 1.2e-3, 2.4e-3)) | {"random-lomd": (
 FEW = dict.fromkeys(METHODS, (6e-4, 1.2e-3)) | {"random-lomd": (2.4e-3, 4.8e-3)}
 FULL = dict(people=48, choose=8, rates=RATES, sweep=12, ranks=(1, 2, 4, 8, 16),
             iters=(250, 375, 500, 625, 750), noises=3, trainings=2, meta=(50, 200, 800), meta_iters=1500, study_people=12, study_choose=4,
-            study_rates={"meta-lora": (6e-4, 1.2e-3)}, study_photos=9)
+            study_rates={1: (6e-4, 1.2e-3), 2: (1.2e-3, 2.4e-3, 4.8e-3), 5: (1.2e-3, 2.4e-3, 4.8e-3)}, study_photos=9)
 SUBSET = dict(people=8, choose=4, rates=FEW, sweep=0, noises=1, trainings=1, meta=(5, 10, 20),
-              meta_iters=100, study_people=4, study_choose=2, study_rates={"meta-lora": (1.2e-3,)}, study_photos=9)
+              meta_iters=100, study_people=4, study_choose=2, study_rates=dict.fromkeys((1, 2, 5), (1.2e-3,)), study_photos=9)
 PHOTOS, SIDE = 6, 384                                     # of each person, the first as the reference; pixels
 
 
@@ -170,7 +170,7 @@ def study(args, run: Path, size, judges):
                 "--bucket-iters", max(1, size.meta_iters * min(50, count) // count // 2), "--run", lomd.parent / "run",
                 "--cache", run / f"cache{count}", "--out", lomd, *words]])
         more = ["--photos", shown, "--lomd", lomd]
-        rate = choose_rates(common + more, run / "study choose", run / "study" / name, size.study_rates)["meta-lora"]
+        rate = choose_rates(common + more, run / "study choose", run / "study" / name, {"meta-lora": size.study_rates[shown]})["meta-lora"]
         scores = evaluate(*common, *more, "--data", run / "study people", "--methods", "meta-lora", "--seeds", 1, "--lr", rate,
                           "--out", run / "study" / name / "scores")
         own, pictures[name] = scores["methods"][0], scores["pictures"]
