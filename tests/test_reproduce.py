@@ -130,14 +130,14 @@ def test_the_command_in_small(tmp_path, monkeypatch, capsys, small):
     assert "meta-lora_r1_i2 less lora-crops_r1_i3" in out and "learning rates: lora " in out
     report = json.loads((tmp_path / "run/report/scores.json").read_text())
     labels = ["none", *(f"{m}_r1_i{3 if m.startswith('lora') else 2}" for m in reproduce.METHODS)]
-    assert {m["label"]: m["r_facesim"]["of"] for m in report["methods"]} == dict.fromkeys(labels, 8)      # two seeds of each kind
+    assert [(m["label"], m["r_facesim"]["of"]) for m in report["methods"]] == [(label, 8) for label in labels]      # two seeds of each kind
     assert set(report["settings"]["differences"]) == {f"meta-lora_r1_i2 less {m}" for m in ("lora_r1_i3", "lora-crops_r1_i3", "random-lomd_r1_i2")}
     means = [np.mean([row["clip_t"] for row in report["pictures"] if row["method"] == "lora_r1_i3" and row["identity"].endswith(f" seed {s}")])
              for s in range(2)]
     assert means[0] != means[1]
     assert next(m for m in report["methods"] if m["label"] == "lora_r1_i3")["clip_t"]["mean"] == pytest.approx(np.mean(means), abs=2e-6)
     sweep = json.loads((tmp_path / "run/report/sweep/scores.json").read_text())
-    assert {m["label"] for m in sweep["methods"]} == {"none", *(f"{m}_r1_i{i}" for m in reproduce.METHODS for i in (2, 3))}
+    assert [m["label"] for m in sweep["methods"]] == ["none", *(f"{m}_r1_i{i}" for m in reproduce.METHODS for i in (2, 3))]
     assert all(m["r_facesim"]["of"] == 2 for m in sweep["methods"])
     same = [next(row for row in of["pictures"] if row["method"] == "lora_r1_i3" and row["seed"] == 0) for of in (report, sweep)]
     assert same[0] == same[1]                                                          # the first of the same people
