@@ -709,9 +709,7 @@ def grouped(methods: list[dict]) -> dict[str, list[dict]]:
 
 
 def save_figure(figure, path: Path):
-    from matplotlib import pyplot
     figure.savefig(f"{path}.part", format="png", dpi=120)
-    pyplot.close(figure)
     os.replace(f"{path}.part", path)
 
 
@@ -725,14 +723,12 @@ def line_of(axes, points: list[dict], metric: str, **style):
 def figures(methods: list[dict], quoted: dict | None, out: Path):
     """scores.png: R-FaceSim against CLIP-T with quadratic fits, and both against iterations at the lowest rank (Figure 3);
     ranks.png: both against iterations, a column for each rank (Figure 6)."""
-    import matplotlib
-    matplotlib.use("agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
     by_method, names = grouped(methods), {"r_facesim": "R-FaceSim (%)", "clip_t": "CLIP-T (%)"}
     if not by_method:
         return
     colours = {method: f"C{i % 10}" for i, method in enumerate(by_method)}
-    figure = pyplot.figure(figsize=(12, 5), layout="constrained")
+    figure = Figure(figsize=(12, 5), layout="constrained")
     grid = figure.add_gridspec(2, 2)
     plane, upper = figure.add_subplot(grid[:, 0]), figure.add_subplot(grid[0, 1])
     panels = {"r_facesim": upper, "clip_t": figure.add_subplot(grid[1, 1], sharex=upper)}
@@ -762,8 +758,8 @@ def figures(methods: list[dict], quoted: dict | None, out: Path):
     ranks = sorted({p["rank"] for points in by_method.values() for p in points if p["rank"]})
     if not ranks:
         return
-    figure, axes = pyplot.subplots(2, len(ranks), figsize=(3.5 * len(ranks) + 1, 5), sharex=True, sharey="row", squeeze=False,
-                                   layout="constrained")
+    figure = Figure(figsize=(3.5 * len(ranks) + 1, 5), layout="constrained")
+    axes = figure.subplots(2, len(ranks), sharex=True, sharey="row", squeeze=False)
     for column, rank in enumerate(ranks):
         for row, metric in enumerate(names):
             for method, points in by_method.items():

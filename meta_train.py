@@ -737,14 +737,13 @@ class Log:
 
 def plot(log, path):
     """loss.png: the loss of both phases over the run, and by time, early and late."""
-    import matplotlib
-    matplotlib.use("agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
     lines = [json.loads(line) for line in log.read_text().splitlines()]
-    figure, (over, by_t) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    over, by_t = figure.subplots(1, 2)
     for phase in ("warm-up", "joint"):
-        some = [line for line in lines if line["phase"] == phase]
-        over.plot([line["iteration"] for line in some], [line["loss"] for line in some], ".", markersize=3, label=phase)
+        if some := [line for line in lines if line["phase"] == phase]:
+            over.plot([line["iteration"] for line in some], [line["loss"] for line in some], ".", markersize=3, label=phase)
     over.set(xlabel="iteration", ylabel="loss", title="loss by phase")
     over.legend()
     centres = (np.arange(T_BINS) + 0.5) / T_BINS
@@ -755,7 +754,6 @@ def plot(log, path):
     by_t.set(xlabel="t (1 is noise)", title="loss by time")
     by_t.legend()
     figure.savefig(f"{path}.part", format="png", dpi=120)
-    pyplot.close(figure)
     os.replace(f"{path}.part", path)
 
 
@@ -776,7 +774,7 @@ def parse(argv):
     add("--r1", type=positive, default=16, help="rows of LoMD; bounds the ranks that stage 2 can use (default: 16)")
     add("--r2", type=positive, default=1, help="rank of the people's LoRAs in training (default: 1)")
     add("--lr", type=float, help="learning rate (default: the model's; 4e-4 for FLUX.1)")
-    add("--warmup", type=float, default=0.4, help="share of a visit in which LoMD is frozen (default: 0.4)")
+    add("--warmup", type=float, help="share of a visit in which LoMD is frozen (default: the model's; 0.4, the paper's, for FLUX.1)")
     add("--bucket-iters", type=positive, help=f"iterations of a visit (default: until each picture was used {USES} times)")
     add("--identities-per-bucket", type=positive, default=50, help="for a flat folder of people (default: 50)")
     add("--fresh-identities", action="store_true", help="M and U of a bucket start anew at each of its visits")
@@ -814,7 +812,7 @@ def check(args, group):
         if path.resolve().is_relative_to(args.data.resolve()):   # a later command would take it for a person's
             raise ValueError(f"{what} {path} lies within --data {args.data}; name a folder outside of it")
     flux_model.check_training(args)
-    if not 0 <= args.warmup < 1:
+    if args.warmup is not None and not 0 <= args.warmup < 1:
         raise ValueError(f"--warmup is a share from 0 to below 1, not {args.warmup}")
     if args.r2 > args.r1:
         raise ValueError(f"--r2 {args.r2} is more than the --r1 {args.r1} rows of LoMD that it combines")

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import faces  # noqa: E402
+from eval_rfacesim import save_figure  # noqa: E402
 from flux_model import (Parser, find_model, flow_matching_loss, load_autoencoder, load_flux, load_text_encoders,  # noqa: E402
                         model_defaults, positive, run_script)
 from metalora import MetaLoRA, find_targets, load_lomd, random_lomd  # noqa: E402
@@ -76,17 +77,15 @@ def summary(results: dict, kinds: list[str], people: list[int]) -> dict:
 
 
 def draw(found: dict, path: Path, title: str):
-    import matplotlib
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
     for kind, (mean, error, _) in found.items():
         axes.errorbar(STEPS, mean, error, label=f"{kind} LoMD", capsize=3, marker="o", markersize=3)
     axes.axhline(found["random"][0][-1], color="grey", linewidth=0.8, linestyle=":")
     axes.set(xlabel="step of stage 2", ylabel="loss on other pictures, change in %", title=title)
     axes.legend()
-    figure.savefig(f"{path}.part", format="png", dpi=120)
-    os.replace(f"{path}.part", path)
+    save_figure(figure, path)
 
 
 def held_out(argv=None):

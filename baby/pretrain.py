@@ -13,9 +13,9 @@ Stages, each resumable by the same command; Ctrl-C saves first, a crash costs at
 The result is a folder in the hub's layout that every script of the project takes as --model baby.
 
 Sources: the flow-matching loss and logit-normal times are flux_model's. Guidance is distilled into the guidance input,
-as in FLUX.1-dev, but it is another guidance: the target moves by (guidance - 1) / 2 times what training has changed since
-its first part ("Guiding a Diffusion Model with a Bad Version of Itself", Karras et al. 2024). Classifier-free guidance
-made this small a network worse at faces. Random numbers depend on (seed, step) alone: a run that is stopped and resumed
+as in FLUX.1-dev, but it is another guidance: the target moves by (guidance - 1) times what training has changed since its
+first part ("Guiding a Diffusion Model with a Bad Version of Itself", Karras et al. 2024). Classifier-free guidance made
+this small a network worse at faces. Random numbers depend on (seed, step) alone: a run that is stopped and resumed
 sees the same data as one that is not.
 """
 import argparse
@@ -59,7 +59,7 @@ FACE = 4.0                            # weight of the loss on the face against t
 DECAY, GUIDED = 0.35, 0.19            # last parts of the run: learning rate falls to zero; guidance is learned
 WEAK = 2 / 9.5                        # part of the run after which the averaged weights are those to be guided away from
 DEFAULTS = {"resolution": 128, "learning_rate": {"lora": 6e-4, "meta-lora": 1.2e-3, "stage 1": 2e-3}, "prompt": "a photo of a person",
-            "aspects": ["1:1"], "scales": [4.5], "background": 0.1, "mirror": False}       # why: README
+            "warmup": 0.0, "aspects": ["1:1"], "scales": [4.5], "background": 0.1, "mirror": False}       # why: README
 
 
 def save_whole(tensors: dict, path: Path, metadata: dict | None = None):
@@ -394,7 +394,7 @@ def loss_of(baby: Baby, batch, average: Baby | None = None, weak: Baby | None = 
             x_t = (1 - at) * x0[rows] + at * noise[rows]
             good, bad = (velocity(model.flux, x_t, t[rows], *model.embed(words), ones) for model in (average, weak))
             # moving x0 and the noise apart by the same amount moves the target, noise - x0, and not x_t
-            move = (guidance[rows, None, None, None] - 1) / 2 * (good - bad)
+            move = (guidance[rows, None, None, None] - 1) * (good - bad)
             x0[rows], noise[rows] = x0[rows] - at * move, noise[rows] + (1 - at) * move
     return flow_matching_loss(baby.flux, x0, noise, t, *baby.embed(text), guidance, weight).mean()
 

@@ -2,7 +2,6 @@
 
     python baby/reproduce.py --subset                 # minutes: 8 people, rank 1, two learning rates, one seed of each kind
     python baby/reproduce.py                          # hours: 48 people, 3 seeds of noise, 2 of training; then 12, ranks 1 to 16
-    python baby/reproduce.py --study                  # hours: what the paper leaves open, one LoMD for each variant
 
 Stages, each by eval_rfacesim.py, each going on where it was stopped:
   people    48 TEST identities and 8 CHOOSE identities, 6 photos of each, in every one of which MTCNN finds a face
@@ -32,7 +31,6 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import eval_rfacesim as evaluation  # noqa: E402
 import faces  # noqa: E402
-import meta_train  # noqa: E402
 import photos  # noqa: E402
 from flux_model import JsonFile, Parser, run_script  # noqa: E402
 from meta_train import write_whole  # noqa: E402
@@ -44,10 +42,8 @@ STEPS = 10              # of Euler. Against 30: R-FaceSim up to 1.6 points off, 
 RATES = dict.fromkeys(METHODS, (3e-4, 6e-4, 1.2e-3, 2.4e-3)) | {"random-lomd": (1.2e-3, 2.4e-3, 4.8e-3, 9.6e-3)}      # its rows are shorter
 FEW = dict.fromkeys(METHODS, (6e-4, 1.2e-3)) | {"random-lomd": (2.4e-3, 4.8e-3)}
 FULL = dict(people=48, choose=8, rates=RATES, sweep=12, ranks=(1, 2, 4, 8, 16),
-            iters=(250, 375, 500, 625, 750), noises=3, trainings=2, meta=(50, 200, 800), meta_iters=1500, study_people=12, study_choose=4,
-            study_rates={1: (6e-4, 1.2e-3), 2: (1.2e-3, 2.4e-3, 4.8e-3), 5: (1.2e-3, 2.4e-3, 4.8e-3)}, study_photos=9)
-SUBSET = dict(people=8, choose=4, rates=FEW, sweep=0, noises=1, trainings=1, meta=(5, 10, 20),
-              meta_iters=100, study_people=4, study_choose=2, study_rates=dict.fromkeys((1, 2, 5), (1.2e-3,)), study_photos=9)
+            iters=(250, 375, 500, 625, 750), noises=3, trainings=2)
+SUBSET = dict(people=8, choose=4, rates=FEW, sweep=0, noises=1, trainings=1)
 PHOTOS, SIDE = 6, 384                                     # of each person, the first as the reference; pixels
 
 
@@ -97,10 +93,9 @@ def choose_rates(common: list, data: Path, run: Path, rates: dict[str, tuple]) -
 def draw_rates(tried: dict, floor: float, path: Path):
     """Likeness against text, a line for each method through its learning rates, which stand beside the points in 1e-4; the
     dotted line is where the text score is KEEP of the model's own."""
-    import matplotlib
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(figsize=(6, 4.5), layout="constrained")
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    axes = figure.subplots()
     for method, by_rate in tried.items():
         places = [(100 * own["clip_t"], 100 * own["r_facesim"]) for own in by_rate.values()]
         (line,) = axes.plot(*zip(*places), marker="o", markersize=4, label=evaluation.METHODS[method])
@@ -137,92 +132,34 @@ def difference(rows: dict, people: list, one: str, other: str, metric: str) -> d
     return {"mean": float(np.mean(gaps)), "error": float(np.std(gaps, ddof=1) / len(gaps) ** 0.5), "identities": len(gaps)}
 
 
-def variants(size) -> list[tuple[str, str, int, list, int]]:
-    """(question, value, people in stage 1, words for meta_train.py, photos in stage 2): each differs from the first in one thing.
-
-    All have the same number of iterations, and the first two visits to each bucket, so that kept and fresh rows differ.
-    """
-    base = ("base", "r1 16, r2 1, warm-up 0.4", size.meta[1], [], 1)
-    table = [("photos", str(count), size.meta[1], [], count) for count in (2, 5)]
-    table += [("people in stage 1", str(count), count, [], 1) for count in (size.meta[0], size.meta[2])]
-    table += [("r1", str(r1), size.meta[1], ["--r1", r1], 1) for r1 in (4, 64)]
-    table += [("M and U", "fresh at each visit", size.meta[1], ["--fresh-identities"], 1)]
-    table += [("warm-up", str(share), size.meta[1], ["--warmup", share], 1) for share in (0, 0.2)]
-    return [base, *table, *(("r2 of stage 1", str(r2), size.meta[1], ["--r2", r2], 1) for r2 in (4, 16))]
+def options(prog: str, description: str, subset: str) -> Parser:
+    """The command line of this script and of study.py."""
+    parser = Parser(prog=prog, description=description, allow_abbrev=False)
+    add = parser.add_argument
+    add("--subset", action="store_true", help=subset)
+    add("--model", default="baby", help="baby (default), or a folder like it")
+    add("--run", type=Path, help="all that is made on the way (default: a folder in baby/run)")
+    add("--out", type=Path, help="tables, figures and scores (default: report in --run)")
+    add("--device", help="cuda, mps or cpu (default: the best there is)")
+    return parser
 
 
-def study(args, run: Path, size, judges):
-    """Every variant's R-FaceSim and CLIP-T on the TEST people, at a learning rate of its own -> study.json, study.png."""
-    draw_people(judges, run / "study people", faces.TEST.start + 4000, size.study_people, size.study_photos)
-    draw_people(judges, run / "study choose", faces.CHOOSE.start + 700, size.study_choose, size.study_photos)
-    rows, pictures, lomds, common, out = [], {}, {}, common_words(args), args.out or run / "report"
-    out.mkdir(parents=True, exist_ok=True)
-    people = evaluation.read_people([run / "study people"])
-    for question, value, count, words, shown in variants(size):
-        name = f"{question} {value}".replace(" ", "_").replace(",", "")
-        data, lomd = run / f"meta{count}", run / "study" / name / "lomd.safetensors"
-        lomd = lomds.setdefault((count, *words), lomd)                        # with more photos it is the base's
-        if not lomd.is_file():
-            lomd.parent.mkdir(parents=True, exist_ok=True)
-            if not (data / f"{faces.META.start + count - 1:06d}" / "0009.txt").is_file():                        # its last one
-                faces.main(["--identities", str(count), "--images", "10", "--out", str(data), "--seed", str(faces.META.start)])
-            meta_train.meta_train([str(word) for word in [
-                "--data", data, *model_words(args), "--iters", size.meta_iters, "--identities-per-bucket", min(50, count), "--preview-every", 0,
-                "--bucket-iters", max(1, size.meta_iters * min(50, count) // count // 2), "--run", lomd.parent / "run",
-                "--cache", run / f"cache{count}", "--out", lomd, *words]])
-        more = ["--photos", shown, "--lomd", lomd]
-        rate = choose_rates(common + more, run / "study choose", run / "study" / name, {"meta-lora": size.study_rates[shown]})["meta-lora"]
-        scores = evaluate(*common, *more, "--data", run / "study people", "--methods", "meta-lora", "--seeds", 1, "--lr", rate,
-                          "--out", run / "study" / name / "scores")
-        own, pictures[name] = scores["methods"][0], scores["pictures"]
-        rows.append({"question": question, "value": value, "learning rate": rate} | {metric: own[metric] | {
-            "less base": difference(pictures, people, name, next(iter(pictures)), metric)} for metric in ("r_facesim", "clip_t")})
-        print(f"{question}: {value}: lr {rate:g}, " + ", ".join(
-            f"{metric} {evaluation.percent(own[metric])}, less the base's {evaluation.percent(rows[-1][metric]['less base'])}"
-            for metric in ("r_facesim", "clip_t")))
-        write_whole(out / "study.json", json.dumps(rows, indent=1).encode())
-        draw_study(rows, out / "study.png")
-
-
-def draw_study(rows: list[dict], path: Path):
-    """One line for each variant, R-FaceSim left, CLIP-T right: the dotted line is the base's mean; the dots are that plus the
-    mean of the differences person by person, with their standard errors."""
-    import matplotlib
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-    figure, panels = pyplot.subplots(1, 2, figsize=(10, 0.32 * len(rows) + 1.2), sharey=True, layout="constrained")
-    for axes, metric in zip(panels, ("r_facesim", "clip_t")):
-        base, (gaps, errors) = 100 * rows[0][metric]["mean"], ([100 * row[metric]["less base"][part] for row in rows] for part in ("mean", "error"))
-        axes.errorbar([base + gap for gap in gaps], range(len(rows)), xerr=errors, fmt="o", capsize=3)
-        axes.axvline(base, color="grey", linestyle=":", linewidth=1)
-        axes.set(xlabel={"r_facesim": "R-FaceSim (%)", "clip_t": "CLIP-T (%)"}[metric])
-    panels[0].set_yticks(range(len(rows)), [f"{row['question']}: {row['value']}" for row in rows])
-    panels[0].invert_yaxis()
-    evaluation.save_figure(figure, path)
+def run_folder(args, name: str) -> Path:
+    return args.run or Path(__file__).parent / "run" / (f"{name}-subset" if args.subset else name)
 
 
 def reproduce(argv=None):
-    parser = Parser(prog="reproduce.py", description="LoRA, LoRA + crops and Meta-LoRA on people never seen.", allow_abbrev=False)
-    add = parser.add_argument
-    add("--subset", action="store_true", help="8 people, rank 1, two learning rates, one seed of noise and of training")
-    add("--study", action="store_true", help="instead of the comparison: stage 1 with other ranks, warm-ups and numbers of people, and "
-        "stage 2 with more photos")
-    add("--model", default="baby", help="baby (default), or a folder like it")
-    add("--lomd", type=Path, help="weights of stage 1 (default: the model's own)")
-    add("--run", type=Path, help="all that is made on the way (default: baby/run/reproduce, with --subset baby/run/subset)")
-    add("--out", type=Path, help="tables, figures and scores.json (default: report in --run)")
-    add("--people", type=int, help="of the comparison (default: 48, with --subset 8)")
-    add("--device", help="cuda, mps or cpu (default: the best there is)")
+    parser = options("reproduce.py", "LoRA, LoRA + crops and Meta-LoRA on people never seen.",
+                     "8 people, rank 1, two learning rates, one seed of noise and of training")
+    parser.add_argument("--lomd", type=Path, help="weights of stage 1 (default: the model's own)")
+    parser.add_argument("--people", type=int, help="of the comparison (default: 48, with --subset 8)")
     args = parser.parse_args(argv)
-    size = SimpleNamespace(**(SUBSET if args.subset else FULL))
+    size, run = SimpleNamespace(**(SUBSET if args.subset else FULL)), run_folder(args, "reproduce")
     size.people = args.people or size.people
-    run = args.run or Path(__file__).parent / "run" / ("subset" if args.subset else "reproduce")
     if not 2 <= size.people <= 500:
         raise ValueError(f"--people is 2 to 500, not {size.people}")
 
     judges = evaluation.Judges(args.model)
-    if args.study:
-        return study(args, run, size, judges)
     draw_people(judges, run / "people", faces.TEST.start + 3000, size.people, PHOTOS)
     draw_people(judges, run / "choose", faces.CHOOSE.start + 500, size.choose, PHOTOS)
     common = common_words(args) + (["--lomd", args.lomd] if args.lomd else [])

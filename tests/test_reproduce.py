@@ -12,7 +12,6 @@ sys.path.insert(0, str(ROOT / "baby"))
 
 import eval_rfacesim  # noqa: E402
 import faces  # noqa: E402
-import meta_train  # noqa: E402
 import personalize  # noqa: E402
 import reproduce  # noqa: E402
 
@@ -69,21 +68,11 @@ def small(monkeypatch):
     """Two people, three photos, one prompt, two steps, one learning rate, two or three iterations."""
     monkeypatch.setattr(reproduce, "PHOTOS", 3)
     monkeypatch.setattr(reproduce, "SUBSET", dict(
-        people=2, choose=2, rates=dict.fromkeys(reproduce.METHODS, (1e-3,)), noises=2, trainings=2, sweep=2, ranks=(1,), iters=(2, 3),
-        meta=(2, 3, 4), meta_iters=4, study_people=2, study_choose=2, study_rates=dict.fromkeys((1, 2, 5), (1e-3,)), study_photos=4))
+        people=2, choose=2, rates=dict.fromkeys(reproduce.METHODS, (1e-3,)), noises=2, trainings=2, sweep=2, ranks=(1,), iters=(2, 3)))
     monkeypatch.setattr(personalize, "ITERATIONS", {"meta-lora": 2, "lora": 3})
     monkeypatch.setattr(eval_rfacesim, "read_prompts", lambda words, path: ["a photo of a [man/woman]"])
     real = eval_rfacesim.sample_latents
     monkeypatch.setattr(eval_rfacesim, "sample_latents", lambda *args, **kwargs: real(*args[:5], 2, *args[6:], **kwargs))
-
-
-def test_variants_differ_from_the_base_in_one_thing():
-    size = type("Size", (), reproduce.FULL)
-    (_, _, people, none, photos), *others = reproduce.variants(size)
-    assert none == [] and photos == 1 and len(others) == 11
-    for _, _, count, words, shown in others:
-        assert (count != people) + bool(words) + (shown != 1) == 1
-        meta_train.parse(["--data", "x", *map(str, words)])
 
 
 def test_faces_that_stay_and_faces_that_move(tmp_path, monkeypatch):
@@ -105,22 +94,6 @@ def test_faces_that_stay_and_faces_that_move(tmp_path, monkeypatch):
     assert found["still"] == {"mean": 0, "error": 0, "people": 2} and set(found) == {"still", "moving"}
     # steps of 0.1 and 0.2 of the width, and of the height: standard deviations over three seeds 0.1 and 0.2 each way
     assert found["moving"] == {"mean": pytest.approx(0.15 * 2 ** 0.5), "error": pytest.approx(0.05 * 2 ** 0.5), "people": 2}
-
-
-@pytest.mark.slow
-def test_the_study_in_small(tmp_path, monkeypatch, capsys, small):
-    every = reproduce.variants
-    monkeypatch.setattr(reproduce, "variants", lambda size: [v for v in every(size) if v[0] in ("base", "M and U") or v[4] == 2])
-    reproduce.reproduce(["--subset", "--study", "--run", str(tmp_path / "run")])
-    rows = json.loads((tmp_path / "run/report/study.json").read_text())
-    assert [(row["question"], row["value"]) for row in rows] == [
-        ("base", "r1 16, r2 1, warm-up 0.4"), ("photos", "2"), ("M and U", "fresh at each visit")]
-    assert all(row["r_facesim"]["identities"] == 2 and row["learning rate"] == 1e-3 for row in rows)
-    lomds = sorted(path.parent.name for path in (tmp_path / "run/study").glob("*/lomd.safetensors"))
-    assert lomds == ["M_and_U_fresh_at_each_visit", "base_r1_16_r2_1_warm-up_0.4"]             # two photos over the base's
-    assert (tmp_path / "run/report/study.png").stat().st_size > 1000
-    used = json.loads((tmp_path / "run/study/photos_2/scores/scores.json").read_text())["people"]
-    assert all(len(p["more"]) == 1 and len(p["tests"]) == 2 for p in used.values())
 
 
 def test_the_command_in_small(tmp_path, monkeypatch, capsys, small):

@@ -1,0 +1,46 @@
+"""baby/study.py: its variants, and the whole command in small."""
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "baby"))
+
+import eval_rfacesim  # noqa: E402
+import meta_train  # noqa: E402
+import personalize  # noqa: E402
+import study  # noqa: E402
+
+
+def test_variants_differ_from_the_base_in_one_thing():
+    base, *others = study.variants(SimpleNamespace(**study.FULL))
+    assert base.words == () and base.photos == 1 and len(others) == 11
+    assert len({variant.name for variant in (base, *others)}) == 12
+    for variant in others:
+        assert (variant.people != base.people) + bool(variant.words) + (variant.photos != 1) == 1
+        meta_train.parse(["--data", "x", *map(str, variant.words)])
+
+
+@pytest.mark.slow
+def test_the_study_in_small(tmp_path, monkeypatch, capsys):
+    """Two people, four photos, one prompt, two steps, one learning rate, LoMDs of four iterations, three variants."""
+    monkeypatch.setattr(study, "PHOTOS", 4)
+    monkeypatch.setattr(study, "SUBSET", dict(meta=(2, 3, 4), iters=4, people=2, choose=2, rates=(1e-3,), rates_photos=(1e-3,)))
+    monkeypatch.setattr(personalize, "ITERATIONS", {"meta-lora": 2, "lora": 3})
+    monkeypatch.setattr(eval_rfacesim, "read_prompts", lambda words, path: ["a photo of a [man/woman]"])
+    real, every = eval_rfacesim.sample_latents, study.variants
+    monkeypatch.setattr(eval_rfacesim, "sample_latents", lambda *args, **kwargs: real(*args[:5], 2, *args[6:], **kwargs))
+    monkeypatch.setattr(study, "variants", lambda size: [v for v in every(size) if v.question in ("base", "M and U") or v.photos == 2])
+    study.study(["--subset", "--run", str(tmp_path)])
+    rows = json.loads((tmp_path / "report/study.json").read_text())
+    assert [(row["question"], row["value"]) for row in rows] == [
+        ("base", "r1 16, r2 1, no warm-up"), ("M and U", "fresh at each visit"), ("photos", "2")]
+    assert all(row["r_facesim"]["identities"] == 2 and row["learning rate"] == 1e-3 for row in rows)
+    assert rows[0]["r_facesim"]["less base"]["mean"] == 0
+    assert sorted(path.name for path in (tmp_path / "lomds").iterdir()) == ["3", "3_--fresh-identities"]       # two photos over the base's
+    assert (tmp_path / "report/study.png").stat().st_size > 1000
+    used = json.loads((tmp_path / "photos_2/scores/scores.json").read_text())["people"]
+    assert all(len(p["more"]) == 1 and len(p["tests"]) == 2 for p in used.values())
