@@ -18,13 +18,18 @@ the learned one; `none` is the floor, the reference photo itself the ceiling.
 
 Source: "Meta-LoRA" (Topal et al. 2025), section 4 and appendices D, F and I.
 """
+import concurrent.futures
 import functools
+import itertools
 import json
+import multiprocessing
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -32,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import eval_rfacesim as evaluation  # noqa: E402
 import faces  # noqa: E402
 import photos  # noqa: E402
-from flux_model import JsonFile, Parser, run_script  # noqa: E402
+from flux_model import JsonFile, Parser, pick_device, positive, run_script  # noqa: E402
 from meta_train import write_whole  # noqa: E402
 
 METHODS = ("lora", "lora-crops", "random-lomd", "meta-lora")
@@ -64,19 +69,69 @@ def draw_people(judges, folder: Path, first: int, count: int, photos: int):
                     evaluation.save_png(image, path, {})
 
 
-def evaluate(*words):
-    """eval_rfacesim.py with these words -> its scores.json. Its own table is not shown."""
+def workers(args) -> concurrent.futures.Executor | None:
+    """args.jobs processes for `evaluate`, by itself one for each core of a CPU; None where this one does all."""
+    jobs = args.jobs or (min(8, os.cpu_count()) if pick_device(args.device).type == "cpu" else 1)
+    context = multiprocessing.get_context("spawn")         # a fork of a process whose libraries have threads may wait for ever
+    return concurrent.futures.ProcessPoolExecutor(jobs, context, set_up, (max(1, os.cpu_count() // jobs),)) if jobs > 1 else None
+
+
+def set_up(threads: int):
+    """Of a worker: its share of the cores, and no progress bars, which would write over each other; errors go to the parent."""
+    torch.set_num_threads(threads)
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+
+
+def work(function, *args):
+    try:
+        function(*args)
+    except KeyboardInterrupt:                              # its work is saved; a pool would give it the next call
+        os._exit(130)
+
+
+def side_by_side(pool, calls: list[tuple], name: str):
+    """Calls (function, *arguments) in the workers of `pool`; what they find they leave in files."""
+    with tqdm(total=len(calls), desc=name, disable=None, leave=False) as bar:
+        futures = [pool.submit(work, *call) for call in calls]
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                future.result()
+                bar.update()
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def given(words: list[str], option: str) -> slice:
+    """Where the values of an option are."""
+    start = words.index(option) + 1
+    return slice(start, next((i for i in range(start, len(words)) if words[i].startswith("--")), len(words)))
+
+
+def evaluate(pool, *words) -> dict:
+    """eval_rfacesim.py with these words -> its scores.json. Its own table is not shown. With a pool each method at each rank is
+    a call of its own, and one more puts together what they leave in --out."""
     words = [str(word) for word in words]
+    out, calls = Path(words[words.index("--out") + 1]), []
+    if pool:
+        methods, ranks = (words[given(words, option)] for option in ("--methods", "--ranks"))
+        for method, rank in itertools.product(methods, ranks):
+            if method != "none" or rank == ranks[0]:                       # without a LoRA there is no rank
+                calls.append(words.copy())
+                for option, value in (("--methods", method), ("--ranks", rank)):
+                    calls[-1][given(calls[-1], option)] = [value]
+        side_by_side(pool, [(evaluation.evaluate, call, True) for call in calls], f"methods of {out.name}")
     evaluation.evaluate(words, quiet=True)
-    return JsonFile(Path(words[words.index("--out") + 1]) / "scores.json")
+    return JsonFile(out / "scores.json")
 
 
-def choose_rates(common: list, data: Path, run: Path, rates: dict[str, tuple]) -> dict[str, float]:
+def choose_rates(pool, common: list, data: Path, run: Path, rates: dict[str, tuple]) -> dict[str, float]:
     """The learning rate of each method, of those in `rates`, by people of their own; what was seen goes to rates.json."""
     tried = {}
     for rate in sorted({rate for own in rates.values() for rate in own}):
         methods = [method for method, own in rates.items() if rate in own]
-        scores = evaluate(*common, "--data", data, "--methods", "none", *methods, "--lr", rate, "--seeds", 1, "--out", run / "rates" / f"{rate:g}")
+        scores = evaluate(pool, *common, "--data", data, "--methods", "none", *methods, "--lr", rate, "--ranks", 1, "--seeds", 1,
+                          "--out", run / "rates" / f"{rate:g}")
         for row in scores["methods"]:
             tried.setdefault(row["method"], {})[f"{rate:g}"] = {name: row[name]["mean"] for name in ("r_facesim", "clip_t")}
     floor = next(iter(tried.pop("none").values()))["clip_t"]
@@ -141,6 +196,8 @@ def options(prog: str, description: str, subset: str) -> Parser:
     add("--run", type=Path, help="all that is made on the way (default: a folder in baby/run)")
     add("--out", type=Path, help="tables, figures and scores (default: report in --run)")
     add("--device", help="cuda, mps or cpu (default: the best there is)")
+    add("--jobs", type=positive, help="processes, one for each method and rank at a time (default: on a CPU one for each core, up to "
+        "8; else 1)")
     return parser
 
 
@@ -159,20 +216,21 @@ def reproduce(argv=None):
     if not 2 <= size.people <= 500:
         raise ValueError(f"--people is 2 to 500, not {size.people}")
 
-    judges = evaluation.Judges(args.model)
+    judges, pool = evaluation.Judges(args.model), workers(args)
     draw_people(judges, run / "people", faces.TEST.start + 3000, size.people, PHOTOS)
     draw_people(judges, run / "choose", faces.CHOOSE.start + 500, size.choose, PHOTOS)
     common = common_words(args) + (["--lomd", args.lomd] if args.lomd else [])
-    rates = choose_rates(common, run / "choose", run, size.rates)
+    rates = choose_rates(pool, common, run / "choose", run, size.rates)
     print(f"learning rates: {', '.join(f'{method} {rate:g}' for method, rate in rates.items())}")
     common += ["--methods", "none", *METHODS, "--lr", *(f"{method}={rate}" for method, rate in rates.items())]
     runs, out = {}, args.out or run / "report"
     for seed in range(size.trainings):
-        runs[seed] = rows_of(evaluate(*common, "--data", run / "people", "--seed", seed, "--seeds", size.noises, "--out", run / f"seed{seed}"))
+        runs[seed] = rows_of(evaluate(pool, *common, "--data", run / "people", "--seed", seed, "--ranks", 1, "--seeds", size.noises,
+                                      "--out", run / f"seed{seed}"))
         report(args, run / "people", run / "seed0", out, rates, runs, judges)
     if size.sweep:
         draw_people(judges, run / "sweep people", faces.TEST.start + 3000, min(size.sweep, size.people), PHOTOS)      # the same again
-        scores = evaluate(*common, "--data", run / "sweep people", "--seeds", 1, "--ranks", *size.ranks, "--iters", *size.iters,
+        scores = evaluate(pool, *common, "--data", run / "sweep people", "--seeds", 1, "--ranks", *size.ranks, "--iters", *size.iters,
                           "--out", run / "sweep")
         report(args, run / "sweep people", run / "sweep", out / "sweep", rates, {0: rows_of(scores)}, judges)
 

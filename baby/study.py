@@ -6,7 +6,7 @@
 Every variant differs from the base in one thing. Its learning rate is chosen as in reproduce.py, and its scores are compared
 with the base's person by person. Stopped, it goes on where it was.
 
-Writes, after each variant: study.json and study.png in --out, and a line of text.
+Writes study.json and study.png to --out, and a line for each variant to the screen.
 """
 import json
 import sys
@@ -20,7 +20,8 @@ import faces  # noqa: E402
 import meta_train  # noqa: E402
 from flux_model import run_script  # noqa: E402
 from meta_train import write_whole  # noqa: E402
-from reproduce import choose_rates, common_words, difference, draw_people, evaluate, model_words, options, run_folder  # noqa: E402
+from reproduce import choose_rates, common_words, difference, draw_people, evaluate, model_words, options, run_folder, \
+    side_by_side, workers  # noqa: E402
 
 FULL = dict(meta=(50, 200, 800), iters=1500, people=12, choose=4, rates=(6e-4, 1.2e-3), rates_photos=(1.2e-3, 2.4e-3, 4.8e-3))
 SUBSET = dict(meta=(5, 10, 20), iters=100, people=4, choose=2, rates=(1.2e-3,), rates_photos=(1.2e-3,))
@@ -54,20 +55,20 @@ def variants(size) -> list[Variant]:
         [Variant("photos", str(count), usual, photos=count, rates=size.rates_photos) for count in (2, 5)]
 
 
-def learn(variant: Variant, size, run: Path, words: list) -> Path:
-    """Stage 1 of a variant -> its LoMD's file, made once for all variants with the same one."""
+def measure(variant: Variant, size, run: Path, args) -> tuple[float, dict]:
+    """Its LoMD, made once for all variants with the same one, its learning rate and its scores."""
     data, folder = run / f"meta{variant.people}", run / "lomds" / "_".join(map(str, (variant.people, *variant.words)))
-    lomd = folder / "lomd.safetensors"
+    lomd, bucket = folder / "lomd.safetensors", min(50, variant.people)
     if not lomd.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        if not (data / f"{faces.META.start + variant.people - 1:06d}" / "0009.txt").is_file():                        # its last one
-            faces.main(["--identities", str(variant.people), "--images", "10", "--out", str(data), "--seed", str(faces.META.start)])
-        bucket = min(50, variant.people)
         meta_train.meta_train([str(word) for word in (
-            "--data", data, *words, "--iters", size.iters, "--identities-per-bucket", bucket, "--preview-every", 0,
+            "--data", data, *model_words(args), "--iters", size.iters, "--identities-per-bucket", bucket, "--preview-every", 0,
             "--bucket-iters", max(1, size.iters * bucket // variant.people // 2), "--run", folder / "run",
             "--cache", run / f"cache{variant.people}", "--out", lomd, *variant.words)])
-    return lomd
+    words, own = [*common_words(args), "--photos", variant.photos, "--lomd", lomd], run / variant.name
+    rate = choose_rates(None, words, run / "choose", own, {"meta-lora": variant.rates})["meta-lora"]
+    return rate, evaluate(None, *words, "--data", run / "people", "--methods", "meta-lora", "--ranks", 1, "--seeds", 1, "--lr", rate,
+                          "--out", own / "scores")
 
 
 def draw_study(rows: list[dict], path: Path):
@@ -91,16 +92,19 @@ def study(argv=None):
                      "4 people, LoMDs of 100 iterations, one learning rate")
     args = parser.parse_args(argv)
     size, run = SimpleNamespace(**(SUBSET if args.subset else FULL)), run_folder(args, "study")
-    judges, out, common = evaluation.Judges(args.model), args.out or run / "report", common_words(args)
+    judges, pool, out = evaluation.Judges(args.model), workers(args), args.out or run / "report"
     draw_people(judges, run / "people", faces.TEST.start + 4000, size.people, PHOTOS)
     draw_people(judges, run / "choose", faces.CHOOSE.start + 700, size.choose, PHOTOS)
+    for count in size.meta:
+        if not (run / f"meta{count}" / f"{faces.META.start + count - 1:06d}" / "0009.txt").is_file():                 # its last one
+            faces.main(["--identities", str(count), "--images", "10", "--out", str(run / f"meta{count}"), "--seed", str(faces.META.start)])
     people, rows, pictures = evaluation.read_people([run / "people"]), [], []
     out.mkdir(parents=True, exist_ok=True)
+    if pool:                                              # the base before those that share its LoMD
+        for group in ([v for v in variants(size) if v.photos == 1], [v for v in variants(size) if v.photos > 1]):
+            side_by_side(pool, [(measure, variant, size, run, args) for variant in group], "variants")
     for variant in variants(size):
-        folder = run / variant.name
-        words = [*common, "--photos", variant.photos, "--lomd", learn(variant, size, run, model_words(args))]
-        rate = choose_rates(words, run / "choose", folder, {"meta-lora": variant.rates})["meta-lora"]
-        scores = evaluate(*words, "--data", run / "people", "--methods", "meta-lora", "--seeds", 1, "--lr", rate, "--out", folder / "scores")
+        rate, scores = measure(variant, size, run, args)
         pictures.append(scores["pictures"])
         rows.append({"question": variant.question, "value": variant.value, "learning rate": rate} | {
             metric: scores["methods"][0][metric] | {"less base": difference({"base": pictures[0], "own": pictures[-1]}, people, "own", "base", metric)}

@@ -2,6 +2,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ def test_the_best_rate_that_still_follows_the_prompt(tmp_path, monkeypatch):
         rows = [row("none", 0.1, 0.72), row("lora", robust, text), row("meta-lora", robust, 0.1 * text)]
         return {"methods": [own for own in rows if own["method"] in words]}
     monkeypatch.setattr(reproduce, "evaluate", scores)
-    chosen = reproduce.choose_rates([], Path("data"), tmp_path, {"lora": tuple(seen), "meta-lora": (3e-4, 1e-2)})
+    chosen = reproduce.choose_rates(None, [], Path("data"), tmp_path, {"lora": tuple(seen), "meta-lora": (3e-4, 1e-2)})
     assert chosen == {"lora": 1e-3, "meta-lora": 3e-4}                     # none is good enough: that with the best text score
     assert json.loads((tmp_path / "rates.json").read_text())["tried"]["lora"]["0.003"] == {"r_facesim": 0.7, "clip_t": 0.3}
 
@@ -61,6 +62,36 @@ def test_what_is_compared_with_meta_lora():
         ("meta-lora_r4_i250", "lora-crops_r4_i250"), ("meta-lora_r4_i375", "lora-crops_r4_i625"),
         ("meta-lora_r4_i375", "lora-crops_r4_i375"), ("meta-lora_r4_i625", "lora-crops_r4_i625")]
     assert reproduce.compared(["none", "meta-lora_r1_i375", "lora_r1_i625"]) == [("meta-lora_r1_i375", "lora_r1_i625")]
+
+
+def test_each_method_at_each_rank_is_a_call_of_its_own(tmp_path, monkeypatch):
+    (tmp_path / "scores.json").write_text("{}")
+    calls, last = [], []
+    monkeypatch.setattr(reproduce, "side_by_side", lambda pool, some, name: calls.extend(some))
+    monkeypatch.setattr(eval_rfacesim, "evaluate", lambda words, quiet: last.append(words))
+    words = ["--methods", "none", "lora", "meta-lora", "--lr", "lora=1", "--ranks", 1, 4, "--iters", 2, 3, "--out", tmp_path]
+    assert reproduce.evaluate("a pool", *words) == {} and last == [list(map(str, words))]
+    own = [(call[call.index("--methods") + 1:call.index("--lr")], call[call.index("--ranks") + 1:call.index("--iters")]) for _, call, _ in calls]
+    assert own == [(["none"], ["1"]), (["lora"], ["1"]), (["lora"], ["4"]), (["meta-lora"], ["1"]), (["meta-lora"], ["4"])]
+    assert all(call[-5:] == ["--iters", "2", "3", "--out", str(tmp_path)] for _, call, _ in calls)
+
+
+@pytest.mark.slow
+def test_side_by_side_is_as_one_after_the_other(tmp_path):
+    reproduce.draw_people(eval_rfacesim.Judges("baby"), tmp_path / "people", faces.TEST.start + 3000, 2, 2)
+    args, found = SimpleNamespace(jobs=None, device="cpu"), []
+    (tmp_path / "prompts.txt").write_text("a photo of a [man/woman]")
+    for jobs in (1, 2):
+        args.jobs = jobs
+        scores = reproduce.evaluate(reproduce.workers(args), "--model", "baby", "--steps", 2, "--methods", "none", "lora", "meta-lora", "--ranks", 1, 2,
+                                    "--iters", 2, "--seeds", 1, "--prompts", tmp_path / "prompts.txt", "--data", tmp_path / "people",
+                                    "--out", tmp_path / str(jobs))
+        found.append({(row["method"], row["identity"]): row["clip_t"] for row in scores["pictures"]})
+    assert len(found[0]) == 10 and found[0] == pytest.approx(found[1], abs=1e-3)
+    with pytest.raises(ValueError, match="another setting of steps"):           # an error of a worker is the command's
+        reproduce.side_by_side(reproduce.workers(args), [(eval_rfacesim.evaluate, [
+            "--model", "baby", "--steps", "3", "--methods", "none", "--prompts", str(tmp_path / "prompts.txt"), "--data", str(tmp_path / "people"),
+            "--out", str(tmp_path / "1")])], "a call")
 
 
 @pytest.fixture
@@ -97,7 +128,7 @@ def test_faces_that_stay_and_faces_that_move(tmp_path, monkeypatch):
 
 
 def test_the_command_in_small(tmp_path, monkeypatch, capsys, small):
-    words = ["--subset", "--run", str(tmp_path / "run")]
+    words = ["--subset", "--jobs", "1", "--run", str(tmp_path / "run")]
     reproduce.reproduce(words)
     out = capsys.readouterr().out
     assert "meta-lora_r1_i2 less lora-crops_r1_i3" in out and "learning rates: lora " in out

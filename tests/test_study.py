@@ -34,7 +34,7 @@ def test_the_study_in_small(tmp_path, monkeypatch, capsys):
     real, every = eval_rfacesim.sample_latents, study.variants
     monkeypatch.setattr(eval_rfacesim, "sample_latents", lambda *args, **kwargs: real(*args[:5], 2, *args[6:], **kwargs))
     monkeypatch.setattr(study, "variants", lambda size: [v for v in every(size) if v.question in ("base", "M and U") or v.photos == 2])
-    study.study(["--subset", "--run", str(tmp_path)])
+    study.study(["--subset", "--jobs", "1", "--run", str(tmp_path)])
     rows = json.loads((tmp_path / "report/study.json").read_text())
     assert [(row["question"], row["value"]) for row in rows] == [
         ("base", "r1 16, r2 1, no warm-up"), ("M and U", "fresh at each visit"), ("photos", "2")]
