@@ -241,21 +241,25 @@ def normalise_latents(model: AutoEncoder, images: torch.Tensor):
 
 
 def train_decoder(run: Path, out: Path):
-    """The decoder alone, on whole pictures and from the latents' means, as it is used: latents stay what they are."""
+    """The decoder alone, on whole pictures and from the latents' means, as it is used: latents stay what they are. Faces count
+    more than the rest: what a detector missed in decoded renders were thin glasses."""
     model = load_autoencoder(out, "cpu", torch.float32).to(memory_format=torch.channels_last)
     parameters = [p.requires_grad_() for p in model.decoder.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=DECODER_LR, betas=(0.9, 0.99), weight_decay=1e-3)
     data, state = np.load(run / "data" / "128x128.npy", mmap_mode="r"), run / "decoder.safetensors"
+    face = face_weights(128, 128, 0, len(data))
     start, interrupted = load_state(state, model.decoder, [optimizer]), Interrupted()
     for step in tqdm(range(start, DECODER_STEPS), initial=start, total=DECODER_STEPS, desc="decoder"):
         rng = np.random.default_rng([SEED, step, 8])
-        images = pictures(data[np.sort(rng.choice(len(data), DECODER_BATCH, replace=False))]).to(memory_format=torch.channels_last)
+        index = np.sort(rng.choice(len(data), DECODER_BATCH, replace=False))
+        images = pictures(data[index]).to(memory_format=torch.channels_last)
         optimizer.param_groups[0]["lr"] = DECODER_LR * cosine(step, DECODER_STEPS, 50)
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
                 z = model.moments(images).chunk(2, dim=1)[0]
             error = model.decoder(z).float() - images
-        (error.abs().mean() + 4 * error.square().mean()).backward()
+        weight = nn.functional.interpolate(face[index].float(), size=error.shape[2:])
+        (weight * (error.abs() + 4 * error.square())).mean().backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
