@@ -135,7 +135,7 @@ def test_a_narrower_transformer_grows(wide):
 
 
 def test_guidance_moves_the_target_and_not_the_input(tiny, monkeypatch):
-    """x_t of the guided loss is that of the plain one, and the target moves by (g - 1) / 2 (v - v of the weak model)."""
+    """x_t of the guided loss is that of the plain one, and the target moves by (g - 1) (v - v of the weak model)."""
     run, out = tiny
     baby, average, weak = (pretrain.Baby(out) for _ in range(3))
     for model in (average, weak):
@@ -154,7 +154,7 @@ def test_guidance_moves_the_target_and_not_the_input(tiny, monkeypatch):
     assert torch.allclose(seen["x_t"], x_t, atol=1e-5) and seen["flux"] is baby.flux
     with torch.no_grad():
         good, bad = (pretrain.velocity(m.flux, x_t, t, *m.embed(text), torch.ones(len(t))) for m in (average, weak))
-    wanted = noise - x0 + (guidance[:, None, None, None] - 1) / 2 * (good - bad)
+    wanted = noise - x0 + (guidance[:, None, None, None] - 1) * (good - bad)
     assert torch.allclose(seen["target"], wanted, atol=1e-4) and (guidance > 1).any() and (guidance == 1).any()
     pretrain.loss_of(baby, (x0.clone(), noise.clone(), t, text, guidance, weight))                                 # not guided
     assert torch.equal(seen["target"], noise - x0)
