@@ -76,6 +76,17 @@ def test_the_decoder_learns_alone_and_latents_stay(tiny, monkeypatch, tmp_path):
     errors = [(model.decode(model.encode(images)) - images).square().mean() for model in (before, after)]
     assert errors[1] < 0.8 * errors[0]
 
+    def above(width, height, first, count):                                # as if faces were what is above the middle
+        weights = torch.zeros(count, 1, height // 8, width // 8)
+        weights[:, :, :height // 16] = 2
+        return weights
+    (tmp_path / "ae.safetensors").write_bytes((out / "ae.safetensors").read_bytes())
+    monkeypatch.setattr(pretrain, "face_weights", above)
+    pretrain.train_decoder(tmp_path, tmp_path)
+    other = load_autoencoder(tmp_path, dtype=torch.float32)
+    halves = [(model.decode(model.encode(images)) - images).square().mean(dim=(0, 1, 3)).view(2, -1).mean(1) for model in (after, other)]
+    assert halves[1][0] / halves[1][1] < 0.9 * halves[0][0] / halves[0][1]
+
 
 def test_a_stopped_run_goes_on_bit_for_bit(tiny, monkeypatch, tmp_path):
     run, out = tiny
