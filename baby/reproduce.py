@@ -13,8 +13,8 @@ Stages, each by eval_rfacesim.py, each going on where it was stopped:
                                                                                             -> run/sweep, --out/sweep
 
 The learning rate of a method is the one with the highest sum of R-FaceSim (a picture without a face counts as 0) and CLIP-T.
-random-lomd is Meta-LoRA over a random frozen A, at r1 of
-the learned one; `none` is the floor, the reference photo itself the ceiling.
+random-lomd is Meta-LoRA over a random frozen A, at r1 of the learned one; `none` is the floor, the reference photo itself the
+ceiling.
 
 Source: "Meta-LoRA" (Topal et al. 2025), section 4 and appendices D, F and I.
 """
