@@ -621,9 +621,10 @@ measure(load_twice)
 def peaks_of_loading(folder, *fp8):
     """RssAnon of a process that loads this folder, then again beside a deliberate second copy.
 
-    Twice: bytes before, at the peak, and of the model.
+    Twice: bytes before, at the peak, and of the model. glibc may keep freed pieces for later, by chance as much as the model
+    itself; with a fixed threshold it gives back all that is larger, so what is measured is what is held.
     """
-    child = python(MEASURE, str(folder), *fp8)
+    child = python(MEASURE, str(folder), *fp8, MALLOC_MMAP_THRESHOLD_="65536")
     output, errors = child.communicate()
     assert child.returncode == 0, errors
     return [tuple(map(int, line.split())) for line in output.splitlines()]
@@ -652,9 +653,8 @@ def test_8_bits_are_made_while_loading(tmp_path):
     """Half of the file and a tensor or two on the way, never all of it."""
     config = FluxConfig(hidden_size=512, num_heads=4, depth=4, depth_single_blocks=16, context_in_dim=512)
     size = write_random_checkpoint(tmp_path, config, diffusers=False)
-    tries = [peaks_of_loading(tmp_path, "fp8")[0] for _ in range(2)]          # what the allocator keeps varies, and only adds
-    assert all(0.5 * size < loaded < 0.53 * size for _, _, loaded in tries)
-    assert min(peak - before for before, peak, _ in tries) < 0.75 * size
+    before, peak, loaded = peaks_of_loading(tmp_path, "fp8")[0]
+    assert 0.5 * size < loaded < 0.53 * size and peak - before < 0.6 * size
 
 
 @linux
