@@ -42,7 +42,7 @@ import flux_model
 import personalize
 import photos
 from lora_files import load_lora, save_lora
-from meta_train import Interruption, write_whole
+from meta_train import Interruption, save_figure, write_whole
 from metalora import IdentityBank, MetaLoRA, apply_loras, find_targets, random_lomd, remove_loras
 from sample import decode_latent, encode_prompts, name_prompts, note, read_prompts, sample_latents, save_png
 
@@ -706,11 +706,6 @@ def grouped(methods: list[dict]) -> dict[str, list[dict]]:
         if method["r_facesim"] and method["clip_t"]:
             by_method.setdefault(method["method"], []).append(method)
     return by_method
-
-
-def save_figure(figure, path: Path):
-    figure.savefig(f"{path}.part", format="png", dpi=120)
-    os.replace(f"{path}.part", path)
 
 
 def line_of(axes, points: list[dict], metric: str, **style):

@@ -735,6 +735,11 @@ class Log:
         self.entries = []
 
 
+def save_figure(figure, path: Path):
+    figure.savefig(f"{path}.part", format="png", dpi=120)
+    os.replace(f"{path}.part", path)
+
+
 def plot(log, path):
     """loss.png: the loss of both phases over the run, and by time, early and late."""
     from matplotlib.figure import Figure
@@ -753,8 +758,7 @@ def plot(log, path):
         by_t.plot(centres[seen], np.nanmean(values[:, seen], axis=0), "o-", label=part)
     by_t.set(xlabel="t (1 is noise)", title="loss by time")
     by_t.legend()
-    figure.savefig(f"{path}.part", format="png", dpi=120)
-    os.replace(f"{path}.part", path)
+    save_figure(figure, path)
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import faces  # noqa: E402
-from eval_rfacesim import save_figure  # noqa: E402
 from flux_model import (Parser, find_model, flow_matching_loss, load_autoencoder, load_flux, load_text_encoders,  # noqa: E402
                         model_defaults, positive, run_script)
+from meta_train import save_figure  # noqa: E402
 from metalora import MetaLoRA, find_targets, load_lomd, random_lomd  # noqa: E402
 from personalize import encode_crops, load_crops, train  # noqa: E402
 from photos import to_tensor  # noqa: E402

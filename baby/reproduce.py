@@ -38,7 +38,7 @@ import eval_rfacesim as evaluation  # noqa: E402
 import faces  # noqa: E402
 import photos  # noqa: E402
 from flux_model import JsonFile, Parser, pick_device, positive, run_script  # noqa: E402
-from meta_train import write_whole  # noqa: E402
+from meta_train import save_figure, write_whole  # noqa: E402
 
 METHODS = ("lora", "lora-crops", "random-lomd", "meta-lora")
 OFFSETS = ((-8, -8), (0, 10), (11, -8), (9, 9))            # of a method's labels in rates.png, points
@@ -101,26 +101,14 @@ def side_by_side(pool, calls: list[tuple], name: str):
             raise
 
 
-def given(words: list[str], option: str) -> slice:
-    """Where the values of an option are."""
-    start = words.index(option) + 1
-    return slice(start, next((i for i in range(start, len(words)) if words[i].startswith("--")), len(words)))
-
-
-def evaluate(pool, *words) -> dict:
+def evaluate(pool, out: Path, methods, ranks, *words) -> dict:
     """eval_rfacesim.py with these words -> its scores.json. Its own table is not shown. With a pool each method at each rank is
-    a call of its own, and one more puts together what they leave in --out."""
-    words = [str(word) for word in words]
-    out, calls = Path(words[words.index("--out") + 1]), []
-    if pool:
-        methods, ranks = (words[given(words, option)] for option in ("--methods", "--ranks"))
-        for method, rank in itertools.product(methods, ranks):
-            if method != "none" or rank == ranks[0]:                       # without a LoRA there is no rank
-                calls.append(words.copy())
-                for option, value in (("--methods", method), ("--ranks", rank)):
-                    calls[-1][given(calls[-1], option)] = [value]
-        side_by_side(pool, [(evaluation.evaluate, call, True) for call in calls], f"methods of {out.name}")
-    evaluation.evaluate(words, quiet=True)
+    a call of its own, and one more puts together what they leave in `out`."""
+    call = lambda methods, ranks: [str(word) for word in (*words, "--out", out, "--methods", *methods, "--ranks", *ranks)]
+    if pool:                                               # without a LoRA there is no rank
+        calls = [call([m], [r]) for m, r in itertools.product(methods, ranks) if m != "none" or r == ranks[0]]
+        side_by_side(pool, [(evaluation.evaluate, words, True) for words in calls], f"methods of {out.name}")
+    evaluation.evaluate(call(methods, ranks), quiet=True)
     return JsonFile(out / "scores.json")
 
 
@@ -129,8 +117,7 @@ def choose_rates(pool, common: list, data: Path, run: Path, rates: dict[str, tup
     tried = {}
     for rate in sorted({rate for own in rates.values() for rate in own}):
         methods = [method for method, own in rates.items() if rate in own]
-        scores = evaluate(pool, *common, "--data", data, "--methods", "none", *methods, "--lr", rate, "--ranks", 1, "--seeds", 1,
-                          "--out", run / "rates" / f"{rate:g}")
+        scores = evaluate(pool, run / "rates" / f"{rate:g}", ["none", *methods], [1], *common, "--data", data, "--lr", rate, "--seeds", 1)
         for row in scores["methods"]:
             tried.setdefault(row["method"], {})[f"{rate:g}"] = {name: row[name]["mean"] for name in ("r_facesim", "clip_t")}
     floor = next(iter(tried.pop("none").values()))["clip_t"]
@@ -157,7 +144,7 @@ def draw_rates(tried: dict, chosen: dict, floor: float, path: Path):
     axes.margins(0.08)
     axes.set(xlabel="CLIP-T (%)", ylabel="R-FaceSim (%)")
     axes.legend(fontsize=8, title="learning rates in 1e-4", title_fontsize=8)
-    evaluation.save_figure(figure, path)
+    save_figure(figure, path)
 
 
 def together(people: list, runs: dict[int, dict]) -> tuple[list, dict[str, list[dict]]]:
@@ -218,16 +205,15 @@ def reproduce(argv=None):
     common = common_words(args) + (["--lomd", args.lomd] if args.lomd else [])
     rates = choose_rates(pool, common, run / "choose", run, size.rates)
     print(f"learning rates: {', '.join(f'{method} {rate:g}' for method, rate in rates.items())}")
-    common += ["--methods", "none", *METHODS, "--lr", *(f"{method}={rate}" for method, rate in rates.items())]
-    runs, out = {}, args.out or run / "report"
+    common += ["--lr", *(f"{method}={rate}" for method, rate in rates.items())]
+    methods, runs, out = ["none", *METHODS], {}, args.out or run / "report"
     for seed in range(size.trainings):
-        runs[seed] = rows_of(evaluate(pool, *common, "--data", run / "people", "--seed", seed, "--ranks", 1, "--seeds", size.noises,
-                                      "--out", run / f"seed{seed}"))
+        runs[seed] = rows_of(evaluate(pool, run / f"seed{seed}", methods, [1], *common, "--data", run / "people", "--seed", seed,
+                                      "--seeds", size.noises))
         report(args, run / "people", run / "seed0", out, rates, runs, judges)
     if size.sweep:
         draw_people(judges, run / "sweep people", faces.TEST.start + 3000, min(size.sweep, size.people), PHOTOS)      # the same again
-        scores = evaluate(pool, *common, "--data", run / "sweep people", "--seeds", 1, "--ranks", *size.ranks, "--iters", *size.iters,
-                          "--out", run / "sweep")
+        scores = evaluate(pool, run / "sweep", methods, size.ranks, *common, "--data", run / "sweep people", "--seeds", 1, "--iters", *size.iters)
         report(args, run / "sweep people", run / "sweep", out / "sweep", rates, {0: rows_of(scores)}, judges)
 
 

@@ -19,7 +19,7 @@ import eval_rfacesim as evaluation  # noqa: E402
 import faces  # noqa: E402
 import meta_train  # noqa: E402
 from flux_model import run_script  # noqa: E402
-from meta_train import write_whole  # noqa: E402
+from meta_train import save_figure, write_whole  # noqa: E402
 from reproduce import choose_rates, common_words, difference, draw_people, evaluate, model_words, options, run_folder, \
     side_by_side, workers  # noqa: E402
 
@@ -67,8 +67,7 @@ def measure(variant: Variant, size, run: Path, args) -> tuple[float, dict]:
             "--cache", run / f"cache{variant.people}", "--out", lomd, *variant.words)])
     words, own = [*common_words(args), "--photos", variant.photos, "--lomd", lomd], run / variant.name
     rate = choose_rates(None, words, run / "choose", own, {"meta-lora": variant.rates})["meta-lora"]
-    return rate, evaluate(None, *words, "--data", run / "people", "--methods", "meta-lora", "--ranks", 1, "--seeds", 1, "--lr", rate,
-                          "--out", own / "scores")
+    return rate, evaluate(None, own / "scores", ["meta-lora"], [1], *words, "--data", run / "people", "--seeds", 1, "--lr", rate)
 
 
 def draw_study(rows: list[dict], path: Path):
@@ -84,7 +83,7 @@ def draw_study(rows: list[dict], path: Path):
         axes.set(xlabel={"r_facesim": "R-FaceSim (%)", "clip_t": "CLIP-T (%)"}[metric])
     panels[0].set_yticks(range(len(rows)), [f"{row['question']}: {row['value']}" for row in rows])
     panels[0].invert_yaxis()
-    evaluation.save_figure(figure, path)
+    save_figure(figure, path)
 
 
 def study(argv=None):

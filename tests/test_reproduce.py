@@ -28,11 +28,11 @@ def test_nobody_is_in_two_roles():
 def test_the_best_rate_by_the_sum_of_both_scores(tmp_path, monkeypatch):
     seen = {3e-4: (0.2, 0.70), 1e-3: (0.5, 0.65), 3e-3: (0.7, 0.30), 1e-2: (0.6, 0.20)}               # R-FaceSim, CLIP-T
 
-    def scores(*words):
+    def scores(pool, out, methods, ranks, *words):
         robust, text = seen[words[words.index("--lr") + 1]]
         row = lambda method, r, c: {"method": method, "r_facesim": {"mean": r}, "clip_t": {"mean": c}}
         rows = [row("none", 0.1, 0.72), row("lora", robust, text), row("meta-lora", robust, 0.1 * text)]
-        return {"methods": [own for own in rows if own["method"] in words]}
+        return {"methods": [own for own in rows if own["method"] in methods]}
     monkeypatch.setattr(reproduce, "evaluate", scores)
     chosen = reproduce.choose_rates(None, [], Path("data"), tmp_path, {"lora": tuple(seen), "meta-lora": (3e-4, 1e-2)})
     assert chosen == {"lora": 1e-3, "meta-lora": 1e-2}                     # its text scores are a tenth
@@ -69,11 +69,12 @@ def test_each_method_at_each_rank_is_a_call_of_its_own(tmp_path, monkeypatch):
     calls, last = [], []
     monkeypatch.setattr(reproduce, "side_by_side", lambda pool, some, name: calls.extend(some))
     monkeypatch.setattr(eval_rfacesim, "evaluate", lambda words, quiet: last.append(words))
-    words = ["--methods", "none", "lora", "meta-lora", "--lr", "lora=1", "--ranks", 1, 4, "--iters", 2, 3, "--out", tmp_path]
-    assert reproduce.evaluate("a pool", *words) == {} and last == [list(map(str, words))]
-    own = [(call[call.index("--methods") + 1:call.index("--lr")], call[call.index("--ranks") + 1:call.index("--iters")]) for _, call, _ in calls]
-    assert own == [(["none"], ["1"]), (["lora"], ["1"]), (["lora"], ["4"]), (["meta-lora"], ["1"]), (["meta-lora"], ["4"])]
-    assert all(call[-5:] == ["--iters", "2", "3", "--out", str(tmp_path)] for _, call, _ in calls)
+    methods, words = ["none", "lora", "meta-lora"], ["--lr", "lora=1", "--iters", 2, 3]
+    assert reproduce.evaluate("a pool", tmp_path, methods, [1, 4], *words) == {}
+    call = lambda methods, ranks: ["--lr", "lora=1", "--iters", "2", "3", "--out", str(tmp_path), "--methods", *methods, "--ranks", *ranks]
+    assert last == [call(methods, ["1", "4"])]
+    assert [words for _, words, quiet in calls] == [
+        call(["none"], ["1"]), *(call([method], [rank]) for method in methods[1:] for rank in ("1", "4"))]
 
 
 @pytest.mark.slow
@@ -83,9 +84,8 @@ def test_side_by_side_is_as_one_after_the_other(tmp_path):
     (tmp_path / "prompts.txt").write_text("a photo of a [man/woman]")
     for jobs in (1, 2):
         args.jobs = jobs
-        scores = reproduce.evaluate(reproduce.workers(args), "--model", "baby", "--steps", 2, "--methods", "none", "lora", "meta-lora", "--ranks", 1, 2,
-                                    "--iters", 2, "--seeds", 1, "--prompts", tmp_path / "prompts.txt", "--data", tmp_path / "people",
-                                    "--out", tmp_path / str(jobs))
+        scores = reproduce.evaluate(reproduce.workers(args), tmp_path / str(jobs), ["none", "lora", "meta-lora"], [1, 2], "--model", "baby",
+                                    "--steps", 2, "--iters", 2, "--seeds", 1, "--prompts", tmp_path / "prompts.txt", "--data", tmp_path / "people")
         found.append({(row["method"], row["identity"]): row["clip_t"] for row in scores["pictures"]})
     assert len(found[0]) == 10 and found[0] == pytest.approx(found[1], abs=1e-3)
     with pytest.raises(ValueError, match="another setting of steps"):           # an error of a worker is the command's
