@@ -49,7 +49,7 @@ from metalora import find_targets, random_lomd, save_lomd  # noqa: E402
 SEED = 0
 SHAPES = {(128, 128): 24_000, (144, 112): 4_000, (112, 144): 4_000, (176, 96): 2_500, (96, 176): 2_500}  # (w, h): count
 AE_STEPS, AE_BATCH, AE_LR = 4_000, 16, 3e-3
-DECODER_STEPS, DECODER_BATCH, DECODER_LR = 3_800, 8, 1e-3
+DECODER_STEPS, DECODER_BATCH, DECODER_LR = 8_800, 8, 1e-3
 AE_CONFIG = AutoEncoderConfig(resolution=128, ch=16, ch_mult=(1, 1, 2, 4), num_res_blocks=1, num_groups=4)
 WIDTH_TEXT, T5_TOKENS, CLIP_TOKENS = 64, 24, 40
 FLUX_CONFIG = FluxConfig(vec_in_dim=WIDTH_TEXT, context_in_dim=WIDTH_TEXT, hidden_size=192, num_heads=6, depth=3,
