@@ -14,6 +14,7 @@ Sources: "CosFace: Large Margin Cosine Loss for Deep Face Recognition" (Wang et 
 Models From Natural Language Supervision" (Radford et al. 2021); equal captions in a batch count as matches here.
 """
 import argparse
+import contextlib
 import json
 import math
 import multiprocessing
@@ -33,7 +34,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import faces  # noqa: E402
 from eval_rfacesim import FaceEmbedder  # noqa: E402
-from pretrain import cosine, is_photo, save_whole  # noqa: E402
+from pretrain import CPU, cosine, is_photo, save_whole  # noqa: E402
 
 SEED, PEOPLE, PICTURES, HELD_OUT = 0, 1_500, 20, 100               # HELD_OUT: METRIC people that only measure
 EMBEDDER_STEPS, EMBEDDER_BATCH, EMBEDDER_LR, SCALE, MARGIN = 4_000, 128, 2e-3, 24.0, 0.3
@@ -117,12 +118,12 @@ def worsen(x: torch.Tensor, generator: torch.Generator, shift: float) -> torch.T
 # Face embedder
 
 
-def train_embedder(run: Path, out: Path, data: dict):
+def train_embedder(run: Path, out: Path, data: dict, device=CPU):
     people = np.repeat(np.arange(PEOPLE), PICTURES)
     train = np.flatnonzero(data["found"] & (people < PEOPLE - HELD_OUT))
     torch.manual_seed(SEED)
-    model = FaceEmbedder()
-    classes = nn.Parameter(torch.randn(PEOPLE - HELD_OUT, FaceEmbedder.DIM) * 0.05)
+    model = FaceEmbedder().to(device)
+    classes = nn.Parameter((torch.randn(PEOPLE - HELD_OUT, FaceEmbedder.DIM) * 0.05).to(device))
     optimizer = torch.optim.AdamW([*model.parameters(), classes], lr=EMBEDDER_LR, weight_decay=0.05)
     bar, shown = tqdm(range(EMBEDDER_STEPS), desc="embedder", mininterval=5), 0.0
     for step in bar:
@@ -130,10 +131,10 @@ def train_embedder(run: Path, out: Path, data: dict):
         index = rng.choice(train, EMBEDDER_BATCH, replace=False)
         x = (torch.from_numpy(data["crops"][index]).permute(0, 3, 1, 2).float() - 127.5) / 128
         x = worsen(torch.where(torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5, x.flip(-1), x), generator, 0.08)
-        with torch.autocast("cpu", torch.bfloat16):
-            embedding = model(x)
+        with torch.autocast(device.type, torch.bfloat16):
+            embedding = model(x.to(device))
         cosines = embedding.float() @ F.normalize(classes, dim=1).T
-        label = torch.from_numpy(people[index])
+        label = torch.from_numpy(people[index]).to(device)
         margin = MARGIN * min(1.0, step / 1000)                    # at once it keeps a new network from starting
         loss = F.cross_entropy(SCALE * (cosines - margin * F.one_hot(label, len(classes))), label)
         optimizer.param_groups[0]["lr"] = EMBEDDER_LR * cosine(step, EMBEDDER_STEPS, 100)
@@ -151,11 +152,11 @@ def train_embedder(run: Path, out: Path, data: dict):
 def verification(model: nn.Module, data: dict) -> str:
     """Same person or not, by the cosine of two pictures: AUC over all pairs of the held-out people."""
     rows = slice((PEOPLE - HELD_OUT) * PICTURES, None)
-    people, texts = np.repeat(np.arange(HELD_OUT), PICTURES), data["texts"][rows]
+    people, texts, device = np.repeat(np.arange(HELD_OUT), PICTURES), data["texts"][rows], next(model.parameters()).device
     photo = np.array([is_photo(text) for text in texts])
     model.eval()
     x = (torch.from_numpy(data["crops"][rows]).permute(0, 3, 1, 2).float() - 127.5) / 128
-    embeddings = torch.cat([model(part) for part in x.split(256)]).numpy()
+    embeddings = torch.cat([model(part.to(device)).cpu() for part in x.split(256)]).numpy()
     model.train()
     words = []
     for name, chosen in (("photo", data["found"][rows] & photo), ("all styles", data["found"][rows])):
@@ -181,7 +182,7 @@ def auc(positive: np.ndarray, negative: np.ndarray) -> float:
 # Scorer
 
 
-def train_scorer(out: Path, data: dict):
+def train_scorer(out: Path, data: dict, device=CPU):
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
     folder = out / "scorer"
     folder.mkdir(parents=True, exist_ok=True)
@@ -196,7 +197,7 @@ def train_scorer(out: Path, data: dict):
         vision_config=dict(hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
                            image_size=128, patch_size=16), projection_dim=64)
     torch.manual_seed(SEED)
-    model = CLIPModel(config)
+    model = CLIPModel(config).to(device)
     CLIPImageProcessor(size={"shortest_edge": 128}, crop_size={"height": 128, "width": 128}, image_mean=[0.5] * 3,
                        image_std=[0.5] * 3).save_pretrained(folder)
     ids = torch.tensor(tokenizer(data["texts"].tolist(), padding="max_length", truncation=True, max_length=length).input_ids)
@@ -208,10 +209,11 @@ def train_scorer(out: Path, data: dict):
         rng, generator = np.random.default_rng([SEED, step, 6]), torch.Generator().manual_seed(step)
         index = rng.choice(train, SCORER_BATCH, replace=False)
         x = torch.from_numpy(data["images"][index]).permute(0, 3, 1, 2).float() / 127.5 - 1
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):          # as in pretrain.py
-            result = model(input_ids=ids[index], pixel_values=worsen(x, generator, 0.04))
+        attention = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()          # as in pretrain.py
+        with torch.autocast(device.type, torch.bfloat16), attention:
+            result = model(input_ids=ids[index].to(device), pixel_values=worsen(x, generator, 0.04).to(device))
         logits = result.logits_per_image.float()
-        match = torch.from_numpy(data["texts"][index][:, None] == data["texts"][index]).float()
+        match = torch.from_numpy(data["texts"][index][:, None] == data["texts"][index]).float().to(device)
         match = match / match.sum(1, keepdim=True)
         loss = (F.cross_entropy(logits, match) + F.cross_entropy(logits.T, match)) / 2
         optimizer.param_groups[0]["lr"] = SCORER_LR * cosine(step, SCORER_STEPS, 100)
@@ -231,14 +233,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--run", type=Path, default=Path("baby/run/metrics"), help="pictures (2 GB)")
     parser.add_argument("--out", type=Path, default=Path("baby/checkpoint"), help="the baby's folder")
+    parser.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     data = make_pictures(args.run)
     if not (args.out / "face_embedder.safetensors").exists():
-        train_embedder(args.run, args.out, data)
+        train_embedder(args.run, args.out, data, device)
     if not (args.out / "scorer" / "model.safetensors").exists():
-        train_scorer(args.out, data)
+        train_scorer(args.out, data, device)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ this small a network worse at faces. Random numbers depend on (seed, step) alone
 sees the same data as one that is not.
 """
 import argparse
+import contextlib
 import copy
 import json
 import math
@@ -46,7 +47,7 @@ from flux_model import (AutoEncoder, AutoEncoderConfig, Flux, FluxConfig, flow_m
                         load_autoencoder, load_flux, load_text_encoders, sample_times, velocity)
 from metalora import find_targets, random_lomd, save_lomd  # noqa: E402
 
-SEED = 0
+SEED, CPU = 0, torch.device("cpu")
 SHAPES = {(128, 128): 24_000, (144, 112): 4_000, (112, 144): 4_000, (176, 96): 2_500, (96, 176): 2_500}  # (w, h): count
 AE_STEPS, AE_BATCH, AE_LR = 4_000, 16, 3e-3
 DECODER_STEPS, DECODER_BATCH, DECODER_LR = 8_800, 8, 1e-3
@@ -183,11 +184,11 @@ def cosine(step: int, total: int, warmup: int) -> float:
 # Autoencoder
 
 
-def train_autoencoder(run: Path, out: Path):
+def train_autoencoder(run: Path, out: Path, device=CPU):
     """L1 + L2 on pictures and a light KL term; then each latent channel is scaled to unit variance (exactly: the scale
     moves from the decoder's first convolution to the encoder's last)."""
     torch.manual_seed(SEED)
-    model = AutoEncoder(AE_CONFIG).to(memory_format=torch.channels_last)
+    model = AutoEncoder(AE_CONFIG).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=AE_LR, betas=(0.9, 0.99), weight_decay=1e-3)
     data = np.load(run / "data" / "128x128.npy", mmap_mode="r")
     state = run / "autoencoder.safetensors"
@@ -200,12 +201,13 @@ def train_autoencoder(run: Path, out: Path):
         px, batch = (128, AE_BATCH // 4) if full else (64, AE_BATCH)
         corner = rng.integers(0, 128 - px + 1, (batch, 2))
         images = pictures(np.stack([data[i, y:y + px, x:x + px] for i, (y, x) in
-                                    zip(rng.integers(0, len(data), batch), corner)]))
+                                    zip(rng.integers(0, len(data), batch), corner)])).to(device, memory_format=torch.channels_last)
         optimizer.param_groups[0]["lr"] = AE_LR * cosine(step, AE_STEPS, 100)
-        with torch.autocast("cpu", torch.bfloat16):
-            mean, logvar = model.moments(images.to(memory_format=torch.channels_last)).float().chunk(2, dim=1)
+        with torch.autocast(device.type, torch.bfloat16):
+            mean, logvar = model.moments(images).float().chunk(2, dim=1)
             logvar = logvar.clamp(-12, 4)
-            z = mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=torch.Generator().manual_seed(step))
+            noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(step)).to(device)
+            z = mean + torch.exp(0.5 * logvar) * noise
             error = model.decoder(z).float() - images
         mse = error.square().mean()
         loss = error.abs().mean() + 2 * mse + 1e-4 * 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
@@ -221,7 +223,7 @@ def train_autoencoder(run: Path, out: Path):
         if interrupted.now:
             sys.exit(130)
     model = model.to(memory_format=torch.contiguous_format).eval()
-    normalise_latents(model, pictures(data[-256:]))
+    normalise_latents(model, pictures(data[-256:]).to(device))
     save_whole(model.state_dict(), out / "ae.safetensors", {"config": json.dumps(vars(model.config))})
 
 
@@ -240,10 +242,10 @@ def normalise_latents(model: AutoEncoder, images: torch.Tensor):
     model.config.scale_factor = 1.0
 
 
-def train_decoder(run: Path, out: Path):
+def train_decoder(run: Path, out: Path, device=CPU):
     """The decoder alone, on whole pictures and from the latents' means, as it is used: latents stay what they are. Faces count
     more than the rest: what a detector missed in decoded renders were thin glasses."""
-    model = load_autoencoder(out, "cpu", torch.float32).to(memory_format=torch.channels_last)
+    model = load_autoencoder(out, device, torch.float32).to(memory_format=torch.channels_last)
     parameters = [p.requires_grad_() for p in model.decoder.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=DECODER_LR, betas=(0.9, 0.99), weight_decay=1e-3)
     data, state = np.load(run / "data" / "128x128.npy", mmap_mode="r"), run / "decoder.safetensors"
@@ -252,13 +254,13 @@ def train_decoder(run: Path, out: Path):
     for step in tqdm(range(start, DECODER_STEPS), initial=start, total=DECODER_STEPS, desc="decoder"):
         rng = np.random.default_rng([SEED, step, 8])
         index = np.sort(rng.choice(len(data), DECODER_BATCH, replace=False))
-        images = pictures(data[index]).to(memory_format=torch.channels_last)
+        images = pictures(data[index]).to(device, memory_format=torch.channels_last)
         optimizer.param_groups[0]["lr"] = DECODER_LR * cosine(step, DECODER_STEPS, 50)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16):
             with torch.no_grad():
                 z = model.moments(images).chunk(2, dim=1)[0]
             error = model.decoder(z).float() - images
-        weight = nn.functional.interpolate(face[index].float(), size=error.shape[2:])
+        weight = nn.functional.interpolate(face[index].to(device).float(), size=error.shape[2:])
         (weight * (error.abs() + 4 * error.square())).mean().backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -276,15 +278,15 @@ def train_decoder(run: Path, out: Path):
 
 
 @torch.no_grad()
-def encode_latents(run: Path, out: Path):
+def encode_latents(run: Path, out: Path, device=CPU):
     """Posterior means of every picture, as fp16 (n, 16, h, w). No mirror images: the renderer favours no side."""
-    model = load_autoencoder(out, "cpu", torch.float32)
+    model = load_autoencoder(out, device, torch.float32)
     for width, height in SHAPES:
         data = np.load(run / "data" / f"{width}x{height}.npy", mmap_mode="r")
         path = run / "latents" / f"{width}x{height}.safetensors"
         if not path.exists():
-            with torch.autocast("cpu", torch.bfloat16):
-                chunks = [model.encode(pictures(data[i:i + 64])).half()
+            with torch.autocast(device.type, torch.bfloat16):
+                chunks = [model.encode(pictures(data[i:i + 64]).to(device)).half().cpu()
                           for i in tqdm(range(0, len(data), 64), desc=f"latents {width}x{height}")]
             save_whole({"latents": torch.cat(chunks)}, path)
 
@@ -368,7 +370,7 @@ class Baby(nn.Module):
                 nn.init.zeros_(p)                         # adaLN-zero: every block starts as the identity (DiT)
 
     def embed(self, captions: list[str]):
-        clip_ids, t5_ids = self.text.tokenize(captions)
+        clip_ids, t5_ids = (ids.to(self.flux.img_in.weight.device) for ids in self.text.tokenize(captions))
         return self.t5(t5_ids).last_hidden_state, self.clip(clip_ids).pooler_output
 
 
@@ -391,10 +393,11 @@ def loss_of(baby: Baby, batch, average: Baby | None = None, weak: Baby | None = 
     x0, noise, t, text, guidance, weight = batch
     if weak is None:
         guidance = torch.ones(BATCH)
-    rows = (guidance > 1).nonzero()[:, 0]
+    rows, device = np.flatnonzero(guidance.numpy() > 1), baby.flux.img_in.weight.device
+    x0, noise, t, guidance, weight = (part.to(device) for part in (x0, noise, t, guidance, weight))
     if len(rows):
         with torch.no_grad():
-            at, ones, words = t[rows, None, None, None], torch.ones(len(rows)), [text[i] for i in rows]
+            at, ones, words = t[rows, None, None, None], torch.ones(len(rows), device=device), [text[i] for i in rows]
             x_t = (1 - at) * x0[rows] + at * noise[rows]
             good, bad = (velocity(model.flux, x_t, t[rows], *model.embed(words), ones) for model in (average, weak))
             # moving x0 and the noise apart by the same amount moves the target, noise - x0, and not x_t
@@ -452,9 +455,10 @@ def grow(small: Flux, large: Flux):
         p.copy_(old[name][rows][:, columns] * share)
 
 
-def train_transformer(run: Path, out: Path, steps: int, init: Path | None = None):
+def train_transformer(run: Path, out: Path, steps: int, init: Path | None = None, device=CPU):
     baby = Baby(out)
-    small = load_checkpoint(baby, init) if init else None
+    small = load_checkpoint(baby, init).to(device) if init else None
+    baby.to(device)
     # a picture in another style than a photo is drawn twice as often: 10 % each of the data are too few to learn from
     chances, captions = {}, {s: (run / "data" / f"{s[0]}x{s[1]}.txt").read_text().splitlines() for s in SHAPES}
     latents, face, first = {}, {}, 0
@@ -491,7 +495,8 @@ def train_transformer(run: Path, out: Path, steps: int, init: Path | None = None
         rate = min(1.0, (step + 1) / 200) * min(1.0, left / DECAY)                      # warm up, hold, fall
         optimizers[0].param_groups[0]["lr"], optimizers[1].param_groups[0]["lr"] = LR_MUON * rate, LR_ADAM * rate
         # for 88 tokens the flash kernel's backward costs 40 % of a step on a CPU, plain matmuls a tenth of it
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        attention = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
+        with torch.autocast(device.type, torch.bfloat16), attention:
             batch = batch_of(step, latents, face, captions, chances)
             loss = loss_of(baby, batch, average, weak) if left < GUIDED else loss_of(baby, batch)
         loss.backward()
@@ -524,17 +529,19 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("baby/checkpoint"), help="the checkpoint, in the hub's layout")
     parser.add_argument("--steps", type=int, default=STEPS, help="of the transformer, with batches of 64")
     parser.add_argument("--init", type=Path, help="folder of a checkpoint whose transformer to go on from, as a new run")
+    parser.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     make_data(args.run)
     if not (args.out / "ae.safetensors").exists():
-        train_autoencoder(args.run, args.out)
+        train_autoencoder(args.run, args.out, device)
     with safe_open(args.out / "ae.safetensors", "pt") as file:
         whole = "decoder_steps" in file.metadata()
     if not whole:
-        train_decoder(args.run, args.out)
-    encode_latents(args.run, args.out)
+        train_decoder(args.run, args.out, device)
+    encode_latents(args.run, args.out, device)
     if not (args.out / "text_encoder_2" / "model.safetensors").exists():
         make_text(args.run, args.out)
     if not (args.out / "lomd.safetensors").exists():
@@ -542,7 +549,7 @@ def main():
             targets = find_targets(Flux(FLUX_CONFIG))
         save_lomd(args.out / "lomd.safetensors", random_lomd(targets, r1=16, seed=SEED),
                   {"model": "baby", "iterations": "0", "random": "true"})
-    train_transformer(args.run, args.out, args.steps, args.init)
+    train_transformer(args.run, args.out, args.steps, args.init, device)
 
 
 if __name__ == "__main__":

@@ -169,6 +169,11 @@ def test_guidance_moves_the_target_and_not_the_input(tiny, monkeypatch):
     assert torch.allclose(seen["target"], wanted, atol=1e-4) and (guidance > 1).any() and (guidance == 1).any()
     pretrain.loss_of(baby, (x0.clone(), noise.clone(), t, text, guidance, weight))                                 # not guided
     assert torch.equal(seen["target"], noise - x0)
+    monkeypatch.undo()                                          # weights elsewhere: the batch follows them, guided or not
+    elsewhere = [model.to("meta") for model in (baby, average, weak)]
+    for models in (elsewhere, elsewhere[:1]):
+        pretrain.loss_of(models[0], (x0, noise, t, text, guidance, weight), *models[1:]).backward()
+    assert all(p.grad.device.type == "meta" for p in baby.flux.double_blocks.parameters())
 
 
 def test_the_weighted_part_of_a_picture_is_its_face():
