@@ -557,7 +557,7 @@ def test_people_trained_together_equal_those_trained_one_by_one(people, method, 
                for i, r in enumerate(references)]
     assert len({latent.shape for latent in latents[0]}) > 2 and len({len(own) for own in latents}) > 1
     txt, y = load_text_encoders(BABY, dtype=torch.float32).encode(["a photo of a man", "a photo of a woman"] * 2)
-    flux, iters, passes = load_flux(BABY, dtype=torch.float32), 12, []
+    flux, iters, passes = load_flux(BABY, dtype=torch.float32), 8, []
 
     def trained(people, slots):
         adapter = MetaLoRA(flux, 2, method, lomd, num_identities=0, slots=slots)

@@ -64,7 +64,7 @@ def test_normalising_latents_changes_no_picture(tiny):
 
 def test_the_decoder_learns_alone_and_latents_stay(tiny, monkeypatch, tmp_path):
     run, out = tiny
-    monkeypatch.setattr(pretrain, "DECODER_STEPS", 40)
+    monkeypatch.setattr(pretrain, "DECODER_STEPS", 24)
     monkeypatch.setattr(pretrain, "DECODER_LR", 1e-2)
     (tmp_path / "data").symlink_to(run / "data")
     (tmp_path / "ae.safetensors").write_bytes((out / "ae.safetensors").read_bytes())
