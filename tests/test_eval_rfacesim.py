@@ -433,9 +433,11 @@ def prompts_file(people):
 
 @pytest.fixture(scope="module")
 def whole(people, prompts_file):
-    """A run in one go: two methods and the floor, two ranks, two iteration counts."""
-    out = people.parent / "whole"
-    words = [*BASE, "--data", people, "--prompts", prompts_file, "--methods", "meta-lora", "lora", "none", "--ranks", "1", "2",
+    """A run in one go: two people, two methods and the floor, two ranks, two iteration counts."""
+    out, few = people.parent / "whole", people.parent / "few"
+    for name in ("p0", "p1"):
+        shutil.copytree(people / name, few / name)
+    words = [*BASE, "--data", few, "--prompts", prompts_file, "--methods", "meta-lora", "lora", "none", "--ranks", "1", "2",
              "--iters", "2", "3", "--lr", "1e-2", "lora=5e-3"]
     assert run(*words, "--out", out) == 0
     return words, out
@@ -445,7 +447,7 @@ def test_the_whole_run_writes_everything(whole, capsys):
     words, out = whole
     scores = json.loads((out / "scores.json").read_text())
     assert [m["label"] for m in scores["methods"]] == [f"{m}_r{r}_i{i}" for m in ("meta-lora", "lora") for r in (1, 2) for i in (2, 3)] + ["none"]
-    assert len(scores["pictures"]) == 9 * 4 * 2 and scores["settings"]["learning rates"]["lora"] == 5e-3
+    assert len(scores["pictures"]) == 9 * 2 * 2 and scores["settings"]["learning rates"]["lora"] == 5e-3
     assert scores["settings"]["learning rates"]["meta-lora"] == 1e-2
     for row in scores["pictures"]:
         assert set(row) == {"method", "identity", "prompt", "number", "seed", "clip_t", "r_facesim", "facesim"}
@@ -492,8 +494,8 @@ def test_interrupted_anywhere_and_continued_gives_the_same_scores(whole, monkeyp
     words, one_go, out, made = [*whole[0], "--methods", "meta-lora", "--iters", "3"], tmp_path / "one go", tmp_path / "in pieces", {}
     assert run(*words, "--out", one_go) == 0
     for owner, name, call in ((personalize.flux_model, "flow_matching_loss", 3), (ev, "save_lora", 2), (ev, "save_file", 1),
-                              (ev, "save_lora", 3), (ev, "save_png", 2), (ev, "save_png", 6), (ev, "sample_latents", 3),
-                              (ev.Judges, "match", 5), (ev, "figures", 1)):
+                              (ev, "save_lora", 2), (ev, "save_png", 2), (ev, "save_png", 4), (ev, "sample_latents", 2),
+                              (ev.Judges, "match", 3), (ev, "figures", 1)):
         with monkeypatch.context() as patch:
             dies_at(patch, owner, name, call)
             with pytest.raises(Killed):
@@ -522,12 +524,12 @@ def test_ctrl_c_saves_the_training_and_the_same_command_goes_on(whole, monkeypat
     assert run(*words, "--out", tmp_path / "r") == 130
     steps = load_file(tmp_path / "r/state/meta-lora_r1.safetensors")["steps"]
     first = len(calls)
-    assert 0 < steps.sum() < 12
+    assert 0 < steps.sum() < 6
     assert run(*words, "--out", tmp_path / "r") == 0
-    for p in range(4):
+    for p in range(2):
         same = [folder / "loras/meta-lora_r1_i3" / f"p{p}.safetensors" for folder in (tmp_path / "r", one_go)]
         assert same_tensors(*same)
-    assert 4 * 3 - steps.sum() >= len(calls) - first                      # steps that were saved are not taken again
+    assert 2 * 3 - steps.sum() >= len(calls) - first                      # steps that were saved are not taken again
 
 
 def test_more_is_added_and_other_settings_are_refused(whole, monkeypatch, tmp_path, capsys):
@@ -537,8 +539,8 @@ def test_more_is_added_and_other_settings_are_refused(whole, monkeypatch, tmp_pa
     more = ["--methods", "meta-lora", "none", "--ranks", "1", "--seeds", "2", "--iters", "2", "4"]             # not 2 and 3
     assert run(*words, *more, "--out", tmp_path / "r") == 0
     scores = json.loads((tmp_path / "r" / "scores.json").read_text())
-    assert len(scores["pictures"]) == 3 * 4 * 2 * 2 and {m["iterations"] for m in scores["methods"]} == {0, 2, 4}
-    assert all(path.stat().st_mtime_ns == time for path, time in before.items()) and len(before) == 72
+    assert len(scores["pictures"]) == 3 * 2 * 2 * 2 and {m["iterations"] for m in scores["methods"]} == {0, 2, 4}
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items()) and len(before) == 36
     capsys.readouterr()
     for option, value, said in (("--steps", "3", "steps: it was 2 and is 3"), ("--seed", "1", "seed"), ("--resolution", "96", "resolution")):
         assert run(*words, option, value, "--out", tmp_path / "r") == 2
