@@ -14,7 +14,6 @@ Sources: "CosFace: Large Margin Cosine Loss for Deep Face Recognition" (Wang et 
 Models From Natural Language Supervision" (Radford et al. 2021); equal captions in a batch count as matches here.
 """
 import argparse
-import contextlib
 import json
 import math
 import multiprocessing
@@ -28,13 +27,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import faces  # noqa: E402
 from eval_rfacesim import FaceEmbedder  # noqa: E402
-from pretrain import CPU, cosine, is_photo, save_whole  # noqa: E402
+from pretrain import CPU, bf16, cosine, is_photo, save_whole  # noqa: E402
 
 SEED, PEOPLE, PICTURES, HELD_OUT = 0, 1_500, 20, 100               # HELD_OUT: METRIC people that only measure
 EMBEDDER_STEPS, EMBEDDER_BATCH, EMBEDDER_LR, SCALE, MARGIN = 4_000, 128, 2e-3, 24.0, 0.3
@@ -209,8 +207,7 @@ def train_scorer(out: Path, data: dict, device=CPU):
         rng, generator = np.random.default_rng([SEED, step, 6]), torch.Generator().manual_seed(step)
         index = rng.choice(train, SCORER_BATCH, replace=False)
         x = torch.from_numpy(data["images"][index]).permute(0, 3, 1, 2).float() / 127.5 - 1
-        attention = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()          # as in pretrain.py
-        with torch.autocast(device.type, torch.bfloat16), attention:
+        with bf16(device):
             result = model(input_ids=ids[index].to(device), pixel_values=worsen(x, generator, 0.04).to(device))
         logits = result.logits_per_image.float()
         match = torch.from_numpy(data["texts"][index][:, None] == data["texts"][index]).float().to(device)

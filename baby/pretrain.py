@@ -180,6 +180,15 @@ def cosine(step: int, total: int, warmup: int) -> float:
     return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * min(step / total, 1.0)))
 
 
+@contextlib.contextmanager
+def bf16(device: torch.device):
+    """Autocast, for networks of some tens of tokens: for 88 of them the flash kernel's backward costs 40 % of a step on a CPU,
+    plain matmuls a tenth of it."""
+    attention = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
+    with torch.autocast(device.type, torch.bfloat16), attention:
+        yield
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Autoencoder
 
@@ -397,9 +406,9 @@ def loss_of(baby: Baby, batch, average: Baby | None = None, weak: Baby | None = 
     x0, noise, t, guidance, weight = (part.to(device) for part in (x0, noise, t, guidance, weight))
     if len(rows):
         with torch.no_grad():
-            at, ones, words = t[rows, None, None, None], torch.ones(len(rows), device=device), [text[i] for i in rows]
+            at, words = t[rows, None, None, None], [text[i] for i in rows]
             x_t = (1 - at) * x0[rows] + at * noise[rows]
-            good, bad = (velocity(model.flux, x_t, t[rows], *model.embed(words), ones) for model in (average, weak))
+            good, bad = (velocity(model.flux, x_t, t[rows], *model.embed(words), 1.0) for model in (average, weak))
             # moving x0 and the noise apart by the same amount moves the target, noise - x0, and not x_t
             move = (guidance[rows, None, None, None] - 1) * (good - bad)
             x0[rows], noise[rows] = x0[rows] - at * move, noise[rows] + (1 - at) * move
@@ -494,9 +503,7 @@ def train_transformer(run: Path, out: Path, steps: int, init: Path | None = None
                 raise SystemExit(f"pretrain.py: {weak_path} is missing; it was written at step {WEAK * steps:.0f}")
         rate = min(1.0, (step + 1) / 200) * min(1.0, left / DECAY)                      # warm up, hold, fall
         optimizers[0].param_groups[0]["lr"], optimizers[1].param_groups[0]["lr"] = LR_MUON * rate, LR_ADAM * rate
-        # for 88 tokens the flash kernel's backward costs 40 % of a step on a CPU, plain matmuls a tenth of it
-        attention = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
-        with torch.autocast(device.type, torch.bfloat16), attention:
+        with bf16(device):
             batch = batch_of(step, latents, face, captions, chances)
             loss = loss_of(baby, batch, average, weak) if left < GUIDED else loss_of(baby, batch)
         loss.backward()

@@ -144,7 +144,7 @@ def test_the_command_in_small(tmp_path, monkeypatch, capsys, small):
     assert [m["label"] for m in sweep["methods"]] == ["none", *(f"{m}_r1_i{i}" for m in reproduce.METHODS for i in (2, 3))]
     assert all(m["r_facesim"]["of"] == 2 for m in sweep["methods"])
     same = [next(row for row in of["pictures"] if row["method"] == "lora_r1_i3" and row["seed"] == 0) for of in (report, sweep)]
-    assert same[0] == pytest.approx(same[1], abs=1e-4)                                 # the first of the same people, in other batches
+    assert same[0] == pytest.approx(same[1], abs=2e-6)                                 # the first of the same people, in other batches
     for folder in ("report", "report/sweep"):
         assert {p.name for p in (tmp_path / "run" / folder).iterdir()} >= {"tables.md", "scores.png", "ranks.png", "sheet_seeds.png"}
 
