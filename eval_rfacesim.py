@@ -865,7 +865,7 @@ def parse(argv):
     personalize.add_crop_options(add)
     add("--size", type=positive, help="side of the pictures (default: the model's; FLUX.1's is 1024)")
     add("--steps", type=positive, default=30, help="Euler steps (default: 30)")
-    add("--guidance", type=float, default=3.5, help="guidance input (default: 3.5)")
+    add("--guidance", type=float, help="guidance input (default: the model's; FLUX.1's is 3.5)")
     add("--seed", type=int, default=0, help="of the training (default: 0)")
     add("--no-face-as-zero", action="store_true", help="a picture without a face counts as 0, not as missing")
     add("--face-weights", type=Path, metavar="FILE", help="state dict of InceptionResnetV1, .pt or .safetensors (default: "
@@ -919,8 +919,9 @@ def take_model(args):
         args.learned_lomd, lomd, untrained = personalize.read_lomd(args.folder, args.lomd)
         if untrained and "meta-lora" in args.methods:
             note("this LoMD is random and was never trained")
-    args.settings = {"model": flux_model.flux_fingerprint(args.folder), "lomd": lomd, "learning rates": args.rates, "seed": args.seed,
-                     "caption": args.prompt, "resolution": args.resolution, "size": args.size, "steps": args.steps,
+    args.settings = {"model": flux_model.flux_fingerprint(args.folder), "autoencoder": flux_model.autoencoder_fingerprint(args.folder),
+                     "lomd": lomd, "learning rates": args.rates, "seed": args.seed, "caption": args.prompt,
+                     "resolution": args.resolution, "size": args.size, "steps": args.steps,
                      "guidance": args.guidance, "dtype": str(args.dtype) + " fp8" * args.fp8,
                      **{name: getattr(args, name) for name in personalize.CROPS}}
 
@@ -937,8 +938,9 @@ def check_settings(args, people: list[Person], prompts: dict):
         if now["lomd"] == "none" or before["lomd"] == "none":             # methods without one came first, or come now
             now["lomd"] = before["lomd"] = max(now["lomd"], before["lomd"])
         for name, value in now.items():
-            if before[name] != value:
-                detail = f": it was {before[name]} and is {value}" if len(f"{before[name]}{value}") < 200 else ""
+            was = before.get(name, "not written down")
+            if was != value:
+                detail = f": it was {was} and is {value}" if len(f"{was}{value}") < 200 else ""
                 raise ValueError(f"--out {args.out} was made with another setting of {name}{detail}; name a new folder")
     args.out.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(now, indent=1).encode())

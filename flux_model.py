@@ -1015,6 +1015,11 @@ def flux_fingerprint(folder: str | Path) -> str:
     return fingerprint(files, [part for name in names for part in (diffusers_flux_names(name) if is_diffusers else [name])])
 
 
+def autoencoder_fingerprint(folder: str | Path) -> str:
+    """`fingerprint` of a snapshot's autoencoder, of the file that `load_autoencoder` reads."""
+    return fingerprint(TensorFiles(locate(folder, ("ae.safetensors",), "vae", "autoencoder")[0]))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What every script asks: where to run, in which precision, at which size; how it reads its arguments and ends
 
@@ -1094,14 +1099,14 @@ def check_training(args) -> None:
 
 def take_model(args, device: torch.device, use: str) -> None:
     """args.model -> args.folder (may download) and args.dtype; resolution, prompt, lr (for `use`) and, where the command has them,
-    the warm-up and what concerns crops default to the model's."""
+    guidance, the warm-up and what concerns crops default to the model's."""
     args.folder = find_model(args.model)
     args.dtype = pick_dtype(device, args.folder)
     defaults = model_defaults(args.folder)
     args.lr = args.lr or learning_rate(args.folder, use)
     args.resolution = args.resolution or [defaults["resolution"]]
     args.prompt = defaults["prompt"] if args.prompt is None else args.prompt
-    for name in ("warmup", "aspects", "scales", "background", "mirror"):
+    for name in ("guidance", "warmup", "aspects", "scales", "background", "mirror"):
         if getattr(args, name, "not an option") is None:
             setattr(args, name, defaults[name])
     check_fit(args, device)
@@ -1121,12 +1126,12 @@ def run_script(name: str, script, argv=None) -> int:
 
 
 def model_defaults(folder: str | Path) -> dict:
-    """Resolution, learning rate (one, or {use: rate}), prompt, stage 1's warm-up, and the crops that suit a model: FLUX.1's, or
-    of its own defaults.json. Aspects and scales of crops: None is all of the paper's; background: its weight in the loss of a
+    """Resolution, learning rate (one, or {use: rate}), prompt, guidance of pictures, stage 1's warm-up, and the crops that suit a
+    model: FLUX.1's, or of its own defaults.json. Aspects and scales of crops: None is all of the paper's; background: its weight in the loss of a
     crop; mirror: whether their mirror images are trained on too."""
     path = Path(folder) / "defaults.json"
     own = json.loads(path.read_text()) if path.is_file() else {}
-    return {"resolution": 1024, "learning_rate": 4e-4, "prompt": "a photo of a person", "warmup": 0.4,
+    return {"resolution": 1024, "learning_rate": 4e-4, "prompt": "a photo of a person", "guidance": 3.5, "warmup": 0.4,
             "aspects": None, "scales": None, "background": 1.0, "mirror": True} | own
 
 

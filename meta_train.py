@@ -673,12 +673,13 @@ class Run:
         """Two people of the bucket: a photo, and a sample with their rows, from fixed seeds."""
         first = {row: picture for row, _, picture, _ in reversed(self.views[0])}
         size, pictures = max(self.args.resolution), []
+        guidance = flux_model.model_defaults(self.args.folder)["guidance"]
         text = self.texts[self.args.prompt]
         txt, y = (text[part][None].to(self.group.device) for part in ("txt", "y"))
         for seed, row in enumerate(sorted(first)[:2]):
             self.adapter.assign(torch.tensor([row]))
             noise = flux_model.get_noise(size, size, seed).to(self.group.device)
-            pictures.append((first[row], flux_model.denoise(self.adapter.flux, noise, txt, y, 30, guidance=3.5)))
+            pictures.append((first[row], flux_model.denoise(self.adapter.flux, noise, txt, y, 30, guidance)))
         autoencoder = flux_model.load_autoencoder(self.args.folder, self.group.device, self.args.dtype)
         sheet = Image.new("RGB", (2 * size, size * len(pictures)))
         for i, (picture, latent) in enumerate(pictures):

@@ -107,7 +107,7 @@ def parse_arguments(argv):
     add("--lora", metavar="FILE[:STRENGTH]", action="append", default=[],
         help="LoRA file in any of the usual formats (default strength: 1); may be repeated")
     add("--steps", type=int, help="Euler steps (default: 30; schnell: 4)")
-    add("--guidance", type=finite_number, default=3.5, help="guidance input of dev models (default: 3.5)")
+    add("--guidance", type=finite_number, help="guidance input of dev models (default: the model's; FLUX.1's is 3.5)")
     add("--width", type=int, help="pixels, a multiple of 16 (default: the model's; FLUX.1's is 1024)")
     add("--height", type=int, help="as --width")
     add("--seed", nargs="+", action="append", help="one seed of the noise, or several (default: 0)")
@@ -263,9 +263,10 @@ def draw(argv):
     if not config.guidance_embed:
         note("this model has no guidance input: --guidance does nothing")
 
-    width, height = (size or model_defaults(folder)["resolution"] for size in (args.width, args.height))
+    defaults = model_defaults(folder)
+    width, height = (size or defaults["resolution"] for size in (args.width, args.height))
     settings = {"width": width, "height": height, "steps": args.steps or (30 if config.guidance_embed else 4),
-                "guidance": args.guidance, "true_cfg": args.true_cfg, "negative": args.negative or ""}
+                "guidance": defaults["guidance"] if args.guidance is None else args.guidance, "true_cfg": args.true_cfg, "negative": args.negative or ""}
     names = ", ".join(f"{Path(path).name}:{strength:g}" for path, strength in lora_files)
     fields = settings | {"model": Path(args.model).name, "loras": names}
     jobs = [(prompt, seed) for prompt in prompts for seed in seeds]

@@ -19,7 +19,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import faces  # noqa: E402
 from metrics import auc, pairs  # noqa: E402
-from flux_model import find_model, load_autoencoder, load_flux  # noqa: E402
+from flux_model import find_model, load_autoencoder, load_flux, model_defaults  # noqa: E402
 from eval_rfacesim import Judges  # noqa: E402
 from photos import find_faces, to_image, to_tensor  # noqa: E402
 from sample import decode_latent, encode_prompts, sample_latents  # noqa: E402
@@ -61,17 +61,18 @@ def main(argv=None) -> int:
     parser.add_argument("--model", default="baby", help="baby, or a folder in the hub's layout")
     parser.add_argument("--out", type=Path, default=Path("check.png"), help="contact sheet: rows styles, columns backgrounds")
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--guidance", type=float, default=3.5)
+    parser.add_argument("--guidance", type=float, help="default: the model's")
     parser.add_argument("--each", type=int, default=1, help="pictures for each style and background (default: 1)")
     args = parser.parse_args(argv)
     folder, cells = find_model(args.model), scenes(args.each)
+    guidance = model_defaults(folder)["guidance"] if args.guidance is None else args.guidance
     embeddings = encode_prompts(folder, [caption for caption, _, _ in cells], torch.device("cpu"), torch.float32)
     flux = load_flux(folder, dtype=torch.float32)
     autoencoder = load_autoencoder(folder, dtype=torch.float32)
     jobs = [(caption, seed) for seed, (caption, _, _) in enumerate(cells)]
     with torch.no_grad():
         samples = [decode_latent(autoencoder, latent) for latent in
-                   tqdm(sample_latents(flux, embeddings, jobs, 128, 128, args.steps, args.guidance, batch_size=24), total=len(jobs))]
+                   tqdm(sample_latents(flux, embeddings, jobs, 128, 128, args.steps, guidance, batch_size=24), total=len(jobs))]
         renders = [Image.fromarray(faces.render(who, scene)) for _, who, scene in cells]
         decoded = [to_image(autoencoder.decode(autoencoder.encode(to_tensor(image)[None]))[0].clamp(-1, 1)) for image in renders]
     errors = [np.square(np.float32(a) - np.float32(b)).mean() for a, b in zip(renders, decoded)]

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import eval_rfacesim as ev
 import personalize
-from flux_model import find_model, load_autoencoder, load_flux, load_text_encoders
+from flux_model import find_model, load_autoencoder, load_flux, load_text_encoders, model_defaults
 from metalora import IdentityBank, MetaLoRA, load_lomd
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -448,6 +449,7 @@ def test_the_whole_run_writes_everything(whole, capsys):
     scores = json.loads((out / "scores.json").read_text())
     assert [m["label"] for m in scores["methods"]] == [f"{m}_r{r}_i{i}" for m in ("meta-lora", "lora") for r in (1, 2) for i in (2, 3)] + ["none"]
     assert len(scores["pictures"]) == 9 * 2 * 2 and scores["settings"]["learning rates"]["lora"] == 5e-3
+    assert scores["settings"]["guidance"] == model_defaults(BABY)["guidance"] != 3.5
     assert scores["settings"]["learning rates"]["meta-lora"] == 1e-2
     for row in scores["pictures"]:
         assert set(row) == {"method", "identity", "prompt", "number", "seed", "clip_t", "r_facesim", "facesim"}
@@ -545,6 +547,12 @@ def test_more_is_added_and_other_settings_are_refused(whole, monkeypatch, tmp_pa
     for option, value, said in (("--steps", "3", "steps: it was 2 and is 3"), ("--seed", "1", "seed"), ("--resolution", "96", "resolution")):
         assert run(*words, option, value, "--out", tmp_path / "r") == 2
         assert said in capsys.readouterr().err
+    shutil.copytree(BABY, tmp_path / "model")                             # another decoder: other pictures
+    weights = load_file(BABY / "ae.safetensors")
+    with safe_open(BABY / "ae.safetensors", "pt") as file:
+        save_file(weights | {"decoder.conv_in.bias": weights["decoder.conv_in.bias"] + 1}, tmp_path / "model/ae.safetensors", file.metadata())
+    assert run(*words, "--model", tmp_path / "model", "--out", tmp_path / "r") == 2
+    assert "another setting of autoencoder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", ["meta-lora", "lora"])

@@ -82,6 +82,17 @@ def test_one_prompt_is_out_png_with_its_settings(capsys):
     assert "saved out.png" in output.out and not output.err
 
 
+def test_guidance_is_the_models(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for path in HUB.iterdir():
+        (folder / path.name).symlink_to(path)
+    for own, words, expected in (("{}", [], "3.5"), ('{"guidance": 0}', [], "0"), ('{"guidance": 2}', ["--guidance", "1.5"], "1.5")):
+        (folder / "defaults.json").write_text(own)
+        assert sample.main([*SMALL, "--model", str(folder), "a cat", *words]) == 0
+        assert Image.open("out.png").text["guidance"] == expected
+
+
 def test_picture_is_what_the_model_gives(one_load):
     """The file against the model's own functions, with a negative prompt: v_neg + scale (v - v_neg)."""
     assert run("a cat", "--seed", "5", "--negative", "a dog", "--true-cfg", "2.5") == 0

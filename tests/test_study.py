@@ -17,9 +17,10 @@ import study  # noqa: E402
 
 def test_variants_differ_from_the_base_in_one_thing():
     base, *others = study.variants(SimpleNamespace(**study.FULL))
-    assert base.words == () and base.photos == 1 and len(others) == 11
-    assert len({variant.name for variant in (base, *others)}) == 12
+    assert base.words == () and base.photos == base.times == 1 and len(others) == 13
+    assert len({variant.name for variant in (base, *others)}) == 14
     for variant in others:
+        assert variant.times in (1, variant.photos)
         assert (variant.people != base.people) + bool(variant.words) + (variant.photos != 1) == 1
         meta_train.parse(["--data", "x", *map(str, variant.words)])
 
