@@ -9,7 +9,7 @@ Stages, each by eval_rfacesim.py, each going on where it was stopped:
   main      every method at rank 1 and its own number of iterations: all seeds of noise, for each seed of training
                                                                                             -> run/seed0, run/seed1
   report    after each of these, of all that is there: tables, figures, contact sheets      -> --out
-  sweep     the first 12 of the people, every rank at every number of iterations, one seed of noise and of training
+  sweep     the first 12 of the people (--sweep), every rank at every number of iterations, one seed of noise and of training
                                                                                             -> run/sweep, --out/sweep
 
 The learning rate of a method is the one with the highest sum of R-FaceSim (a picture without a face counts as 0) and CLIP-T.
@@ -48,7 +48,7 @@ RATES = dict.fromkeys(METHODS, (3e-4, 6e-4, 1.2e-3, 2.4e-3)) | {"random-lomd": (
 FEW = dict.fromkeys(METHODS, (6e-4, 1.2e-3)) | {"random-lomd": (2.4e-3, 4.8e-3)}
 FULL = dict(people=48, choose=8, rates=RATES, sweep=12, ranks=(1, 2, 4, 8, 16),
             iters=(250, 375, 500, 625, 750), noises=3, trainings=2)
-SUBSET = dict(people=8, choose=4, rates=FEW, sweep=0, noises=1, trainings=1)
+SUBSET = FULL | dict(people=8, choose=4, rates=FEW, sweep=0, noises=1, trainings=1)
 PHOTOS, SIDE = 6, 384                                     # of each person, the first as the reference; pixels
 
 
@@ -194,11 +194,16 @@ def reproduce(argv=None):
                      "8 people, rank 1, two learning rates, one seed of noise and of training")
     parser.add_argument("--lomd", type=Path, help="weights of stage 1 (default: the model's own)")
     parser.add_argument("--people", type=int, help="of the comparison (default: 48, with --subset 8)")
+    parser.add_argument("--sweep", type=int, metavar="PEOPLE", help="how many of them for ranks and iterations, 0 for none (default: 12, "
+                        "with --subset 0)")
     args = parser.parse_args(argv)
     size, run = SimpleNamespace(**(SUBSET if args.subset else FULL)), run_folder(args, "reproduce")
     size.people = args.people or size.people
+    size.sweep = min(size.sweep, size.people) if args.sweep is None else args.sweep
     if not 2 <= size.people <= 500:
         raise ValueError(f"--people is 2 to 500, not {size.people}")
+    if not (size.sweep == 0 or 2 <= size.sweep <= size.people):
+        raise ValueError(f"--sweep is 0 or 2 to {size.people}, not {size.sweep}")
 
     judges, pool = evaluation.Judges(args.model), workers(args)
     draw_people(judges, run / "people", faces.TEST.start + 3000, size.people, PHOTOS)
@@ -213,7 +218,7 @@ def reproduce(argv=None):
                                       "--seeds", size.noises))
         report(args, run / "people", run / "seed0", out, rates, runs, judges)
     if size.sweep:
-        draw_people(judges, run / "sweep people", faces.TEST.start + 3000, min(size.sweep, size.people), PHOTOS)      # the same again
+        draw_people(judges, run / "sweep people", faces.TEST.start + 3000, size.sweep, PHOTOS)      # the same again
         scores = evaluate(pool, run / "sweep", methods, size.ranks, *common, "--data", run / "sweep people", "--seeds", 1, "--iters", *size.iters)
         report(args, run / "sweep people", run / "sweep", out / "sweep", rates, {0: rows_of(scores)}, judges)
 

@@ -127,6 +127,13 @@ def test_faces_that_stay_and_faces_that_move(tmp_path, monkeypatch):
     assert found["moving"] == {"mean": pytest.approx(0.15 * 2 ** 0.5), "error": pytest.approx(0.05 * 2 ** 0.5), "people": 2}
 
 
+@pytest.mark.parametrize("words, said", [(["--people", "1"], "--people is 2 to 500"), (["--sweep", "1"], "--sweep is 0 or 2 to 48"),
+                                         (["--people", "4", "--sweep", "5"], "--sweep is 0 or 2 to 4")])
+def test_bad_numbers_of_people(words, said):
+    with pytest.raises(ValueError, match=said):
+        reproduce.reproduce(words)
+
+
 def test_the_command_in_small(tmp_path, monkeypatch, capsys, small):
     words = ["--subset", "--jobs", "1", "--run", str(tmp_path / "run")]
     reproduce.reproduce(words)
