@@ -22,7 +22,7 @@ from metrics import auc, pairs  # noqa: E402
 from flux_model import find_model, load_autoencoder, load_flux, model_defaults  # noqa: E402
 from eval_rfacesim import Judges  # noqa: E402
 from photos import find_faces, to_image, to_tensor  # noqa: E402
-from sample import decode_latent, encode_prompts, sample_latents  # noqa: E402
+from sample import decode_latent, encode_prompts, sample_latents, save_png  # noqa: E402
 
 
 def scenes(each: int) -> list[tuple[str, dict, dict]]:
@@ -95,7 +95,7 @@ def main(argv=None) -> int:
     sheet = Image.new("RGB", (128 * columns, 128 * len(faces.STYLES)))
     for i, image in enumerate(samples[:columns * len(faces.STYLES)]):
         sheet.paste(image, (128 * (i % columns), 128 * (i // columns)))
-    sheet.save(args.out)
+    save_png(sheet, args.out, {})
     return 0
 
 
