@@ -24,8 +24,8 @@ from reproduce import choose_rates, common_words, difference, draw_people, evalu
     side_by_side, workers  # noqa: E402
 
 FULL = dict(meta=(50, 200, 800), iters=1500, people=12, choose=4, rates=(4.2e-4, 6e-4, 8.5e-4, 1.2e-3),
-            rates_photos=(1.2e-3, 2.4e-3, 4.8e-3), rates_long=(6e-4, 1.2e-3, 2.4e-3))
-SUBSET = dict(meta=(5, 10, 20), iters=100, people=4, choose=2, rates=(1.2e-3,), rates_photos=(1.2e-3,), rates_long=(1.2e-3,))
+            rates_photos=(1.2e-3, 2.4e-3, 4.8e-3))
+SUBSET = dict(meta=(5, 10, 20), iters=100, people=4, choose=2, rates=(1.2e-3,), rates_photos=(1.2e-3,))
 PHOTOS = 9                                                # of each person: as many as 5 references and 4 to compare with need
 
 
@@ -36,7 +36,6 @@ class Variant(NamedTuple):
     words: tuple = ()                                     # for meta_train.py
     photos: int = 1                                       # in stage 2
     rates: tuple = ()                                     # learning rates to choose from
-    times: int = 1                                        # as many iterations of stage 2 as usual
 
     @property
     def name(self) -> str:
@@ -54,8 +53,7 @@ def variants(size) -> list[Variant]:
     one += [Variant("warm-up", str(share), usual, ("--warmup", share)) for share in (0.2, 0.4)]
     one += [Variant("M and U", "fresh at each visit", usual, ("--fresh-identities",))]
     return [variant._replace(rates=size.rates) for variant in one] + \
-        [Variant("photos", str(count), usual, photos=count, rates=size.rates_photos) for count in (2, 5)] + \
-        [Variant("photos", "2, twice the iterations", usual, photos=2, rates=size.rates_long, times=2)]
+        [Variant("photos", str(count), usual, photos=count, rates=size.rates_photos) for count in (2, 5)]
 
 
 def measure(variant: Variant, size, run: Path, args) -> tuple[float, dict]:
@@ -69,7 +67,6 @@ def measure(variant: Variant, size, run: Path, args) -> tuple[float, dict]:
             "--bucket-iters", max(1, size.iters * bucket // variant.people // 2), "--run", folder / "run",
             "--cache", run / f"cache{variant.people}", "--out", lomd, *variant.words)])
     words, own = [*common_words(args), "--photos", variant.photos, "--lomd", lomd], run / variant.name
-    words += ["--iters", variant.times * evaluation.iterations_of("meta-lora", None)[0]]
     rate = choose_rates(None, words, run / "choose", own, {"meta-lora": variant.rates})["meta-lora"]
     return rate, evaluate(None, own / f"scores at {rate:g}", ["meta-lora"], [1], *words, "--data", run / "people", "--seeds", 1, "--lr", rate)
 

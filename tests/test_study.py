@@ -17,10 +17,9 @@ import study  # noqa: E402
 
 def test_variants_differ_from_the_base_in_one_thing():
     base, *others = study.variants(SimpleNamespace(**study.FULL))
-    assert base.words == () and base.photos == base.times == 1 and len(others) == 12
-    assert len({variant.name for variant in (base, *others)}) == 13
+    assert base.words == () and base.photos == 1 and len(others) == 11
+    assert len({variant.name for variant in (base, *others)}) == 12
     for variant in others:
-        assert variant.times in (1, variant.photos)
         assert (variant.people != base.people) + bool(variant.words) + (variant.photos != 1) == 1
         meta_train.parse(["--data", "x", *map(str, variant.words)])
 
@@ -29,12 +28,12 @@ def test_variants_differ_from_the_base_in_one_thing():
 def test_the_study_in_small(tmp_path, monkeypatch, capsys):
     """Two people, four photos, one prompt, two steps, one learning rate, LoMDs of four iterations, three variants."""
     monkeypatch.setattr(study, "PHOTOS", 4)
-    monkeypatch.setattr(study, "SUBSET", dict(meta=(2, 3, 4), iters=4, people=2, choose=2, rates=(1e-3,), rates_photos=(1e-3,), rates_long=(1e-3,)))
+    monkeypatch.setattr(study, "SUBSET", dict(meta=(2, 3, 4), iters=4, people=2, choose=2, rates=(1e-3,), rates_photos=(1e-3,)))
     monkeypatch.setattr(personalize, "ITERATIONS", {"meta-lora": 2, "lora": 3})
     monkeypatch.setattr(eval_rfacesim, "read_prompts", lambda words, path: ["a photo of a [man/woman]"])
     real, every = eval_rfacesim.sample_latents, study.variants
     monkeypatch.setattr(eval_rfacesim, "sample_latents", lambda *args, **kwargs: real(*args[:5], 2, *args[6:], **kwargs))
-    monkeypatch.setattr(study, "variants", lambda size: [v for v in every(size) if v.question in ("base", "M and U") or v.value == "2"])
+    monkeypatch.setattr(study, "variants", lambda size: [v for v in every(size) if v.question in ("base", "M and U") or v.photos == 2])
     study.study(["--subset", "--jobs", "1", "--run", str(tmp_path)])
     rows = json.loads((tmp_path / "report/study.json").read_text())
     assert [(row["question"], row["value"]) for row in rows] == [
