@@ -3,6 +3,7 @@ import re
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
@@ -24,16 +25,17 @@ def test_flops_of_flux_dev():
 
 
 def test_flops_equal_torch_own_count():
-    """Image and text tokens of different number, so that neither can stand for the other."""
+    """Image and text tokens of different number, so that neither can stand for the other. Attention by plain matmuls: torch counts
+    the CPU's flash kernel in some releases only. They keep the scores, so that the backward pass has four matmuls, not five."""
     flux, counter = Flux(TINY).requires_grad_(False), FlopCounterMode(display=False)
     latent, txt = torch.randn(1, 16, 6, 10, requires_grad=True), torch.randn(1, 7, 40, requires_grad=True)
     flops = bench.count_flops(TINY, 15, 7)
     noise, y = torch.randn(1, 16, 6, 10), torch.randn(1, 24)
-    with counter:
+    with sdpa_kernel(SDPBackend.MATH), counter:
         loss = flow_matching_loss(flux, latent, noise, torch.rand(1), txt, y)
         assert counter.get_total_flops() == flops["linears"] + flops["attention"]
         loss.sum().backward()
-        assert counter.get_total_flops() == flops["step"]
+        assert counter.get_total_flops() == flops["step"] - flops["attention"] / 2
 
 
 def test_prints_what_it_measured(monkeypatch, capsys):
