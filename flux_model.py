@@ -1127,8 +1127,8 @@ def run_script(name: str, script, argv=None) -> int:
 
 def model_defaults(folder: str | Path) -> dict:
     """Resolution, learning rate (one, or {use: rate}), prompt, guidance of pictures, stage 1's warm-up, and the crops that suit a
-    model: FLUX.1's, or of its own defaults.json. Aspects and scales of crops: None is all of the paper's; background: its weight in the loss of a
-    crop; mirror: whether their mirror images are trained on too."""
+    model: FLUX.1's, or of its own defaults.json. Aspects and scales of crops: None is all of the paper's; background: its weight in
+    the loss of a crop; mirror: whether their mirror images are trained on too."""
     path = Path(folder) / "defaults.json"
     own = json.loads(path.read_text()) if path.is_file() else {}
     return {"resolution": 1024, "learning_rate": 4e-4, "prompt": "a photo of a person", "guidance": 3.5, "warmup": 0.4,

@@ -7,7 +7,8 @@ Text encoders, transformer and autoencoder come and go in turn: the peak of memo
 not their sum. Each picture is made alone, from noise drawn on the CPU, so that a seed means the same on any
 device and whatever else the run draws. LoRAs ride in spare columns of the frozen weights (metalora.py).
 
-Source: the defaults are Meta-LoRA's evaluation settings (30 steps, guidance 3.5, true CFG 1, strength 1).
+Source: the defaults are Meta-LoRA's evaluation settings (30 steps, guidance 3.5, true CFG 1, strength 1); a model's
+defaults.json may name another size and guidance.
 """
 import math
 import os
@@ -266,7 +267,8 @@ def draw(argv):
     defaults = model_defaults(folder)
     width, height = (size or defaults["resolution"] for size in (args.width, args.height))
     settings = {"width": width, "height": height, "steps": args.steps or (30 if config.guidance_embed else 4),
-                "guidance": defaults["guidance"] if args.guidance is None else args.guidance, "true_cfg": args.true_cfg, "negative": args.negative or ""}
+                "guidance": defaults["guidance"] if args.guidance is None else args.guidance,
+                "true_cfg": args.true_cfg, "negative": args.negative or ""}
     names = ", ".join(f"{Path(path).name}:{strength:g}" for path, strength in lora_files)
     fields = settings | {"model": Path(args.model).name, "loras": names}
     jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
