@@ -849,9 +849,14 @@ def load_flux(folder: str | Path, device="cpu", dtype: torch.dtype = torch.bfloa
     return model
 
 
+def autoencoder_files(folder: str | Path) -> tuple[list[Path], dict | None]:
+    """As `locate`: ae.safetensors, or vae/ and its config."""
+    return locate(folder, ("ae.safetensors",), "vae", "autoencoder")
+
+
 def load_autoencoder(folder: str | Path, device="cpu", dtype: torch.dtype = torch.bfloat16) -> AutoEncoder:
     """The autoencoder of a snapshot folder (ae.safetensors or vae/), frozen, on `device` in `dtype`; errors as above."""
-    paths, config = locate(folder, ("ae.safetensors",), "vae", "autoencoder")
+    paths, config = autoencoder_files(folder)
     files, sources = TensorFiles(paths), lambda name: [name]
     if config is not None:
         widths = config["block_out_channels"]
@@ -1017,7 +1022,7 @@ def flux_fingerprint(folder: str | Path) -> str:
 
 def autoencoder_fingerprint(folder: str | Path) -> str:
     """`fingerprint` of a snapshot's autoencoder, of the file that `load_autoencoder` reads."""
-    return fingerprint(TensorFiles(locate(folder, ("ae.safetensors",), "vae", "autoencoder")[0]))
+    return fingerprint(TensorFiles(autoencoder_files(folder)[0]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
