@@ -22,6 +22,7 @@ import collections
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import re
 import sys
@@ -30,6 +31,7 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
+import support  # before torch: how its threads wait
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -39,12 +41,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import flux_model
+from support import common
+from support import checkpoints
 import personalize
-import photos
-from lora_files import load_lora, save_lora
-from meta_train import Interruption, save_figure, write_whole
-from metalora import IdentityBank, MetaLoRA, apply_loras, find_targets, random_lomd, remove_loras
-from sample import decode_latent, encode_prompts, name_prompts, note, read_prompts, sample_latents, save_png
+from support import photos
+from support.lora_files import load_lora, read_lomd, save_lora
+from support.common import Interruption, save_figure, write_whole
+from metalora import IdentityBank, MetaLoRA, apply_loras, random_lomd
+from support.speed import blocks_of, recompute_blocks
+from support.checkpoints import find_targets
+from sample import decode_latent, encode_prompts, sample_latents
+from support.common import note, read_prompts, save_png
 
 HERE = Path(__file__).resolve().parent
 METHODS = {"meta-lora": "Meta-LoRA", "lora": "LoRA", "lora-crops": "LoRA + augmented inputs",
@@ -145,7 +152,7 @@ class Judges:
     def __init__(self, model: str = "flux-dev", face_weights: Path | None = None, clip: str | None = None, device="cpu"):
         from facenet_pytorch import MTCNN
         from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
-        folder = flux_model.find_model(model) if model not in flux_model.HUB else None
+        folder = checkpoints.find_model(model) if model not in checkpoints.HUB else None
         baby = folder if folder and (folder / "face_embedder.safetensors").is_file() else None
         self.device = torch.device(device)
         self.embedder, side, face_name = load_face_embedder(None if face_weights else baby, face_weights)
@@ -154,10 +161,10 @@ class Judges:
         self.detector = MTCNN(image_size=side, margin=0, device=torch.device("cpu" if self.device.type == "mps" else device))
         name = clip or (folder / "scorer" if baby else CLIP)
         try:
-            with flux_model.quiet_transformers():
+            with checkpoints.quiet_transformers():
                 self.tokenizer = CLIPTokenizer.from_pretrained(name)
                 self.processor = CLIPImageProcessor.from_pretrained(name)
-                self.clip = flux_model.load_transformers_model(CLIPModel, name, torch.float32, None).to(self.device)
+                self.clip = checkpoints.load_transformers_model(CLIPModel, name, torch.float32, None).to(self.device)
         except (OSError, ValueError, ImportError) as error:
             raise ValueError(f"CLIP cannot be loaded from {name} ({str(error).splitlines()[0]}): download {CLIP} from the hub, "
                              "or name a folder with --clip; --model baby needs neither") from None
@@ -320,8 +327,7 @@ def find_pictures(root: Path, prompts: dict) -> tuple[list[Picture], list[str]]:
             problems.append(f"{folder} is not scored: no identity of that name in --data")
             continue
         texts = prompts[folder.name]
-        numbers = {name: i for i, name in enumerate(name_prompts([text or f"not for them {i}" for i, text in enumerate(texts)]))}
-        numbers |= {str(i): i for i in range(len(texts))}
+        numbers = {str(i): i for i in range(len(texts))}
         for path in inside(folder):
             match = re.fullmatch(r"(.+)_(\d+)", path.stem)
             number = match and numbers.get(match[1], numbers.get(match[1].lstrip("0") or "0"))
@@ -414,7 +420,7 @@ def score(judges: Judges, real: Real | None, pictures: list[Picture], kept: Path
     depends = [judges.names, real.key if real else "", [(p.text, digest(p.path.read_bytes())) for p in sound]]
     path = kept / f"{digest(json.dumps(depends).encode())}.json"
     if path.is_file():
-        numbers = flux_model.JsonFile(path)["numbers"]
+        numbers = common.JsonFile(path)["numbers"]
     else:
         clip = judges.match(images, [p.text for p in sound]) if sound else []
         numbers = [{"clip_t": float(value)} for value in clip]
@@ -506,6 +512,65 @@ def settings_of(args) -> list[Setting]:
         Setting(method, rank, i) for rank in args.ranks for i in iterations_of(method, args.iters)])]
 
 
+def people_at_once(flux, rank):
+    """How many people together make the most of a step: each widens every layer by its rank.
+
+    Measured on the baby at ranks 1 to 16 (`bench.py --people 16`). A large model fills the machine with one.
+    """
+    small = sum(parameter.numel() for parameter in flux.parameters()) < 1e9
+    return max(1, round(16 / rank ** 0.5)) if small else 1
+
+
+def train_together(flux, adapter, people, txt, y, iters, lr, seed=0, on_step=None, weights=None):
+    """`iters` steps of flow matching for each row of the adapter; the base stays as it is.
+
+    flux with `adapter` in it; people: for each row what `encode` gave; weights: beside it of `head_weights`, None to count
+    all places alike; txt (N, T, _) and y (N, _): one caption for each. Every random number of a person comes from
+    one CPU generator, and lr is constant, so a longer run begins as a shorter one, and rows that have steps behind
+    them go on where they were.
+    A person trains as if alone. But whose next batches have the same shape go through the network together, up
+    to `adapter.slots` people: nobody waits for anybody, so the most frequent shape goes first.
+    on_step(iteration, loss, person) is called after each step, counted from 1. Raises NotFinite.
+    """
+    weights = weights or [[torch.ones(len(latent), 1, 1, 1) for latent in latents] for latents in people]
+    streams = [personalize.batches(latents, own, seed) for latents, own in zip(people, weights)]
+    done, waiting = adapter.bank.steps.tolist(), {}
+    for person, stream in enumerate(streams):
+        for _ in range(done[person]):
+            next(stream)
+        if done[person] < iters:
+            waiting[person] = next(stream)
+    while waiting:
+        alike = collections.defaultdict(list)
+        for person in sorted(waiting, key=done.__getitem__):                          # who is behind goes first
+            alike[waiting[person][1].shape].append(person)
+        group = max(alike.values(), key=len)[:adapter.slots]
+        images, *tensors = zip(*(waiting[person] for person in group))
+        latent, noise, weight, t = (torch.cat(parts).to(txt.device) for parts in tensors)          # (B, 16, h, w), .., (B,)
+        rows = torch.tensor(group)
+
+        adapter.assign(rows)
+        losses = flux_model.flow_matching_loss(flux, latent, noise, t, txt[rows], y[rows], 1.0, weight)        # (B,)
+        losses.sum().backward()
+        of_person = losses.detach().view(len(group), -1).cpu()
+        try:
+            adapter.step(lr)
+        except FloatingPointError:
+            at = next((i for i, own in enumerate(of_person) if not own.isfinite().all()), 0)
+            error = personalize.NotFinite(done[group[at]] + 1, images[at])
+            error.person = group[at]
+            raise error from None
+        for person in group:
+            done[person] += 1
+            if done[person] < iters:
+                waiting[person] = next(streams[person])
+            else:
+                del waiting[person]
+        if on_step:
+            for person, loss in zip(group, of_person.mean(dim=1).tolist()):
+                on_step(done[person], loss, person)
+
+
 class Run:
     """Personalises everybody by every method, and draws every prompt at every seed; what is there already stays.
 
@@ -514,7 +579,7 @@ class Run:
     def __init__(self, args, people: list[Person], prompts: dict, interruption: Interruption):
         self.args, self.people, self.prompts, self.interruption = args, people, prompts, interruption
         self.device, self.out = args.device, args.out
-        self.small = flux_model.is_small(args.folder)
+        self.small = checkpoints.is_small(args.folder)
         self.flux = self.texts = self.autoencoder = None
         self.encoded = {}
 
@@ -542,18 +607,18 @@ class Run:
             words = dict.fromkeys(captions + [text for texts in self.prompts.values() for text in texts if text])
             self.texts = encode_prompts(self.args.folder, list(words), self.device, self.args.dtype)
             self.captions = [torch.cat(parts) for parts in zip(*(self.texts[caption] for caption in captions))]
-            self.autoencoder = flux_model.load_autoencoder(self.args.folder, self.device, self.args.dtype)
+            self.autoencoder = checkpoints.load_autoencoder(self.args.folder, self.device, self.args.dtype)
             tokens = max(self.args.size, *self.args.resolution) ** 2 // 256 + self.captions[0].shape[1]
-            self.flux = flux_model.open_flux(self.args, self.device, max(self.args.iters or [0]) + self.args.steps, tokens, training=True)
-            every = 0 if self.small else len(self.flux.blocks)
-            self.flux.recompute = every if self.args.recompute is None else self.args.recompute
+            self.flux = checkpoints.open_flux(self.args, self.device, max(self.args.iters or [0]) + self.args.steps, tokens, training=True)
+            every = 0 if self.small else len(blocks_of(self.flux))
+            recompute_blocks(self.flux, every if self.args.recompute is None else self.args.recompute)
 
     def latents(self, augment: bool) -> tuple[tuple[list[Tensor], ...], tuple[list[Tensor], ...]]:
         """Of everybody's reference: what personalize.py trains on, kept on the CPU, and the weights of the loss beside it."""
         if augment not in self.encoded:
             everybody = []
             for person in tqdm(self.people, "crops" if augment else "photos", disable=None, leave=False):
-                crops = personalize.load_crops([person.reference, *person.more], self.args.resolution, augment,
+                crops = photos.load_crops([person.reference, *person.more], self.args.resolution, augment,
                                                self.args.aspects, self.args.scales)
                 latents, weights = personalize.encode_crops(self.autoencoder, crops, self.args.background, self.args.mirror)
                 everybody.append(([latent.cpu() for latent in latents], weights))
@@ -573,8 +638,8 @@ class Run:
             if method == "random-lomd":
                 lomd = random_lomd(find_targets(self.flux), len(next(iter(lomd.values()))), args.seed)
         people, weights = self.latents(augment)
-        slots = min(len(people), personalize.people_at_once(self.flux, rank))
-        adapter = MetaLoRA(self.flux, rank, kind, lomd, num_identities=0, slots=slots)
+        slots = min(len(people), people_at_once(self.flux, rank))
+        adapter = MetaLoRA(self.flux, rank, lomd, num_identities=0, slots=slots)
         row = adapter.new_row(torch.Generator().manual_seed(args.seed))         # as everybody starts in a run of their own
         adapter.bank = IdentityBank(row.repeat(len(people), 1).to(self.device))
         state, by_iterations = self.out / "state" / f"{method}_r{rank}.safetensors", {s.iterations: s for s in settings}
@@ -597,7 +662,7 @@ class Run:
             lost = [i for i, steps in enumerate(parts["steps"].tolist()) for s in settings
                     if s.iterations < steps and not self.lora_path(s, self.people[i]).is_file()]
             if parts["weight"].shape == adapter.bank.weight.shape and not lost:
-                adapter.bank = IdentityBank(**parts)       # else: an earlier iteration is asked for now; from the start
+                adapter.bank = IdentityBank(*(parts[part] for part in IdentityBank.PARTS))       # else: an earlier iteration is asked for now; from the start
         for person, steps in enumerate(adapter.bank.steps.tolist()):
             if steps in by_iterations:                     # a kill may come after the state and before the LoRA
                 save_lora_of(person, steps)
@@ -617,20 +682,20 @@ class Run:
         txt, y = (part.to(self.device) for part in self.captions)
         with tqdm(total=left, desc=f"training {method}, rank {rank}, {len(people)} people", disable=None) as bar:
             try:
-                personalize.train(self.flux, adapter, people, txt, y, last, args.rates[method], seed=args.seed, on_step=on_step,
+                train_together(self.flux, adapter, people, txt, y, last, args.rates[method], seed=args.seed, on_step=on_step,
                                   weights=weights)
             except personalize.NotFinite as error:
                 raise FloatingPointError(f"{method}, rank {rank}, {self.people[error.person].name}: {error}; a smaller --lr "
                                          f"{method}={args.rates[method]:g} may help") from None
         save_state()
-        adapter.remove()
+        apply_loras(self.flux, [])
 
     def draw(self, setting: Setting, person: Person, bar):
         batches = self.batches(setting, person)
         if not batches:
             return
         self.load()
-        remove_loras(self.flux)
+        apply_loras(self.flux, [])
         if setting.rank:
             apply_loras(self.flux, [(load_lora(self.lora_path(setting, person), self.flux.config), 1.0)])
         for batch in batches:
@@ -653,7 +718,7 @@ class Run:
                     self.draw(setting, person, bar)
                     pictures += self.pictures(setting, person)
         self.flux = self.autoencoder = None
-        flux_model.free(self.device)
+        common.free(self.device)
         return pictures
 
 
@@ -837,9 +902,9 @@ def sheets(pictures: list[Picture], people: list[Person], out: Path):
 
 
 def parse(argv):
-    parser = flux_model.Parser(prog="eval_rfacesim.py", allow_abbrev=False,
+    parser = common.Parser(prog="eval_rfacesim.py", allow_abbrev=False,
                                description="R-FaceSim, FaceSim and CLIP-T of pictures, or of a whole comparison.")
-    add, positive = parser.add_argument, flux_model.positive
+    add, positive = parser.add_argument, common.positive
     add("--data", type=Path, nargs="+", required=True, metavar="DIR", help="real pictures: DIR/[man|woman/]<identity>/<pictures>, "
         "or DIR/[man|woman/]<pictures> of one person each for CLIP-T alone; several folders are taken together")
     add("--images", type=Path, metavar="DIR|JSON", help="score finished pictures, DIR/<method>/<identity>/<prompt>_<seed>.png, or "
@@ -862,7 +927,6 @@ def parse(argv):
     add("--lomd", type=Path, help="weights of stage 1 (default: lomd.safetensors of the model's folder, else here)")
     add("--prompt", help="what the crops are called in training; may have [man/woman] (default: the model's)")
     add("--resolution", type=positive, nargs="+", metavar="PIXELS", help="of the crops (default: the model's)")
-    personalize.add_crop_options(add)
     add("--size", type=positive, help="side of the pictures (default: the model's; FLUX.1's is 1024)")
     add("--steps", type=positive, default=30, help="Euler steps (default: 30)")
     add("--guidance", type=float, help="guidance input (default: the model's; FLUX.1's is 3.5)")
@@ -872,7 +936,7 @@ def parse(argv):
         "facenet-pytorch's, from its cache or downloaded)")
     add("--clip", metavar="DIR", help=f"folder of a CLIP model (default: {CLIP} from the hub)")
     add("--paper", action="store_true", help="put the paper's published numbers beside, marked as quoted")
-    flux_model.add_speed_options(add, training=True)
+    checkpoints.add_speed_options(add, training=True)
     add("--device", help="cuda, mps or cpu (default: the best there is)")
     return parser.parse_args(argv)
 
@@ -889,7 +953,7 @@ def check(args):
             raise ValueError(f"--out {args.out} lies within --data {folder}; name a folder outside of it")
     args.methods, args.ranks = list(dict.fromkeys(args.methods)), sorted(set(args.ranks))
     args.iters = args.iters and sorted(set(args.iters))
-    args.device = flux_model.pick_device(args.device)
+    args.device = common.pick_device(args.device)
     if args.images:
         return
     args.rates, args.seeds = {}, args.seeds or 5
@@ -902,7 +966,7 @@ def check(args):
         except ValueError:
             raise ValueError(f"--lr {word}: {rate!r} is no number") from None
     for args.lr in [*args.rates.values(), None]:
-        flux_model.check_training(args)
+        common.check_training(args)
     if args.size and args.size % 16:
         raise ValueError(f"--size takes multiples of 16, not {args.size}")
 
@@ -910,20 +974,21 @@ def check(args):
 def take_model(args):
     """Finds the model (may download) and its LoMD, and what decides about results into args.settings."""
     general = args.rates.pop("", None)
-    flux_model.take_model(args, args.device, "lora")
-    args.rates = {m: args.rates.get(m) or general or flux_model.learning_rate(args.folder, kind_of(m))
+    checkpoints.take_model(args, args.device, "lora")
+    args.rates = {m: args.rates.get(m) or general or checkpoints.learning_rate(args.folder, kind_of(m))
                   for m in METHODS if m != "none"}
-    args.size = args.size or flux_model.model_defaults(args.folder)["resolution"]
+    args.size = args.size or checkpoints.model_defaults(args.folder)["resolution"]
     args.learned_lomd, lomd = None, "none"
     if {"meta-lora", "random-lomd"} & set(args.methods):
-        args.learned_lomd, lomd, untrained = personalize.read_lomd(args.folder, args.lomd)
+        args.learned_lomd, lomd, untrained = read_lomd(args.folder, args.lomd)
         if untrained and "meta-lora" in args.methods:
             note("this LoMD is random and was never trained")
-    args.settings = {"model": flux_model.flux_fingerprint(args.folder), "autoencoder": flux_model.autoencoder_fingerprint(args.folder),
+    args.settings = {"model": checkpoints.flux_fingerprint(args.folder), "autoencoder": checkpoints.autoencoder_fingerprint(args.folder),
                      "lomd": lomd, "learning rates": args.rates, "seed": args.seed, "caption": args.prompt,
                      "resolution": args.resolution, "size": args.size, "steps": args.steps,
                      "guidance": args.guidance, "dtype": str(args.dtype) + " fp8" * args.fp8,
-                     **{name: getattr(args, name) for name in personalize.CROPS}}
+                     **{name: getattr(args, name) for name in ("aspects", "scales", "background", "mirror")},
+                     "order of a row's numbers": "by width"}
 
 
 def check_settings(args, people: list[Person], prompts: dict):
@@ -934,7 +999,7 @@ def check_settings(args, people: list[Person], prompts: dict):
         "prompts": prompts}))
     path = args.out / "settings.json"
     if path.exists():
-        before = flux_model.JsonFile(path)
+        before = common.JsonFile(path)
         if now["lomd"] == "none" or before["lomd"] == "none":             # methods without one came first, or come now
             now["lomd"] = before["lomd"] = max(now["lomd"], before["lomd"])
         for name, value in now.items():
@@ -955,7 +1020,7 @@ def evaluate(argv=None, quiet: bool = False):
     if args.images and args.images.is_file():
         pictures, problems, prompts = read_picture_list(args.images, people)
     else:
-        prompts = prompts_for(people, args.prompts, None if args.model in flux_model.HUB else flux_model.find_model(args.model))
+        prompts = prompts_for(people, args.prompts, None if args.model in checkpoints.HUB else checkpoints.find_model(args.model))
         pictures, problems = find_pictures(args.images, prompts) if args.images else ([], [])
     if args.images:
         pictures, incomplete = check_complete(pictures, people, prompts, args.seeds)
@@ -1002,7 +1067,7 @@ def report(args, people, pictures, rows, real, judges, problems, shown, quiet=Fa
     real_rows = [{"identity": name, "number": 0, "seed": 0, "r_facesim": (own.tests @ own.reference).mean().item()}
                  for name, own in real.items()]
     ceiling = summarise(real_rows, people, "r_facesim")
-    quoted = flux_model.JsonFile(HERE / "meta_phd" / "published.json") if args.paper else None
+    quoted = common.JsonFile(HERE / "meta_phd" / "published.json") if args.paper else None
     text = tables(methods, ceiling, "–" if args.images else Path(args.model).name, quoted, args.no_face_as_zero)
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "facenet-pytorch")}
     scores = {"settings": getattr(args, "settings", {}) | {"reference": args.reference, "no_face_as_zero": args.no_face_as_zero},
@@ -1022,7 +1087,7 @@ def report(args, people, pictures, rows, real, judges, problems, shown, quiet=Fa
 
 def main(argv=None):
     """Exit code: 0 done, 1 training diverged or memory ran out, 2 bad input, 130 Ctrl-C; the same command goes on."""
-    return flux_model.run_script("eval_rfacesim.py", evaluate, argv)
+    return common.run_script("eval_rfacesim.py", evaluate, argv)
 
 
 if __name__ == "__main__":

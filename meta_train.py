@@ -29,6 +29,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
+import support  # before torch: how its threads wait
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -38,8 +39,14 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import flux_model
-import photos
-from metalora import DiskBank, IdentityBank, MetaLoRA, find_targets, random_lomd, save_lomd
+from support import common
+from support import checkpoints
+from support import photos
+from metalora import IdentityBank, MetaLoRA, random_lomd
+from support.people import DiskBank
+from support.speed import plan_recompute, recompute_blocks
+from support.checkpoints import find_targets
+from support.lora_files import save_lomd
 
 try:
     import fcntl
@@ -244,10 +251,10 @@ class Cache:
     """Latents and text embeddings on disk, named by what they are made from: picture or caption, and model."""
     def __init__(self, folder, model, device, dtype, resolutions):
         self.folder, self.model, self.device, self.dtype, self.resolutions = folder, model, device, dtype, resolutions
-        files = [flux_model.locate(model, ("ae.safetensors",), "vae", "autoencoder")[0],
-                 flux_model.weight_files(Path(model) / "text_encoder", "model"),
-                 flux_model.weight_files(Path(model) / "text_encoder_2", "model")]
-        key = [flux_model.fingerprint(flux_model.TensorFiles(f)) for f in files] + [str(dtype)]
+        files = [checkpoints.locate(model, ("ae.safetensors",), "vae", "autoencoder")[0],
+                 checkpoints.weight_files(Path(model) / "text_encoder", "model"),
+                 checkpoints.weight_files(Path(model) / "text_encoder_2", "model")]
+        key = [checkpoints.fingerprint(checkpoints.TensorFiles(f)) for f in files] + [str(dtype)]
         self.key = hashlib.sha256(" ".join(key).encode()).hexdigest()[:12]
 
     @staticmethod
@@ -278,14 +285,14 @@ class Cache:
         pictures, captions = self.missing(pictures, captions)
         bar = tqdm(total=len(captions) + len(pictures), desc="encoding", disable=None if show else True, leave=False)
         if captions:
-            encoders = flux_model.load_text_encoders(self.model, self.device, self.dtype)
+            encoders = checkpoints.load_text_encoders(self.model, self.device, self.dtype)
             for caption in captions:
                 txt, y = encoders.encode([caption])
                 self.save(self.text_path(caption), {"txt": txt[0], "y": y[0]}, stop)
                 bar.update()
             del encoders
         if pictures:
-            autoencoder = flux_model.load_autoencoder(self.model, self.device, self.dtype)
+            autoencoder = checkpoints.load_autoencoder(self.model, self.device, self.dtype)
             for picture in pictures:
                 if hashlib.sha256(picture.path.read_bytes()).hexdigest() != picture.digest:
                     raise ValueError(f"{picture.path} has changed since it was checked")
@@ -358,7 +365,7 @@ class Group:
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if self.size > 1 and device_name is None and torch.cuda.is_available():
             device_name = f"cuda:{os.environ['LOCAL_RANK']}"
-        self.device = flux_model.pick_device(device_name)
+        self.device = common.pick_device(device_name)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         self.sent = 0
@@ -412,15 +419,14 @@ class Run:
         """The model with its adapter, and the bank on disk; then the newest checkpoint, where there is one."""
         args = self.args
         tokens, text = max(args.resolution) ** 2 // 256, 512                           # at most: schnell has 256 of text
-        flux = flux_model.open_flux(args, self.group.device, args.iters, tokens + text, training=True)
+        flux = checkpoints.open_flux(args, self.group.device, args.iters, tokens + text, training=True)
         slots = args.batch_size * len(self.shards)
         self.adapter = MetaLoRA(flux, args.r2, lomd=random_lomd(find_targets(flux), args.r1, args.seed),
                                 num_identities=0, slots=slots)
-        flux.recompute = args.recompute
-        if flux.recompute is None:
-            flux.recompute = self.adapter.blocks_to_recompute(tokens, text, args.batch_size)
+        blocks = plan_recompute(self.adapter, tokens, text, args.batch_size) if args.recompute is None else args.recompute
+        recompute_blocks(flux, blocks)
         if not args.fresh_identities:
-            count, size, bank = sum(map(len, self.local)), sum(self.adapter.sizes), self.folder / "bank"
+            count, size, bank = sum(map(len, self.local)), self.adapter.size, self.folder / "bank"
             needed, free = DiskBank.bytes(count, size), shutil.disk_usage(args.run).free
             if not bank.exists() and needed > free:
                 raise ValueError(f"the bank of {count} people needs {needed / 1e9:.0f} GB in {args.run}, and "
@@ -484,7 +490,6 @@ class Run:
                     for bank in ("lomd", "rows"))
                 self.open = int(file.metadata()["visit"])
                 expected = file.get_tensor("disk_steps").cpu() if self.disk else 0
-            self.adapter.lomd = self.adapter.split_lomd(self.adapter.shared.weight[0])
             mine = self.local[self.open % len(self.local)]        # the bank may have these as they were later
         if self.disk:
             differs = self.disk.steps() != expected
@@ -521,7 +526,7 @@ class Run:
             self.worker = None
         pictures, captions = self.pictures_and_texts(visit)
         self.cache.fill(pictures, captions, self.interruption.raise_if_asked, show=self.group.rank == 0)
-        flux_model.free(self.group.device)
+        common.free(self.group.device)
         self.prepare_ahead(visit + 1)
         bucket, row = self.members[self.visits[visit].bucket], 0
         self.texts = {caption: self.cache.load(self.cache.text_path(caption)) for caption in set(captions)}
@@ -544,10 +549,10 @@ class Run:
         rows, self.open = self.local[self.visits[visit].bucket], visit
         people = [number for shard in bucket for number, _, _ in shard]
         if self.disk:
-            bank = self.disk.read(rows, self.group.device)
+            bank = IdentityBank(*self.disk.read(rows, self.group.device))
             new = (bank.steps == 0).nonzero()[:, 0].tolist()
         else:
-            bank = IdentityBank(torch.empty(len(rows), sum(self.adapter.sizes), device=self.group.device))
+            bank = IdentityBank(torch.empty(len(rows), self.adapter.size, device=self.group.device))
             new = range(len(rows))
         for i in new:
             key = (self.args.seed, ROWS, people[i], *([] if self.disk else [visit]))
@@ -673,14 +678,14 @@ class Run:
         """Two people of the bucket: a photo, and a sample with their rows, from fixed seeds."""
         first = {row: picture for row, _, picture, _ in reversed(self.views[0])}
         size, pictures = max(self.args.resolution), []
-        guidance = flux_model.model_defaults(self.args.folder)["guidance"]
+        guidance = checkpoints.model_defaults(self.args.folder)["guidance"]
         text = self.texts[self.args.prompt]
         txt, y = (text[part][None].to(self.group.device) for part in ("txt", "y"))
         for seed, row in enumerate(sorted(first)[:2]):
             self.adapter.assign(torch.tensor([row]))
             noise = flux_model.get_noise(size, size, seed).to(self.group.device)
             pictures.append((first[row], flux_model.denoise(self.adapter.flux, noise, txt, y, 30, guidance)))
-        autoencoder = flux_model.load_autoencoder(self.args.folder, self.group.device, self.args.dtype)
+        autoencoder = checkpoints.load_autoencoder(self.args.folder, self.group.device, self.args.dtype)
         sheet = Image.new("RGB", (2 * size, size * len(pictures)))
         for i, (picture, latent) in enumerate(pictures):
             photo = photos.read_photo(picture.path)
@@ -767,8 +772,8 @@ def plot(log, path):
 
 
 def parse(argv):
-    parser = flux_model.Parser(prog="meta_train.py", description="Learns LoMD from buckets of people.", allow_abbrev=False)
-    add, positive = parser.add_argument, flux_model.positive
+    parser = common.Parser(prog="meta_train.py", description="Learns LoMD from buckets of people.", allow_abbrev=False)
+    add, positive = parser.add_argument, common.positive
     add("--data", type=Path, required=True, help="buckets/<bucket>/<person>/<pictures>, or faces/<person>/<pictures>")
     add("--model", default="flux-dev", help="flux-dev (default), flux-schnell, baby, or a folder like these")
     add("--out", type=Path, default=Path("lomd.safetensors"), help="file to write at the end (default: lomd.safetensors)")
@@ -794,7 +799,7 @@ def parse(argv):
     add("--preview-every", type=int, default=1000, metavar="N", help="iterations between pictures of two people; 0: none "
         "(default: 1000)")
     add("--deterministic", action="store_true", help="on a GPU: the same bits in each run, at some cost in speed")
-    flux_model.add_speed_options(add, training=True)
+    checkpoints.add_speed_options(add, training=True)
     add("--device", help="cuda, mps or cpu (default: the best there is)")
     return parser.parse_args(argv)
 
@@ -816,14 +821,14 @@ def check(args, group):
             raise ValueError(f"{what} is not a folder: {path}")
         if path.resolve().is_relative_to(args.data.resolve()):   # a later command would take it for a person's
             raise ValueError(f"{what} {path} lies within --data {args.data}; name a folder outside of it")
-    flux_model.check_training(args)
+    common.check_training(args)
     if args.warmup is not None and not 0 <= args.warmup < 1:
         raise ValueError(f"--warmup is a share from 0 to below 1, not {args.warmup}")
     if args.r2 > args.r1:
         raise ValueError(f"--r2 {args.r2} is more than the --r1 {args.r1} rows of LoMD that it combines")
     if args.preview_every < 0:
         raise ValueError(f"--preview-every must be 0 or more, not {args.preview_every}")
-    flux_model.take_model(args, group.device, "stage 1")
+    checkpoints.take_model(args, group.device, "stage 1")
     args.resolution = sorted(set(args.resolution))
     if any(r % 16 for r in args.resolution):
         raise ValueError("--resolution takes multiples of 16")
@@ -836,7 +841,7 @@ def check(args, group):
 def read_data(args, group):
     """Buckets of the checked folder. ValueError, one line for each thing that is wrong; of --skip-bad notes."""
     listing = args.run / "pictures.json"
-    known = flux_model.JsonFile(listing) if listing.exists() else {}
+    known = common.JsonFile(listing) if listing.exists() else {}
     people, problems = read_people(args.data, max(map(Cache.step, args.resolution)), known, group.rank == 0)
     if problems and not args.skip_bad:
         for problem in problems[:-1]:
@@ -857,14 +862,14 @@ def read_data(args, group):
 def check_settings(args, buckets, group):
     """What makes a run this run: written by the first command, and ValueError for a later one that differs."""
     args.settings = {
-        "model": flux_model.flux_fingerprint(args.folder),
+        "model": checkpoints.flux_fingerprint(args.folder),
         "data (pictures, captions, buckets)": data_fingerprint(buckets), "dtype": str(args.dtype) + " fp8" * args.fp8,
         "batch-size": args.batch_size, "processes": group.size, "r1": args.r1, "r2": args.r2, "lr": args.lr,
         "warmup": args.warmup, "bucket-iters": args.bucket_iters, "prompt": args.prompt, "resolution": args.resolution,
-        "seed": args.seed, "fresh-identities": args.fresh_identities}
+        "seed": args.seed, "fresh-identities": args.fresh_identities, "order of a row's numbers": "by width"}
     path = args.run / "settings.json"
     if path.exists():
-        before = flux_model.JsonFile(path)
+        before = common.JsonFile(path)
         changed = [f"{name} was {before[name]} and is {value}" for name, value in args.settings.items() if before[name] != value]
         if changed:
             raise ValueError(f"{args.run} is another run: {', '.join(changed)}; go on with its settings, or name a new --run")
@@ -918,7 +923,7 @@ def meta_train(argv=None):
 
 def main(argv=None):
     """Exit code: 0 done, 1 training diverged or memory ran out, 2 bad input, 130 Ctrl-C; work saved in each case."""
-    return flux_model.run_script("meta_train.py", meta_train, argv)
+    return common.run_script("meta_train.py", meta_train, argv)
 
 
 if __name__ == "__main__":

@@ -19,10 +19,11 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import faces  # noqa: E402
 from metrics import auc, pairs  # noqa: E402
-from flux_model import find_model, load_autoencoder, load_flux, model_defaults  # noqa: E402
+from support.checkpoints import find_model, load_autoencoder, load_flux, model_defaults  # noqa: E402
 from eval_rfacesim import Judges  # noqa: E402
-from photos import find_faces, to_image, to_tensor  # noqa: E402
-from sample import decode_latent, encode_prompts, sample_latents, save_png  # noqa: E402
+from support.photos import find_faces, to_image, to_tensor  # noqa: E402
+from sample import decode_latent, encode_prompts, sample_latents  # noqa: E402
+from support.common import save_png  # noqa: E402
 
 
 def scenes(each: int) -> list[tuple[str, dict, dict]]:

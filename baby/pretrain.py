@@ -43,9 +43,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import faces  # noqa: E402  (baby/faces.py: Python puts a script's own folder on the path)
-from flux_model import (AutoEncoder, AutoEncoderConfig, Flux, FluxConfig, flow_matching_loss,  # noqa: E402
-                        load_autoencoder, load_flux, load_text_encoders, sample_times, velocity)
-from metalora import find_targets, random_lomd, save_lomd  # noqa: E402
+from flux_model import (AutoEncoder, AutoEncoderConfig, Flux, FluxConfig, flow_matching_loss, sample_times,  # noqa: E402
+                        velocity)
+from metalora import random_lomd  # noqa: E402
+from support.checkpoints import find_targets, load_autoencoder, load_flux, load_text_encoders  # noqa: E402
+from support.common import whole  # noqa: E402
+from support.lora_files import save_lomd  # noqa: E402
 
 SEED, CPU = 0, torch.device("cpu")
 SHAPES = {(128, 128): 24_000, (144, 112): 4_000, (112, 144): 4_000, (176, 96): 2_500, (96, 176): 2_500}  # (w, h): count
@@ -60,14 +63,14 @@ FACE = 4.0                            # weight of the loss on the face against t
 DECAY, GUIDED = 0.35, 0.19            # last parts of the run: learning rate falls to zero; guidance is learned
 WEAK = 2 / 9.5                        # part of the run after which the averaged weights are those to be guided away from
 DEFAULTS = {"resolution": 128, "learning_rate": {"lora": 6e-4, "meta-lora": 1.2e-3, "stage 1": 2e-3}, "prompt": "a photo of a person",
-            "guidance": 2.75, "warmup": 0.0, "aspects": ["1:1"], "scales": [4.5], "background": 0.1, "mirror": False}       # why: README
+            "guidance": 2.75, "warmup": 0.0, "aspects": ["1:1"], "scales": [4.5], "background": 0.1, "mirror": False}       # why: docs/BABY.md
 
 
 def save_whole(tensors: dict, path: Path, metadata: dict | None = None):
-    """Writes beside, then renames: the file is whole or absent."""
+    """A safetensors file that is whole or absent; makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous() for k, v in tensors.items()}, f"{path}.part", metadata)
-    os.replace(f"{path}.part", path)
+    with whole(path) as part:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, part, metadata)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

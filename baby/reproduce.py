@@ -36,9 +36,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import eval_rfacesim as evaluation  # noqa: E402
 import faces  # noqa: E402
-import photos  # noqa: E402
-from flux_model import JsonFile, Parser, pick_device, positive, run_script  # noqa: E402
-from meta_train import save_figure, write_whole  # noqa: E402
+from support import photos  # noqa: E402
+from support.common import JsonFile, Parser, pick_device, positive, run_script  # noqa: E402
+from support.common import save_figure, write_whole  # noqa: E402
 
 METHODS = ("lora", "lora-crops", "random-lomd", "meta-lora")
 OFFSETS = ((-8, -8), (0, 10), (11, -8), (9, 9))            # of a method's labels in rates.png, points

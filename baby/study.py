@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import eval_rfacesim as evaluation  # noqa: E402
 import faces  # noqa: E402
 import meta_train  # noqa: E402
-from flux_model import run_script  # noqa: E402
-from meta_train import save_figure, write_whole  # noqa: E402
+from support.common import run_script  # noqa: E402
+from support.common import save_figure, write_whole  # noqa: E402
 from reproduce import choose_rates, common_words, difference, draw_people, evaluate, model_words, options, run_folder, \
     side_by_side, workers  # noqa: E402
 

@@ -16,24 +16,17 @@ from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).parent / "golden"
-sys.path[:0] = [str(ROOT), str(ROOT / "baby")]
+sys.path[:0] = [str(ROOT), str(ROOT / "baby"), str(ROOT / "tests")]
 
 import faces  # noqa: E402
-import meta_train  # noqa: E402
-import personalize  # noqa: E402
-import sample  # noqa: E402
 from flux_model import Flux, FluxConfig, flow_matching_loss  # noqa: E402
-from metalora import MetaLoRA, find_targets, random_lomd  # noqa: E402
+from metalora import MetaLoRA, random_lomd  # noqa: E402
+from support.checkpoints import find_targets  # noqa: E402
+from test_metalora import parts_of  # noqa: E402
 
 CONFIG = FluxConfig(vec_in_dim=24, context_in_dim=40, hidden_size=64, num_heads=2, depth=1, depth_single_blocks=2,
                     axes_dim=(4, 14, 14))
 CASES = [("meta-lora", n, joint) for n in (1, 2, 4) for joint in (False, True)] + [("lora", n, False) for n in (1, 2, 4)]
-
-
-def rows_of(adapter, identity):
-    """{path: (M or A, U)} of a row of the bank."""
-    parts = [part.view(shape) for part, shape in zip(adapter.bank.weight[identity].split(adapter.sizes), adapter.shapes)]
-    return dict(zip((t.path for t in adapter.targets), zip(parts[::2], parts[1::2])))
 
 
 def training(method, people, joint):
@@ -41,7 +34,7 @@ def training(method, people, joint):
     torch.manual_seed(1)
     flux = Flux(CONFIG).requires_grad_(False)
     lomd = random_lomd(find_targets(flux), 5) if method == "meta-lora" else None
-    adapter = MetaLoRA(flux, 2, method, lomd, num_identities=4, seed=3, slots=4)
+    adapter = MetaLoRA(flux, 2, lomd, num_identities=4, seed=3, slots=4)
     adapter.train_lomd = joint
     losses, norms, lomd_norms = [], [], []
     for step in range(20):
@@ -55,7 +48,7 @@ def training(method, people, joint):
         losses.append(loss.detach()), norms.append(norm), lomd_norms.append(lomd_norm)
     found = {"losses": torch.stack(losses), "norms": torch.stack(norms), "lomd norms": torch.tensor(lomd_norms)}
     for i in range(4):
-        found |= {f"row {i} {path} {kind}": value for path, pair in rows_of(adapter, i).items() for kind, value in zip("MU", pair)}
+        found |= {f"row {i} {path} {kind}": value for path, pair in parts_of(adapter, adapter.bank.weight[i]).items() for kind, value in zip("MU", pair)}
     found |= {f"lomd {path}": value for path, value in (adapter.lomd or {}).items()}
     found |= {f"lora {path} {kind}": value for path, pair in adapter.collapse(2).items() for kind, value in zip("AB", pair)}
     return {name: value.clone().contiguous() for name, value in found.items()}
@@ -63,6 +56,9 @@ def training(method, people, joint):
 
 def stages(folder):
     """The quick start's LoRA after 20 iterations, 20 iterations of stage 1 on 4 drawn people, and a sample with that LoRA."""
+    import meta_train
+    import personalize
+    import sample
     assert faces.main(["--identities", "4", "--images", "3", "--out", str(folder / "faces"), "--seed", "100000"]) == 0
     assert meta_train.main(["--data", str(folder / "faces"), "--model", "baby", "--iters", "20", "--r1", "4", "--warmup", "0.4", "--batch-size", "2",
                             "--run", str(folder / "run"), "--out", str(folder / "lomd.safetensors"), "--preview-every", "0"]) == 0

@@ -1,4 +1,4 @@
-"""bench.py: its FLOPs against known figures and torch's own counter, and what it prints for a tiny model."""
+"""bench/: its FLOPs against known figures and torch's own counter, and what it prints for a tiny model."""
 import re
 
 import pytest
@@ -6,7 +6,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import bench
+from bench import peer, stages
 from flux_model import Flux, FluxConfig, flow_matching_loss
 
 TINY = FluxConfig(vec_in_dim=24, context_in_dim=40, hidden_size=64, num_heads=2, depth=1,
@@ -16,10 +16,10 @@ TINY = FluxConfig(vec_in_dim=24, context_in_dim=40, hidden_size=64, num_heads=2,
 def test_flops_of_flux_dev():
     """The published figures, in TFLOP, rounded as they are there; 512 text tokens."""
     for side, total, step in ((1024, 74.4, 171), (768, 41.9, 92), (512, 21.5, 45)):
-        flops = bench.count_flops(FluxConfig(), (side // 16) ** 2, 512)
+        flops = stages.count_flops(FluxConfig(), (side // 16) ** 2, 512)
         assert flops["linears"] + flops["attention"] == pytest.approx(total * 1e12, abs=0.05e12)
         assert flops["step"] == pytest.approx(step * 1e12, abs=0.6e12)
-    flops = bench.count_flops(FluxConfig(), 4096, 512)
+    flops = stages.count_flops(FluxConfig(), 4096, 512)
     assert flops["linears"] == pytest.approx(59.5e12, abs=0.05e12)
     assert flops["attention"] == pytest.approx(14.9e12, abs=0.05e12)
 
@@ -29,7 +29,7 @@ def test_flops_equal_torch_own_count():
     the CPU's flash kernel in some releases only. They keep the scores, so that the backward pass has four matmuls, not five."""
     flux, counter = Flux(TINY).requires_grad_(False), FlopCounterMode(display=False)
     latent, txt = torch.randn(1, 16, 6, 10, requires_grad=True), torch.randn(1, 7, 40, requires_grad=True)
-    flops = bench.count_flops(TINY, 15, 7)
+    flops = stages.count_flops(TINY, 15, 7)
     noise, y = torch.randn(1, 16, 6, 10), torch.randn(1, 24)
     with sdpa_kernel(SDPBackend.MATH), counter:
         loss = flow_matching_loss(flux, latent, noise, torch.rand(1), txt, y)
@@ -39,8 +39,8 @@ def test_flops_equal_torch_own_count():
 
 
 def test_prints_what_it_measured(monkeypatch, capsys):
-    monkeypatch.setitem(bench.MODELS, "mid", (TINY, 16, 7))
-    assert bench.main(["--model", "mid", "--seconds", "0.001", "--device", "cpu", "--rank", "2"]) == 0
+    monkeypatch.setitem(stages.MODELS, "mid", (TINY, 16, 7))
+    assert stages.main(["--model", "mid", "--seconds", "0.001", "--device", "cpu", "--rank", "2"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("mid, random weights: ") and f"torch {torch.__version__}, cpu," in out
     assert f"{torch.get_num_threads()} threads, float32" in out
@@ -56,8 +56,8 @@ def test_prints_what_it_measured(monkeypatch, capsys):
 @pytest.mark.parametrize("switches", [["--offload", "--fp8"]])
 def test_every_stage_of_the_baby(switches, monkeypatch, capsys):
     """Text, autoencoder and the whole of personalize.py too, with weights that live elsewhere or have 8 bits."""
-    monkeypatch.setitem(bench.personalize.ITERATIONS, "meta-lora", 2)
-    assert bench.main(["--model", "baby", "--seconds", "0.001", "--device", "cpu", "--dtype", "bfloat16", *switches]) == 0
+    monkeypatch.setitem(stages.personalize.ITERATIONS, "meta-lora", 2)
+    assert stages.main(["--model", "baby", "--seconds", "0.001", "--device", "cpu", "--dtype", "bfloat16", *switches]) == 0
     out = capsys.readouterr().out
     assert out.startswith("baby, its own weights") and all(f", {word[2:]}" in out.splitlines()[0] for word in switches)
     for row in ("text, one prompt", "encode a picture, 128 px", "decode a picture", "stage 1", "photo to LoRA, 128 px"):
@@ -68,58 +68,33 @@ def test_every_stage_of_the_baby(switches, monkeypatch, capsys):
 def test_random_weights_of_full_size_are_of_the_right_shapes(monkeypatch):
     """FLUX.1's published sizes of T5 and CLIP, in parameters, on meta; a small one of each kind really runs."""
     made = {}
-    monkeypatch.setattr(bench, "random_weights", lambda kind, config, device, dtype: made.setdefault(kind, kind(config)))
+    monkeypatch.setattr(stages, "random_weights", lambda kind, config, device, dtype: made.setdefault(kind, kind(config)))
     with torch.device("meta"):
-        bench.random_models(FluxConfig(), torch.device("meta"), torch.bfloat16, 512)
+        stages.random_models(FluxConfig(), torch.device("meta"), torch.bfloat16, 512)
     millions = {kind.__name__: round(sum(p.numel() for p in model.parameters()) / 1e6) for kind, model in made.items()}
     assert millions == {"Flux": 11901, "AutoEncoder": 84, "T5EncoderModel": 4762, "CLIPTextModel": 123}
     monkeypatch.undo()
-    model = bench.random_weights(Flux, TINY, torch.device("cpu"), torch.float32)
-    inputs = bench.random_inputs(model, 1, 16, 7)
+    model = stages.random_weights(Flux, TINY, torch.device("cpu"), torch.float32)
+    inputs = stages.random_inputs(model, 1, 16, 7)
     assert 0.3 < flow_matching_loss(model, *inputs).item() < 100
-
-
-def test_ways_to_add_an_update(monkeypatch, capsys):
-    monkeypatch.setitem(bench.MODELS, "mid", (TINY, 16, 7))
-    assert bench.main(["--model", "mid", "--layers", "--seconds", "0.001", "--device", "cpu"]) == 0
-    lines = capsys.readouterr().out.splitlines()[2:]
-    assert [line.split("  ")[1] for line in lines] == [f"{a} -> {b}" for a, b in ((64, 192), (64, 64), (64, 256), (256, 64), (64, 448), (320, 64))]
-    assert all(line.count(" to ") == 4 for line in lines)
 
 
 @pytest.mark.parametrize("words", ["--seconds 0", "--resolution -4", "--rank x", "--device quantum",
                                    "--model nowhere", "--what"])
 def test_bad_input_is_one_line(words, capsys):
-    assert bench.main(words.split()) == 2
+    assert stages.main(words.split()) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith("bench.py: ") and err.count("\n") == 1
-
-
-def test_memory_does_not_grow_with_the_identities_of_a_run(monkeypatch, capsys):
-    """Ten times the rows on disk, a tenth more in memory at most: 50 rows and their copies, not all."""
-    monkeypatch.setitem(bench.MODELS, "mid", (TINY, 16, 7))
-    assert bench.main(["--model", "mid", "--device", "cpu", "--identities", "100", "1000"]) == 0
-    lines = re.findall(r"([\d.]+) MB on disk, +([\d.]+) MB in memory", capsys.readouterr().out)
-    (small, before), (large, after) = [tuple(map(float, line)) for line in lines]
-    assert large == pytest.approx(10 * small, rel=0.03) and small > 1
-    assert after - before < 0.1 * (large - small)
-
-
-def test_people_together_against_one_by_one(monkeypatch, capsys):
-    monkeypatch.setitem(bench.MODELS, "mid", (TINY, 16, 7))
-    assert bench.main(["--model", "mid", "--device", "cpu", "--people", "3", "--rank", "2", "--seconds", "0.001"]) == 0
-    out = capsys.readouterr().out
-    assert "3 people, 3 at once" in out and "one alone" in out and out.count(" to ") == 3 and "3 pairs" in out
+    assert out == "" and err.startswith("bench.stages: ") and err.count("\n") == 1
 
 
 def test_against_peft(monkeypatch, capsys):
     """With peft its numbers stand beside ours; without, one line says what is missing."""
-    monkeypatch.setitem(bench.MODELS, "mid", (TINY, 16, 7))
-    words = ["--model", "mid", "--device", "cpu", "--against", "peft", "--seconds", "0.001", "--dtype", "bfloat16"]
+    monkeypatch.setitem(stages.MODELS, "mid", (TINY, 16, 7))
+    words = ["--model", "mid", "--device", "cpu", "--seconds", "0.001", "--dtype", "bfloat16"]
     try:
         import peft
-        assert bench.main(words) == 0
+        assert peer.main(words) == 0
         out = capsys.readouterr().out
         assert f"peft {peft.__version__}" in out and "bfloat16" in out and "step, ours / peft" in out and "cost over the base" in out
     except ImportError:
-        assert bench.main(words) == 2 and "pip install peft" in capsys.readouterr().err
+        assert peer.main(words) == 2 and "pip install peft" in capsys.readouterr().err

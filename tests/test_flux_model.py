@@ -19,12 +19,13 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import flux_model
 from flux_model import (AutoEncoder, AutoEncoderConfig, DoubleStreamBlock, Flux, FluxConfig, SingleStreamBlock, denoise,
-                        diffusers_autoencoder_names, diffusers_flux_names, find_model, flow_matching_loss, flux_files,
-                        get_noise, get_schedule, load_autoencoder, load_flux, load_text_encoders, pack, position_ids,
-                        rope_angles, sample_times, unpack)
+                        flow_matching_loss, get_noise, get_schedule, pack, position_ids, rope_angles, sample_times, unpack)
 from metalora import MetaLoRA
+from support import speed
+from support.checkpoints import (diffusers_autoencoder_names, diffusers_flux_names, find_model, flux_files, load_autoencoder,
+                                 load_flux, load_text_encoders)
+from support.common import pick_device
 
 GOLDEN = Path(__file__).parent / "golden"
 HUB = GOLDEN / "hub"
@@ -49,7 +50,7 @@ def message(function, *arguments, **options):
 
 
 def python(code, *arguments, cwd=None, **environment):
-    """Runs code in another process that finds flux_model."""
+    """Runs code in another process that finds the project."""
     return subprocess.Popen([sys.executable, "-B", "-c", code, *arguments], cwd=cwd, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             env=os.environ | {"PYTHONPATH": str(GOLDEN.parents[1])} | environment)
@@ -138,11 +139,11 @@ def large():
 def test_only_large_pictures_are_decoded_in_tiles(large, monkeypatch):
     autoencoder, latent = large[0], large[1][..., :16, :24]
     config, decoder, half = autoencoder.config, autoencoder.decoder, copy.deepcopy(autoencoder).bfloat16()
-    whole, tiled, calls = decoder(latent / config.scale_factor + config.shift_factor), decoder.upsample_tiled, []
-    monkeypatch.setattr(decoder, "upsample_tiled", lambda x: calls.append(len(x)) or tiled(x))
-    monkeypatch.setattr(flux_model, "WHOLE_PIXELS", 128 * 192)
+    whole, tiled, calls = decoder(latent / config.scale_factor + config.shift_factor), speed.upsample_tiled, []
+    monkeypatch.setattr(speed, "upsample_tiled", lambda decoder, x: calls.append(len(x)) or tiled(decoder, x))
+    monkeypatch.setattr(speed, "WHOLE_PIXELS", 128 * 192)
     assert torch.equal(autoencoder.decode(latent), whole) and not calls
-    monkeypatch.setattr(flux_model, "WHOLE_PIXELS", 128 * 192 - 1)
+    monkeypatch.setattr(speed, "WHOLE_PIXELS", 128 * 192 - 1)
     # smaller than a tile: the same but for rounding, and each picture of a batch by its own statistics
     both = autoencoder.decode(torch.cat((latent, 2 * latent)))
     assert relative(both[:1], whole) < 1e-5 and calls == [1, 1]
@@ -162,22 +163,22 @@ def test_tiles_give_the_whole_picture(large, monkeypatch, height, width, tile, b
     whole = autoencoder.decode(latent)
 
     def distance(overlap):
-        monkeypatch.setattr(flux_model, "WHOLE_PIXELS", 0)
-        monkeypatch.setattr(flux_model, "TILE", tile)
-        monkeypatch.setattr(flux_model, "OVERLAP", overlap)
+        monkeypatch.setattr(speed, "WHOLE_PIXELS", 0)
+        monkeypatch.setattr(speed, "TILE", tile)
+        monkeypatch.setattr(speed, "OVERLAP", overlap)
         return relative(autoencoder.decode(latent), whole)
 
     assert distance(overlap=8) < bound < distance(overlap=0)
-    monkeypatch.setattr(flux_model.GroupNorm, "forward", torch.nn.GroupNorm.forward)
+    monkeypatch.setattr(speed, "held_statistics", lambda norm: torch.nn.GroupNorm.forward.__get__(norm))
     assert distance(overlap=8) > bound                      # with statistics of each tile's own
 
 
 def test_tiles_cover_and_overlap():
     for size in range(1, 700):
-        parts = flux_model.tiles(size)
+        parts = speed.tiles(size)
         assert parts[0].start == 0 and parts[-1].stop == size
-        assert len({part.stop - part.start for part in parts}) == 1 and parts[0].stop <= flux_model.TILE
-        assert all(a.stop - b.start - flux_model.OVERLAP in (0, 1) for a, b in zip(parts, parts[1:]))
+        assert len({part.stop - part.start for part in parts}) == 1 and parts[0].stop <= speed.TILE
+        assert all(a.stop - b.start - speed.OVERLAP in (0, 1) for a, b in zip(parts, parts[1:]))
 
 
 @torch.no_grad()
@@ -337,13 +338,14 @@ def test_flow_matching_loss():
 
 
 def test_recomputed_blocks_give_the_same_gradient_and_keep_less():
-    """flux.recompute changes neither loss nor gradient, also through an adapter; what autograd keeps shrinks."""
-    flux = flux_model.load_flux(HUB, dtype=torch.float32)
-    adapter = MetaLoRA(flux, rank=2, method="lora")
+    """Recomputation changes neither loss nor gradient, also through an adapter; what autograd keeps shrinks."""
+    flux = load_flux(HUB, dtype=torch.float32)
+    adapter = MetaLoRA(flux, rank=2)
     adapter.bank.weight.normal_(std=0.1)
     latent, noise, t = torch.randn(2, 16, 8, 8), torch.randn(2, 16, 8, 8), torch.tensor([0.2, 0.7])
     txt, y, results = torch.randn(2, 5, 40), torch.randn(2, 24), []
-    for flux.recompute in (0, 99):
+    for count in (0, 99):
+        speed.recompute_blocks(flux, count)
         kept = 0
 
         def pack(tensor):
@@ -587,7 +589,8 @@ def write_random_checkpoint(folder, config, diffusers):
 
 
 MEASURE = """
-import re, sys, threading, torch, flux_model
+import re, sys, threading, torch
+from support.checkpoints import flux_files, load_flux
 
 def private_memory():
     return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1])
@@ -606,10 +609,10 @@ def measure(load):
     print(before, max(samples), sum(p.nbytes for p in flux.parameters()))
 
 def load():
-    return flux_model.load_flux(sys.argv[1], "cpu", torch.bfloat16, fp8=len(sys.argv) > 2)
+    return load_flux(sys.argv[1], "cpu", torch.bfloat16, fp8=len(sys.argv) > 2)
 
 def load_twice():
-    files = flux_model.flux_files(sys.argv[1])[0]
+    files = flux_files(sys.argv[1])[0]
     copies = [files[name].clone() for name in files.file_of]
     return load()
 
@@ -800,8 +803,8 @@ def hub(tmp_path, monkeypatch):
 def test_local_cache_without_network(tmp_path):
     """As a user meets it, in its own process: flux-dev is in the cache, flux-schnell is not."""
     snapshot = cache(tmp_path, ORIGINAL)
-    code = ("import flux_model\nprint(flux_model.find_model('flux-dev'))\n"
-            "try: flux_model.find_model('flux-schnell')\nexcept ValueError as error: print(error)")
+    code = ("from support.checkpoints import find_model\nprint(find_model('flux-dev'))\n"
+            "try: find_model('flux-schnell')\nexcept ValueError as error: print(error)")
     child = python(code, HF_HOME=str(tmp_path), HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1")
     output, errors = child.communicate()
     assert (child.returncode, errors) == (0, "")
@@ -867,8 +870,8 @@ def test_importing_does_nothing(tmp_path):
 @pytest.mark.parametrize("name", ["quantum", "cpu:x", "cpu:1", "cpu:", "cuda:99", "mps:1", ":0", ""])
 def test_a_device_that_is_not_there(name):
     with pytest.raises(ValueError, match="--device .* is not available here; available: .*cpu"):
-        flux_model.pick_device(name)
+        pick_device(name)
 
 
 def test_a_device_that_is_there():
-    assert flux_model.pick_device("cpu") == torch.device("cpu") and flux_model.pick_device("cpu:0").type == "cpu"
+    assert pick_device("cpu") == torch.device("cpu") and pick_device("cpu:0").type == "cpu"

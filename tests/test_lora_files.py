@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from flux_model import FLUX_LINEARS, Flux, FluxConfig
-from lora_files import (FORMATS, NAMES, ORIGINAL_OF, load_lora, parse_key, read_metadata, save_lora,
-                        split_number)
+from flux_model import Flux, FluxConfig
+from support.checkpoints import FLUX_LINEARS
+from support.lora_files import FORMATS, NAMES, ORIGINAL_OF, load_lora, parse_key, read_metadata, save_lora, split_number
 
 LAYOUTS = Path(__file__).parents[2] / "shared" / "golden" / "checkpoint_layouts.json"
 H, MLP = 16, 48                                              # an MLP ratio of 3, so that nothing relies on 4
@@ -438,8 +438,8 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     def torn(tensors, target, metadata):
         Path(target).write_bytes(b"half")
         raise OSError("No space left on device")
-    monkeypatch.setattr("lora_files.save_file", torn)
-    with pytest.raises(ValueError, match="cannot be written: No space left on device"):
+    monkeypatch.setattr("support.lora_files.save_file", torn)
+    with pytest.raises(OSError, match="cannot be written: No space left on device"):
         save_lora(path, {Q: good(value=2.0)})
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 

@@ -21,11 +21,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import flux_model
+from support import checkpoints
 import meta_train
 import personalize
-import photos
+from support import photos
 from meta_train import Cache, Visit, draw_order, find_people, generator, make_buckets, read_people, schedule
-from metalora import DiskBank, IdentityBank, MetaLoRA, find_targets, load_lomd, plain_update, random_lomd
+from metalora import IdentityBank, MetaLoRA, apply_loras, random_lomd
+from support.lora_files import load_lomd
+from support.people import DiskBank
+from metalora import views
+from test_metalora import parts_of, plain_update
+from support.checkpoints import find_targets
+from support.lora_files import load_lomd
 
 ROOT = Path(__file__).parents[1]
 MODEL = next((path for path in (ROOT / "tests" / "golden" / "hub", ROOT.parent / "shared" / "golden" / "hub")
@@ -39,7 +46,7 @@ DATA = "data (pictures, captions, buckets)"
 def remembered():
     """The text encoders are slow to load, and answer the same each time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flux_model, "load_text_encoders", functools.cache(flux_model.load_text_encoders))
+        patch.setattr(checkpoints, "load_text_encoders", functools.cache(checkpoints.load_text_encoders))
         yield
 
 
@@ -543,7 +550,7 @@ def filled(tmp_path):
 
 def test_the_cache_holds_what_the_models_give(filled):
     cache, pictures = filled
-    autoencoder = flux_model.load_autoencoder(MODEL, "cpu", torch.float32)
+    autoencoder = checkpoints.load_autoencoder(MODEL, "cpu", torch.float32)
     expected = set()
     for p in pictures:
         assert list(cache.sizes(p)) == ([(64, 64)] if p.width == 64 else [(80, 48), (128, 80)])
@@ -555,7 +562,7 @@ def test_the_cache_holds_what_the_models_give(filled):
             assert stored.shape == (2, 16, size[1] // 8, size[0] // 8)
             assert torch.equal(stored, posterior.half())
             expected.add(cache.latent_path(p, size))
-    encoders = flux_model.load_text_encoders(MODEL, torch.device("cpu"), torch.float32)
+    encoders = checkpoints.load_text_encoders(MODEL, torch.device("cpu"), torch.float32)
     for caption in ("a man", "a woman"):
         txt, y = encoders.encode([caption])
         stored = cache.load(cache.text_path(caption))
@@ -570,12 +577,12 @@ def test_nothing_is_encoded_twice(filled, monkeypatch):
     lost = cache.latent_path(pictures[2], (80, 48))
     lost.unlink()
     assert cache.missing(pictures, []) == ([pictures[2]], [])
-    monkeypatch.setattr(flux_model, "load_text_encoders", lambda *_: pytest.fail("text was encoded again"))
+    monkeypatch.setattr(checkpoints, "load_text_encoders", lambda *_: pytest.fail("text was encoded again"))
     others = [p for p in cache.folder.iterdir() if pictures[2].digest[:32] not in p.name]
     before = {p: p.stat().st_mtime_ns for p in others}
     cache.fill(pictures, ["a man", "a woman"], show=False)
     assert lost.exists() and all(p.stat().st_mtime_ns == then for p, then in before.items())
-    monkeypatch.setattr(flux_model, "load_autoencoder", lambda *_: pytest.fail("a picture was encoded again"))
+    monkeypatch.setattr(checkpoints, "load_autoencoder", lambda *_: pytest.fail("a picture was encoded again"))
     cache.fill(pictures, ["a man", "a woman"], show=False)
     moved = [p._replace(path=Path("moved") / p.path.name) for p in pictures]       # the folder was renamed
     cache.fill(moved, ["a man"], show=False)
@@ -703,7 +710,7 @@ def test_a_joint_step_follows_the_mean_of_the_batch(recorded):
 
 def test_lomd_and_rows_start_as_the_seed_says(recorded):
     adapter = recorded.run.adapter
-    lomd = random_lomd(adapter.targets, 3, seed=5)
+    lomd = random_lomd(find_targets(adapter.flux), 3, seed=5)
     flat = torch.cat([lomd[t.path].flatten() for t in adapter.targets])
     before = recorded.steps[0].lomd
     assert torch.equal(before["weight"][0], flat) and not any(before[part].any() for part in PARTS[1:])
@@ -719,8 +726,8 @@ def test_a_second_visit_goes_on_from_the_bank(recorded):
         assert recorded.opened[second]["steps"].all()
         assert same(recorded.closed[first], recorded.steps[6 * first + 5].rows_after)
     bank = DiskBank(recorded.folder / "run/rank0/bank", 5, recorded.closed[0]["weight"].shape[1])
-    assert same(state(bank.read([0, 1, 2], "cpu")), recorded.closed[2])
-    assert same(state(bank.read([3, 4], "cpu")), recorded.closed[3])
+    assert same(state(IdentityBank(*bank.read([0, 1, 2], "cpu"))), recorded.closed[2])
+    assert same(state(IdentityBank(*bank.read([3, 4], "cpu"))), recorded.closed[3])
 
 
 def test_a_step_trains_on_the_posterior_and_on_the_pictures_own_caption(recorded):
@@ -765,7 +772,7 @@ def test_iterations_may_be_raised_and_the_cache_shared(run, recorded):
     options = dict(data=recorded.folder / "data")
     with pytest.MonkeyPatch.context() as patch:
         for name in ("load_autoencoder", "load_text_encoders"):
-            patch.setattr(flux_model, name, lambda *_: pytest.fail("encoded again"))
+            patch.setattr(checkpoints, name, lambda *_: pytest.fail("encoded again"))
         assert run(*OPTIONS, *shared, **options, iters=8)[0] == 0
         assert load_lomd("lomd.safetensors")[1]["iterations"] == "8"
         code, out, _ = run(*OPTIONS, *shared, **options, iters=24)
@@ -789,25 +796,25 @@ def test_disk_bank_round_trip(tmp_path):
     bank = DiskBank(tmp_path / "bank", 6, 11)
     assert (tmp_path / "bank").stat().st_size == 6 * (8 + 12 * 11) == DiskBank.bytes(6, 11)
     assert list(tmp_path.iterdir()) == [tmp_path / "bank"]
-    empty = bank.read([0, 5], "cpu")
+    empty = IdentityBank(*bank.read([0, 5], "cpu"))
     assert all(not getattr(empty, part).any() for part in PARTS) and empty.steps.dtype == torch.long
     first, second = random_bank(3, 11), random_bank(2, 11, seed=1)
     bank.write([4, 1, 2], first)
-    assert same(state(bank.read([4, 1, 2], "cpu")), state(first))
-    assert torch.equal(bank.read([1], "cpu").weight[0], first.weight[1])
+    assert same(state(IdentityBank(*bank.read([4, 1, 2], "cpu"))), state(first))
+    assert torch.equal(IdentityBank(*bank.read([1], "cpu")).weight[0], first.weight[1])
     before = (tmp_path / "bank").read_bytes()
     bank.write([0, 5], second)
     after, row = (tmp_path / "bank").read_bytes(), 8 + 12 * 11
     assert after[row:5 * row] == before[row:5 * row]                     # rows of others, to the byte
     assert after[:row] != before[:row] and after[5 * row:] != before[5 * row:]
     reopened = DiskBank(tmp_path / "bank", 6, 11)
-    assert same(state(reopened.read([4, 1, 2], "cpu")), state(first))
-    assert same(state(reopened.read([0, 5], "cpu")), state(second))
+    assert same(state(IdentityBank(*reopened.read([4, 1, 2], "cpu"))), state(first))
+    assert same(state(IdentityBank(*reopened.read([0, 5], "cpu"))), state(second))
     (s4, s1, s2), (s0, s5) = first.steps.tolist(), second.steps.tolist()
     assert reopened.steps().tolist() == [s0, s1, s2, 0, s4, s5]
-    copy_of = reopened.read([4], "cpu")
+    copy_of = IdentityBank(*reopened.read([4], "cpu"))
     copy_of.weight.zero_()                                                              # a copy, not the file
-    assert torch.equal(reopened.read([4], "cpu").weight[0], first.weight[0])
+    assert torch.equal(IdentityBank(*reopened.read([4], "cpu")).weight[0], first.weight[0])
 
 
 def test_disk_bank_of_another_size_is_refused(tmp_path):
@@ -822,11 +829,11 @@ def test_a_bank_beyond_all_memory(tmp_path):
     """67 GB, rows of about a quarter of FLUX.1-dev's: sparse, and only what is asked for is touched."""
     bank = DiskBank(tmp_path / "bank", 4000, 1_400_000)
     assert (tmp_path / "bank").stat().st_size == 4000 * (8 + 12 * 1_400_000)
-    some = bank.read([3999, 17], "cpu")
+    some = IdentityBank(*bank.read([3999, 17], "cpu"))
     some.weight.fill_(2)
     some.steps += 1
     bank.write([3999, 17], some)
-    again = bank.read([17], "cpu")
+    again = IdentityBank(*bank.read([17], "cpu"))
     assert again.weight.eq(2).all() and again.steps.tolist() == [1] and not again.exp_avg.any()
     if hasattr(Path().stat(), "st_blocks"):
         assert 512 * (tmp_path / "bank").stat().st_blocks < 3 * (8 + 12 * 1_400_000)
@@ -857,7 +864,7 @@ class PlainLinear(torch.nn.Module):
 
 def tiny_adapter(**options):
     """The small model, and an adapter of 5 people with weights that are all in use."""
-    flux = flux_model.load_flux(MODEL, "cpu", torch.float32)
+    flux = checkpoints.load_flux(MODEL, "cpu", torch.float32)
     adapter = MetaLoRA(flux, 2, lomd=random_lomd(find_targets(flux), 3), num_identities=5, slots=4, **options)
     adapter.bank.weight.add_(0.1 * torch.randn(adapter.bank.weight.shape))
     adapter.train_lomd = True
@@ -874,13 +881,11 @@ def draws(batch, seed=2):
 
 def plain_gradients(adapter, ids, data):
     """Losses, and by autograd: LoMD's gradient of their mean, {person: its row's, of the mean of its own}."""
-    flux = flux_model.load_flux(MODEL, "cpu", torch.float64)
+    flux = checkpoints.load_flux(MODEL, "cpu", torch.float64)
     rows = adapter.bank.weight.double().requires_grad_()
     flat = adapter.shared.weight[0].double().requires_grad_()
-    lomd = adapter.split_lomd(flat)
-    pieces = [part.view(len(rows), *shape)
-              for part, shape in zip(rows.split(adapter.sizes, 1), adapter.shapes)]
-    parts = {t.path: pieces[2 * i:2 * i + 2] for i, t in enumerate(adapter.targets)}
+    lomd = dict(zip((t.path for t in adapter.targets), views(flat, [(adapter.r1, t.d_in) for t in adapter.targets])))
+    parts = parts_of(adapter, rows)
     modules = collections.defaultdict(list)
     for t in adapter.targets:
         modules[t.module].append(t)
@@ -1022,7 +1027,7 @@ def test_a_changed_setting_is_refused_with_both_values(begun, tmp_path):
     assert refused(begun(resolution="80 64 80"), "resolution was [64] and is [64, 80];")
     assert refused(begun("--r1", 4, "--seed", 9), "r1 was 3 and is 4, seed was 5 and is 9;")
     other = weak_copy(tmp_path / "other")
-    old, new = flux_model.flux_fingerprint(MODEL), flux_model.flux_fingerprint(other)
+    old, new = checkpoints.flux_fingerprint(MODEL), checkpoints.flux_fingerprint(other)
     assert refused(begun(model=other), f"model was {old} and is {new};")
     assert {p: t for p, t in listing().items() if p.parts[0] != "other"} == before
 
@@ -1080,7 +1085,7 @@ def test_a_bank_that_does_not_belong_to_the_checkpoint(begun, recorded, what):
         bank.rows["steps"][1] += 1
         bank.rows.flush()
     elif what == "older":
-        bank.write([0, 1, 2], IdentityBank(**recorded.closed[0]))
+        bank.write([0, 1, 2], IdentityBank(*(recorded.closed[0][part] for part in PARTS)))
     elif what == "missing":
         path.unlink()
     else:
@@ -1118,7 +1123,7 @@ def test_what_the_lomd_file_says(recorded):
     lomd, metadata = load_lomd(recorded.folder / "out.safetensors")
     assert metadata == {
         "format": "pt", "r1": "3", "targets": str(len(recorded.run.adapter.targets)), "model": "hub",
-        "model_fingerprint": flux_model.flux_fingerprint(MODEL), "iterations": "24", "people": "5", "r2": "2",
+        "model_fingerprint": checkpoints.flux_fingerprint(MODEL), "iterations": "24", "people": "5", "r2": "2",
         "data_fingerprint": meta_train.data_fingerprint(read(recorded.folder / "data")[0]),
         "learning_rate": "0.001", "batch_size": "2", "warmup": "0.5", "seed": "5",
         "prompt": "a photo of a person", "made_by": "meta_train.py"}
@@ -1151,23 +1156,23 @@ def test_personalize_takes_it_for_its_model_alone(recorded, tmp_path):
     other = weak_copy(tmp_path / "other")
     message = one_line(personalize.read_lomd, other, path)
     assert str(path) in message and "hub" in message
-    assert flux_model.flux_fingerprint(MODEL) in message and flux_model.flux_fingerprint(other) in message
+    assert checkpoints.flux_fingerprint(MODEL) in message and checkpoints.flux_fingerprint(other) in message
     diffusers = hub_copy(tmp_path / "diffusers", without=["flux1-dev.safetensors", "ae.safetensors"])
     assert personalize.read_lomd(diffusers, path)[1] == name
 
 
 def test_the_fingerprint_of_a_model(tmp_path):
-    mine = flux_model.flux_fingerprint(MODEL)
+    mine = checkpoints.flux_fingerprint(MODEL)
     diffusers = hub_copy(tmp_path / "diffusers", without=["flux1-dev.safetensors"])
-    assert flux_model.flux_files(diffusers)[2] and not flux_model.flux_files(MODEL)[2]
-    assert flux_model.flux_fingerprint(diffusers) == mine and len(mine) == 16
+    assert checkpoints.flux_files(diffusers)[2] and not checkpoints.flux_files(MODEL)[2]
+    assert checkpoints.flux_fingerprint(diffusers) == mine and len(mine) == 16
     changed = {mine}
     for i, name in enumerate(("img_in.bias", "double_blocks.0.txt_attn.norm.query_norm.scale",
                               "single_blocks.2.norm.key_norm.scale")):
-        changed.add(flux_model.flux_fingerprint(weak_copy(tmp_path / str(i), name)))
+        changed.add(checkpoints.flux_fingerprint(weak_copy(tmp_path / str(i), name)))
         other = hub_copy(tmp_path / f"{i}d", "transformer/diffusion_pytorch_model.safetensors",
-                         flux_model.diffusers_flux_names(name)[0], without=["flux1-dev.safetensors"])
-        assert flux_model.flux_fingerprint(other) in changed             # and the same in this layout
+                         checkpoints.diffusers_flux_names(name)[0], without=["flux1-dev.safetensors"])
+        assert checkpoints.flux_fingerprint(other) in changed             # and the same in this layout
     assert len(changed) == 4
 
 

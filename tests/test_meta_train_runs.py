@@ -28,9 +28,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import flux_model
+from support.checkpoints import find_targets, load_flux
 import meta_train
 import metalora
-from metalora import DiskBank, IdentityBank
+from metalora import IdentityBank
+from support.people import DiskBank
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "tests" / "golden" / "hub"
@@ -592,7 +594,7 @@ def warm_pair(pair, tmp_path):
 def bank_of(folder, rank, people):
     """Rows of a bank, IdentityBank of `people` rows."""
     path = folder / "run" / f"rank{rank}" / "bank"
-    return DiskBank(path, people, (path.stat().st_size // people - 8) // 12).read(range(people), "cpu")
+    return IdentityBank(*DiskBank(path, people, (path.stat().st_size // people - 8) // 12).read(range(people), "cpu"))
 
 
 def test_two_processes_equal_one_with_the_doubled_batch(server, squares, pair, warm_pair):
@@ -625,7 +627,10 @@ def assert_close(found, expected):
 
 
 def start_of_lomd():
-    return metalora.random_lomd(metalora.find_targets(flux_model.load_flux(MODEL, "cpu", torch.float32)), 4, 0)
+    """In the order in which it is trained."""
+    targets = find_targets(load_flux(MODEL, "cpu", torch.float32))
+    lomd = metalora.random_lomd(targets, 4, 0)
+    return {t.path: lomd[t.path] for t in sorted(targets, key=lambda t: t.d_in)}
 
 
 def test_two_processes_send_the_gradient_of_lomd_and_nothing_else(pair):

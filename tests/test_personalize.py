@@ -11,11 +11,12 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-import flux_model
 import personalize
-import photos
-from lora_files import load_lora, read_metadata
-from metalora import MetaLoRA, find_targets, load_lomd, random_lomd, save_lomd
+from flux_model import Flux, flow_matching_loss, sample_times
+from metalora import MetaLoRA, apply_loras, random_lomd
+from support import photos
+from support.checkpoints import find_targets, flux_files, load_autoencoder, load_flux, load_text_encoders
+from support.lora_files import load_lomd, load_lora, read_metadata, save_lomd
 
 ROOT = Path(__file__).parents[1]
 ASTRONAUT = Path(__file__).parent / "photos" / "astronaut.png"
@@ -29,7 +30,7 @@ R1 = 8
 @pytest.fixture(scope="module")
 def targets():
     with torch.device("meta"):
-        return find_targets(flux_model.Flux(flux_model.flux_files(MODEL)[1]))
+        return find_targets(Flux(flux_files(MODEL)[1]))
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +44,7 @@ def lomd(targets, tmp_path_factory):
 @pytest.fixture(scope="module", autouse=True)
 def remembered():
     """The detector and the text encoders are slow to ask, and answer the same each time."""
-    find_faces, load_text_encoders = photos.find_faces, functools.cache(flux_model.load_text_encoders)
-    faces = {}
+    find_faces, faces = photos.find_faces, {}
 
     def ask_once(image):
         key = image.size, image.tobytes()
@@ -53,7 +53,7 @@ def remembered():
         return faces[key]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(photos, "find_faces", ask_once)
-        patch.setattr(flux_model, "load_text_encoders", load_text_encoders)
+        patch.setattr(personalize, "load_text_encoders", functools.cache(load_text_encoders))
         yield
 
 
@@ -111,7 +111,7 @@ def test_writes_a_lora_of_every_target(run, head, targets, lomd, method):
         assert (trained - trained @ basis @ basis.T).norm() < 2e-3 * trained.norm()
     metadata = read_metadata("out.safetensors")
     expected = {"method": method, "rank": "2", "iterations": "3", "prompt": "a photo of zwx", "seed": "7",
-                "resolution": "64", "learning_rate": "0.0004", "batch_size": "1", "model": "hub"}
+                "resolution": "64", "learning_rate": "0.0004", "model": "hub"}
     assert expected.items() <= metadata.items()
     assert metadata["lomd"].startswith("random, sha256 " if method == "meta-lora" else "none")
     assert "python sample.py --model" in out and "'a photo of zwx'" in out and "out.safetensors" in out
@@ -152,14 +152,12 @@ def test_formats_hold_the_same(run, head):
 def test_defaults_are_the_papers_and_the_models(tmp_path):
     args = personalize.parse([str(ASTRONAUT), "--model", str(MODEL), "--out", f"{tmp_path}/o.safetensors"])
     personalize.check(args)
-    assert (args.iters, args.rank, args.batch_size, args.lr) == (375, 1, 1, 4e-4)
+    assert (args.iters, args.rank, args.lr) == (375, 1, 4e-4)
     assert (args.resolution, args.prompt) == ([1024], "a photo of a person")
     assert (args.aspects, args.scales, args.background, args.mirror) == (None, None, 1.0, True)          # all of the paper's crops
-    for words, expected in (([], (["1:1"], [4.5], 0.1, False)), (["--aspects", "3:4", "1:1", "--scales", "2", "--background", "0", "--mirror"],
-                                                                 (["3:4", "1:1"], [2.0], 0.0, True))):
-        args = personalize.parse([str(ASTRONAUT), "--model", "baby", *words])
-        personalize.check(args)
-        assert (args.aspects, args.scales, args.background, args.mirror) == expected
+    args = personalize.parse([str(ASTRONAUT), "--model", "baby"])
+    personalize.check(args)
+    assert (args.aspects, args.scales, args.background, args.mirror) == (["1:1"], [4.5], 0.1, False)     # its defaults.json
     args = personalize.parse([str(ASTRONAUT), "--model", str(MODEL), "--method", "lora"])
     personalize.check(args)
     assert args.iters == 625
@@ -168,36 +166,48 @@ def test_defaults_are_the_papers_and_the_models(tmp_path):
 # crops
 
 def test_crops_of_one_photo_and_of_several(tmp_path):
-    one = personalize.load_crops([ASTRONAUT], [128])
+    one = photos.load_crops([ASTRONAUT], [128])
     assert 15 <= len(one) <= 25 and all(crop.photo == ASTRONAUT for crop in one)
     assert all(w % 16 == h % 16 == 0 for w, h in (crop.picture.size for crop in one))
     assert len({crop.box for crop in one}) == len(one)
     other = tmp_path / "flipped.png"
     Image.open(ASTRONAUT).convert("RGB").transpose(Image.FLIP_LEFT_RIGHT).save(other)
-    two = personalize.load_crops([ASTRONAUT, other], [128])
+    two = photos.load_crops([ASTRONAUT, other], [128])
     assert [crop.box for crop in two[:len(one)]] == [crop.box for crop in one] and {c.photo for c in two} == {
         ASTRONAUT, other}
-    whole = personalize.load_crops([ASTRONAUT], [128], augment=False)
+    whole = photos.load_crops([ASTRONAUT], [128], augment=False)
     assert [(crop.box, crop.picture.size) for crop in whole] == [((0, 0, 512, 512), (128, 128))]
 
 
 def test_the_head_counts_and_the_background_less():
     photo = Image.open(ASTRONAUT).convert("RGB")
     x0, y0, x1, y1 = photos.head_box(photos.find_faces(photo)[0])
-    for crop in personalize.load_crops([ASTRONAUT], [128]):
-        weights = personalize.head_weights(crop, 0.1)
+    for crop in photos.load_crops([ASTRONAUT], [128]):
+        weights = photos.head_weights(crop, 0.1)
         width, height = crop.picture.size
-        assert weights.shape == (2, 1, height // 8, width // 8) and torch.equal(weights[1], weights[0].flip(-1))
+        assert weights.shape == (1, height // 8, width // 8)
         assert weights.mean().item() == pytest.approx(1) and weights.max() / weights.min() == pytest.approx(10, rel=0.01)
         # the head of the photo painted red, cut as the photo is: where it is red the weight is high
         red = photo.copy()
         red.paste("red", (x0, y0, x1, y1))
-        seen = np.asarray(personalize.to_sizes(red.crop(crop.box), [128])[0]).astype(int)
+        seen = np.asarray(photos.to_sizes(red.crop(crop.box), [128])[0]).astype(int)
         seen = ((seen[..., 0] > 200) & (seen[..., 1:].max(-1) < 50)).reshape(height // 8, 8, width // 8, 8).mean((1, 3))
-        assert (weights[0, 0].numpy()[seen == 1] > 0.95 * weights.max().item()).all()
-        assert (weights[0, 0].numpy()[seen == 0] < 0.3 * weights.max().item()).all()
-        assert torch.equal(personalize.head_weights(crop, 1.0), torch.ones(2, 1, height // 8, width // 8))
-        assert torch.equal(personalize.head_weights(crop, 0.1, mirror=False), weights[:1])
+        assert (weights[0].numpy()[seen == 1] > 0.95 * weights.max().item()).all()
+        assert (weights[0].numpy()[seen == 0] < 0.3 * weights.max().item()).all()
+        assert torch.equal(photos.head_weights(crop, 1.0), torch.ones(1, height // 8, width // 8))
+
+
+def test_a_mirror_image_has_the_weights_mirrored():
+    autoencoder = load_autoencoder(MODEL, "cpu", torch.float32)
+    crops = photos.load_crops([ASTRONAUT], [64])[:2]
+    for mirror in (True, False):
+        latents, weights = personalize.encode_crops(autoencoder, crops, 0.1, mirror)
+        for crop, latent, own in zip(crops, latents, weights, strict=True):
+            assert len(latent) == len(own) == 1 + mirror and torch.equal(own[0], photos.head_weights(crop, 0.1))
+            assert torch.equal(own[-1], own[0].flip(-1) if mirror else own[0])
+    whole = photos.load_crops([ASTRONAUT], [64], augment=False)
+    latents, weights = personalize.encode_crops(autoencoder, whole, 0.1, True)
+    assert len(latents[0]) == 1 and torch.equal(weights[0], torch.ones(1, 1, 1, 1))              # nobody looked for a head
 
 
 def test_weights_follow_their_view_and_reach_the_loss(lomd):
@@ -205,23 +215,23 @@ def test_weights_follow_their_view_and_reach_the_loss(lomd):
     latents = [constant([1.0, 2.0]), constant([3.0, 4.0])]                   # each view its own mean, and no deviation
     weights = [torch.tensor([1.0, 2.0]).view(2, 1, 1, 1), torch.tensor([3.0, 4.0]).view(2, 1, 1, 1)]
     seen = set()
-    for _, (_, latent, _, weight, _) in zip(range(20), personalize.batches(latents, weights, 1, 0)):
+    for _, (_, latent, _, weight, _) in zip(range(20), personalize.batches(latents, weights, 0)):
         assert (latent == weight).all()
         seen.add(weight.item())
     assert seen == {1.0, 2.0, 3.0, 4.0}
 
-    flux = flux_model.load_flux(MODEL, "cpu", torch.float32)
+    flux = load_flux(MODEL, "cpu", torch.float32)
     txt, y = torch.randn(1, 5, flux.config.context_in_dim), torch.randn(1, flux.config.vec_in_dim)
 
     def learned(weight):
         adapter, losses = MetaLoRA(flux, 1, lomd=load_lomd(lomd)[0]), []
-        personalize.train(flux, adapter, [latents], txt, y, 3, 1e-2, on_step=lambda i, loss, p: losses.append(loss),
-                          weights=weight and [[torch.full((2, 1, 4, 4), weight)] * 2])
+        personalize.train(flux, adapter, latents, [torch.full((2, 1, 4, 4), weight)] * 2, txt, y, 3, 1e-2,
+                          on_step=lambda i, loss: losses.append(loss))
         update = adapter.collapse()
-        adapter.remove()
+        apply_loras(flux, [])
         return losses, max(b.abs().max().item() for _, b in update.values())
-    (plain, moved), (ones, same), (twice, _), (nothing, still) = map(learned, (None, 1.0, 2.0, 1e-30))
-    assert plain == ones and moved == same > 0 and twice[0] == pytest.approx(2 * plain[0])
+    (plain, moved), (twice, _), (nothing, still) = map(learned, (1.0, 2.0, 1e-30))
+    assert moved > 0 and twice[0] == pytest.approx(2 * plain[0])
     assert max(nothing) < 1e-25 and still < 1e-6 * moved
 
 
@@ -236,16 +246,16 @@ def test_weights_follow_their_view_and_reach_the_loss(lomd):
     ((160, 90), [128], [(176, 96)]),
 ])
 def test_sizes(size, resolutions, expected):
-    assert [picture.size for picture in personalize.to_sizes(Image.new("RGB", size), resolutions)] == expected
+    assert [picture.size for picture in photos.to_sizes(Image.new("RGB", size), resolutions)] == expected
 
 
-def test_several_photos_no_augment_and_batches_train(run, head):
+def test_several_photos_and_no_augment_train(run, head):
     Image.open(ASTRONAUT).convert("RGB").crop((100, 0, 400, 400)).save("größer photo.webp")
-    code, out, _ = run(head, "größer photo.webp", "--save-crops", "seen", "--batch-size", 4,
+    code, out, _ = run(head, "größer photo.webp", "--save-crops", "seen",
                        resolution="64 80", iters=2)
     assert code == 0
     pictures = [Image.open(path).size for path in sorted(Path("seen").iterdir())]
-    count = len(personalize.load_crops([head, "größer photo.webp"], [64]))
+    count = len(photos.load_crops([head, "größer photo.webp"], [64]))
     assert len(pictures) == 2 * count and f"{len(pictures)} pictures" in out
     assert all(w % 16 == h % 16 == 0 for w, h in pictures)
     assert {(64, 64), (80, 80)} < set(pictures) and {w > h for w, h in pictures} == {True, False}
@@ -266,72 +276,76 @@ def test_the_largest_of_several_faces(run, tmp_path):
     code, _, err = run("both.png", method="lora")
     assert code == 0 and err.count("\n") == 1 and "2 faces in both.png" in err
     (box,) = [face[:4] for face in photos.find_faces(face)][:1]
-    crop = min(personalize.load_crops(["both.png"], [64]), key=lambda c: c.box[2] - c.box[0])
+    crop = min(photos.load_crops(["both.png"], [64]), key=lambda c: c.box[2] - c.box[0])
     assert crop.box[0] < 256 + (box[0] + box[2]) / 2 < crop.box[2]          # the face on the right
 
 
 # encoding and drawing
 
 def test_encoding_keeps_the_posterior_and_the_mirror_image():
-    autoencoder = flux_model.load_autoencoder(MODEL, "cpu", torch.float32)
+    autoencoder = load_autoencoder(MODEL, "cpu", torch.float32)
     picture = photos.fit_to_grid(photos.read_photo(ASTRONAUT), 64)
-    (latent,) = personalize.encode(autoencoder, [picture])
+    crop = photos.Crop(picture, ASTRONAUT, (0, 0, 64, 64), Image.new("L", picture.size, 255))
+    (latent,), _ = personalize.encode_crops(autoencoder, [crop])
     assert latent.shape == (2, 2, 16, 8, 8)
     pixels = photos.to_tensor(picture)[None]
     assert torch.allclose(latent[0, 0], autoencoder.encode(pixels)[0], atol=1e-5)
     assert torch.allclose(latent[1, 0], autoencoder.encode(pixels.flip(-1))[0], atol=1e-5)
     logvar = autoencoder.moments(pixels).chunk(2, 1)[1][0]
     assert torch.allclose(latent[0, 1], autoencoder.config.scale_factor * (logvar / 2).exp(), atol=1e-5)
-    (alone,) = personalize.encode(autoencoder, [picture], mirror=False)
+    (alone,), _ = personalize.encode_crops(autoencoder, [crop], mirror=False)
     assert torch.allclose(alone, latent[:1], atol=1e-5)
 
 
+def drawn(latents, count, seed=0):
+    """The first `count` training batches of one person."""
+    weights = [torch.ones(len(latent), 1, 1, 1) for latent in latents]
+    return [batch for _, batch in zip(range(count), personalize.batches(latents, weights, seed))]
+
+
 def test_draws_follow_coin_and_posterior():
-    generator = torch.Generator().manual_seed(0)
     latent = torch.zeros(2, 2, 16, 2, 2)
     latent[0, 0], latent[1, 0], latent[:, 1] = -1, 1, 0.1
-    draws = torch.stack([personalize.draw(latent, generator)[1] for _ in range(2000)])
+    draws = torch.cat([own for _, own, *_ in drawn([latent], 2000)])
     heads = draws.mean((1, 2, 3)) > 0
     assert 0.45 < heads.float().mean() < 0.55
     assert abs(draws[heads].mean() - 1) < 0.01 and abs(draws[heads].std() - 0.1) < 0.002
 
 
-def test_an_epoch_shows_each_image_once_and_mixes_no_shapes():
+def test_an_epoch_shows_each_crop_once_in_another_order():
     latents = [torch.zeros(1, 2, 16, h, 8) for h in (8, 8, 8, 8, 8, 6, 6, 4)]
-    generator = torch.Generator().manual_seed(0)
-    for size in 1, 3, 100:
-        epochs = [personalize.epoch(latents, size, generator) for _ in range(4)]
-        assert all(sorted(sum(batches, [])) == list(range(8)) for batches in epochs)
-        assert any(batches != epochs[0] for batches in epochs)
-        assert all(len({latents[i].shape for i in b}) == 1 and len(b) <= size for b in epochs[0])
-        assert len(epochs[0]) == {1: 8, 3: 4, 100: 3}[size]
+    order = [crop for crop, *_ in drawn(latents, 32)]
+    epochs = [order[i:i + 8] for i in range(0, 32, 8)]
+    assert all(sorted(epoch) == list(range(8)) for epoch in epochs) and any(epoch != epochs[0] for epoch in epochs)
+    assert all(latent.shape == (1, 16, latents[crop].shape[-2], 8) for crop, latent, *_ in drawn(latents, 8))
+    assert [crop for crop, *_ in drawn(latents, 8)] == epochs[0]                       # a longer run begins as a shorter one
 
 
 # training
 
 def overfit(folder, lomd, side, rank, lr, iters):
     """One crop, one view: -> the loss at fixed noise and times before and after `train`."""
-    flux = flux_model.load_flux(folder, "cpu", torch.float32)
+    flux = load_flux(folder, "cpu", torch.float32)
     base = copy.deepcopy(flux.state_dict())
-    txt, y = flux_model.load_text_encoders(folder, "cpu", torch.float32).encode(["a photo of a person"])
-    crop = personalize.load_crops([ASTRONAUT], [side])[10].picture
-    autoencoder = flux_model.load_autoencoder(folder, "cpu", torch.float32)
-    latents = personalize.encode(autoencoder, [crop], mirror=False)
+    txt, y = load_text_encoders(folder, "cpu", torch.float32).encode(["a photo of a person"])
+    crop = photos.load_crops([ASTRONAUT], [side])[10]
+    autoencoder = load_autoencoder(folder, "cpu", torch.float32)
+    latents, weights = personalize.encode_crops(autoencoder, [crop], mirror=False)
     generator = torch.Generator().manual_seed(0)
     clean = latents[0][0, 0].expand(16, -1, -1, -1)
-    noise, t = torch.randn(clean.shape, generator=generator), flux_model.sample_times(16, generator)
+    noise, t = torch.randn(clean.shape, generator=generator), sample_times(16, generator)
     adapter = MetaLoRA(flux, rank, lomd=lomd)
 
     @torch.no_grad()
     def loss():
         adapter.assign(torch.zeros(16, dtype=torch.long))
-        return flux_model.flow_matching_loss(
+        return flow_matching_loss(
             flux, clean, noise, t, txt.expand(16, -1, -1), y.expand(16, -1)).mean().item()
     before, seen = loss(), []
-    personalize.train(flux, adapter, [latents], txt, y, iters, lr, on_step=lambda *step: seen.append(step))
+    personalize.train(flux, adapter, latents, weights, txt, y, iters, lr, on_step=lambda *step: seen.append(step))
     after = loss()
-    assert [i for i, _, _ in seen] == list(range(1, iters + 1)) and all(math.isfinite(x) for _, x, _ in seen)
-    adapter.remove()                                                # the base is frozen
+    assert [i for i, _ in seen] == list(range(1, iters + 1)) and all(math.isfinite(x) for _, x in seen)
+    apply_loras(flux, [])                                              # the base is frozen
     assert all(torch.equal(value, base[name]) for name, value in flux.state_dict().items())
     return before, after
 
@@ -350,12 +364,12 @@ def test_overfits_one_crop_on_the_baby():
 
 def test_divergence_stops_the_run_and_keeps_the_old_file(run, head, monkeypatch):
     Path("out.safetensors").write_bytes(b"precious")
-    real, calls = flux_model.flow_matching_loss, []
+    real, calls = flow_matching_loss, []
 
     def broken(*args, **kwargs):
         calls.append(1)
         return real(*args, **kwargs) * (math.nan if len(calls) == 3 else 1)
-    monkeypatch.setattr(flux_model, "flow_matching_loss", broken)
+    monkeypatch.setattr(personalize, "flow_matching_loss", broken)
     code, out, err = run(head, iters=5, method="lora")
     assert code == 1 and out == "" and err.count("\n") == 1
     assert "iteration 3" in err and "head.png (" in err and len(calls) == 3
@@ -365,14 +379,14 @@ def test_divergence_stops_the_run_and_keeps_the_old_file(run, head, monkeypatch)
 
 def test_ctrl_c_saves_what_there_is(run, head, monkeypatch):
     assert run(head, "--out", "two.safetensors", iters=2, method="lora")[0] == 0
-    real, calls = flux_model.flow_matching_loss, []
+    real, calls = flow_matching_loss, []
 
     def interrupted(*args, **kwargs):
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
         return real(*args, **kwargs)
-    monkeypatch.setattr(flux_model, "flow_matching_loss", interrupted)
+    monkeypatch.setattr(personalize, "flow_matching_loss", interrupted)
     code, _, err = run(head, iters=5, method="lora")
     assert code == 130 and "out-interrupted-000002.safetensors" in err and "Traceback" not in err
     assert {p.name for p in Path().iterdir()} == {"out-interrupted-000002.safetensors", "two.safetensors"}
@@ -401,7 +415,7 @@ def make_bad_photos():
     (["text.jpg"], "text.jpg"), (["empty.png"], "empty.png"), (["cut.png"], "cut.png"),
     (["folder.png"], "folder.png"), (["nowhere.jpg"], "nowhere.jpg"), ([], "photo"),
     ([ASTRONAUT, "--rank", 0], "--rank"), ([ASTRONAUT, "--rank", "two"], "--rank"),
-    ([ASTRONAUT, "--batch-size", -1], "--batch-size"), ([ASTRONAUT, "--lr", "nan"], "--lr"),
+    ([ASTRONAUT, "--lr", "nan"], "--lr"),
     ([ASTRONAUT, "--lr", 0], "--lr"), ([ASTRONAUT, "--seed", -1], "--seed"),
     ([ASTRONAUT, "--seed", 2 ** 64], "--seed"), ([ASTRONAUT, "--save-at", 9], "--save-at"),
     ([ASTRONAUT, "--out", "no/where/o.safetensors"], "no/where"), ([ASTRONAUT, "--out", "out.pt"], "out.pt"),
@@ -423,9 +437,6 @@ def test_malformed_model_resolution_and_lomd(run):
     assert refused(run(ASTRONAUT, resolution=8), "--resolution")
     assert refused(run(ASTRONAUT, resolution="64 99999"), "--resolution")
     assert refused(run(ASTRONAUT, iters=0), "--iters")
-    for name, value in (("--aspects", "5:7"), ("--scales", 0.5), ("--background", 1.1), ("--background", "nan"), ("--background", "grey")):
-        assert refused(run(ASTRONAUT, name, value), name)
-    assert refused(run(ASTRONAUT, "--no-augment", "--no-mirror"), "--mirror")
     assert refused(run(ASTRONAUT, "--lomd", "any.safetensors", method="lora"), "--lomd")
     assert not list(Path().iterdir())
 

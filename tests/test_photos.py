@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-import photos
+from support import photos
 
 ROOT = Path(__file__).parents[1]
 SHARED = Path(__file__).parents[2] / "shared" / "photos"
@@ -276,7 +276,7 @@ def test_no_face():
 
 
 def test_importing_photos_does_not_import_the_detector():
-    code = "import sys, photos; sys.exit('facenet_pytorch' in sys.modules or 'torchvision' in sys.modules)"
+    code = "import sys; from support import photos; sys.exit('facenet_pytorch' in sys.modules or 'torchvision' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "baby"))
 import faces  # noqa: E402
 import pretrain  # noqa: E402
-from flux_model import (AutoEncoderConfig, FluxConfig, find_model, load_autoencoder, load_flux,  # noqa: E402
-                        load_text_encoders)
+from flux_model import AutoEncoderConfig, FluxConfig  # noqa: E402
+from support.checkpoints import find_model, load_autoencoder, load_flux, load_text_encoders  # noqa: E402
 
 
 @pytest.fixture(scope="module")

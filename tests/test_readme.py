@@ -13,7 +13,7 @@ import eval_rfacesim
 import meta_train
 import personalize
 import sample
-from lora_files import load_lora, read_metadata
+from support.lora_files import load_lora, read_metadata
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -46,7 +46,7 @@ def test_commands_name_files_and_options_that_exist(command):
     if script == "personalize.py":
         personalize.parse(arguments)
     elif script == "sample.py":
-        sample.parse_arguments(arguments)
+        sample.parse(arguments)
     elif script == "meta_train.py":
         meta_train.parse(arguments)
     elif script == "eval_rfacesim.py":

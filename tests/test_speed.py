@@ -7,13 +7,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import metalora
-import speed
-from flux_model import (Flux, FluxConfig, TensorFiles, denoise, find_model, flow_matching_loss, load_flux, open_flux)
-from metalora import AdaptedLinear, MetaLoRA, apply_loras, find_targets
+from flux_model import Flux, FluxConfig, denoise, flow_matching_loss
+from metalora import AdaptedLinear, MetaLoRA, apply_loras
 from personalize import main as personalize
 from sample import main as sample
-from speed import E4M3, Fp8Linear, Offload, blocks_to_recompute, check_memory, dequantize, quantize_rows, saved_bytes, weight_bytes
+from support import speed
+from support.checkpoints import TensorFiles, find_model, find_targets, load_flux, open_flux
+from support.speed import (E4M3, Fp8Linear, Offload, blocks_of, blocks_to_recompute, check_memory, dequantize, keep_as_it_is,
+                           plan_recompute, quantize_rows, recompute_blocks, saved_bytes, weight_bytes)
 from test_flux_model import DIFFUSERS, HUB, ORIGINAL, TEXT_PARTS, link, message, relative
 
 BABY = find_model("baby")
@@ -27,9 +28,16 @@ def draws(size=16, batch=2, dtype=torch.float32):
             torch.randn(batch, 64, generator=g).to(dtype))
 
 
-def trained(flux, beside=False, steps=2, size=16):
+def beside(flux):
+    """The model, whose weights are not to be widened: its updates have products of their own."""
+    for block in blocks_of(flux):
+        keep_as_it_is(block)
+    return flux
+
+
+def trained(flux, steps=2, size=16):
     """Losses and gradients of a few steps of two people at once."""
-    adapter = MetaLoRA(flux, 2, "lora", num_identities=2, slots=2, seed=1, beside=beside)
+    adapter = MetaLoRA(flux, 2, num_identities=2, slots=2, seed=1)
     adapter.bank.weight.normal_(std=0.02, generator=torch.Generator().manual_seed(5))
     out = []
     for _ in range(steps):
@@ -149,7 +157,7 @@ def test_an_8_bit_file_that_lacks_a_weight(tmp_path):
 @pytest.mark.parametrize("dtype, loss_bound, bound", [(torch.float32, 1e-6, 1e-5), (torch.bfloat16, 5e-3, 0.05)])
 def test_update_beside_the_weight(dtype, loss_bound, bound):
     """addmm after the base, or a wider GEMM: the same up to rounding, for two people in a batch, with fused layers."""
-    one, other = (trained(load_flux(BABY, dtype=dtype), beside, steps=1) for beside in (False, True))
+    one, other = (trained(how(load_flux(BABY, dtype=dtype)), steps=1) for how in (lambda flux: flux, beside))
     for i, (a, b) in enumerate(zip(one, other)):
         assert relative(a, b) < (bound if i % 2 else loss_bound)
 
@@ -160,11 +168,11 @@ def test_offloaded_training(fp8, monkeypatch):
     copies, fetch = [], Offload.fetch
     monkeypatch.setattr(Offload, "fetch", lambda self, index, slot: (copies.append(index), fetch(self, index, slot)))
     here = load_flux(BABY, dtype=torch.float32, fp8=fp8)
-    here.recompute = len(here.blocks)
-    expected = trained(here, beside=True)
+    recompute_blocks(here, 9)
+    expected = trained(beside(here))
     flux = load_flux(BABY, dtype=torch.float32, fp8=fp8, offload=True)
     assert all(torch.equal(a, b) for a, b in zip(expected, trained(flux), strict=True))
-    n = len(flux.blocks)
+    n = len(blocks_of(flux))
     assert copies == [*range(n), *range(n - 3, -1, -1), *range(2, n), *range(n - 3, -1, -1)]
 
 
@@ -179,7 +187,7 @@ def test_offloaded_sampling(monkeypatch):
     lora = {t.path: (torch.randn(2, t.d_in) / 10, torch.randn(t.rows, 2) / 10) for t in find_targets(here)[::3]}
     for model in (here, flux):
         apply_loras(model, [(lora, 0.5)])
-    assert any(isinstance(m, AdaptedLinear) and m.base is not None for m in flux.modules())
+    assert any(isinstance(m, AdaptedLinear) and m.S is None for m in flux.modules())
     changed = denoise(flux, noise, txt, y, 3, 3.5)
     assert relative(changed, denoise(here, noise, txt, y, 3, 3.5)) < 1e-5
     for model in (here, flux):
@@ -191,12 +199,12 @@ def test_offloaded_sampling(monkeypatch):
 def test_only_two_blocks_are_elsewhere():
     """All weights of a block are views of one piece of memory, and only what runs, and what comes next, is on the device."""
     flux = load_flux(BABY, dtype=torch.float32, offload=True)
-    homes = [home.data_ptr() for home in flux.offload.homes]
+    homes = [home.data_ptr() for home in flux.double_blocks[0].offload.homes]
     _, noise, _, txt, y = draws()
     denoise(flux, noise, txt, y, 1, 3.5)
-    starts = [next(block.parameters()).untyped_storage().data_ptr() for block in flux.blocks]
+    starts = [next(block.parameters()).untyped_storage().data_ptr() for block in blocks_of(flux)]
     assert sum(start != home for start, home in zip(starts, homes)) <= 2
-    assert {p.untyped_storage().data_ptr() for p in flux.blocks[3].parameters()} == {homes[3]}
+    assert {p.untyped_storage().data_ptr() for p in blocks_of(flux)[3].parameters()} == {homes[3]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -210,17 +218,17 @@ def test_as_few_blocks_are_run_twice_as_it_takes():
     assert "GiB" in message(blocks_to_recompute, sizes, 6)
 
 
-@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("how", [lambda flux: flux, beside])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_a_block_keeps_is_foreseen(beside, dtype, monkeypatch):
+def test_what_a_block_keeps_is_foreseen(how, dtype, monkeypatch):
     """The plan's bytes for each block against those that autograd really keeps, at another width, batch and length."""
     torch.manual_seed(0)
     config = FluxConfig(vec_in_dim=24, context_in_dim=40, hidden_size=384, num_heads=12, depth=1, depth_single_blocks=1, axes_dim=(8, 12, 12))
-    flux = Flux(config).requires_grad_(False).to(dtype)
-    adapter = MetaLoRA(flux, 1, "lora", beside=beside)
+    flux = how(Flux(config).requires_grad_(False).to(dtype))
+    adapter = MetaLoRA(flux, 1)
     plans = []
-    monkeypatch.setattr(metalora, "blocks_to_recompute", lambda per_block, free: plans.extend(per_block) or 0)
-    adapter.blocks_to_recompute(200, 56, 2)
+    monkeypatch.setattr(speed, "blocks_to_recompute", lambda per_block, free: plans.extend(per_block) or 0)
+    plan_recompute(adapter, 200, 56, 2)
     adapter.assign(torch.zeros(2, dtype=torch.long))
     x, vec = torch.randn(2, 256, 384, dtype=dtype, requires_grad=True), torch.randn(2, 384, dtype=dtype)
     img, txt = x[:, 56:].detach().requires_grad_(), x[:, :56].detach().requires_grad_()
@@ -232,9 +240,10 @@ def test_what_a_block_keeps_is_foreseen(beside, dtype, monkeypatch):
 
 def test_recomputing_some_blocks_changes_nothing():
     flux, results, kept = load_flux(BABY, dtype=torch.bfloat16), [], []
-    adapter = MetaLoRA(flux, 1, "lora")
+    adapter = MetaLoRA(flux, 1)
     adapter.bank.weight.normal_(std=0.02)
-    for flux.recompute in (0, 4, 99):
+    for count in (0, 4, 99):
+        recompute_blocks(flux, count)
         adapter.assign(torch.tensor([0, 0]))
         losses = []
         kept.append(saved_bytes(lambda: losses.append(flow_matching_loss(flux, *draws(dtype=torch.bfloat16)).sum())))
@@ -296,7 +305,7 @@ def test_switches_of_the_scripts(tmp_path, monkeypatch, capsys):
 def test_a_small_model_is_not_compiled_unless_asked(monkeypatch):
     from types import SimpleNamespace
     asked = []
-    monkeypatch.setattr("flux_model.compile_blocks", asked.append)
+    monkeypatch.setattr("support.checkpoints.compile_blocks", asked.append)
     for wanted, steps, expected in ((None, 10_000, 0), (False, 10_000, 0), (True, 1, 1)):
         args = SimpleNamespace(folder=HUB, dtype=torch.float32, fp8=False, offload=False, compile=wanted)
         open_flux(args, torch.device("cpu"), steps, 100, training=True)
@@ -310,7 +319,7 @@ def test_compiled_blocks():
     from torch._dynamo.utils import counters
     counters.clear()
     flux = load_flux(BABY, dtype=torch.bfloat16)
-    exact, plain = ([trained(model, beside=True, steps=1, size=size) for size in (16, 12, 20)]
+    exact, plain = ([trained(beside(model), steps=1, size=size) for size in (16, 12, 20)]
                     for model in (load_flux(BABY, dtype=torch.float32), load_flux(BABY, dtype=torch.bfloat16)))
     speed.compile_blocks(flux)
     compiled = [trained(flux, steps=1, size=size) for size in (16, 12, 20)]

@@ -9,29 +9,31 @@
     original   diffusion_model.<original path>.lora_A.weight, .lora_B.weight        (ComfyUI)
 
 The original layout fuses q, k, v (and the MLP's input) into one Linear. Its LoRA gives every part the same A
-and rows of B of its own. LoRAs of the parts become one of the fused Linear by stacking: A above A, B
-block-diagonal, all padded with zeros to the largest rank; a part without a LoRA is all padding. Reading
-undoes either, so that converting there and back changes no bit.
+and rows of B of its own. LoRAs of the parts become one by stacking: A above A, B block-diagonal, all padded
+with zeros to the largest rank; a part without a LoRA is all padding. Reading undoes either, bit for bit.
 
-Sources: the files themselves; FLUX_LINEARS has the names of both layouts. The scale is alpha / rank, or 1
-without alpha. PEFT keeps its alpha in diffusers' metadata or in adapter_config.json: it is read from there.
-Differs from other loaders: a key that nobody recognises is an error, where elsewhere it is often skipped in
-silence. LoKr, LoHa and DoRA are no pairs (A, B) and are refused. Only safetensors is loaded, no pickle.
+The scale is alpha / rank, or 1 without alpha. PEFT keeps its alpha in diffusers' metadata or in
+adapter_config.json. Differs from other loaders: a key that nobody recognises is an error. LoKr, LoHa and
+DoRA are no pairs (A, B) and are refused. Only safetensors is loaded, no pickle.
 """
+import hashlib
 import json
-import os
 import re
 import warnings
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from flux_model import FLUX_LINEARS, Flux, FluxConfig, TensorFiles, diffusers_flux_names
+from flux_model import Flux, FluxConfig
+from support.checkpoints import (FLUX_LINEARS, Place, Target, TensorFiles, find_targets, flux_files,
+                                 flux_fingerprint, part_sizes, split_number)
+from support.common import finite_number, note, JsonFile, whole
 
+Pair = tuple[Tensor, Tensor]                     # A (r, in) and B (out, r); the update of a weight is B A
+Lora = dict[str, Pair]                           # by diffusers module paths
 WRITTEN = {"diffusers": ("transformer.", ".lora_A.weight", ".lora_B.weight"),
            "kohya": ("lora_unet_", ".lora_down.weight", ".lora_up.weight"),
            "original": ("diffusion_model.", ".lora_A.weight", ".lora_B.weight")}
@@ -41,7 +43,6 @@ READ = {".lora_A.weight": "A", ".lora_A.default.weight": "A", ".lora_down.weight
 PREFIX = re.compile(r"(base_model\.model\.)?(transformer\.|diffusion_model\.|lora_unet_|lora_transformer_)?")
 TEXT_ENCODER = re.compile(r"(base_model\.model\.)?(text_encoders?(_\d)?\.|lora_te\d?_)")
 UNSUPPORTED = {"lokr_": "LoKr", "hada_": "LoHa", "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA"}
-BLOCK = re.compile(r"blocks[._](0|[1-9]\d*)[._]")
 FINAL = "final_layer.adaLN_modulation.1"                    # diffusers swaps its halves: scale before shift
 PEFT_METADATA = "lora_adapter_metadata"
 ORIGINAL_OF = {part: original for original, parts in FLUX_LINEARS.items() for part in parts}
@@ -53,12 +54,6 @@ NAMES = {spelling: (template, meaning)
          for original, parts in FLUX_LINEARS.items()
          for template, meaning in [(original, parts)] + [(part, (part,)) for part in parts]
          for spelling in (template, template.replace(".", "_"))}
-
-
-def split_number(name: str) -> tuple[str, str]:
-    """Module path -> its template, with {} for the block's number, and that number ("" if none)."""
-    found = BLOCK.search(name)
-    return (f"{name[:found.start(1)]}{{}}{name[found.end(1):]}", found[1]) if found else (name, "")
 
 
 def parse_key(key: str) -> tuple[str, str, tuple[str, ...], str] | None:
@@ -77,11 +72,6 @@ def named(names: list[str]) -> str:
 
 # Fused layers -----------------------------------------------------------------------------------------------
 
-def part_sizes(num_parts: int, rows: int, width: int) -> list[int]:
-    """Rows of each part of a Linear: q, k and v are as wide as the input, the MLP gets what is left."""
-    return [rows] if num_parts == 1 else [width] * 3 + [rows - 3 * width] * (num_parts - 3)
-
-
 def is_stacked(B: Tensor, sizes: list[int]) -> bool:
     """Is B block-diagonal, with the same number of columns for each part?"""
     rank, rest = divmod(B.shape[1], len(sizes))
@@ -89,7 +79,7 @@ def is_stacked(B: Tensor, sizes: list[int]) -> bool:
                                 for i, block in enumerate(B.split(sizes)))
 
 
-def unfuse(A: Tensor, B: Tensor, sizes: list[int]) -> list[tuple[Tensor, Tensor] | None]:
+def unfuse(A: Tensor, B: Tensor, sizes: list[int]) -> list[Pair | None]:
     """(A, B) of a Linear -> (A, B) of each part; None for a part that is all padding."""
     if len(sizes) == 1:
         return [(A, B)]
@@ -104,7 +94,7 @@ def unfuse(A: Tensor, B: Tensor, sizes: list[int]) -> list[tuple[Tensor, Tensor]
     return pairs
 
 
-def fuse(pairs: list[tuple[Tensor, Tensor] | None], sizes: list[int]) -> tuple[Tensor, Tensor]:
+def fuse(pairs: list[Pair | None], sizes: list[int]) -> Pair:
     """(A, B) of each part (None: it has no LoRA) -> (A, B) of the Linear. The inverse of unfuse."""
     if all(pairs) and all(torch.equal(A, pairs[0][0]) for A, _ in pairs):
         B = torch.cat([B for _, B in pairs])
@@ -118,7 +108,7 @@ def fuse(pairs: list[tuple[Tensor, Tensor] | None], sizes: list[int]) -> tuple[T
 
 # Reading ----------------------------------------------------------------------------------------------------
 
-def open_lora(path: str | Path) -> TensorFiles:
+def open_lora(path: Place) -> TensorFiles:
     """Names, metadata and (when asked for) tensors of a safetensors file; ValueError where it is not one."""
     if not Path(path).is_file():
         raise ValueError(f"there is no LoRA file {path}")
@@ -128,7 +118,7 @@ def open_lora(path: str | Path) -> TensorFiles:
         raise ValueError(f"{error} (and a .pt, .ckpt or .bin is a pickle, which is never loaded)") from None
 
 
-def read_metadata(path: str | Path) -> dict[str, str]:
+def read_metadata(path: Place) -> dict[str, str]:
     """The metadata of a LoRA file, {} where it has none. ValueError where it is no safetensors file."""
     return open_lora(path).metadata
 
@@ -138,7 +128,7 @@ def peft_alpha(path: Path, metadata: dict[str, str]) -> float | None:
     beside = path.with_name("adapter_config.json")
     if PEFT_METADATA not in metadata and not (path.name == "adapter_model.safetensors" and beside.is_file()):
         return None
-    settings = json.loads(metadata.get(PEFT_METADATA) or beside.read_text())
+    settings = json.loads(metadata[PEFT_METADATA]) if metadata.get(PEFT_METADATA) else JsonFile(beside)
     settings = {key.removeprefix("transformer."): value for key, value in settings.items()}
     for name in ("alpha_pattern", "use_rslora", "use_dora"):
         if settings.get(name):
@@ -146,7 +136,7 @@ def peft_alpha(path: Path, metadata: dict[str, str]) -> float | None:
     return settings.get("lora_alpha")
 
 
-def group_keys(path: str | Path, all_keys: list[str]) -> dict[tuple, dict[str, str]]:
+def group_keys(path: Place, all_keys: list[str]) -> dict[tuple, dict[str, str]]:
     """The keys of a file by module, {(name, template, parts): {A, B, alpha}}. What is no LoRA is refused."""
     keys = [key for key in all_keys if not TEXT_ENCODER.match(key)]
     unused = len(all_keys) - len(keys)
@@ -177,7 +167,7 @@ def check_pair(where: str, A: Tensor, B: Tensor) -> None:
         raise ValueError(f"{where} holds values that are not finite (in {A.dtype})")
 
 
-def read_pair(where: str, entry: dict[str, Tensor], alpha: float | None) -> tuple[Tensor, Tensor]:
+def read_pair(where: str, entry: dict[str, Tensor], alpha: float | None) -> Pair:
     """A (r, in) and B (out, r), fp32, the scale folded into B. `alpha`: where the entry has none itself."""
     if missing := sorted({"A", "B"} - set(entry)):
         raise ValueError(f"{where} has {' and '.join(sorted(entry))} but no {' and no '.join(missing)}")
@@ -193,29 +183,24 @@ def read_pair(where: str, entry: dict[str, Tensor], alpha: float | None) -> tupl
     return A, B
 
 
-def check_model(path: str | Path, lora: dict[str, tuple[Tensor, Tensor]], config: FluxConfig) -> None:
+def check_model(path: Place, lora: Lora, config: FluxConfig) -> None:
     """ValueError unless every module of a LoRA is in this model and has the shape of its weight."""
+    blocks = f"{config.depth} double and {config.depth_single_blocks} single blocks"
     with torch.device("meta"):
-        flux = Flux(config)
-    shapes = {}
-    for name, module in flux.named_modules():
-        if isinstance(module, nn.Linear):
-            parts = [part.removesuffix(".weight") for part in diffusers_flux_names(f"{name}.weight")]
-            sizes = part_sizes(len(parts), module.out_features, module.in_features)
-            shapes.update({part: [size, module.in_features] for part, size in zip(parts, sizes)})
+        shapes = {target.path: [target.rows, target.d_in] for target in find_targets(Flux(config), True)}
     for part, (A, B) in lora.items():
+        shape = [len(B), A.shape[1]]
         if part not in shapes:
-            raise ValueError(f"{path}: {part} is not in this model, which has {config.depth} double and "
-                             f"{config.depth_single_blocks} single blocks")
-        if shapes[part] != [len(B), A.shape[1]]:
-            raise ValueError(f"{path}: {part} is {[len(B), A.shape[1]]}, but {shapes[part]} in this model")
+            raise ValueError(f"{path}: {part} is not in this model, which has {blocks}")
+        if shapes[part] != shape:
+            raise ValueError(f"{path}: {part} is {shape}, but {shapes[part]} in this model")
 
 
-def load_lora(path: str | Path, config: FluxConfig | None = None) -> dict[str, tuple[Tensor, Tensor]]:
+def load_lora(path: Place, config: FluxConfig | None = None) -> Lora:
     """LoRA file of any format -> {diffusers module path: (A (r, in), B (out, r))}, fp32, update = B A.
 
-    With `config`, modules and shapes must be those of that model. Text-encoder entries are not used, and a
-    warning says so. ValueError, in one line, for anything that is not wholly understood.
+    `config`: the model that it must fit. Entries of text encoders are not used, and a warning says so.
+    ValueError, in one line, for anything that is not wholly understood.
     """
     files = open_lora(path)
     alpha, lora = peft_alpha(Path(path), files.metadata), {}
@@ -237,35 +222,28 @@ def load_lora(path: str | Path, config: FluxConfig | None = None) -> dict[str, t
 
 # Writing ----------------------------------------------------------------------------------------------------
 
-def to_original(lora: dict[str, tuple[Tensor, Tensor]], mlp_ratio: float) -> dict[str, tuple[Tensor, Tensor]]:
+def to_original(lora: Lora, mlp_ratio: float) -> Lora:
     """LoRA by diffusers paths -> by original module paths, the parts of fused layers together."""
-    layers = {}
-    for path in lora:
-        template, number = split_number(path)
-        original = ORIGINAL_OF[template]
-        layers[original.format(number)] = [part.format(number) for part in FLUX_LINEARS[original]]
     fused = {}
-    for original, parts in layers.items():
-        pairs = [lora.get(part) for part in parts]
+    for layer, number in dict.fromkeys((ORIGINAL_OF[part], n) for part, n in map(split_number, lora)):
+        pairs = [lora.get(part.format(number)) for part in FLUX_LINEARS[layer]]
         shapes = [[len(pair[1]), pair[0].shape[1]] if pair else None for pair in pairs]
         width = next(shape[1] for shape in shapes if shape)
         last = shapes[-1][0] if shapes[-1] else int(mlp_ratio * width)
-        sizes = [last] if len(parts) == 1 else [width] * 3 + [last] * (len(parts) - 3)
+        sizes = part_sizes(len(pairs), last if len(pairs) == 1 else 3 * width + last, width)
         if any(shape and shape != [size, width] for shape, size in zip(shapes, sizes)):
-            raise ValueError(f"{original}: its parts do not fit together: {[s for s in shapes if s]}")
+            there = [shape for shape in shapes if shape]
+            raise ValueError(f"{layer.format(number)}: its parts do not fit together: {there}")
         A, B = fuse(pairs, sizes)
-        fused[original] = (A, B.roll(len(B) // 2, 0) if original == FINAL else B)
+        fused[layer.format(number)] = (A, B.roll(len(B) // 2, 0) if layer == FINAL else B)
     return fused
 
 
-def save_lora(path: str | Path, lora: dict[str, tuple[Tensor, Tensor]], format: str = "diffusers",
-              metadata: dict[str, str] | None = None, dtype: torch.dtype = torch.float16,
-              mlp_ratio: float = FluxConfig.mlp_ratio) -> None:
+def save_lora(path: Place, lora: Lora, format: str = "diffusers", metadata: dict[str, str] | None = None,
+              dtype: torch.dtype = torch.float16, mlp_ratio: float = FluxConfig.mlp_ratio) -> None:
     """Writes {diffusers module path: (A (r, in), B (out, r))} in one of FORMATS; the file is whole or absent.
 
-    metadata goes into the file, beside safetensors' own "format": "pt". mlp_ratio only matters where q, k or
-    v of a single block has a LoRA and its MLP has none: the padding takes its rows. ValueError, in one line,
-    for a LoRA or a path that cannot be written.
+    ValueError for a LoRA or a path that cannot be written. mlp_ratio: for the rows of an MLP without a LoRA.
     """
     path = Path(path)
     if format not in FORMATS:
@@ -273,7 +251,7 @@ def save_lora(path: str | Path, lora: dict[str, tuple[Tensor, Tensor]], format: 
     if path.is_dir() or not path.parent.is_dir():
         raise ValueError(f"{path} is a folder" if path.is_dir() else f"there is no folder {path.parent}")
     metadata = {key: text for key, text in (metadata or {}).items() if key != PEFT_METADATA}  # now it is in B
-    if not all(isinstance(text, str) for pair in metadata.items() for text in pair):
+    if not all(isinstance(text, str) for text in (*metadata, *metadata.values())):
         raise ValueError("the metadata of a LoRA must be text, str to str")
     if not lora:
         raise ValueError(f"{path}: there is no LoRA to save")
@@ -289,11 +267,93 @@ def save_lora(path: str | Path, lora: dict[str, tuple[Tensor, Tensor]], format: 
         tensors[name + down], tensors[name + up] = A.clone().contiguous(), B.clone().contiguous()
         if format == "kohya":
             tensors[f"{name}.alpha"] = torch.tensor(float(len(A)))        # the rank: scale 1
-    part = path.with_name(f"{path.name}.part")
-    try:
+    with whole(path) as part:
         save_file(tensors, part, metadata=metadata | {"format": "pt"})
-        os.replace(part, path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be written: {str(error).splitlines()[0]}") from None
-    finally:
-        part.unlink(missing_ok=True)
+
+# LoMD -------------------------------------------------------------------------------------------------------
+
+def random_lomd(targets: list[Target], r1: int, seed: int | torch.Generator = 0) -> dict[str, Tensor]:
+    """An untrained LoMD {path: (r1, d_in)}: where stage 1 starts, and the control of its experiments."""
+    generator = torch.Generator().manual_seed(seed) if isinstance(seed, int) else seed
+    return {t.path: nn.init.kaiming_uniform_(torch.empty(r1, t.d_in), 5 ** 0.5, generator=generator)
+            for t in targets}
+
+
+def check_lomd(lomd: dict[str, Tensor], targets: list[Target]) -> None:
+    """ValueError, naming the first difference, where a LoMD is of another model."""
+    d_in = {target.path: target.d_in for target in targets}
+    odd = [f"{path} is {'not in the model' if path in lomd else 'missing from it'}"
+           for path in sorted(set(lomd) ^ set(d_in))]
+    odd = odd or [f"{path} is {list(A.shape)} instead of [r1, {d_in[path]}]" for path, A in lomd.items()
+                  if A.dim() != 2 or len(A) == 0 or A.shape[1] != d_in[path]]
+    if odd:
+        raise ValueError(f"this LoMD is of another model: {odd[0]}")
+    if len(ranks := sorted({len(A) for A in lomd.values()})) > 1:
+        rows = " and ".join(map(str, ranks))
+        raise ValueError(f"this LoMD has matrices of {rows} rows: all must have the same")
+
+
+def save_lomd(path: Place, lomd: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Writes {diffusers path: (r1, d_in)} as <path>.lomd, in fp32; the file is whole or absent."""
+    r1 = len(next(iter(lomd.values())))
+    with whole(path) as part:
+        save_file({f"{k}.lomd": v.detach().float().cpu().contiguous() for k, v in lomd.items()}, part,
+                  {"format": "pt", "r1": str(r1), "targets": str(len(lomd))} | metadata)
+
+
+def load_lomd(path: Place) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """LoMD and metadata of a file that save_lomd wrote. ValueError, in one line, for any other."""
+    files = TensorFiles([Path(path)])
+    odd = [key for key in (*files.file_of, *files.raw) if not key.endswith(".lomd")]
+    if odd or not files.file_of:
+        raise ValueError(f"{path} is no LoMD file: {f'it holds {odd[0]}' if odd else 'it is empty'}")
+    lomd = {key.removesuffix(".lomd"): files[key].float() for key in files.file_of}
+    if unsound := [key for key, A in lomd.items() if not A.isfinite().all()]:
+        raise ValueError(f"{path}: {unsound[0]}.lomd is not finite")
+    return lomd, files.metadata
+
+
+def read_lomd(folder: Place, path: Place | None = None) -> tuple[dict[str, Tensor], str, bool]:
+    """The LoMD for the model in `folder` -> ({path: (r1, d_in)}, its hash, was it never trained?)."""
+    places = [Path(path)] if path else [Path(folder) / "lomd.safetensors", Path("lomd.safetensors")]
+    path = next(filter(Path.is_file, places), None)
+    if path is None:
+        raise ValueError(f"no LoMD {' or ./'.join(map(str, places))}: train one with meta_train.py, name "
+                         "yours with --lomd, or train a plain LoRA with --method lora")
+    lomd, metadata = load_lomd(path)
+    with torch.device("meta"):
+        flux = Flux(flux_files(folder)[1])
+    mine, name = flux_fingerprint(folder), metadata.get("model", "unnamed")
+    theirs = metadata.get("model_fingerprint", mine)
+    try:
+        check_lomd(lomd, find_targets(flux))
+        if theirs != mine:
+            raise ValueError(f"it was trained on another model of this shape, {name}"
+                             f" with fingerprint {theirs}; this one has {mine}")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return lomd, f"sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}", metadata.get("random") == "true"
+
+# LoRAs of a command line -----------------------------------------------------------------------------------
+
+def split_lora(text: str) -> tuple[str, float]:
+    """`file[:strength]` -> (file, strength). File names may contain colons: an existing file wins."""
+    path, _, strength = text.rpartition(":")
+    if not Path(path).is_file() or Path(text).is_file():
+        path, strength = text, "1"
+    if not Path(path).is_file():
+        raise ValueError(f"--lora {text}: there is no such file")
+    try:
+        return path, finite_number(strength)
+    except ValueError:
+        raise ValueError(f"--lora {text}: the strength {strength!r} is not a number") from None
+
+
+def load_loras(files: list[tuple[str, float]], config: FluxConfig) -> list[tuple[dict, float]]:
+    """(file, strength) -> (LoRA, strength), checked against the model; warnings become notes."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loras = [(load_lora(path, config), strength) for path, strength in files]
+    for warning in caught:
+        note(warning.message)
+    return loras

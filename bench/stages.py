@@ -1,23 +1,21 @@
 """What each stage costs, beside what it must: seconds, share of the machine's own matrix rate, peak memory.
 
-    python bench.py                                 # the baby, and a random mid-size model
-    python bench.py --model flux-dev --random       # full size, random weights of the right shapes; needs a large GPU
-    python bench.py --model flux-dev --fp8 --offload --resolution 768
-    python bench.py --identities 200 2000           # memory of meta-training by the size of the run
-    python bench.py --model baby --people 16        # personalising many people together against one by one
-    python bench.py --model mid --against peft      # the same layers under peft, where it is installed
-    python bench.py --model mid --layers            # ways to add an update to a Linear, by its shape
+    python -m bench.stages                                 # the baby, and a random mid-size model
+    python -m bench.stages --model flux-dev --random       # full size, random weights; needs a large GPU
+    python -m bench.stages --model flux-dev --fp8 --offload --resolution 768
 
-First a row for each stage: text, autoencoder, a sampling step, a training step of stage 2 with none, half and all of
-the blocks run twice, an iteration of stage 1, and personalize.py from photo to file. Then what the adapter costs: both
-steps beside those of the frozen base alone, timed in turn, A B A B, so that whatever else the machine does hits both.
-Inputs are random, never zeros; everything is warmed up; medians, in brackets the quartiles.
+First a row for each stage: text, autoencoder, a sampling step, a training step of stage 2 with none, half and
+all of the blocks run twice, an iteration of stage 1, and personalize.py from photo to file. Then what the
+adapter costs: both steps beside those of the frozen base alone, timed in turn, A B A B, so that whatever else
+the machine does hits both. Inputs are random, never zeros; everything is warmed up; medians, in brackets the
+quartiles.
 
-The bound is the FLOPs of the stage (of a training step: what the base alone must compute) over the rate of a large
-matmul here in the same dtype, timed between the steps. Two FLOPs per multiply-add; elementwise work, norms, RoPE,
-adapter and blocks run twice count as nothing, and so lower the share. With 8-bit weights the rate is still that of the
-16-bit matmul, and the share may pass 100 %.
+The bound is the FLOPs of the stage (of a training step: what the base alone must compute) over the rate of a
+large matmul here in the same dtype, timed between the steps. Two FLOPs per multiply-add; elementwise work,
+norms, RoPE, adapter and blocks run twice count as nothing, and so lower the share. With 8-bit weights the
+rate is still that of the 16-bit matmul, and the share may pass 100 %.
 """
+import argparse
 import copy
 import math
 import re
@@ -25,22 +23,26 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import support  # before torch: how its threads wait
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import personalize
-from flux_model import (HUB, AutoEncoder, AutoEncoderConfig, Flux, FluxConfig, Parser, denoise, find_model, flow_matching_loss,
-                        load_autoencoder, load_flux, load_text_encoders, model_defaults, pick_device, pick_dtype, run_script)
-from lora_files import save_lora
-from metalora import AdaptedLinear, DiskBank, IdentityBank, MetaLoRA, apply_loras, find_targets, random_lomd
-from personalize import people_at_once, train
-from speed import GIB, Fp8Linear, Offload, compile_blocks
+from flux_model import AutoEncoder, AutoEncoderConfig, Flux, FluxConfig, denoise, flow_matching_loss
+from metalora import MetaLoRA, apply_loras, random_lomd
+from support.checkpoints import (HUB, find_model, find_targets, load_autoencoder, load_flux, load_text_encoders,
+                                 model_defaults, pick_dtype)
+from support.common import Parser, pick_device, run_script
+from support.lora_files import save_lora
+from support.photos import load_crops
+from support.speed import (Fp8Linear, blocks_of, compile_blocks, is_offloaded, offload_blocks, plan_recompute,
+                           recompute_blocks)
 
 MODELS = {"mid": (FluxConfig(context_in_dim=768, hidden_size=768, num_heads=6, depth=4, depth_single_blocks=8), 1024, 128)}
 # of random weights: config, image tokens, text tokens
@@ -70,7 +72,7 @@ def count_flops(config: FluxConfig, image_tokens: int, text_tokens: int) -> dict
     return {"linears": linears + once, "attention": attention, "step": 2 * linears + once + 3.5 * attention}
 
 
-def seconds_of(function, device: torch.device) -> float:
+def seconds_of(function: Callable, device: torch.device) -> float:
     """Seconds of one call, the device's work included."""
     wait = {"cuda": lambda: torch.cuda.synchronize(device), "mps": torch.mps.synchronize,
             "cpu": lambda: None}[device.type]
@@ -101,7 +103,8 @@ def spread(values: list[float], digits: int) -> str:
     return f"{middle:.{digits}g} ({low:.{digits}g} to {high:.{digits}g})"
 
 
-def report(what: str, adapted, base, flops: float, weight: torch.Tensor, seconds: float, beside="  base alone") -> None:
+def report(what: str, adapted: Callable, base: Callable, flops: float, weight: torch.Tensor, seconds: float,
+           beside: str = "  base alone") -> None:
     """Times adapted() and base() for `seconds` and prints; the bound is `flops` at the rate of a matmul."""
     n = 1024 if weight.device.type == "cpu" else 8192
     a, b = (torch.randn(n, n, device=weight.device, dtype=weight.dtype) for _ in range(2))
@@ -116,7 +119,8 @@ def report(what: str, adapted, base, flops: float, weight: torch.Tensor, seconds
 
 
 def random_inputs(flux: Flux, batch: int, image_tokens: int, text_tokens: int) -> tuple:
-    """latent, noise, t, txt, y of flow_matching_loss, for a latent as square as the number of tokens lets it be."""
+    """latent, noise, t, txt, y of flow_matching_loss, for a latent as square as the number of tokens lets it
+    be."""
     config, weight = flux.config, flux.img_in.weight
     rows = next(n for n in range(math.isqrt(image_tokens), 0, -1) if image_tokens % n == 0)
     size = (batch, config.in_channels // 4, 2 * rows, 2 * image_tokens // rows)
@@ -160,7 +164,8 @@ def measure(base: Flux, image_tokens: int, text_tokens: int, rank: int, seconds:
 
 
 def measure_mixing(flux: Flux, image_tokens: int, text_tokens: int, rank: int, seconds: float) -> None:
-    """Times a joint iteration of meta_train.py: four identities against four images of one. Leaves `flux` adapted."""
+    """Times a joint iteration of meta_train.py: four identities against four images of one. Leaves `flux`
+    adapted."""
     inputs = random_inputs(flux, 4, image_tokens, text_tokens)
     adapter = MetaLoRA(flux, rank, lomd=random_lomd(find_targets(flux), R1), num_identities=4, slots=4)
     adapter.bank.weight.add_(1e-2 * torch.randn_like(adapter.bank.weight))
@@ -176,99 +181,6 @@ def measure_mixing(flux: Flux, image_tokens: int, text_tokens: int, rank: int, s
            beside="  4 images of one")
 
 
-def measure_against_peft(base: Flux, image_tokens: int, text_tokens: int, rank: int, seconds: float) -> None:
-    """Times a step of plain LoRA on every Linear of the blocks: ours, peft's and the frozen base's, in turn.
-
-    Both have a LoRA of this rank on every Linear; ours has one on each of q, k, v and mlp of a fused one, so three or four
-    times as much there. peft's parameters are fp32, as ours, and are trained by torch's fused AdamW.
-    """
-    try:
-        import peft                                  # no dependency: only who compares has it
-    except ImportError:
-        raise ValueError("--against peft: peft is not installed here (pip install peft)") from None
-    weight = base.img_in.weight
-    latent, noise, t, txt, y = random_inputs(base, 1, image_tokens, text_tokens)
-    inputs = latent.clone().requires_grad_(), txt.clone().requires_grad_()
-    ours, theirs = copy.deepcopy(base), copy.deepcopy(base)
-    adapter, identity = MetaLoRA(ours, rank, method="lora"), torch.zeros(1, dtype=torch.long)
-    names = sorted({target.module for target in find_targets(theirs)})
-    theirs = peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=names), theirs)
-    trained = [p for p in theirs.parameters() if p.requires_grad]
-    assert len(trained) == 2 * len(names)
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
-
-    def our_step():
-        adapter.assign(identity)
-        flow_matching_loss(ours, latent, noise, t, txt, y).sum().backward()
-        adapter.step(1e-4)
-
-    def peft_step():
-        flow_matching_loss(theirs, latent, noise, t, txt, y).sum().backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    def base_step():
-        torch.autograd.grad(flow_matching_loss(base, inputs[0], noise, t, inputs[1], y).mean(), inputs)
-    times = interleave([our_step, peft_step, base_step], weight.device, seconds)
-    for name, values in zip(("plain LoRA, ours", f"  peft {peft.__version__}", "  base alone"), times):
-        print(f"  {name:<24} {spread(values, 4):>30} s")
-    us, peft_, alone = (statistics.median(values) for values in times)
-    print(f"    step, ours / peft {spread([a / b for a, b, _ in zip(*times)], 4):>34}     {len(times[0])} rounds\n"
-          f"    cost over the base, ours / peft: {(us - alone) / (peft_ - alone):.3f}, of medians")
-
-
-def measure_people(flux: Flux, count: int, text_tokens: int, rank: int, seconds: float) -> None:
-    """Times personalize.train on `count` people together, against one. Everybody has 15 random crops of five shapes."""
-    device, lomd, config = flux.img_in.weight.device, random_lomd(find_targets(flux), R1), flux.config
-    shapes = [(16, 16), (18, 14), (14, 18), (22, 12), (12, 22)]
-    people = [[torch.randn(2, 2, 16, *shape, device=device) for shape in shapes * 3] for _ in range(count)]
-    txt, y = (torch.randn(count, *size, device=device, dtype=flux.img_in.weight.dtype)
-              for size in ((text_tokens, config.context_in_dim), (config.vec_in_dim,)))
-    slots = min(count, people_at_once(flux, rank))
-
-    def trained(people, slots):
-        adapter = MetaLoRA(flux, rank, lomd=lomd, num_identities=0, slots=slots)
-        row = adapter.new_row(torch.Generator().manual_seed(0))
-        adapter.bank = IdentityBank(row.repeat(len(people), 1).to(device))
-        train(flux, adapter, people, txt, y, 8, 1e-4)
-        adapter.remove()
-    together, alone = interleave([lambda: trained(people, slots), lambda: trained(people[:1], 1)], device, seconds)
-    for what, times, n in ((f"{count} people, {slots} at once", together, count), ("  one alone", alone, 1)):
-        print(f"  {what:<24} {spread([value / 8 / n for value in times], 4):>30} s a step and person")
-    print(f"    {'one by one / together':<22} {spread([count * b / a for a, b in zip(together, alone)], 3):>30}     {len(alone)} pairs")
-
-
-def measure_layers(config: FluxConfig, tokens: int, device: torch.device, dtype: torch.dtype, seconds: float) -> None:
-    """Forward and backward of every kind of Linear that sees tokens, with an update of rank 1 in each of the ways there are:
-    the narrower side widened, the other side, beside it by addmm and by baddbmm. In % over the Linear alone."""
-    hidden, mlp = config.hidden_size, int(config.hidden_size * config.mlp_ratio)
-    print(f"  {'d_in -> d_out':<16} {'alone, s':>10} {'narrow side':>24} {'wide side':>24} {'addmm':>24} {'baddbmm':>24}")
-    for d_in, d_out, parts in ((hidden, 3 * hidden, 3), (hidden, hidden, 1), (hidden, mlp, 1), (mlp, hidden, 1),
-                               (hidden, 3 * hidden + mlp, 4), (hidden + mlp, hidden, 1)):
-        linear = nn.Linear(d_in, d_out, device=device, dtype=dtype).requires_grad_(False)
-        x, dy = (torch.randn(1, tokens, size, device=device, dtype=dtype) for size in (d_in, d_out))
-        downs = [torch.randn(1, d_in, device=device).requires_grad_() for _ in range(parts)]
-        ups = [torch.randn(d_out // parts, 1, device=device).requires_grad_() for _ in range(parts)]
-        x.requires_grad_()
-
-        def baddbmm(x):
-            C, U = torch.cat(downs).to(dtype), torch.block_diag(*ups).to(dtype)
-            return torch.baddbmm(F.linear(x, linear.weight, linear.bias), x @ C.T, F.pad(U.T, (0, d_out - len(U)))[None])
-
-        def adapted(layer):
-            def function(x):
-                layer.set_update(downs, ups, [i * (d_out // parts) for i in range(parts)])
-                return layer(x)
-            return function
-        ways = [linear, *(adapted(AdaptedLinear(linear, parts, **options)) for options in (
-            {"wide_input": d_in < d_out}, {"wide_input": d_in >= d_out}, {"beside": True})), baddbmm]
-        step = lambda way: lambda: torch.autograd.grad(way(x), [x, *downs, *ups] if way is not linear else [x], dy)
-        alone, *times = interleave([step(way) for way in ways], device, seconds)
-        costs = [spread([100 * (a / b - 1) for a, b in zip(own, alone)], 3) for own in times]
-        print(f"  {f'{d_in} -> {d_out}':<16} {statistics.median(alone):>10.4g}" + "".join(f"{cost:>25}" for cost in costs))
-
-
 def private_memory(device: torch.device) -> float:
     """MB: the peak on a GPU, else what this process holds by itself (Linux), its mapped files not counted."""
     if device.type == "cuda":
@@ -276,38 +188,18 @@ def private_memory(device: torch.device) -> float:
     return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e6
 
 
-def measure_bank(flux: Flux, rank: int, counts: list[int]) -> None:
-    """Memory of meta-training by the number of identities: synthetic rows on disk, buckets of 50 opened in turn."""
-    adapter = MetaLoRA(flux, rank, lomd=random_lomd(find_targets(flux), R1), num_identities=0, slots=4)
-    device, size = adapter.device, sum(adapter.sizes)
-    for count in counts:
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        with tempfile.TemporaryDirectory() as folder:
-            disk = DiskBank(Path(folder) / "bank", count, size)
-            for start in tqdm(range(0, count, 50), f"{count} identities", leave=False, disable=None):
-                ids = list(range(start, min(start + 50, count)))
-                adapter.bank = disk.read(ids, device)
-                adapter.bank.weight.normal_()
-                for _ in range(2):
-                    adapter.bank.step(torch.arange(min(4, len(ids)), device=device), torch.randn(min(4, len(ids)), size,
-                                      device=device), 1e-4)
-                disk.write(ids, adapter.bank)
-            print(f"  {count:>6} identities: {(Path(folder) / 'bank').stat().st_size / 1e6:9.1f} MB on disk, "
-                  f"{private_memory(device):9.1f} MB in memory, the model included")
-
-
-def count(function) -> float:
+def count(function: Callable) -> float:
     """FLOPs of a call, by torch's own counter."""
     with FlopCounterMode(display=False) as counter:
         function()
     return counter.get_total_flops()
 
 
-def measure_stages(models, resolutions: list[int], text_tokens: int, rank: int, seconds: float) -> None:
-    """A row for each stage of the product, at each resolution: models.text (a call) and models.autoencoder may be None."""
+def measure_stages(models: SimpleNamespace, resolutions: list[int], text_tokens: int, rank: int, seconds: float) -> None:
+    """A row for each stage of the product, at each resolution: models.text (a call) and models.autoencoder
+    may be None."""
     flux = models.flux
-    weight, blocks = flux.img_in.weight, len(flux.blocks)
+    weight, blocks = flux.img_in.weight, len(blocks_of(flux))
     device, dtype, side = weight.device, weight.dtype, 1024 if weight.device.type == "cpu" else 8192
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     print(f"  {'stage':<50} {'seconds':>26} {'TFLOP/s':>10} {'of bound':>9}  peak")
@@ -354,46 +246,50 @@ def measure_stages(models, resolutions: list[int], text_tokens: int, rank: int, 
                 adapter.assign(torch.arange(people))
                 flow_matching_loss(flux, *inputs).sum().backward()
                 adapter.step(1e-4)
-            counts = [blocks] if flux.offload else [adapter.blocks_to_recompute(tokens, text_tokens, people)] if people > 1 else \
-                [0, blocks // 2, blocks]
-            for flux.recompute in counts:
+            counts = [0, blocks // 2, blocks]
+            if people > 1 or is_offloaded(flux):
+                counts = [plan_recompute(adapter, tokens, text_tokens, people)]
+            for twice in counts:
+                recompute_blocks(flux, twice)
                 what = "training step" if people == 1 else "stage 1, 4 pictures of 4 people"
-                stage(f"{what}, {size} px, {flux.recompute} of {blocks} twice", step, flops)
-        adapter.remove()
-    flux.recompute = 0
+                stage(f"{what}, {size} px, {twice} of {blocks} twice", step, flops)
+        apply_loras(flux, [])
+    recompute_blocks(flux, 0)
     if models.autoencoder:
         for size in resolutions:
             whole(models, size, text_tokens, lomd, rank)
 
 
-def whole(models, size: int, text_tokens: int, lomd: dict, rank: int) -> None:
+def whole(models: SimpleNamespace, size: int, text_tokens: int, lomd: dict, rank: int) -> None:
     """personalize.py from photo to file, its 375 iterations, but for reading the weights from disk."""
     start, laps, flux = time.perf_counter(), {}, models.flux
     device = flux.img_in.weight.device
 
     def lap(name):
-        seconds_of(lambda: None, device)                                                     # waits for what is queued
+        seconds_of(lambda: None, device)                                            # waits for what is queued
         laps[name] = time.perf_counter() - start - sum(laps.values())
-    crops = personalize.load_crops([Path(__file__).parent / "baby" / "example.png"], [size])
+    crops = load_crops([Path(__file__).resolve().parents[1] / "baby" / "example.png"], [size])
     lap("crops")
     txt, y = models.text()
     lap("text")
-    latents = personalize.encode(models.autoencoder, [crop.picture for crop in crops])
+    latents, weights = personalize.encode_crops(models.autoencoder, crops)
     lap("encoding")
     adapter = MetaLoRA(flux, rank, lomd=lomd)
-    flux.recompute = adapter.blocks_to_recompute(max(part[0, 0, 0].numel() // 4 for part in latents), text_tokens, 1)
-    train(flux, adapter, [latents], txt, y, personalize.ITERATIONS["meta-lora"], 1e-4)
+    twice = plan_recompute(adapter, max(part[0, 0, 0].numel() // 4 for part in latents), text_tokens, 1)
+    recompute_blocks(flux, twice)
+    personalize.train(flux, adapter, latents, weights, txt, y, personalize.ITERATIONS["meta-lora"], 1e-4)
     lap("training")
     with tempfile.TemporaryDirectory() as folder:
         save_lora(Path(folder) / "lora.safetensors", adapter.collapse())
-    adapter.remove()
+    apply_loras(flux, [])
     lap("saving")
-    print(f"  photo to LoRA, {size} px, {len(crops)} crops, {flux.recompute} of {len(flux.blocks)} twice: {sum(laps.values()):.1f} s ("
-          + ", ".join(f"{name} {value:.1f}" for name, value in laps.items()) + ")")
+    print(f"  photo to LoRA, {size} px, {len(crops)} crops, {twice} of {len(blocks_of(flux))} twice: "
+          f"{sum(laps.values()):.1f} s ({', '.join(f'{name} {value:.1f}' for name, value in laps.items())})")
 
 
-def random_models(config: FluxConfig, device: torch.device, dtype: torch.dtype, text_tokens: int):
-    """FLUX.1's four networks with random weights, made on the device; the text encoders at their published sizes."""
+def random_models(config: FluxConfig, device: torch.device, dtype: torch.dtype, text_tokens: int) -> SimpleNamespace:
+    """FLUX.1's four networks with random weights, made on the device; the text encoders at their published
+    sizes."""
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
     t5_config = T5Config(vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu")
     clip_config = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
@@ -405,19 +301,20 @@ def random_models(config: FluxConfig, device: torch.device, dtype: torch.dtype, 
                            text=torch.no_grad()(lambda: (t5(words).last_hidden_state, clip(few).pooler_output)))
 
 
-def random_weights(kind, config, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A frozen model on the device, each tensor drawn there at the size that keeps activations about as large."""
+def random_weights(kind: type, config: object, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A frozen model on the device, each tensor drawn there at the size that keeps activations about as
+    large."""
     with torch.device("meta"):
         model = kind(config).to(dtype)
     model = model.to_empty(device=device).requires_grad_(False).eval()
     for name, p in model.named_parameters():
         torch.nn.init.normal_(p, mean=float("norm" in name and p.dim() == 1), std=0.02 if p.dim() == 1 else p[0].numel() ** -0.5)
-    for name, buffer in model.named_buffers():                                    # CLIP's and T5's counts of positions
+    for name, buffer in model.named_buffers():                           # CLIP's and T5's counts of positions
         buffer.copy_(torch.arange(buffer.shape[-1], device=device).expand_as(buffer))
     return model
 
 
-def choose(args, name: str, device: torch.device) -> tuple:
+def choose(args: argparse.Namespace, name: str, device: torch.device) -> tuple:
     """--model -> its networks, image and text tokens, and what its weights are."""
     dtype = args.dtype and getattr(torch, args.dtype)
     if args.random and name in HUB or name in MODELS:
@@ -439,18 +336,18 @@ def choose(args, name: str, device: torch.device) -> tuple:
     return SimpleNamespace(flux=flux, autoencoder=autoencoder, text=lambda: encoders.encode(prompt)), tokens, encoders.max_length, "its own weights"
 
 
-def switch(flux: Flux, args) -> None:
+def switch(flux: Flux, args: argparse.Namespace) -> None:
     """--fp8, --offload and --compile for a model of random weights."""
     for name, module in list(flux.named_modules()) if args.fp8 else []:
         if isinstance(module, nn.Linear) and "_blocks." in name:
             flux.set_submodule(name, Fp8Linear.of(module))
     if args.offload:
-        flux.offload = Offload(flux.blocks, flux.img_in.weight.device)
+        offload_blocks(flux, flux.img_in.weight.device)
     if args.compile:
         compile_blocks(flux)
 
 
-def positive(kind):
+def positive(kind: type) -> Callable[[str], float]:
     def convert(text):
         value = kind(text)
         if not 0 < value < math.inf:
@@ -460,9 +357,8 @@ def positive(kind):
     return convert
 
 
-def bench(argv=None) -> None:
-    parser = Parser(prog="bench.py", allow_abbrev=False, description="Time every stage against what it must compute, and "
-                    "training and sampling steps against the frozen base alone.")
+def options(prog: str, description: str) -> Parser:
+    parser = Parser(prog=prog, allow_abbrev=False, description=description)
     add = parser.add_argument
     add("--model", help="baby, mid (random weights), flux-dev, flux-schnell, a folder (default: baby, mid)")
     add("--random", action="store_true", help="flux-dev or flux-schnell with random weights, made on the device")
@@ -473,14 +369,15 @@ def bench(argv=None) -> None:
     add("--fp8", action="store_true", help="weights of the blocks in 8 bits")
     add("--offload", action="store_true", help="weights of the blocks on the CPU")
     add("--compile", action="store_true", help="compile the blocks")
-    add("--identities", type=positive(int), nargs="+", metavar="N", help="memory of meta-training with N identities instead")
-    add("--people", type=positive(int), metavar="N", help="speed of personalising N people together instead")
-    add("--against", choices=("peft",), help="speed of a plain LoRA's step beside another library's, where it is installed, instead")
-    add("--layers", action="store_true", help="ways to add an update to each kind of Linear instead")
     add("--dtype", choices=("float32", "bfloat16"), help="of the frozen base (default: by the device)")
     add("--threads", type=positive(int), help="CPU threads (default: torch's choice)")
     add("--device", help="cuda, mps or cpu (default: the best there is)")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def bench(argv: list[str] | None = None) -> None:
+    args = options("bench.stages", "Time every stage against what it must compute, and training and sampling steps "
+                   "against the frozen base alone.").parse_args(argv)
     device = pick_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -492,26 +389,17 @@ def bench(argv=None) -> None:
         switches = "".join(f", {word}" for word in ("fp8", "offload", "compile") if getattr(args, word))
         print(f"{name}, {weights}: torch {torch.__version__}, {where}, {torch.get_num_threads()} threads, "
               f"{str(flux.img_in.weight.dtype)[6:]}{switches}")
-        if args.identities:
-            measure_bank(flux, args.rank, args.identities)
-        elif args.against:
-            measure_against_peft(flux, image_tokens, text_tokens, args.rank, args.seconds)
-        elif args.people:
-            measure_people(flux, args.people, text_tokens, args.rank, args.seconds)
-        elif args.layers:
-            measure_layers(flux.config, image_tokens + text_tokens, device, flux.img_in.weight.dtype, args.seconds)
-        else:
-            resolutions = args.resolution or ([512, 768, 1024] if image_tokens == 4096 else [16 * math.isqrt(image_tokens)])
-            measure_stages(models, resolutions, text_tokens, args.rank, args.seconds)
-            if not (args.fp8 or args.offload or args.compile):                    # beside a base of plain Linears only
-                tokens = (resolutions[-1] // 16) ** 2, text_tokens
-                measure(flux, *tokens, args.rank, args.seconds)
-                measure_mixing(flux, *tokens, args.rank, args.seconds)
+        resolutions = args.resolution or ([512, 768, 1024] if image_tokens == 4096 else [16 * math.isqrt(image_tokens)])
+        measure_stages(models, resolutions, text_tokens, args.rank, args.seconds)
+        if not (args.fp8 or args.offload or args.compile):               # beside a base of plain Linears only
+            tokens = (resolutions[-1] // 16) ** 2, text_tokens
+            measure(flux, *tokens, args.rank, args.seconds)
+            measure_mixing(flux, *tokens, args.rank, args.seconds)
 
 
-def main(argv=None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 done, 1 failed while computing, 2 bad input, 130 Ctrl-C; one line on stderr for each."""
-    return run_script("bench.py", bench, argv)
+    return run_script("bench.stages", bench, argv)
 
 
 if __name__ == "__main__":

@@ -1,30 +1,35 @@
 """Photos: read any picture, find faces, crop around them, fit the 16-pixel grid.
 
-    python -c "import photos; print(photos.find_faces(photos.read_photo('face.jpg')))"
+    python -c "from support import photos; print(photos.find_faces(photos.read_photo('face.jpg')))"
 
 Sources: Meta-LoRA, section "Stage-2: Test-time ID Personalization" (the crops); MTCNN as packaged by
-facenet-pytorch (its weights come inside the package, so nothing is downloaded).
-Deviations: the paper does not say what "face centred" means beside a border. Here a crop keeps its size and
-moves, see `face_crops`. Embedded colour profiles are ignored.
+facenet-pytorch, weights included. Deviations: the paper does not say what "face centred" means beside a
+border. Here a crop keeps its size and moves, see `face_crops`. Embedded colour profiles are ignored.
 """
 import functools
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
+from torch import Tensor, nn
 
-SUFFIXES = {".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif",
-            ".tiff", ".webp"}
+from support.common import note, save_png
+
+SUFFIXES = set(".avif .bmp .gif .jfif .jp2 .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split())
 MIN_SIDE = 16                                    # pixels; one image token
-ASPECTS = {"16:9": 16 / 9, "4:3": 4 / 3, "1:1": 1, "3:4": 3 / 4, "9:16": 9 / 16}      # width / height of the crops
+ASPECTS = {"16:9": 16 / 9, "4:3": 4 / 3, "1:1": 1, "3:4": 3 / 4, "9:16": 9 / 16}    # of crops, width / height
 FACE_SCALES = (1.5, 2, 2.5, 3.5, 4.5)            # shorter side of a crop / longer side of the face
+Face = tuple[float, float, float, float, float]  # x0, y0, x1, y1, probability
+Box = tuple[int, int, int, int]                  # x0, y0, x1, y1
+FLOOR = 512                                      # pixels; FLUX.1 was not made for less
 
 
-def image_files(folder):
-    """Sorted paths of the pictures directly inside `folder`, known by their suffix; hidden files (macOS
-    leaves `._face.jpg`) are left out. No pictures give an empty list, no folder a ValueError."""
+def image_files(folder: str | Path) -> list[Path]:
+    """Sorted paths of the pictures directly inside `folder`, by suffix, none hidden (as `._face.jpg` is)."""
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"no such folder: {folder}")
@@ -32,13 +37,11 @@ def image_files(folder):
                   if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file())
 
 
-def read_photo(path):
+def read_photo(path: str | Path) -> Image.Image:
     """Any picture that Pillow reads -> PIL image, mode RGB, upright by its EXIF orientation.
 
-    The first frame of an animation; transparency on white. 16-bit grey is scaled (65535 -> 255). The modes I
-    and F state no white point: I takes 65535 else its maximum, F takes 1, else 255, else its maximum.
-    ValueError, one line naming the file: missing, a folder, empty, not a picture, truncated, under 16 pixels
-    a side, or so large that Pillow takes it for a decompression bomb (about 179 megapixels).
+    The first frame of an animation, transparency on white. ValueError, one line naming the file: no whole
+    picture, under 16 pixels a side, or over some 179 megapixels.
     """
     path = Path(path)
     if path.is_dir():
@@ -62,16 +65,16 @@ def read_photo(path):
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path} is damaged or cannot be read: {reason}") from error
     if min(image.size) < MIN_SIDE:
-        raise ValueError(f"{path} is {image.width} x {image.height} pixels; "
-                         f"at least {MIN_SIDE} x {MIN_SIDE} are needed")
+        width, height = image.size
+        raise ValueError(f"{path} is {width} x {height} pixels; at least {MIN_SIDE} x {MIN_SIDE} are needed")
     return image
 
 
-def to_rgb(image):
+def to_rgb(image: Image.Image) -> Image.Image:
     """PIL image of any mode -> mode RGB. Pillow's own conversion clips 16 bits and drops transparency."""
-    if image.mode.startswith("I") or image.mode == "F":
+    if image.mode.startswith("I") or image.mode == "F":    # no white point is stated: the first that fits
         values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0, neginf=0)
-        whites = {"I": (65535,), "F": (1, 255)}.get(image.mode, (65535,))
+        whites = (1, 255) if image.mode == "F" else (65535,)
         white = next((w for w in whites if values.max() <= w), values.max())
         image = Image.fromarray((values / white * 255).clip(0, 255).round().astype(np.uint8))
     elif image.has_transparency_data:
@@ -81,21 +84,18 @@ def to_rgb(image):
 
 
 @functools.lru_cache(maxsize=2)
-def face_detector(device):
+def face_detector(device: str) -> nn.Module:
     """MTCNN with its packaged weights on `device`, built once."""
     from facenet_pytorch import MTCNN            # slow to import, and most users of this file need no faces
     return MTCNN(keep_all=True, device=torch.device(device)).eval()
 
 
 @torch.no_grad()
-def find_faces(image, device="cpu", threshold=0.9):
+def find_faces(image: Image.Image, device: str | torch.device = "cpu", threshold: float = 0.9) -> list[Face]:
     """PIL image -> [(x0, y0, x1, y1, probability)], in pixels, within the image, the largest box first.
 
-    MTCNN sees the picture with the side of an equal square brought into 480 to 1024 pixels, so that a picture
-    of 128 gives it detail and one of 100 megapixels costs no more than one of 1. It looks for faces down to
-    20 pixels there, or 1/32 of that side. A grey margin of 20 % helps with faces that fill the picture.
-    The threshold: on photos and paintings faces get above 0.99. Of 210 textures without a face 7 get
-    more than 0.7 and 1 more than 0.9; of 42 drawn 120-pixel faces 37 and 34.
+    MTCNN sees it at 480 to 1024 pixels (side of a square of its area), in a grey margin for faces that fill
+    it. The threshold: faces in photos and paintings get above 0.99, 1 of 210 textures more than 0.9.
     """
     own_side = (image.width * image.height) ** 0.5
     side = min(max(own_side, 480), 1024)
@@ -103,7 +103,6 @@ def find_faces(image, device="cpu", threshold=0.9):
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     margin = round(0.2 * side)
     seen = ImageOps.expand(image.convert("RGB").resize(size, Image.BICUBIC), margin, (128, 128, 128))
-
     # Pooling to arbitrary sizes does not exist on mps; the CPU needs a tenth of a second.
     detector = face_detector("cpu" if torch.device(device).type == "mps" else str(device))
     detector.min_face_size = max(20, side / 32)
@@ -117,33 +116,30 @@ def find_faces(image, device="cpu", threshold=0.9):
     return sorted(faces, key=lambda f: (f[2] - f[0]) * (f[3] - f[1]), reverse=True)
 
 
-def head_box(face):
-    """A face (x0, y0, x1, y1, ...) -> the box of the head in whole pixels, which may reach beyond the picture: MTCNN's boxes
-    go from the middle of the forehead to the chin, and leave out the hair and the ears."""
-    x0, y0, x1, y1 = face[:4]
+def head_box(face: tuple[float, ...]) -> Box:
+    """A face (x0, y0, x1, y1, ...) -> the box of the head, which may reach beyond the picture."""
+    x0, y0, x1, y1 = face[:4]             # from the middle of the forehead to the chin, without hair and ears
     w, h = x1 - x0, y1 - y0
     return round(x0 - 0.12 * w), round(y0 - 0.35 * h), round(x1 + 0.12 * w), round(y1 + 0.08 * h)
 
 
-def face_crops(width, height, box, aspects=None, scales=None):
+def face_crops(width: int, height: int, box: tuple[float, ...], aspects: list[str] | None = None,
+               scales: list[float] | None = None) -> list[Box]:
     """The paper's crops around one face: 1 to 25 boxes (x0, y0, x1, y1), integer pixels, inside the picture.
 
     For each aspect the shorter side is the face's longer side x 1.5, 2, 2.5, 3.5 and 4.5, the face centred.
       - A size that the picture does not hold is replaced by the largest of that aspect, once.
-      - A crop that fits but hangs over a border is moved by the least that brings it inside; it is not
-        shrunk. Faces are mostly near the top of a picture: shrinking would leave one tight size of the five.
-      - Every crop contains the face where its aspect lets it. On a tight headshot the wide or narrow aspects
-        may be too small for that: these show as much of it as they can, around its centre.
-      - A crop within 2 pixels of an earlier one on all four edges is the same crop, and left out.
-    `aspects`: some of the names in ASPECTS; `scales`: of the face's longer side; None is all of the paper's.
-    `box` starts with (x0, y0, x1, y1), floats; the rest (a probability) is ignored. ValueError if it has no
-    area inside the picture.
+      - A crop that hangs over a border is moved inside, not shrunk, which would leave one size of the five:
+        faces are mostly near the top. It contains the face, or as much of it as its aspect allows.
+      - A crop within 2 pixels of an earlier one on all four edges is left out.
+    `aspects`: names in ASPECTS; `scales`: of the face's longer side; None is all of the paper's. ValueError
+    if `box` (x0, y0, x1, y1, ...) has no area inside the picture.
     """
     x0, y0, x1, y1 = (min(max(v, 0), limit) for v, limit in zip(box[:4], (width, height, width, height)))
     if not (x1 > x0 and y1 > y0):                # also refuses nan
         raise ValueError(f"face box {tuple(box[:4])} has no area inside a {width} x {height} picture")
 
-    def place(size, limit, low, high):     # along one axis: centred, then the least move to the inside
+    def place(size: int, limit: int, low: float, high: float) -> tuple[int, int]:      # along one axis
         start = min(max(round((low + high - size) / 2), 0), limit - size)
         return start, start + size
 
@@ -161,30 +157,30 @@ def face_crops(width, height, box, aspects=None, scales=None):
     return crops
 
 
-def grid_size(width, height, resolution, multiple=16, upscale=False):
-    """(w, h), both multiples of `multiple`, with w * h near resolution**2 and w / h near width / height.
+def grid_size(width: int, height: int, resolution: int, multiple: int = 16,
+              upscale: bool = False) -> tuple[int, int]:
+    """(w, h), multiples of `multiple`, with w * h near resolution**2 and w / h near width / height.
 
-    Without `upscale`, w * h is at most width * height; only where no multiple fits (a side under `multiple`)
-    the smallest sides are taken all the same. Of the grid points around the exact size the nearest
-    wins, by 2 |log| of the error in aspect (which is cropped away) plus |log| of that in area (blur or cost).
+    Without `upscale`, w * h is at most width * height, unless a side is under `multiple`.
     """
     if min(width, height, resolution, multiple) < 1:
-        raise ValueError(f"sizes must be positive: {width} x {height}, resolution {resolution}, "
-                         f"multiple {multiple}")
+        sizes = f"{width} x {height}, resolution {resolution}, multiple {multiple}"
+        raise ValueError(f"sizes must be positive: {sizes}")
     limit = float("inf") if upscale else width * height
     area, aspect = min(resolution ** 2, limit), width / height
 
-    def around(side):
+    def around(side: float) -> tuple[int, int]:
         low = max(1, int(side / multiple)) * multiple
         return low, low + multiple
     sizes = [(w, h) for w in around((area * aspect) ** 0.5) for h in around((area / aspect) ** 0.5)]
     fitting = [(w, h) for w, h in sizes if w * h <= limit] or sizes[:1]
+    # the error in aspect is cropped away, that in area is blur or cost
     return min(fitting, key=lambda s: 2 * abs(np.log(s[0] / s[1] / aspect)) + abs(np.log(s[0] * s[1] / area)))
 
 
-def fit_to_grid(image, resolution, multiple=16, upscale=False):
-    """PIL image -> PIL image of `grid_size`: scaled to cover it, the rest cut off evenly on both sides, never
-    stretched. One bicubic resampling with antialiasing."""
+def fit_to_grid(image: Image.Image, resolution: int, multiple: int = 16,
+                upscale: bool = False) -> Image.Image:
+    """PIL image -> PIL image of `grid_size`: scaled to cover it, the rest cut off evenly, never stretched."""
     w, h = grid_size(*image.size, resolution, multiple, upscale)
     scale = max(w / image.width, h / image.height)
     left, top = (image.width - w / scale) / 2, (image.height - h / scale) / 2
@@ -192,14 +188,74 @@ def fit_to_grid(image, resolution, multiple=16, upscale=False):
     return image.resize((w, h), Image.BICUBIC, box=box)
 
 
-def to_tensor(image):
+class Crop(NamedTuple):
+    picture: Image.Image                         # as the model sees it
+    photo: Path
+    box: Box                                     # where in the photo
+    head: Image.Image | None = None     # white where the head is, of the picture's size; None: not looked for
+
+
+def to_sizes(picture: Image.Image, resolutions: list[int]) -> list[Image.Image]:
+    """A picture at each resolution, no size twice; enlarged only from under 512 x 512 or the resolution."""
+    sized = {}
+    for resolution in resolutions:
+        floor = min(resolution, FLOOR)           # blur is a smaller evil than a handful of tokens
+        small = picture.width * picture.height < floor ** 2
+        fitted = fit_to_grid(picture, floor if small else resolution, upscale=small)
+        sized.setdefault(fitted.size, fitted)
+    return list(sized.values())
+
+
+def load_crops(paths: list[str | Path], resolutions: list[int], augment: bool = True,
+               aspects: list[str] | None = None, scales: list[float] | None = None) -> list[Crop]:
+    """Photos of one person -> the crops of all of them; without `augment` each photo as a whole.
+
+    Of several faces the largest counts. ValueError names a photo that cannot be read or shows no face.
+    """
+    crops = []
+    for path in map(Path, paths):
+        photo = read_photo(path)
+        boxes, head = [(0, 0, *photo.size)], None
+        if augment:
+            faces = find_faces(photo)            # on the CPU, so that crops are the same on any device
+            if not faces:
+                raise ValueError(f"no face found in {path}; --no-augment takes whole photos, faces or not")
+            if len(faces) > 1:
+                x, y, x1, y1 = map(round, faces[0][:4])
+                largest = f"{x1 - x} x {y1 - y} pixels at ({x}, {y})"
+                note(f"{len(faces)} faces in {path}; taking the largest, {largest}")
+            boxes, head = face_crops(*photo.size, faces[0], aspects, scales), Image.new("L", photo.size)
+            head.paste(255, head_box(faces[0]))
+        for box in boxes:
+            pictures = to_sizes(photo.crop(box), resolutions)
+            heads = to_sizes(head.crop(box), resolutions) if head else [None] * len(pictures)
+            crops += [Crop(picture, path, box, own) for picture, own in zip(pictures, heads)]
+    return crops
+
+
+def head_weights(crop: Crop, background: float) -> Tensor:
+    """How much the loss counts at each place of a crop's latent, (1, H / 8, W / 8), with a mean of 1;
+    `background` is the share of what is not head, 1 to count all alike, as the paper does."""
+    if crop.head is None:
+        return torch.ones(1, 1, 1)
+    head = F.avg_pool2d(torch.from_numpy(np.array(crop.head)).float()[None] / 255, 8)
+    weights = background + (1 - background) * head
+    return weights / weights.mean()
+
+
+def save_crops(crops: list[Crop], folder: Path) -> None:
+    """One PNG for each, numbered and named by size and photo."""
+    for i, (picture, photo, *_) in enumerate(crops):
+        save_png(picture, folder / f"{i:02d}-{picture.width}x{picture.height}-{photo.stem}.png")
+
+
+def to_tensor(image: Image.Image) -> Tensor:
     """PIL image -> float32 (3, H, W) in [-1, 1]."""
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 127.5 - 1
 
 
-def to_image(tensor):
-    """(3, H, W) in [-1, 1], any float type, any device -> PIL image; values outside are clamped, all rounded.
-    ValueError for another shape or values that are not finite."""
+def to_image(tensor: Tensor) -> Image.Image:
+    """(3, H, W) in [-1, 1], clamped and rounded -> PIL image. ValueError: another shape, or not finite."""
     if tensor.ndim != 3 or tensor.shape[0] != 3:
         raise ValueError(f"a picture has shape (3, height, width), not {tuple(tensor.shape)}")
     if not torch.isfinite(tensor).all():

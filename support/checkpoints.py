@@ -1,0 +1,508 @@
+"""Checkpoints: the names of both layouts, strict loading, finding a model, what its folder says of itself.
+
+    flux = load_flux(find_model("flux-dev"), "cuda", torch.bfloat16)
+
+A model is a folder in the hub's layout: original files (flux1-dev.safetensors, ae.safetensors), diffusers
+files (transformer/, vae/) or both; text_encoder/, tokenizer/ (CLIP), text_encoder_2/, tokenizer_2/ (T5). A
+tensor that is missing, misshapen or not used is an error, also in the text encoders.
+"""
+import hashlib
+import json
+import math
+import re
+from argparse import BooleanOptionalAction, Namespace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from flux_model import AutoEncoder, AutoEncoderConfig, Flux, FluxConfig, TextEncoders
+from support.common import JsonFile
+from support.speed import (E4M3, Fp8Linear, TiledDecoder, check_memory, choose_attention, compile_blocks,
+                           offload_blocks, quantize_rows)
+
+Place = str | Path
+Device = str | torch.device
+BF16 = torch.bfloat16
+
+# Names ------------------------------------------------------------------------------------------------------
+
+def table(original: str, diffusers: str, names: dict[str, str]) -> dict[str, tuple[str, ...]]:
+    """{name: diffusers names, spaces between them} -> the same with what stands before them, as tuples."""
+    return {original + name: tuple(diffusers + part for part in names[name].split()) for name in names}
+
+
+# original module -> diffusers modules, {} for a block's number; the rows of a fused layer's follow each other
+FLUX_NAMES = table("", "", {
+    "img_in": "x_embedder", "txt_in": "context_embedder", "final_layer.linear": "proj_out",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",             # diffusers: scale before shift
+}) | table("double_blocks.{}.", "transformer_blocks.{}.", {
+    "img_mod.lin": "norm1.linear", "txt_mod.lin": "norm1_context.linear",
+    "img_attn.qkv": "attn.to_q attn.to_k attn.to_v",
+    "txt_attn.qkv": "attn.add_q_proj attn.add_k_proj attn.add_v_proj",
+    "img_attn.norm.query_norm": "attn.norm_q", "txt_attn.norm.query_norm": "attn.norm_added_q",
+    "img_attn.norm.key_norm": "attn.norm_k", "txt_attn.norm.key_norm": "attn.norm_added_k",
+    "img_attn.proj": "attn.to_out.0", "txt_attn.proj": "attn.to_add_out",
+    "img_mlp.0": "ff.net.0.proj", "txt_mlp.0": "ff_context.net.0.proj",
+    "img_mlp.2": "ff.net.2", "txt_mlp.2": "ff_context.net.2",
+}) | table("single_blocks.{}.", "single_transformer_blocks.{}.", {
+    "modulation.lin": "norm.linear", "norm.query_norm": "attn.norm_q", "norm.key_norm": "attn.norm_k",
+    "linear1": "attn.to_q attn.to_k attn.to_v proj_mlp", "linear2": "proj_out",
+})
+for ours, theirs in {"time": "timestep", "vector": "text", "guidance": "guidance"}.items():
+    FLUX_NAMES |= table(f"{ours}_in.", f"time_text_embed.{theirs}_embedder.",
+                        {"in_layer": "linear_1", "out_layer": "linear_2"})
+FLUX_LINEARS = {name: parts for name, parts in FLUX_NAMES.items() if not name.endswith("_norm")}
+AUTOENCODER_NAMES = (                       # original -> diffusers, as pattern and replacement, in this order
+    (r"(down|up)\.(\d+)\.block\.", r"\1_blocks.\2.resnets."), (r"nin_shortcut", "conv_shortcut"),
+    (r"(down|up)\.(\d+)\.(down|up)sample\.", r"\1_blocks.\2.\3samplers.0."),
+    (r"mid\.block_1\.", "mid_block.resnets.0."), (r"mid\.block_2\.", "mid_block.resnets.1."),
+    (r"mid\.attn_1\.", "mid_block.attentions.0."), (r"attentions\.0\.norm\.", "attentions.0.group_norm."),
+    (r"attentions\.0\.([qkv])\.", r"attentions.0.to_\1."), (r"\.proj_out\.", ".to_out.0."),
+    (r"\.norm_out\.", ".conv_norm_out."))
+BLOCK = re.compile(r"blocks[._](0|[1-9]\d*)[._]")
+
+
+def split_number(name: str) -> tuple[str, str]:
+    """Module path -> its template, with {} for the block's number, and that number ("" if none)."""
+    found = BLOCK.search(name)
+    return (f"{name[:found.start(1)]}{{}}{name[found.end(1):]}", found[1]) if found else (name, "")
+
+
+def diffusers_flux_names(name: str) -> list[str]:
+    """Parameter of Flux -> the diffusers parameters whose rows, one after the other, are its rows."""
+    module, _, kind = name.rpartition(".")
+    template, number = split_number(module)
+    return [f"{part.format(number)}.{kind.replace('scale', 'weight')}" for part in FLUX_NAMES[template]]
+
+
+def diffusers_autoencoder_names(name: str, levels: int) -> list[str]:
+    """Parameter of AutoEncoder with this many resolutions -> the one diffusers parameter."""
+    for pattern, replacement in AUTOENCODER_NAMES:
+        name = re.sub(pattern, replacement, name)
+    from_the_top = lambda found: f"up_blocks.{levels - 1 - int(found[1])}"
+    return [re.sub(r"up_blocks\.(\d+)", from_the_top, name)]
+
+
+def part_sizes(num_parts: int, rows: int, width: int) -> list[int]:
+    """Rows of each part of a Linear: q, k and v are as wide as the input, the MLP gets what is left."""
+    return [rows] if num_parts == 1 else [width] * 3 + [rows - 3 * width] * (num_parts - 3)
+
+
+class Target(NamedTuple):
+    """A Linear of the transformer as diffusers has it: q, k, v and the MLP's input are one each."""
+    path: str             # diffusers module path
+    module: str           # the Linear of Flux that holds it
+    start: int            # first of its rows there
+    rows: int             # d_out
+    d_in: int
+
+
+def find_targets(flux: nn.Module, outside: bool = False) -> list[Target]:
+    """What a LoRA adapts: 14 targets per double and 6 per single block; `outside` adds the other Linears."""
+    targets = []
+    for name, module in flux.named_modules():
+        name = name.removesuffix(".base")        # the Linear within one that is adapted already
+        if isinstance(module, (nn.Linear, Fp8Linear)) and (outside or "_blocks." in name):
+            paths, start = diffusers_flux_names(name + ".weight"), 0
+            for path, rows in zip(paths, part_sizes(len(paths), module.out_features, module.in_features)):
+                targets.append(Target(path.removesuffix(".weight"), name, start, rows, module.in_features))
+                start += rows
+    return targets
+
+# Loading ----------------------------------------------------------------------------------------------------
+
+FLUX_FILES = tuple(f"flux1-{kind}{bits}.safetensors" for bits in ("", "-fp8") for kind in ("dev", "schnell"))
+PREFIX = "model.diffusion_model."                # ComfyUI's files with everything: the transformer counts
+SCALES = ".scale_weight", ".weight_scale"        # of 8-bit weights: ComfyUI's, and those of others
+MARKS = "scaled_fp8", "comfy_quant", "scale_input", "input_scale"          # of the makers of such files
+
+
+class TensorFiles:
+    """Tensors of one safetensors file, or of all shards of a folder, by name; read only when asked for."""
+    def __init__(self, files: list[Path]) -> None:
+        self.metadata, found = {}, {}
+        for path in files:
+            try:
+                file = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{path} cannot be read as a safetensors file: {error}") from None
+            self.metadata |= file.metadata() or {}
+            found |= dict.fromkeys(file.keys(), file)
+        self.path = files[0] if len(files) == 1 else files[0].parent
+        self.prefix = PREFIX if any(name.startswith(PREFIX) for name in found) else ""
+        self.file_of = {key.removeprefix(self.prefix): file
+                        for key, file in found.items() if key.startswith(self.prefix)}
+        self.raw = {name: self.file_of.pop(name) for name in [*self.file_of] if name.endswith(SCALES + MARKS)}
+        self.scales = {name.removesuffix(end) + ".weight": name
+                       for end in SCALES for name in self.raw if name.endswith(end)}
+
+    def shape(self, name: str) -> list[int]:
+        return self.file_of[name].get_slice(self.prefix + name).get_shape()
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self.file_of[name].get_tensor(self.prefix + name)
+        return tensor.float() * self.scale(name) if tensor.dtype.itemsize == 1 else tensor
+
+    def scale(self, name: str) -> Tensor:
+        """What an 8-bit weight is to be multiplied by: fp32, (1,), or (d_out, 1) with one for each row."""
+        if name not in self.scales:
+            return torch.ones(1)
+        scale = self.raw[self.scales[name]].get_tensor(self.prefix + self.scales[name]).float()
+        return scale.view(-1, 1) if scale.numel() > 1 else scale.view(1)
+
+    def quantized(self, name: str) -> tuple[Tensor, Tensor]:
+        """A weight (d_out, d_in) as float8_e4m3 with scales (d_out, 1); one in 8 bits stays as it is."""
+        tensor = self.file_of[name].get_tensor(self.prefix + name)
+        if tensor.dtype == E4M3:
+            return tensor, self.scale(name).expand(len(tensor), 1)
+        return quantize_rows(self[name])
+
+
+def weight_files(folder: Path, stem: str = "diffusion_pytorch_model") -> list[Path]:
+    """Weights of a model's folder: what the index lists, if there is one, so that half a download shows."""
+    index = folder / f"{stem}.safetensors.index.json"
+    names, why = [f"{stem}.safetensors"], ""
+    if index.exists():
+        names, why = sorted(set(JsonFile(index)["weight_map"].values())), f", which {index.name} lists"
+    for name in names:
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} lacks {name}{why}: complete the download")
+    return [folder / name for name in names]
+
+
+def read_config(kind: type, text: str, path: Path) -> Any:
+    """Dataclass `kind` from JSON with the same fields; an unknown one would change the model: ValueError."""
+    try:
+        return kind(**json.loads(text))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: the {kind.__name__} in its metadata cannot be used: {error}") from None
+
+
+def check_tensors(model: nn.Module, files: TensorFiles, plan: dict[str, list[str]]) -> None:
+    """ValueError that names the first missing, misshapen and unexpected tensor, where the plan cannot be."""
+    planned = [part for parts in plan.values() for part in parts]
+    missing, misshapen = [part for part in planned if part not in files.file_of], []
+    for name, parameter in model.named_parameters():
+        if not set(plan[name]) & set(missing):
+            shapes, (size, *rest) = [files.shape(part) for part in plan[name]], parameter.shape
+            width = getattr(model.get_submodule(name.rpartition(".")[0]), "in_features", 0)
+            wanted = [[rows, *rest] for rows in part_sizes(len(shapes), size, width)]
+            # diffusers keeps the autoencoder's 1 x 1 convolutions as Linears
+            if shapes != wanted and [shape + [1, 1] for shape in shapes] != wanted:
+                have = " + ".join(f"{part} {shape}" for part, shape in zip(plan[name], shapes))
+                misshapen.append(f"{have} instead of {[size, *rest]}")
+    faults = {"missing": missing, "misshapen": misshapen, "unexpected": sorted({*files.file_of} - {*planned})}
+    if problems := [f"{len(faults[kind])} {kind} ({faults[kind][0]})" for kind in faults if faults[kind]]:
+        raise ValueError(f"{files.path} does not fit this {type(model).__name__}: {', '.join(problems)}")
+
+
+def load_weights(model: nn.Module, files: TensorFiles, sources: Callable[[str], list[str]],
+                 dtype: torch.dtype, place: Callable[[str], Device], fp8: bool = False) -> nn.Module:
+    """Fills a model built on the meta device, strictly: the peak of memory is the model and one tensor.
+
+    A parameter's rows are those of the tensors sources(name), on place(name). fp8: in the blocks' Linears.
+    """
+    plan = {name: sources(name) for name, _ in model.named_parameters()}
+    check_tensors(model, files, plan)
+    for name, parameter in list(model.named_parameters()):
+        module, _, attribute = name.rpartition(".")
+        layer, device, row = model.get_submodule(module), place(name), 0
+        if fp8 and isinstance(layer, nn.Linear) and "_blocks." in name:     # the weight comes before the bias
+            layer = Fp8Linear(layer.in_features, layer.out_features, layer.bias is not None, dtype, device)
+            model.set_submodule(module, layer)
+        in_8_bits = isinstance(layer, Fp8Linear) and attribute == "weight"
+        weight = layer.weight if in_8_bits else torch.empty(parameter.shape, dtype=dtype, device=device)
+        for part in plan[name]:
+            tensor, scale = files.quantized(part) if in_8_bits else (files[part], None)
+            rows = slice(row, row + len(tensor))
+            weight[rows].copy_(tensor.view(tensor.shape + (1,) * (weight.dim() - tensor.dim())))
+            if in_8_bits:
+                layer.scale[rows] = scale
+            row += len(tensor)
+        if plan[name][0].startswith("norm_out.linear."):
+            weight = weight.roll(len(weight) // 2, 0)
+        if not in_8_bits:
+            setattr(layer, attribute, nn.Parameter(weight, requires_grad=False))
+    return model.eval()
+
+
+def locate(folder: Place, names: Sequence[str], diffusers: str, what: str) -> tuple[list[Path], dict | None]:
+    """The files of one part of a snapshot, and its diffusers config (None: original layout)."""
+    for path in (Path(folder) / name for name in names):
+        if path.is_file():
+            return [path], None
+    inner = Path(folder) / diffusers
+    if (inner / "config.json").is_file():
+        return weight_files(inner), JsonFile(inner / "config.json")
+    raise ValueError(f"{folder} holds no {what}: neither {' nor '.join(names)} nor {diffusers}/")
+
+
+def flux_files(folder: Place) -> tuple[TensorFiles, FluxConfig, bool]:
+    """Tensors and configuration of a snapshot's transformer, and whether it is in the diffusers layout."""
+    paths, config = locate(folder, FLUX_FILES, "transformer", "transformer")
+    files = TensorFiles(paths)
+    if config is not None:
+        heads, channels = config["num_attention_heads"], config["in_channels"]
+        return files, FluxConfig(
+            in_channels=channels, out_channels=config.get("out_channels") or channels,
+            vec_in_dim=config["pooled_projection_dim"], context_in_dim=config["joint_attention_dim"],
+            hidden_size=heads * config["attention_head_dim"], num_heads=heads, depth=config["num_layers"],
+            depth_single_blocks=config["num_single_layers"], guidance_embed=config["guidance_embeds"],
+            axes_dim=config.get("axes_dims_rope", (16, 56, 56))), True
+    if "config" in files.metadata:
+        return files, read_config(FluxConfig, files.metadata["config"], files.path), False
+    return files, FluxConfig(guidance_embed="guidance_in.in_layer.weight" in files.file_of), False
+
+
+def load_flux(folder: Place, device: Device = "cpu", dtype: torch.dtype = BF16,
+              fp8: bool = False, offload: bool = False) -> Flux:
+    """The transformer of a snapshot folder, frozen, on `device` in `dtype`.
+
+    fp8: the blocks' Linears in 8 bits. offload: the blocks live in CPU memory. ValueError, in one line, where
+    the files are missing, torn or of another model.
+    """
+    files, config, is_diffusers = flux_files(folder)
+    sources = diffusers_flux_names if is_diffusers else lambda name: [name]
+    with torch.device("meta"):
+        model = Flux(config)
+    place = lambda name: "cpu" if offload and "_blocks." in name else device
+    load_weights(model, files, sources, dtype, place, fp8)
+    if offload:
+        offload_blocks(model, device)
+    return model
+
+
+def autoencoder_files(folder: Place) -> tuple[list[Path], dict | None]:
+    """As `locate`: ae.safetensors, or vae/ and its config."""
+    return locate(folder, ("ae.safetensors",), "vae", "autoencoder")
+
+
+def load_autoencoder(folder: Place, device: Device = "cpu", dtype: torch.dtype = BF16) -> AutoEncoder:
+    """The autoencoder of a snapshot folder, frozen, on `device` in `dtype`; errors as `load_flux`."""
+    paths, config = autoencoder_files(folder)
+    files, sources = TensorFiles(paths), lambda name: [name]
+    if config is None:
+        config = read_config(AutoEncoderConfig, files.metadata.get("config", "{}"), files.path)
+    else:
+        widths = config["block_out_channels"]
+        sources = lambda name: diffusers_autoencoder_names(name, len(widths))
+        config = AutoEncoderConfig(
+            ch=widths[0], ch_mult=[w // widths[0] for w in widths], z_channels=config["latent_channels"],
+            num_res_blocks=config["layers_per_block"], scale_factor=config["scaling_factor"],
+            shift_factor=config["shift_factor"], num_groups=config["norm_num_groups"],
+            resolution=config["sample_size"])
+    with torch.device("meta"):
+        model = AutoEncoder(config)
+    load_weights(model, files, sources, dtype, lambda name: device)
+    if torch.device(device).type == "cuda":      # on a CPU GroupNorm is then a hundred times less exact
+        model = model.to(memory_format=torch.channels_last)
+    model.decoder.__class__ = TiledDecoder
+    return model
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and no reports of transformers on the way; what is wrong is raised by us."""
+    from transformers.utils import logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def load_transformers_model(kind: type, folder: Place, dtype: torch.dtype,
+                            use_safetensors: bool | None = True) -> nn.Module:
+    """A model of transformers, strictly: by itself it gives random weights to what a file lacks."""
+    model, report = kind.from_pretrained(folder, dtype=dtype, use_safetensors=use_safetensors,
+                                         ignore_mismatched_sizes=True, output_loading_info=True)
+    for fault in ("missing", "mismatched"):
+        if names := sorted(map(str, report[f"{fault}_keys"])):
+            problem = f"{len(names)} {fault} ({names[0]})"
+            raise ValueError(f"{Path(folder).name}/ does not fit its config.json: {problem}")
+    return model.eval()
+
+
+def check_text_files(folder: Path) -> None:
+    """ValueError unless the text encoders' files are there: transformers makes up a missing vocabulary."""
+    for part, names in (("tokenizer", ["vocab.json", "merges.txt"]), ("tokenizer_2", ["spiece.model"])):
+        there = {path.name for path in (folder / part).glob("*") if path.is_file()}
+        if "tokenizer.json" not in there and not there.issuperset(names):
+            needed = f"tokenizer.json or {' and '.join(names)}"
+            raise ValueError(f"{folder} holds no whole {part}/: it needs {needed}")
+    for part in ("text_encoder", "text_encoder_2"):
+        if not (folder / part / "config.json").is_file():
+            raise ValueError(f"{folder} holds no whole {part}/: it needs config.json and the weights")
+        weight_files(folder / part, "model")
+
+
+def load_text_encoders(folder: Place, device: Device = "cpu", dtype: torch.dtype = BF16,
+                       max_length: int | None = None) -> TextEncoders:
+    """Text encoders of a snapshot folder; T5 sees `max_length` tokens, else 512, with schnell 256."""
+    folder = Path(folder)
+    check_text_files(folder)
+    if max_length is None:
+        path = folder / "tokenizer_2" / "tokenizer_config.json"
+        limit = JsonFile(path).get("model_max_length", 512) if path.is_file() else 512
+        max_length = min(limit, 512 if flux_files(folder)[1].guidance_embed else 256)
+    try:
+        with quiet_transformers():
+            from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
+            clip = load_transformers_model(CLIPTextModel, folder / "text_encoder", dtype).to(device)
+            t5 = load_transformers_model(T5EncoderModel, folder / "text_encoder_2", dtype).to(device)
+            return TextEncoders(clip, CLIPTokenizer.from_pretrained(folder / "tokenizer"), t5,
+                                T5Tokenizer.from_pretrained(folder / "tokenizer_2"), max_length)
+    except (OSError, SafetensorError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{folder}: the text encoders cannot be loaded: {reason}") from None
+
+# Finding ----------------------------------------------------------------------------------------------------
+
+HUB = {"flux-dev": ("black-forest-labs/FLUX.1-dev", "flux1-dev.safetensors",
+                    "FLUX.1 [dev] Non-Commercial License"),
+       "flux-schnell": ("black-forest-labs/FLUX.1-schnell", "flux1-schnell.safetensors", "Apache 2.0")}
+
+
+def check_snapshot(folder: Path) -> Path:
+    """The folder. ValueError that names the first part it lacks, in either layout."""
+    locate(folder, FLUX_FILES, "transformer", "transformer")
+    autoencoder_files(folder)
+    check_text_files(folder)
+    return folder
+
+
+def find_model(name: str) -> Path:
+    """--model -> folder: `baby`, a folder, or `flux-dev` / `flux-schnell` from the hub's cache or the hub.
+
+    A download takes the user's own token (`hf auth login`). ValueError says in one line what to do instead.
+    """
+    if name == "baby":
+        name = str(Path(__file__).resolve().parents[1] / "baby" / "checkpoint")
+    if name not in HUB:
+        if not Path(name).is_dir():
+            raise ValueError(f"no model {str(name)!r}: --model takes flux-dev, flux-schnell, baby or a "
+                             "folder in the hub's layout")
+        return check_snapshot(Path(name))
+    import huggingface_hub
+    from huggingface_hub.errors import HTTPError                      # its http client's own
+    repo, weights, licence = HUB[name]
+    wanted = [weights, "ae.safetensors", "text_encoder/*", "text_encoder_2/*", "tokenizer/*", "tokenizer_2/*"]
+    for options in ({"local_files_only": True}, {"allow_patterns": wanted}):
+        try:                                     # without network the hub gives what it has, in silence
+            return check_snapshot(Path(huggingface_hub.snapshot_download(repo, **options)))
+        except (HTTPError, OSError, ValueError) as error:
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    raise ValueError(
+        f"{repo} is neither in the hub cache nor could it be downloaded ({reason[:200]}): accept its licence "
+        f"({licence}) at huggingface.co/{repo}, run `hf auth login` and then this command again (it "
+        "downloads 34 GB), or try --model baby, which needs no download")
+
+
+def fingerprint(files: TensorFiles, names: list[str] | None = None) -> str:
+    """A short hash of tensors' values in bf16, of `names` or of all of up to 4,096 elements."""
+    if names is None:
+        names = [name for name in sorted(files.file_of) if math.prod(files.shape(name)) <= 4096]
+    digest = hashlib.sha256()
+    for name in names:
+        digest.update(files[name].bfloat16().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def flux_fingerprint(folder: Place) -> str:
+    """`fingerprint` of a snapshot's transformer, the same for its original and its diffusers files."""
+    files, config, is_diffusers = flux_files(folder)
+    with torch.device("meta"):
+        names = [name for name, _ in Flux(config).named_parameters()
+                 if name.endswith(".scale") or name == "img_in.bias"]
+    if is_diffusers:
+        names = [part for name in names for part in diffusers_flux_names(name)]
+    return fingerprint(files, names)
+
+
+def autoencoder_fingerprint(folder: Place) -> str:
+    """`fingerprint` of a snapshot's autoencoder, of the file that `load_autoencoder` reads."""
+    return fingerprint(TensorFiles(autoencoder_files(folder)[0]))
+
+# What a command asks of a model -----------------------------------------------------------------------------
+
+LONG_RUN = 300                 # steps of a large model after which compiling may pay: a guess, never measured
+
+
+def model_defaults(folder: Place) -> dict:
+    """What suits a model: FLUX.1's values, or those of its own defaults.json.
+
+    learning_rate: one, or {use: rate}. guidance: of pictures. warmup: of stage 1. aspects, scales: of crops,
+    None is all of the paper's; background: its weight in the loss of a crop; mirror: crops mirrored too.
+    """
+    path = Path(folder) / "defaults.json"
+    own = JsonFile(path) if path.is_file() else {}
+    return dict(resolution=1024, learning_rate=4e-4, prompt="a photo of a person", guidance=3.5, warmup=0.4,
+                aspects=None, scales=None, background=1.0, mirror=True) | own
+
+
+def learning_rate(folder: Place, use: str) -> float:
+    """The model's default for a use: "meta-lora", "lora" or "stage 1"."""
+    rate = model_defaults(folder)["learning_rate"]
+    return rate[use] if isinstance(rate, dict) else rate
+
+
+def pick_dtype(device: Device, folder: Place) -> torch.dtype:
+    """bf16, but fp32 on a CPU for models small enough that memory is no matter."""
+    return torch.float32 if torch.device(device).type == "cpu" and is_small(folder) else torch.bfloat16
+
+
+def is_small(folder: Place) -> bool:
+    """Under a billion parameters in the transformer: memory is no matter then, and batches pay."""
+    files = flux_files(folder)[0]
+    return sum(math.prod(files.shape(name)) for name in files.file_of) < 1e9
+
+
+def add_speed_options(add: Callable[..., object], training: bool) -> None:
+    """The switches of large models, for the parser of a script."""
+    add("--fp8", action="store_true", help="8-bit weights in the blocks: half the memory, and often faster")
+    add("--offload", action="store_true", help="keep the blocks' weights in CPU memory: for small cards")
+    add("--compile", action=BooleanOptionalAction, help="compile the blocks (default: long runs on a GPU)")
+    if training:
+        add("--recompute", type=int, metavar="N", help="blocks run twice to save memory (default: few)")
+
+
+def check_fit(args: Namespace, device: torch.device) -> None:
+    """Before anything is read: prints its share of the device's memory; ValueError where that is too much."""
+    with torch.device("meta"):
+        line = check_memory(Flux(flux_files(args.folder)[1]), device, args.dtype, args.fp8, args.offload)
+    if device.type != "cpu":
+        print(line)
+
+
+def open_flux(args: Namespace, device: torch.device, steps: int, tokens: int, training: bool) -> Flux:
+    """The transformer as `args` wants it, for so many steps of pictures of so many tokens, text included."""
+    flux = load_flux(args.folder, device, args.dtype, args.fp8, args.offload)
+    pays = device.type == "cuda" and steps >= LONG_RUN and not is_small(args.folder) and find_spec("triton")
+    if pays if args.compile is None else args.compile:
+        compile_blocks(flux)
+    heads, width = flux.config.num_heads, flux.config.hidden_size
+    choose_attention((1, heads, tokens, width // heads), device, args.dtype, training)
+    return flux
+
+
+def take_model(args: Namespace, device: torch.device, use: str) -> None:
+    """args.model -> args.folder (may download) and args.dtype; what is not given is the model's default."""
+    args.folder = find_model(args.model)
+    args.dtype = pick_dtype(device, args.folder)
+    defaults = model_defaults(args.folder)
+    args.lr = args.lr or learning_rate(args.folder, use)
+    args.resolution = args.resolution or [defaults["resolution"]]
+    for name in ("prompt", "guidance", "warmup", "aspects", "scales", "background", "mirror"):
+        if getattr(args, name, None) is None:
+            setattr(args, name, defaults[name])
+    check_fit(args, device)

@@ -1,0 +1,205 @@
+"""What every script stands on: files that are whole or absent, command lines, Ctrl-C, devices."""
+import argparse
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from PIL import Image, PngImagePlugin
+from safetensors import SafetensorError
+
+
+@contextmanager
+def whole(path: str | Path) -> Iterator[Path]:
+    """with whole(path) as part: `part` takes the place of `path` at the end, on disk. OSError names path."""
+    path = Path(path)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        if os.name == "posix":         # the name too, so that what is written after it never comes without it
+            folder = os.open(path.absolute().parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_whole(path: str | Path, data: bytes) -> None:
+    with whole(path) as part:
+        part.write_bytes(data)
+
+
+def save_png(image: Image.Image, path: Path, fields: dict | None = None) -> None:
+    """A PNG with text fields {name: value}; makes its folder."""
+    text = PngImagePlugin.PngInfo()
+    for name, value in (fields or {}).items():
+        text.add_text(name, str(value))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as part:
+        image.save(part, format="PNG", pnginfo=text)
+
+
+def save_figure(figure: object, path: Path) -> None:
+    """A matplotlib figure as PNG."""
+    with whole(path) as part:
+        figure.savefig(part, format="png", dpi=120)
+
+
+class JsonFile(dict):
+    """A JSON object on disk. ValueError, in one line: it cannot be read, or lacks the field in [...]."""
+    def __init__(self, path: Path) -> None:
+        try:
+            super().__init__(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} cannot be read as JSON: {error}") from None
+        self.path = path
+
+    def __missing__(self, field: str) -> None:
+        raise ValueError(f"{self.path} lacks the field {field!r}")
+
+
+def check_writable(path: Path, option: str) -> None:
+    """ValueError unless `path`, or the folders above it that are not there yet, can be made."""
+    base = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not base.is_dir() or not os.access(base, os.W_OK | os.X_OK):
+        raise ValueError(f"{option} {path}: {base} is {'not writable' if base.is_dir() else 'not a folder'}")
+
+
+def check_out_file(path: Path, suffix: str) -> None:
+    """ValueError unless --out can be written: its folder must be there, and its name end in `suffix`."""
+    if path.suffix != suffix or path.is_dir():
+        raise ValueError(f"--out must be a file that ends in {suffix}, not {path}")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"the folder of --out does not exist: {path.parent}")
+    check_writable(path.absolute().parent, "the folder of --out,")
+
+
+def read_prompts(words: list[str], path: Path | None) -> list[str]:
+    """The prompts of the command line and of the file, in their order, without repetition."""
+    prompts = list(words)
+    if path:
+        try:
+            lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
+        except UnicodeDecodeError:
+            raise ValueError(f"--prompts {path} is not a text file in UTF-8") from None
+        prompts += [line for line in lines if line and not line.startswith("#")]
+    if not prompts:
+        raise ValueError(f"{path} holds no prompt" if path else "no prompt: give one, or --prompts FILE")
+    for prompt in prompts:
+        if not prompt.strip() or prompt != prompt.encode("utf-8", "replace").decode():
+            raise ValueError(f"a prompt is {'not text in UTF-8' if prompt.strip() else 'empty'}")
+    return list(dict.fromkeys(prompts))
+
+
+def note(text: object) -> None:
+    print(f"note: {text}", file=sys.stderr)
+
+
+def shorten(prompt: str) -> str:
+    return repr(prompt if len(prompt) <= 60 else prompt[:57] + "...")
+
+
+def finite_number(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError
+    return value
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises ValueError on bad arguments, where argparse would print its usage and exit."""
+    def error(self, message: str) -> None:
+        raise ValueError(f"{message} (--help lists all options)")
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
+    return int(text)
+
+
+def number(low: float, high: float) -> Callable[[str], float]:
+    """The type of an option that takes a number of this range."""
+    def read(text: str) -> float:
+        if not low <= float(text) <= high:
+            raise argparse.ArgumentTypeError(f"must be {low:g} to {high:g}, not {text}")
+        return float(text)
+    return read
+
+
+def check_training(args: argparse.Namespace) -> None:
+    """ValueError for options that neither training stage takes. None, the model's default, is fine."""
+    if args.lr is not None and not 0 < args.lr < math.inf:
+        raise ValueError(f"--lr must be a positive number, not {args.lr}")
+    if args.resolution and not 64 <= min(args.resolution) <= max(args.resolution) <= 4096:
+        raise ValueError(f"--resolution takes 64 to 4096 pixels, not {' '.join(map(str, args.resolution))}")
+    if not 0 <= args.seed < 2 ** 63:
+        raise ValueError(f"--seed is between 0 and {2 ** 63 - 1}, not {args.seed}")
+    if args.recompute is not None and args.recompute < 0:
+        raise ValueError(f"--recompute takes 0 or more blocks, not {args.recompute}")
+
+
+def run_script(name: str, script: Callable[[list[str] | None], object], argv: list[str] | None = None) -> int:
+    """script(argv) -> exit code 0 or, with a line on stderr, 1 failed computing, 2 bad input, 130 Ctrl-C."""
+    try:
+        script(argv)
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if isinstance(error, (ValueError, OSError)) else 1
+    return 0
+
+
+class Interruption:
+    """with Interruption(): Ctrl-C and SIGTERM are a flag, read between two iterations; a second one acts."""
+    def __enter__(self) -> "Interruption":
+        self.asked = None                        # when
+        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def ask(self, number: int, frame: object) -> None:
+        self.asked = self.asked or time.monotonic()
+        if time.monotonic() - self.asked > 3:    # torchrun passes on what the terminal has already sent
+            raise KeyboardInterrupt
+
+    def raise_if_asked(self) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """The device by name, or the best one here. ValueError where the named one is not there."""
+    available = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    kind, colon, index = (available[0] if name is None else name).partition(":")
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    if kind not in available or colon and not (index.isdecimal() and int(index) < count):
+        raise ValueError(f"--device {name} is not available here; available: {', '.join(available)}")
+    return torch.device(kind + colon + index)
+
+
+def use_threads(small: bool) -> None:
+    """One thread for a small model on a CPU: on small tensors, two that wait for each other are slower."""
+    if small and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+
+
+def free(device: str | torch.device) -> None:
+    """Gives the memory of models that were just dropped back to the device."""
+    if torch.device(device).type in ("cuda", "mps"):
+        getattr(torch, torch.device(device).type).empty_cache()
