@@ -1,61 +1,45 @@
-"""R-FaceSim: does it look like the person, or only like the photo? Scores pictures, or runs the paper's whole comparison.
+"""R-FaceSim: does it look like the person, or only like the photo?
 
-    python eval_rfacesim.py --data people/ --images results/                   # finished pictures of any method
-    python eval_rfacesim.py --data people/ --methods lora lora-crops meta-lora # personalise, sample, score
+    python eval_rfacesim.py --data people/ --images results/
 
     people/[man|woman/]<identity>/<pictures>                real pictures; with one picture a person, and no folders for
                                                             them, only CLIP-T is taken (the FFHQ part of Meta-PHD)
-    results/<method>/<identity>/<prompt>_<seed>.png         <prompt>: its number in --prompts, from 0, or its first words
-                                                            as sample.py writes them
+    results/<method>/<identity>/<prompt>_<seed>.png         of any method; <prompt>: its number in --prompts, from 0
 
-One picture of an identity is the reference: what the person's LoRA is made of. R-FaceSim compares what is generated with
-the *other* real pictures, FaceSim with the reference, CLIP-T with the prompt; all are cosines. To --out go scores.json
-(every number of every picture), tables.md, figures, contact sheets, and on the second way LoRAs and pictures, so that the
-same command goes on where it was stopped and adds what is new.
+One picture of an identity is the reference: what the method was shown. R-FaceSim compares what is generated with the
+*other* real pictures, FaceSim with the reference, CLIP-T with the prompt; all are cosines. To --out go scores.json (every
+number of every picture) and tables.md. The paper's whole comparison, training and drawing included: paper/compare.py.
 
-Sources: "Meta-LoRA" (Topal et al. 2025), Algorithm 3, appendix F, Tables 4 and 5, Figures 3, 4, 6 to 8; facenet-pytorch for
-MTCNN's face crop (160 pixels, no margin) and InceptionResnetV1 (VGGFace2); CLIP ViT-B/32.
+Sources: "Meta-LoRA" (Topal et al. 2025), Algorithm 3, appendix F, Tables 4 and 5; facenet-pytorch for MTCNN's face crop
+(160 pixels, no margin) and InceptionResnetV1 (VGGFace2); CLIP ViT-B/32.
 Deviation: Algorithm 3 does not say what happens to a picture without a face. Here it is left out of both face scores and
 the share of faces found stands beside them, or it counts as 0 (--no-face-as-zero).
 """
-import collections
+import argparse
 import hashlib
 import importlib.metadata
 import json
-import math
-import os
 import re
 import sys
-import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import support  # before torch: how its threads wait
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
-from safetensors.torch import load_file, save_file
+from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import flux_model
-from support import common
-from support import checkpoints
-import personalize
 from support import photos
-from support.lora_files import load_lora, read_lomd, save_lora
-from support.common import Interruption, save_figure, write_whole
-from metalora import IdentityBank, MetaLoRA, apply_loras, random_lomd
-from support.speed import blocks_of, recompute_blocks
-from support.checkpoints import find_targets
-from sample import decode_latent, encode_prompts, sample_latents
-from support.common import note, read_prompts, save_png
+from support.checkpoints import HUB, find_model, load_transformers_model, quiet_transformers
+from support.common import (JsonFile, Parser, check_writable, note, pick_device, positive, read_prompts, run_script,
+                            write_whole)
 
-HERE = Path(__file__).resolve().parent
-METHODS = {"meta-lora": "Meta-LoRA", "lora": "LoRA", "lora-crops": "LoRA + augmented inputs",
-           "random-lomd": "Meta-LoRA, random LoMD", "none": "no LoRA"}
+META_PHD = Path(__file__).resolve().parent / "paper" / "meta_phd"
 GENDERS = {"man": "man", "men": "man", "male": "man", "woman": "woman", "women": "woman", "female": "woman"}
 INCEPTION = "https://github.com/timesler/facenet-pytorch/releases/download/v2.2.9/20180402-114759-vggface2.pt"
 CLIP = "openai/clip-vit-base-patch32"
@@ -152,7 +136,7 @@ class Judges:
     def __init__(self, model: str = "flux-dev", face_weights: Path | None = None, clip: str | None = None, device="cpu"):
         from facenet_pytorch import MTCNN
         from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
-        folder = checkpoints.find_model(model) if model not in checkpoints.HUB else None
+        folder = find_model(model) if model not in HUB else None
         baby = folder if folder and (folder / "face_embedder.safetensors").is_file() else None
         self.device = torch.device(device)
         self.embedder, side, face_name = load_face_embedder(None if face_weights else baby, face_weights)
@@ -161,10 +145,10 @@ class Judges:
         self.detector = MTCNN(image_size=side, margin=0, device=torch.device("cpu" if self.device.type == "mps" else device))
         name = clip or (folder / "scorer" if baby else CLIP)
         try:
-            with checkpoints.quiet_transformers():
+            with quiet_transformers():
                 self.tokenizer = CLIPTokenizer.from_pretrained(name)
                 self.processor = CLIPImageProcessor.from_pretrained(name)
-                self.clip = checkpoints.load_transformers_model(CLIPModel, name, torch.float32, None).to(self.device)
+                self.clip = load_transformers_model(CLIPModel, name, torch.float32, None).to(self.device)
         except (OSError, ValueError, ImportError) as error:
             raise ValueError(f"CLIP cannot be loaded from {name} ({str(error).splitlines()[0]}): download {CLIP} from the hub, "
                              "or name a folder with --clip; --model baby needs neither") from None
@@ -300,7 +284,7 @@ def fill(prompt: str, gender: str | None) -> str | None:
 def prompts_for(people: list[Person], own: Path | None, model_folder: Path | None) -> dict[str, list[str | None]]:
     """{person: its prompts}; None where a prompt is not for it. Of one file, else the model's, else Meta-PHD's."""
     theirs = model_folder / "prompts.txt" if model_folder and (model_folder / "prompts.txt").is_file() else None
-    files = {bool(p.tests): own or theirs or HERE / "meta_phd" / ("unsplash.txt" if p.tests else "ffhq.txt") for p in people}
+    files = {bool(p.tests): own or theirs or META_PHD / ("unsplash.txt" if p.tests else "ffhq.txt") for p in people}
     lists = {kind: read_prompts([], path) for kind, path in files.items()}
     return {p.name: [fill(prompt, p.gender) for prompt in lists[bool(p.tests)]] for p in people}
 
@@ -338,24 +322,6 @@ def find_pictures(root: Path, prompts: dict) -> tuple[list[Picture], list[str]]:
             else:
                 pictures.append(Picture(folder.parent.name, folder.name, number, int(match[2]), path, texts[number]))
     return pictures, problems
-
-
-def read_picture_list(path: Path, people: list[Person]) -> tuple[list[Picture], list[str], dict]:
-    """The same, and everybody's prompts, from a JSON list of {"method", "identity", "prompt" (its words), "seed", "path"
-    (relative to the list)}."""
-    try:
-        pictures, problems, prompts = [], [], {p.name: [] for p in people}
-        for entry in json.loads(path.read_text("utf-8")):
-            person, text, file = str(entry["identity"]), str(entry["prompt"]), path.parent / entry["path"]
-            if person in prompts:
-                prompts[person] += [text] if text not in prompts[person] else []
-                pictures.append(Picture(str(entry["method"]), person, prompts[person].index(text), int(entry["seed"]), file, text))
-            else:
-                problems.append(f"{file} is not scored: no identity {person} in --data")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--images {path} is no list of pictures, {{method, identity, prompt, seed, path}} each: "
-                         f"{type(error).__name__} {error}") from None
-    return pictures, problems, prompts
 
 
 def check_complete(pictures: list[Picture], people: list[Person], prompts: dict, seeds: int | None) -> tuple[list, list[str]]:
@@ -420,7 +386,7 @@ def score(judges: Judges, real: Real | None, pictures: list[Picture], kept: Path
     depends = [judges.names, real.key if real else "", [(p.text, digest(p.path.read_bytes())) for p in sound]]
     path = kept / f"{digest(json.dumps(depends).encode())}.json"
     if path.is_file():
-        numbers = common.JsonFile(path)["numbers"]
+        numbers = JsonFile(path)["numbers"]
     else:
         clip = judges.match(images, [p.text for p in sound]) if sound else []
         numbers = [{"clip_t": float(value)} for value in clip]
@@ -474,255 +440,6 @@ def summary_of(rows: list[dict], people: list[Person], no_face_as_zero: bool) ->
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Run it all
-
-
-class Setting(NamedTuple):
-    """A row of the tables: who was trained how, for how long. rank and iterations 0: nothing was."""
-    method: str
-    rank: int = 0
-    iterations: int = 0
-
-    @property
-    def label(self) -> str:
-        return f"{self.method}_r{self.rank}_i{self.iterations}" if self.rank else self.method
-
-    @classmethod
-    def read(cls, label: str):
-        match = re.fullmatch(r"(.+)_r(\d+)_i(\d+)", label)
-        return cls(match[1], int(match[2]), int(match[3])) if match else cls(label)
-
-    @property
-    def title(self) -> str:
-        name = METHODS.get(self.method, self.method)
-        return f"Rank-{self.rank} {name}, {self.iterations} iterations" if self.rank else name
-
-
-def kind_of(method: str) -> str:
-    """What metalora.py calls a method: "lora" or "meta-lora"."""
-    return "lora" if method.startswith("lora") else "meta-lora"
-
-
-def iterations_of(method: str, given: list[int] | None) -> list[int]:
-    return sorted(given or [personalize.ITERATIONS[kind_of(method)]])
-
-
-def settings_of(args) -> list[Setting]:
-    return [setting for method in args.methods for setting in ([Setting(method)] if method == "none" else [
-        Setting(method, rank, i) for rank in args.ranks for i in iterations_of(method, args.iters)])]
-
-
-def people_at_once(flux, rank):
-    """How many people together make the most of a step: each widens every layer by its rank.
-
-    Measured on the baby at ranks 1 to 16 (`bench.py --people 16`). A large model fills the machine with one.
-    """
-    small = sum(parameter.numel() for parameter in flux.parameters()) < 1e9
-    return max(1, round(16 / rank ** 0.5)) if small else 1
-
-
-def train_together(flux, adapter, people, txt, y, iters, lr, seed=0, on_step=None, weights=None):
-    """`iters` steps of flow matching for each row of the adapter; the base stays as it is.
-
-    flux with `adapter` in it; people: for each row what `encode` gave; weights: beside it of `head_weights`, None to count
-    all places alike; txt (N, T, _) and y (N, _): one caption for each. Every random number of a person comes from
-    one CPU generator, and lr is constant, so a longer run begins as a shorter one, and rows that have steps behind
-    them go on where they were.
-    A person trains as if alone. But whose next batches have the same shape go through the network together, up
-    to `adapter.slots` people: nobody waits for anybody, so the most frequent shape goes first.
-    on_step(iteration, loss, person) is called after each step, counted from 1. Raises NotFinite.
-    """
-    weights = weights or [[torch.ones(len(latent), 1, 1, 1) for latent in latents] for latents in people]
-    streams = [personalize.batches(latents, own, seed) for latents, own in zip(people, weights)]
-    done, waiting = adapter.bank.steps.tolist(), {}
-    for person, stream in enumerate(streams):
-        for _ in range(done[person]):
-            next(stream)
-        if done[person] < iters:
-            waiting[person] = next(stream)
-    while waiting:
-        alike = collections.defaultdict(list)
-        for person in sorted(waiting, key=done.__getitem__):                          # who is behind goes first
-            alike[waiting[person][1].shape].append(person)
-        group = max(alike.values(), key=len)[:adapter.slots]
-        images, *tensors = zip(*(waiting[person] for person in group))
-        latent, noise, weight, t = (torch.cat(parts).to(txt.device) for parts in tensors)          # (B, 16, h, w), .., (B,)
-        rows = torch.tensor(group)
-
-        adapter.assign(rows)
-        losses = flux_model.flow_matching_loss(flux, latent, noise, t, txt[rows], y[rows], 1.0, weight)        # (B,)
-        losses.sum().backward()
-        of_person = losses.detach().view(len(group), -1).cpu()
-        try:
-            adapter.step(lr)
-        except FloatingPointError:
-            at = next((i for i, own in enumerate(of_person) if not own.isfinite().all()), 0)
-            error = personalize.NotFinite(done[group[at]] + 1, images[at])
-            error.person = group[at]
-            raise error from None
-        for person in group:
-            done[person] += 1
-            if done[person] < iters:
-                waiting[person] = next(streams[person])
-            else:
-                del waiting[person]
-        if on_step:
-            for person, loss in zip(group, of_person.mean(dim=1).tolist()):
-                on_step(done[person], loss, person)
-
-
-class Run:
-    """Personalises everybody by every method, and draws every prompt at every seed; what is there already stays.
-
-    Results do not depend on interruptions: people train alone though together, and a batch of pictures is drawn whole.
-    """
-    def __init__(self, args, people: list[Person], prompts: dict, interruption: Interruption):
-        self.args, self.people, self.prompts, self.interruption = args, people, prompts, interruption
-        self.device, self.out = args.device, args.out
-        self.small = checkpoints.is_small(args.folder)
-        self.flux = self.texts = self.autoencoder = None
-        self.encoded = {}
-
-    def lora_path(self, setting: Setting, person: Person) -> Path:
-        return self.out / "loras" / setting.label / f"{person.name}.safetensors"
-
-    def pictures(self, setting: Setting, person: Person) -> list[Picture]:
-        """What is to be there in the end: seed after seed, so that more seeds come after what is there."""
-        folder = self.out / "images" / setting.label / person.name
-        return [Picture(setting.label, person.name, i, seed, folder / f"{i}_{seed}.png", text)
-                for seed in range(self.args.seeds) for i, text in enumerate(self.prompts[person.name]) if text is not None]
-
-    def batches(self, setting: Setting, person: Person) -> list[list[Picture]]:
-        """Batches of which a picture is missing. They are the same whatever is there, and so are their pictures' bits."""
-        size, batches, pictures = 16 if self.small else 1, [], self.pictures(setting, person)
-        for seed in range(self.args.seeds):
-            own = [p for p in pictures if p.seed == seed]
-            batches += [own[i:i + size] for i in range(0, len(own), size)]
-        return [batch for batch in batches if not all(p.path.is_file() for p in batch)]
-
-    def load(self):
-        """Texts, encoded; then the transformer and the autoencoder, which stay."""
-        if self.flux is None:
-            captions = [fill(self.args.prompt, p.gender) for p in self.people]
-            words = dict.fromkeys(captions + [text for texts in self.prompts.values() for text in texts if text])
-            self.texts = encode_prompts(self.args.folder, list(words), self.device, self.args.dtype)
-            self.captions = [torch.cat(parts) for parts in zip(*(self.texts[caption] for caption in captions))]
-            self.autoencoder = checkpoints.load_autoencoder(self.args.folder, self.device, self.args.dtype)
-            tokens = max(self.args.size, *self.args.resolution) ** 2 // 256 + self.captions[0].shape[1]
-            self.flux = checkpoints.open_flux(self.args, self.device, max(self.args.iters or [0]) + self.args.steps, tokens, training=True)
-            every = 0 if self.small else len(blocks_of(self.flux))
-            recompute_blocks(self.flux, every if self.args.recompute is None else self.args.recompute)
-
-    def latents(self, augment: bool) -> tuple[tuple[list[Tensor], ...], tuple[list[Tensor], ...]]:
-        """Of everybody's reference: what personalize.py trains on, kept on the CPU, and the weights of the loss beside it."""
-        if augment not in self.encoded:
-            everybody = []
-            for person in tqdm(self.people, "crops" if augment else "photos", disable=None, leave=False):
-                crops = photos.load_crops([person.reference, *person.more], self.args.resolution, augment,
-                                               self.args.aspects, self.args.scales)
-                latents, weights = personalize.encode_crops(self.autoencoder, crops, self.args.background, self.args.mirror)
-                everybody.append(([latent.cpu() for latent in latents], weights))
-                self.interruption.raise_if_asked()
-            self.encoded[augment] = tuple(zip(*everybody))
-        return self.encoded[augment]
-
-    def personalise(self, method: str, rank: int):
-        """All LoRAs of a method and rank, of one training run: everybody is a row of one identity bank."""
-        args, settings = self.args, [Setting(method, rank, i) for i in iterations_of(method, self.args.iters)]
-        if all(self.lora_path(s, person).is_file() for s in settings for person in self.people):
-            return
-        self.load()
-        augment, kind, lomd = method != "lora", kind_of(method), None
-        if kind == "meta-lora":
-            lomd = args.learned_lomd
-            if method == "random-lomd":
-                lomd = random_lomd(find_targets(self.flux), len(next(iter(lomd.values()))), args.seed)
-        people, weights = self.latents(augment)
-        slots = min(len(people), people_at_once(self.flux, rank))
-        adapter = MetaLoRA(self.flux, rank, lomd, num_identities=0, slots=slots)
-        row = adapter.new_row(torch.Generator().manual_seed(args.seed))         # as everybody starts in a run of their own
-        adapter.bank = IdentityBank(row.repeat(len(people), 1).to(self.device))
-        state, by_iterations = self.out / "state" / f"{method}_r{rank}.safetensors", {s.iterations: s for s in settings}
-
-        def save_lora_of(person: int, iterations: int):
-            path = self.lora_path(by_iterations[iterations], self.people[person])
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_lora(path, adapter.collapse(person), metadata={
-                "method": method, "rank": str(rank), "iterations": str(iterations), "seed": str(args.seed),
-                "learning_rate": f"{args.rates[method]:g}", "prompt": fill(args.prompt, self.people[person].gender),
-                "model": Path(args.model).name, "made_by": "eval_rfacesim.py"})
-
-        def save_state():
-            state.parent.mkdir(parents=True, exist_ok=True)
-            save_file({part: getattr(adapter.bank, part).cpu() for part in IdentityBank.PARTS}, f"{state}.part")
-            os.replace(f"{state}.part", state)
-
-        if state.is_file():
-            parts = {name: value.clone().to(self.device) for name, value in load_file(state).items()}
-            lost = [i for i, steps in enumerate(parts["steps"].tolist()) for s in settings
-                    if s.iterations < steps and not self.lora_path(s, self.people[i]).is_file()]
-            if parts["weight"].shape == adapter.bank.weight.shape and not lost:
-                adapter.bank = IdentityBank(*(parts[part] for part in IdentityBank.PARTS))       # else: an earlier iteration is asked for now; from the start
-        for person, steps in enumerate(adapter.bank.steps.tolist()):
-            if steps in by_iterations:                     # a kill may come after the state and before the LoRA
-                save_lora_of(person, steps)
-        last = max(by_iterations)
-        saved, left = time.monotonic(), sum(max(0, last - steps) for steps in adapter.bank.steps.tolist())
-
-        def on_step(iteration, loss, person):
-            nonlocal saved
-            bar.update()
-            if iteration in by_iterations:
-                save_lora_of(person, iteration)
-            if time.monotonic() - saved > 30 or self.interruption.asked:
-                save_state()
-                saved = time.monotonic()
-            self.interruption.raise_if_asked()
-
-        txt, y = (part.to(self.device) for part in self.captions)
-        with tqdm(total=left, desc=f"training {method}, rank {rank}, {len(people)} people", disable=None) as bar:
-            try:
-                train_together(self.flux, adapter, people, txt, y, last, args.rates[method], seed=args.seed, on_step=on_step,
-                                  weights=weights)
-            except personalize.NotFinite as error:
-                raise FloatingPointError(f"{method}, rank {rank}, {self.people[error.person].name}: {error}; a smaller --lr "
-                                         f"{method}={args.rates[method]:g} may help") from None
-        save_state()
-        apply_loras(self.flux, [])
-
-    def draw(self, setting: Setting, person: Person, bar):
-        batches = self.batches(setting, person)
-        if not batches:
-            return
-        self.load()
-        apply_loras(self.flux, [])
-        if setting.rank:
-            apply_loras(self.flux, [(load_lora(self.lora_path(setting, person), self.flux.config), 1.0)])
-        for batch in batches:
-            jobs = [(p.text, p.seed) for p in batch]
-            latents = sample_latents(self.flux, self.texts, jobs, self.args.size, self.args.size, self.args.steps,
-                                     self.args.guidance, batch_size=len(jobs), on_step=self.interruption.raise_if_asked)
-            for picture, latent in zip(batch, list(latents)):
-                save_png(decode_latent(self.autoencoder, latent), picture.path, {
-                    "prompt": picture.text, "seed": picture.seed, "identity": person.name, "method": setting.title})
-                bar.update()
-
-    def everything(self) -> list[Picture]:
-        settings, pictures = settings_of(self.args), []
-        for method, rank in dict.fromkeys((s.method, s.rank) for s in settings if s.rank):
-            self.personalise(method, rank)
-        todo = sum(len(batch) for s in settings for p in self.people for batch in self.batches(s, p))
-        with tqdm(total=todo, desc="drawing", unit="picture", disable=None) as bar:
-            for setting in settings:
-                for person in self.people:
-                    self.draw(setting, person, bar)
-                    pictures += self.pictures(setting, person)
-        self.flux = self.autoencoder = None
-        common.free(self.device)
-        return pictures
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Report
 
 
@@ -764,330 +481,119 @@ def tables(methods: list[dict], real: dict | None, base: str, quoted: dict | Non
     return "\n".join(lines) + "\n"
 
 
-def grouped(methods: list[dict]) -> dict[str, list[dict]]:
-    """{method: its ranks and iterations} of those that have both scores."""
-    by_method = {}
-    for method in methods:
-        if method["r_facesim"] and method["clip_t"]:
-            by_method.setdefault(method["method"], []).append(method)
-    return by_method
-
-
-def line_of(axes, points: list[dict], metric: str, **style):
-    points = sorted(points, key=lambda p: p["iterations"])
-    errors = [100 * (p[metric]["error"] or 0) for p in points]
-    axes.errorbar([p["iterations"] for p in points], [100 * p[metric]["mean"] for p in points], errors, marker="o",
-                  markersize=4, capsize=3, **style)
-
-
-def figures(methods: list[dict], quoted: dict | None, out: Path):
-    """scores.png: R-FaceSim against CLIP-T with quadratic fits, and both against iterations at the lowest rank (Figure 3);
-    ranks.png: both against iterations, a column for each rank (Figure 6)."""
-    from matplotlib.figure import Figure
-    by_method, names = grouped(methods), {"r_facesim": "R-FaceSim (%)", "clip_t": "CLIP-T (%)"}
-    if not by_method:
-        return
-    colours = {method: f"C{i % 10}" for i, method in enumerate(by_method)}
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    grid = figure.add_gridspec(2, 2)
-    plane, upper = figure.add_subplot(grid[:, 0]), figure.add_subplot(grid[0, 1])
-    panels = {"r_facesim": upper, "clip_t": figure.add_subplot(grid[1, 1], sharex=upper)}
-    for method, points in by_method.items():
-        x, y = (np.array([100 * p[metric]["mean"] for p in points]) for metric in ("clip_t", "r_facesim"))
-        label, trained = METHODS.get(method, method), points[0]["rank"] > 0
-        plane.scatter(x, y, s=[20 + 6 * p["rank"] for p in points], marker="o" if trained else "*", color=colours[method],
-                      label=label, alpha=0.8)
-        if len(set(x.tolist())) > 3:
-            at = np.linspace(x.min(), x.max(), 50)
-            plane.plot(at, np.poly1d(np.polyfit(x - x.mean(), y, 2))(at - x.mean()), color=colours[method], linewidth=1)
-        for metric, axes in panels.items():
-            if trained:
-                lowest = min(p["rank"] for p in points)
-                line_of(axes, [p for p in points if p["rank"] == lowest], metric, color=colours[method])
-            else:
-                axes.axhline(100 * points[0][metric]["mean"], color=colours[method], linestyle="--")
-    for i, row in enumerate(quoted["table 5"] if quoted else []):
-        plane.scatter(row["clip_t"], row["r_facesim"], marker=f"${i + 1}$", color="grey",
-                      label=f"quoted: {row['method']}, {row['base']}")
-    plane.set(xlabel=names["clip_t"], ylabel=names["r_facesim"], title="each rank (size of the dot) and number of iterations")
-    for metric, axes in panels.items():
-        axes.set(ylabel=names[metric], xlabel="iterations" if metric == "clip_t" else "")
-    upper.set(title="the lowest rank")
-    figure.legend(*plane.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
-    save_figure(figure, out / "scores.png")
-    ranks = sorted({p["rank"] for points in by_method.values() for p in points if p["rank"]})
-    if not ranks:
-        return
-    figure = Figure(figsize=(3.5 * len(ranks) + 1, 5), layout="constrained")
-    axes = figure.subplots(2, len(ranks), sharex=True, sharey="row", squeeze=False)
-    for column, rank in enumerate(ranks):
-        for row, metric in enumerate(names):
-            for method, points in by_method.items():
-                if some := [p for p in points if p["rank"] == rank]:
-                    line_of(axes[row, column], some, metric, color=colours[method], label=METHODS.get(method, method))
-        axes[0, column].set(title=f"rank {rank}")
-        axes[1, column].set(xlabel="iterations")
-    for row, metric in enumerate(names):
-        axes[row, 0].set(ylabel=names[metric])
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
-    save_figure(figure, out / "ranks.png")
-
-
-def sheet(path: Path, columns: list[tuple[str, Path | None]], rows: list[tuple[str, list[Path | None]]], side: int = 144):
-    """A contact sheet: over each column its prompt and the input, before each row the method's name."""
-    font, left, head = ImageFont.load_default(12), 130, 84
-    given = any(photo for _, photo in columns)
-    lines = ([("input", [photo for _, photo in columns])] if given else []) + rows
-    picture = Image.new("RGB", (left + side * len(columns), head + side * len(lines)), "white")
-    draw = ImageDraw.Draw(picture)
-
-    def write(text, x, y, width, height):
-        text, line = " ".join(text.split()), ""
-        for word in [*text.split(), None]:
-            if word is None or draw.textlength(f"{line} {word}", font) > width - 8:
-                draw.text((x + 4, y + 2), line, "black", font)
-                y, height, line = y + 14, height - 14, ""
-                if height < 14:
-                    break
-            line = f"{line} {word}".strip()
-    for i, (text, _) in enumerate(columns):
-        write(text, left + side * i, 0, side, head)
-    for j, (name, paths) in enumerate(lines):
-        write(name, 0, head + side * j, left, side)
-        for i, file in enumerate(paths):
-            try:
-                photo = file and photos.read_photo(file)
-            except ValueError:
-                photo = None
-            if photo:
-                picture.paste(ImageOps.pad(photo, (side, side), color="white"), (left + side * i, head + side * j))
-    save_png(picture, path, {})
-
-
-def sheets(pictures: list[Picture], people: list[Person], out: Path):
-    """For each gender people and prompts across, methods down (Figures 4, 7 and 8); one person's seeds (Figure 4, right)."""
-    settings = {p.label: Setting.read(p.label) for p in pictures}
-    chosen = {}                                     # of each method the lowest rank, and the iterations nearest the paper's
-    for label, setting in settings.items():
-        wish = iterations_of(setting.method, None)[0]
-        better = (setting.rank, abs(setting.iterations - wish))
-        if setting.method not in chosen or better < chosen[setting.method][0]:
-            chosen[setting.method] = better, label
-    labels = [label for _, label in chosen.values()]
-    at = {(p.label, p.person, p.prompt, p.seed): p for p in pictures}
-    for gender in dict.fromkeys(p.gender for p in people):
-        own = [p for p in people if p.gender == gender and any(q.person == p.name for q in pictures)]
-        columns = []
-        for i in range(8 if own else 0):
-            person = own[i % len(own)]
-            there = sorted({(q.seed, q.prompt, q.text) for q in pictures if q.person == person.name})
-            first = [cell for cell in there if cell[0] == there[0][0]]
-            cell = first[(i if len(own) < len(first) else i // len(own) + i) % len(first)]
-            if (person, cell) not in columns:
-                columns.append((person, cell))
-        if columns:
-            sheet(out / f"sheet_{gender or 'people'}.png", [(text, person.reference) for person, (_, _, text) in columns],
-                  [(settings[label].title, [getattr(at.get((label, person.name, prompt, seed)), "path", None)
-                                            for person, (seed, prompt, _) in columns]) for label in labels])
-    person = next(p for p in people if any(q.person == p.name for q in pictures))
-    prompt, text = min((q.prompt, q.text) for q in pictures if q.person == person.name)
-    seeds = sorted({q.seed for q in pictures if (q.person, q.prompt) == (person.name, prompt)})[:6]
-    sheet(out / "sheet_seeds.png", [(f"seed {seed}: {text}", person.reference) for seed in seeds],
-          [(settings[label].title, [getattr(at.get((label, person.name, prompt, seed)), "path", None) for seed in seeds])
-           for label in labels])
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 
 
-def parse(argv):
-    parser = common.Parser(prog="eval_rfacesim.py", allow_abbrev=False,
-                               description="R-FaceSim, FaceSim and CLIP-T of pictures, or of a whole comparison.")
-    add, positive = parser.add_argument, common.positive
-    add("--data", type=Path, nargs="+", required=True, metavar="DIR", help="real pictures: DIR/[man|woman/]<identity>/<pictures>, "
-        "or DIR/[man|woman/]<pictures> of one person each for CLIP-T alone; several folders are taken together")
-    add("--images", type=Path, metavar="DIR|JSON", help="score finished pictures, DIR/<method>/<identity>/<prompt>_<seed>.png, or "
-        "a JSON list; without it people are personalised and drawn here")
-    add("--out", type=Path, default=Path("report"), help="folder of all results; the same command goes on (default: report)")
-    add("--model", default="flux-dev", help="flux-dev (default), flux-schnell, baby, or a folder; baby also judges by itself")
-    add("--methods", nargs="+", choices=tuple(METHODS), default=["meta-lora", "lora-crops", "lora"],
-        help="what to compare (default: meta-lora lora-crops lora); random-lomd is a control, none the floor")
-    add("--ranks", type=positive, nargs="+", default=[1], metavar="R", help="ranks of the LoRAs (default: 1)")
-    add("--iters", type=positive, nargs="+", metavar="N", help="iterations, of one run each (default: 375, LoRA 625)")
-    add("--seeds", type=positive, help="pictures of each prompt (default: 5; with --images all that there are)")
-    add("--prompts", type=Path, help="text file; [man/woman] by gender, `man: ...` for men only (default: the model's own, "
-        "else meta_phd/unsplash.txt, for one-picture people meta_phd/ffhq.txt)")
-    add("--reference", choices=("first", "all"), default="first", help="which picture of an identity is the reference: the one "
-        "called reference.*, else the first by name; or each in turn")
-    add("--photos", type=positive, default=1, metavar="N", help="how many pictures of a person the methods see: the reference and "
-        "those after it (default: 1)")
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="eval_rfacesim.py", allow_abbrev=False, description="R-FaceSim, FaceSim and CLIP-T of pictures.")
+    add = parser.add_argument
+    add("--data", type=Path, nargs="+", required=True, metavar="DIR", help="real pictures: "
+        "DIR/[man|woman/]<identity>/<pictures>, or DIR/[man|woman/]<pictures> of one person each for CLIP-T alone; "
+        "several folders are taken together")
+    add("--images", type=Path, required=True, metavar="DIR", help="pictures to score: "
+        "DIR/<method>/<identity>/<number of the prompt, from 0>_<seed>.png")
+    add("--out", type=Path, default=Path("report"), help="folder of scores.json and tables.md (default: report)")
+    add("--model", default="flux-dev", help="baby, or a folder, with judges and prompts of its own (default: flux-dev)")
+    add("--seeds", type=positive, help="pictures of each prompt (default: all that there are)")
+    add("--prompts", type=Path, help="text file; [man/woman] by gender, `man: ...` for men only (default: the model's "
+        "own, else paper/meta_phd/unsplash.txt, for one-picture people paper/meta_phd/ffhq.txt)")
+    add("--reference", choices=("first", "all"), default="first", help="which picture of an identity is the reference: "
+        "the one called reference.*, else the first by name; or each in turn")
     add("--gender", choices=("man", "woman"), help="of people whose folder and captions do not say")
-    add("--lr", nargs="+", default=[], metavar="[METHOD=]LR", help="learning rates (default: the model's)")
-    add("--lomd", type=Path, help="weights of stage 1 (default: lomd.safetensors of the model's folder, else here)")
-    add("--prompt", help="what the crops are called in training; may have [man/woman] (default: the model's)")
-    add("--resolution", type=positive, nargs="+", metavar="PIXELS", help="of the crops (default: the model's)")
-    add("--size", type=positive, help="side of the pictures (default: the model's; FLUX.1's is 1024)")
-    add("--steps", type=positive, default=30, help="Euler steps (default: 30)")
-    add("--guidance", type=float, help="guidance input (default: the model's; FLUX.1's is 3.5)")
-    add("--seed", type=int, default=0, help="of the training (default: 0)")
-    add("--no-face-as-zero", action="store_true", help="a picture without a face counts as 0, not as missing")
-    add("--face-weights", type=Path, metavar="FILE", help="state dict of InceptionResnetV1, .pt or .safetensors (default: "
-        "facenet-pytorch's, from its cache or downloaded)")
-    add("--clip", metavar="DIR", help=f"folder of a CLIP model (default: {CLIP} from the hub)")
-    add("--paper", action="store_true", help="put the paper's published numbers beside, marked as quoted")
-    checkpoints.add_speed_options(add, training=True)
-    add("--device", help="cuda, mps or cpu (default: the best there is)")
+    add_judges(add)
     return parser.parse_args(argv)
 
 
-def check(args):
-    """ValueError for what can be refused before anything large is read; fills in the defaults."""
-    parent = next(p for p in (args.out, *args.out.absolute().parents) if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ValueError(f"--out {args.out}: {parent} is no folder that can be written to")
-    if args.images and not args.images.exists():
-        raise ValueError(f"no such folder or list: {args.images}")
-    for folder in args.data:
-        if args.out.resolve().is_relative_to(folder.resolve()):
-            raise ValueError(f"--out {args.out} lies within --data {folder}; name a folder outside of it")
-    args.methods, args.ranks = list(dict.fromkeys(args.methods)), sorted(set(args.ranks))
-    args.iters = args.iters and sorted(set(args.iters))
-    args.device = common.pick_device(args.device)
-    if args.images:
-        return
-    args.rates, args.seeds = {}, args.seeds or 5
-    for word in args.lr:
-        method, _, rate = word.rpartition("=")
-        if method and method not in METHODS:
-            raise ValueError(f"--lr {word}: no method {method!r}; there are {', '.join(METHODS)}")
-        try:
-            args.rates[method] = float(rate)
-        except ValueError:
-            raise ValueError(f"--lr {word}: {rate!r} is no number") from None
-    for args.lr in [*args.rates.values(), None]:
-        common.check_training(args)
-    if args.size and args.size % 16:
-        raise ValueError(f"--size takes multiples of 16, not {args.size}")
+def add_judges(add) -> None:
+    """How pictures are judged, for the parser of a script."""
+    add("--no-face-as-zero", action="store_true", help="a picture without a face counts as 0, not as missing")
+    add("--face-weights", type=Path, metavar="FILE", help="state dict of InceptionResnetV1, .pt or .safetensors "
+        "(default: facenet-pytorch's, from its cache or downloaded)")
+    add("--clip", metavar="DIR", help=f"folder of a CLIP model (default: {CLIP} from the hub)")
+    add("--paper", action="store_true", help="put the paper's published numbers beside, marked as quoted")
+    add("--device", help="cuda, mps or cpu (default: the best there is)")
 
 
-def take_model(args):
-    """Finds the model (may download) and its LoMD, and what decides about results into args.settings."""
-    general = args.rates.pop("", None)
-    checkpoints.take_model(args, args.device, "lora")
-    args.rates = {m: args.rates.get(m) or general or checkpoints.learning_rate(args.folder, kind_of(m))
-                  for m in METHODS if m != "none"}
-    args.size = args.size or checkpoints.model_defaults(args.folder)["resolution"]
-    args.learned_lomd, lomd = None, "none"
-    if {"meta-lora", "random-lomd"} & set(args.methods):
-        args.learned_lomd, lomd, untrained = read_lomd(args.folder, args.lomd)
-        if untrained and "meta-lora" in args.methods:
-            note("this LoMD is random and was never trained")
-    args.settings = {"model": checkpoints.flux_fingerprint(args.folder), "autoencoder": checkpoints.autoencoder_fingerprint(args.folder),
-                     "lomd": lomd, "learning rates": args.rates, "seed": args.seed, "caption": args.prompt,
-                     "resolution": args.resolution, "size": args.size, "steps": args.steps,
-                     "guidance": args.guidance, "dtype": str(args.dtype) + " fp8" * args.fp8,
-                     **{name: getattr(args, name) for name in ("aspects", "scales", "background", "mirror")},
-                     "order of a row's numbers": "by width"}
+def check_out(out: Path, data: list[Path]) -> None:
+    """ValueError unless results can be written, and not among the people."""
+    check_writable(out, "--out")
+    for folder in data:
+        if out.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"--out {out} lies within --data {folder}; name a folder outside of it")
 
 
-def check_settings(args, people: list[Person], prompts: dict):
-    """What --out was made with: written by the first command; ValueError for one that differs. --methods, --ranks, --iters and
-    --seeds may change: what they name is added."""
-    now = json.loads(json.dumps(args.settings | {
-        "people and their references": [" ".join([p.name, *(digest(path.read_bytes()) for path in (p.reference, *p.more))]) for p in people],
-        "prompts": prompts}))
-    path = args.out / "settings.json"
-    if path.exists():
-        before = common.JsonFile(path)
-        if now["lomd"] == "none" or before["lomd"] == "none":             # methods without one came first, or come now
-            now["lomd"] = before["lomd"] = max(now["lomd"], before["lomd"])
-        for name, value in now.items():
-            was = before.get(name, "not written down")
-            if was != value:
-                detail = f": it was {was} and is {value}" if len(f"{was}{value}") < 200 else ""
-                raise ValueError(f"--out {args.out} was made with another setting of {name}{detail}; name a new folder")
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(now, indent=1).encode())
+def own_folder(model: str) -> Path | None:
+    """The folder of a model that may bring judges and prompts of its own."""
+    return None if model in HUB else find_model(model)
 
 
-def evaluate(argv=None, quiet: bool = False):
-    """The command. `quiet`: scores.json and tables.md alone, for a script that goes on with them."""
-    args = parse(argv)
-    start, problems = time.perf_counter(), []
-    check(args)
-    people = read_people(args.data, args.reference, args.gender, args.photos)
-    if args.images and args.images.is_file():
-        pictures, problems, prompts = read_picture_list(args.images, people)
-    else:
-        prompts = prompts_for(people, args.prompts, None if args.model in checkpoints.HUB else checkpoints.find_model(args.model))
-        pictures, problems = find_pictures(args.images, prompts) if args.images else ([], [])
-    if args.images:
-        pictures, incomplete = check_complete(pictures, people, prompts, args.seeds)
-        problems += incomplete
-        if not pictures:
-            complain(problems + [f"--images {args.images} holds no picture of anybody in --data"])
-    judges = Judges(args.model, args.face_weights, args.clip, args.device)
-    real = embed_real(judges, people)
-    if not args.images:
-        take_model(args)
-        check_settings(args, people, prompts)
-        with Interruption() as interruption:
-            pictures = Run(args, people, prompts, interruption).everything()
-    groups = {}
+def score_all(judges: Judges, real: dict[str, Real], pictures: list[Picture],
+              kept: Path) -> tuple[dict[str, list[dict]], list[str]]:
+    """Scores of all pictures, {method: [dict]}, and a line for each that cannot be read."""
+    groups, rows, problems = {}, {}, []
     for picture in pictures:
-        groups.setdefault(picture.label, {}).setdefault(picture.person, []).append(picture)
-    rows = {label: [] for label in groups}
-    drawn = time.perf_counter()
+        groups.setdefault((picture.label, picture.person), []).append(picture)
     with tqdm(total=len(pictures), desc="scoring", unit="picture", disable=None) as bar:
-        for label, by_person in groups.items():
-            for person, some in by_person.items():
-                own, unread = score(judges, real.get(person), some, args.out / "parts")
-                rows[label] += own
-                problems += unread
-                bar.update(len(some))
-    for problem in problems:
-        note(" ".join(problem.split()))
-    report(args, people, pictures, rows, real, judges, problems, people, quiet)
-    if not quiet:
-        print(f"seconds: {drawn - start:.0f} until all pictures were there, {time.perf_counter() - drawn:.0f} to score and report")
+        for (label, person), some in groups.items():
+            own, unread = score(judges, real.get(person), some, kept)
+            rows.setdefault(label, []).extend(own)
+            problems += unread
+            bar.update(len(some))
+    return rows, problems
 
 
-def report(args, people, pictures, rows, real, judges, problems, shown, quiet=False):
-    """scores.json and tables.md into args.out; unless `quiet` also figures and sheets (of the people `shown`), tables on stdout."""
-    args.out.mkdir(parents=True, exist_ok=True)
-    methods = []
-    for label, own in rows.items():
-        if own:
-            setting = Setting.read(label)
-            methods.append({"label": label, "title": setting.title, **setting._asdict()}
-                           | summary_of(own, people, args.no_face_as_zero))
+def report(out: Path, people: list[Person], rows: dict[str, list[dict]], real: dict[str, Real], judges: Judges,
+           problems: list[str], no_face_as_zero: bool = False, paper: bool = False, base: str = "–",
+           settings: dict | None = None,
+           describe: Callable[[str], dict] = lambda label: {"title": label}) -> tuple[list[dict], dict | None]:
+    """scores.json and tables.md into `out` -> a summary of each method, and the numbers that are quoted beside."""
+    out.mkdir(parents=True, exist_ok=True)
+    methods = [{"label": label, **describe(label)} | summary_of(own, people, no_face_as_zero) for label, own in rows.items() if own]
     if not methods:
         raise ValueError("none of the pictures can be read")
     real_rows = [{"identity": name, "number": 0, "seed": 0, "r_facesim": (own.tests @ own.reference).mean().item()}
                  for name, own in real.items()]
     ceiling = summarise(real_rows, people, "r_facesim")
-    quoted = common.JsonFile(HERE / "meta_phd" / "published.json") if args.paper else None
-    text = tables(methods, ceiling, "–" if args.images else Path(args.model).name, quoted, args.no_face_as_zero)
+    quoted = JsonFile(META_PHD / "published.json") if paper else None
+    text = tables(methods, ceiling, base, quoted, no_face_as_zero)
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "facenet-pytorch")}
-    scores = {"settings": getattr(args, "settings", {}) | {"reference": args.reference, "no_face_as_zero": args.no_face_as_zero},
+    scores = {"settings": (settings or {}) | {"no_face_as_zero": no_face_as_zero},
               "judges": judges.names, "versions": versions, "methods": methods, "reference_photo": ceiling,
               "people": {p.name: {"identity": p.identity, "gender": p.gender, "reference": p.reference.name,
                                   "more": [path.name for path in p.more], "tests": [path.name for path in p.tests]} for p in people},
               "problems": problems, "pictures": [row for own in rows.values() for row in own]}
-    write_whole(args.out / "scores.json", json.dumps(scores, indent=1).encode())
-    write_whole(args.out / "tables.md", text.encode())
-    if quiet:
-        return
-    figures(methods, quoted, args.out)
-    sheets(pictures, shown, args.out)
-    print(text)
-    print(f"{args.out}: scores.json, tables.md, {', '.join(sorted(p.name for p in args.out.glob('*.png')))}")
+    write_whole(out / "scores.json", json.dumps(scores, indent=1).encode())
+    write_whole(out / "tables.md", text.encode())
+    return methods, quoted
 
 
-def main(argv=None):
-    """Exit code: 0 done, 1 training diverged or memory ran out, 2 bad input, 130 Ctrl-C; the same command goes on."""
-    return common.run_script("eval_rfacesim.py", evaluate, argv)
+def evaluate(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    if not args.images.is_dir():
+        raise ValueError(f"no such folder: {args.images}")
+    check_out(args.out, args.data)
+    people = read_people(args.data, args.reference, args.gender)
+    prompts = prompts_for(people, args.prompts, own_folder(args.model))
+    pictures, problems = find_pictures(args.images, prompts)
+    pictures, incomplete = check_complete(pictures, people, prompts, args.seeds)
+    problems += incomplete
+    if not pictures:
+        complain(problems + [f"--images {args.images} holds no picture of anybody in --data"])
+    judges = Judges(args.model, args.face_weights, args.clip, pick_device(args.device))
+    real = embed_real(judges, people)
+    rows, unread = score_all(judges, real, pictures, args.out / "parts")
+    for problem in (problems := problems + unread):
+        note(" ".join(problem.split()))
+    report(args.out, people, rows, real, judges, problems, args.no_face_as_zero, args.paper,
+           settings={"reference": args.reference})
+    print((args.out / "tables.md").read_text())
+    print(f"{args.out}: scores.json, tables.md")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0 done, 2 bad input, 130 Ctrl-C; the same command goes on."""
+    return run_script("eval_rfacesim.py", evaluate, argv)
 
 
 if __name__ == "__main__":

@@ -229,7 +229,7 @@ class Flux(nn.Module):
         """
         dtype = self.img_in.weight.dtype
         vec = self.time_in(sinusoidal_embedding(timesteps).to(dtype))
-        vec = vec + self.vector_in(y.to(dtype))                                                     # (B, hidden)
+        vec = vec + self.vector_in(y.to(dtype))                                                  # (B, hidden)
         if self.config.guidance_embed:
             if guidance is None:
                 raise ValueError("this model was distilled with guidance: forward() needs it for each image")

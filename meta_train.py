@@ -14,17 +14,14 @@ buckets. LoMD's gradient and those of each person are clipped apart, and a perso
 pictures, so that they train the same in any company; the paper's trainer clips all of them by one norm. Of
 several resolutions each use of a picture takes one at random.
 """
+import argparse
 import collections
-import hashlib
 import json
 import math
-import multiprocessing
 import os
 import shutil
-import signal
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -35,18 +32,19 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 import flux_model
-from support import common
-from support import checkpoints
-from support import photos
 from metalora import IdentityBank, MetaLoRA, random_lomd
-from support.people import DiskBank
-from support.speed import plan_recompute, recompute_blocks
-from support.checkpoints import find_targets
+from support import photos
+from support.checkpoints import (add_speed_options, find_targets, flux_fingerprint, load_autoencoder, model_defaults,
+                                 open_flux, take_model)
+from support.common import (Interruption, JsonFile, Parser, check_training, check_writable, free, pick_device, positive,
+                            run_script, save_figure, save_png, whole, write_whole)
 from support.lora_files import save_lomd
+from support.people import Buckets, Cache, DiskBank, data_fingerprint, make_buckets, read_people
+from support.speed import plan_recompute, recompute_blocks
 
 try:
     import fcntl
@@ -54,151 +52,14 @@ try:
 except ImportError:                              # Windows: no lock, and no peak memory without a GPU
     fcntl = resource = None
 
-MIN_PICTURES = 2          # of one picture M and U would learn the picture, not the person
 USES = 10                 # of each picture in one visit of its bucket
 T_BINS = 10
 ROWS, ORDER, DRAW = 1, 2, 3                                       # what a stream of random numbers is for
 
 
-def generator(*key):
+def generator(*key: int) -> torch.Generator:
     """A CPU generator that depends on the integers of `key` and on nothing else."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
-
-
-def write_whole(path, data):
-    """Bytes into a file that is whole or absent, even after a power cut."""
-    part = Path(f"{path}.{os.getpid()}.part")
-    with open(part, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-
-
-# ----------------------------------------------------------------------------------------------------------
-# The folder of people
-
-
-class Picture(NamedTuple):
-    path: Path
-    digest: str                                  # sha256 of the file
-    width: int
-    height: int
-    caption: str | None                          # None: --prompt
-
-
-def find_people(data):
-    """Folder -> ({bucket: {person: folder}}, problems). A flat folder of people is one bucket, named ""."""
-    def folders(parent):
-        return [p for p in sorted(parent.iterdir()) if p.is_dir() and not p.name.startswith(".")]
-
-    people, flat, problems = {}, {}, []
-    if photos.image_files(data):
-        problems.append(f"{photos.image_files(data)[0]} is in nobody's folder")
-    for folder in folders(data):
-        loose, inner = photos.image_files(folder), folders(folder)
-        if loose and not any(map(photos.image_files, inner)):    # a person, although somebody made folders in theirs
-            problems += [f"{odd} is a folder inside a person's" for odd in inner]
-            inner = []
-        if inner and loose:
-            problems.append(f"{folder} holds people and also loose pictures, such as {loose[0].name}")
-        if inner:
-            people[folder.name] = {person.name: person for person in inner}
-        else:
-            flat[folder.name] = folder
-    if not people:
-        return {"": flat} if flat else {}, problems
-    for folder in flat.values():
-        problems.append(f"{folder} is no bucket as the others are: it holds no people")
-    for folder in (person for bucket in people.values() for person in bucket.values()):
-        problems += [f"{inner} is a folder inside a person's" for inner in folders(folder)]
-    return people, problems
-
-
-def read_caption(path):
-    """Text of the .txt beside a picture, None where there is none."""
-    path = path.with_suffix(".txt")
-    if not path.is_file():
-        return None
-    try:
-        caption = " ".join(path.read_text("utf-8-sig").split())
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not text in UTF-8") from None
-    if not caption:
-        raise ValueError(f"{path} is empty")
-    return caption
-
-
-def read_people(data, smallest, known, show=True):
-    """Checks every file -> ({bucket: {person: [Picture]}} of what is sound, problems, one line each).
-
-    smallest: pixels of the shortest side that can be used. known: {path: [size, mtime, digest, width, height]}
-    of pictures that were decoded before; filled in.
-    """
-    people, problems = find_people(data)
-
-    def examine(path):
-        try:
-            status = path.stat()
-            found = known.get(str(path), [])
-            if found[:2] != [status.st_size, status.st_mtime_ns]:
-                image = photos.read_photo(path)
-                digest = hashlib.sha256(path.read_bytes()).hexdigest()
-                known[str(path)] = found = [status.st_size, status.st_mtime_ns, digest, *image.size]
-            if min(found[3:]) < smallest:
-                raise ValueError(f"{path} is {found[3]} x {found[4]} pixels; its sides must be {smallest} or more")
-            return Picture(path, *found[2:], read_caption(path))
-        except (ValueError, OSError) as error:
-            return str(error)
-
-    everyone = [(bucket, person, folder) for bucket in people for person, folder in people[bucket].items()]
-    # HEIC is looked at although it cannot be read: phones make it, and it would be missed in silence
-    files = {folder: sorted({*photos.image_files(folder), *folder.glob("[!.]*.[hH][eE][iI][cCfF]")})
-             for _, _, folder in everyone}
-    with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:      # decoders release the interpreter's lock
-        paths = [path for folder in files for path in files[folder]]
-        results = tqdm(pool.map(examine, paths), "checking pictures", len(paths), disable=None if show else True,
-                       leave=False)
-        found = dict(zip(paths, results))
-    problems += [result for result in found.values() if isinstance(result, str)]
-
-    owners = collections.defaultdict(list)
-    for folder, pictures in files.items():
-        for path in pictures:
-            if isinstance(found[path], Picture):
-                owners[found[path].digest].append(path)
-    for same in owners.values():
-        shared = len({path.parent for path in same}) > 1         # then nobody knows whose it is
-        for path in same if shared else same[1:]:
-            other = next(p for p in same if p.parent != path.parent) if shared else same[0]
-            problems.append(f"{path} is the same picture as {other}")
-            found[path] = None
-    sound = {bucket: {} for bucket in people}
-    for bucket, person, folder in everyone:
-        pictures = [found[path] for path in files[folder] if isinstance(found[path], Picture)]
-        if len(pictures) < MIN_PICTURES:
-            problems.append(f"{folder} has {len(pictures)} usable picture{'s' * (len(pictures) != 1)}; "
-                            f"a person needs {MIN_PICTURES} or more")
-        else:
-            sound[bucket][person] = pictures
-    return {bucket: members for bucket, members in sound.items() if members}, problems
-
-
-def make_buckets(people, size, seed):
-    """{bucket: {person: [Picture]}} -> the same; a flat one is dealt at random into buckets of about `size`."""
-    if list(people) != [""]:
-        return people
-    names = sorted(people[""])
-    order = np.random.default_rng(seed).permutation(len(names))
-    parts = np.array_split(order, math.ceil(len(names) / size))
-    return {f"{i:04d}": {names[j]: people[""][names[j]] for j in sorted(part)} for i, part in enumerate(parts)}
-
-
-def data_fingerprint(buckets):
-    """A short hash of who is in which bucket, with which pictures and captions."""
-    lines = [f"{bucket}\t{person}\t{picture.digest}\t{picture.caption}" for bucket, members in buckets.items()
-             for person, pictures in members.items() for picture in pictures]
-    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -212,7 +73,8 @@ class Visit(NamedTuple):
     stop: int                                    # one after its last
 
 
-def schedule(pictures, iters, batch_size, warmup, bucket_iters=None):
+def schedule(pictures: list[int], iters: int, batch_size: int, warmup: float,
+             bucket_iters: int | None = None) -> list[Visit]:
     """Algorithm 1: number of pictures in each bucket -> [Visit], bucket after bucket, round after round.
 
     batch_size: of all GPUs together. A visit lasts `bucket_iters`, else until each picture was used 10 times.
@@ -227,7 +89,8 @@ def schedule(pictures, iters, batch_size, warmup, bucket_iters=None):
     return visits
 
 
-def draw_order(shapes, count, batch_size, rng):
+def draw_order(shapes: list[list], count: int, batch_size: int,
+               rng: torch.Generator) -> list[list[tuple[int, int]]]:
     """[[shape of each view of picture 0], ...] -> `count` batches of (picture, view), each of one shape.
 
     Pictures come in random order, all of them before any comes again; a use takes one view at random.
@@ -244,119 +107,7 @@ def draw_order(shapes, count, batch_size, rng):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Latents and text, encoded once
-
-
-class Cache:
-    """Latents and text embeddings on disk, named by what they are made from: picture or caption, and model."""
-    def __init__(self, folder, model, device, dtype, resolutions):
-        self.folder, self.model, self.device, self.dtype, self.resolutions = folder, model, device, dtype, resolutions
-        files = [checkpoints.locate(model, ("ae.safetensors",), "vae", "autoencoder")[0],
-                 checkpoints.weight_files(Path(model) / "text_encoder", "model"),
-                 checkpoints.weight_files(Path(model) / "text_encoder_2", "model")]
-        key = [checkpoints.fingerprint(checkpoints.TensorFiles(f)) for f in files] + [str(dtype)]
-        self.key = hashlib.sha256(" ".join(key).encode()).hexdigest()[:12]
-
-    @staticmethod
-    def step(resolution):
-        """Sides are multiples of this: 64 pixels as in the paper's trainer, less for a baby."""
-        return min(64, max(16, resolution // 8 // 16 * 16))
-
-    def sizes(self, picture):
-        """{(width, height): resolution}: how a picture is seen, never larger than it is."""
-        return {photos.grid_size(picture.width, picture.height, r, self.step(r)): r for r in self.resolutions}
-
-    def latent_path(self, picture, size):
-        return self.folder / f"{picture.digest[:32]}-{size[0]}x{size[1]}-{self.key}.safetensors"
-
-    def text_path(self, caption):
-        digest = hashlib.sha256(caption.encode("utf-8", "surrogateescape")).hexdigest()
-        return self.folder / f"{digest[:32]}-text-{self.key}.safetensors"
-
-    def missing(self, pictures, captions):
-        return ([picture for picture in pictures
-                 if not all(self.latent_path(picture, size).exists() for size in self.sizes(picture))],
-                [caption for caption in dict.fromkeys(captions) if not self.text_path(caption).exists()])
-
-    @torch.no_grad()
-    def fill(self, pictures, captions, stop=None, show=True):
-        """Encodes what is not there yet. The models come one after the other, and go. `stop()` may raise."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        pictures, captions = self.missing(pictures, captions)
-        bar = tqdm(total=len(captions) + len(pictures), desc="encoding", disable=None if show else True, leave=False)
-        if captions:
-            encoders = checkpoints.load_text_encoders(self.model, self.device, self.dtype)
-            for caption in captions:
-                txt, y = encoders.encode([caption])
-                self.save(self.text_path(caption), {"txt": txt[0], "y": y[0]}, stop)
-                bar.update()
-            del encoders
-        if pictures:
-            autoencoder = checkpoints.load_autoencoder(self.model, self.device, self.dtype)
-            for picture in pictures:
-                if hashlib.sha256(picture.path.read_bytes()).hexdigest() != picture.digest:
-                    raise ValueError(f"{picture.path} has changed since it was checked")
-                photo = photos.read_photo(picture.path)
-                for size, resolution in self.sizes(picture).items():
-                    pixels = photos.to_tensor(photos.fit_to_grid(photo, resolution, self.step(resolution)))
-                    posterior = autoencoder.posterior(pixels[None].to(self.device))[0]
-                    self.save(self.latent_path(picture, size), {"posterior": posterior.half()}, stop)
-                bar.update()
-        bar.close()
-
-    def save(self, path, tensors, stop):
-        part = f"{path}.{os.getpid()}.part"
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, part)
-        os.replace(part, path)
-        if stop:
-            stop()
-
-    def load(self, path):
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is damaged, delete it: {error}") from None
-
-
-def fill_ahead(cache, pictures, captions, threads):
-    """What the second process runs. The terminal sends Ctrl-C to it too; it is ended by its parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(threads)               # as the first process: results must not depend on who encodes
-    parent = os.getppid()
-
-    def stop():                                  # it was killed
-        if os.getppid() != parent:
-            sys.exit()
-    try:
-        cache.fill(pictures, captions, stop, show=False)
-    except (ValueError, OSError, torch.OutOfMemoryError):
-        pass                                     # the first process encodes what is missing, and meets it again
-
-
-# ----------------------------------------------------------------------------------------------------------
 # The run
-
-
-class Interruption:
-    """with Interruption(): Ctrl-C and SIGTERM are a flag that is read between two iterations. A second one, some
-    seconds later, ends at once; torchrun passes on what the terminal has already sent."""
-    def __enter__(self):
-        self.asked = None
-        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *error):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def ask(self, number, frame):
-        self.asked = self.asked or time.monotonic()
-        if time.monotonic() - self.asked > 3:
-            raise KeyboardInterrupt
-
-    def raise_if_asked(self):
-        if self.asked:
-            raise KeyboardInterrupt
 
 
 class Group:
@@ -365,7 +116,7 @@ class Group:
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if self.size > 1 and device_name is None and torch.cuda.is_available():
             device_name = f"cuda:{os.environ['LOCAL_RANK']}"
-        self.device = common.pick_device(device_name)
+        self.device = pick_device(device_name)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         self.sent = 0
@@ -413,13 +164,13 @@ class Run:
             count = sum(map(len, shards_of_bucket))
             self.local.append(list(range(first, first + count)))
             first += count
-        self.iteration, self.open, self.worker, self.disk = 0, None, None, None
+        self.iteration, self.open, self.disk = 0, None, None
 
     def load(self):
         """The model with its adapter, and the bank on disk; then the newest checkpoint, where there is one."""
         args = self.args
         tokens, text = max(args.resolution) ** 2 // 256, 512                           # at most: schnell has 256 of text
-        flux = checkpoints.open_flux(args, self.group.device, args.iters, tokens + text, training=True)
+        flux = open_flux(args, self.group.device, args.iters, tokens + text, training=True)
         slots = args.batch_size * len(self.shards)
         self.adapter = MetaLoRA(flux, args.r2, lomd=random_lomd(find_targets(flux), args.r1, args.seed),
                                 num_identities=0, slots=slots)
@@ -452,14 +203,8 @@ class Run:
             tensors["disk_steps"] = self.disk.steps()
         steps = int(self.adapter.shared.steps[0])
         path = self.folder / f"{self.iteration:08d}-{steps:08d}.safetensors"
-        save_file(tensors, f"{path}.part", {"visit": str(self.open)})
-        with open(f"{path}.part", "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(f"{path}.part", path)
-        if fcntl:                                # the name too must be on disk before the bank is written
-            folder = os.open(self.folder, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+        with whole(path) as part:                # its name too is on disk before the bank is written
+            save_file(tensors, part, {"visit": str(self.open)})
         checkpoints = self.checkpoints()
         kept = checkpoints[-2:]
         if self.group.size > 1:
@@ -504,30 +249,11 @@ class Run:
         pictures = [picture for _, _, pictures in members for picture in pictures]
         return pictures, [self.args.prompt] + [p.caption for p in pictures if p.caption is not None]
 
-    def prepare_ahead(self, visit):
-        """Encodes the bucket of the next visit in a second process, where there is room for one."""
-        if not self.args.ahead or visit >= len(self.visits):
-            return
-        pictures, captions = self.cache.missing(*self.pictures_and_texts(visit))
-        if pictures or captions:
-            context = multiprocessing.get_context("spawn")       # a fork would share this process's device
-            self.worker = context.Process(target=fill_ahead, daemon=True,
-                                          args=(self.cache, pictures, captions, torch.get_num_threads()))
-            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)         # inherited, for Ctrl-C while it imports
-            self.worker.start()
-            signal.signal(signal.SIGINT, handler)
-
     def open_bucket(self, visit):
         """Latents, text and order of a visit; and its rows, from the bank, unless a checkpoint has brought them."""
-        if self.worker:
-            while self.worker.is_alive():
-                self.worker.join(0.2)
-                self.interruption.raise_if_asked()
-            self.worker = None
         pictures, captions = self.pictures_and_texts(visit)
         self.cache.fill(pictures, captions, self.interruption.raise_if_asked, show=self.group.rank == 0)
-        common.free(self.group.device)
-        self.prepare_ahead(visit + 1)
+        free(self.group.device)
         bucket, row = self.members[self.visits[visit].bucket], 0
         self.texts = {caption: self.cache.load(self.cache.text_path(caption)) for caption in set(captions)}
         self.views, self.order = [], []
@@ -662,8 +388,6 @@ class Run:
             raise FloatingPointError(f"{error}; the state before it is saved in {self.args.run}") from None
         finally:
             bar.close()
-            if self.worker:
-                self.worker.kill()
 
     def export(self, path):
         args = self.args
@@ -678,26 +402,24 @@ class Run:
         """Two people of the bucket: a photo, and a sample with their rows, from fixed seeds."""
         first = {row: picture for row, _, picture, _ in reversed(self.views[0])}
         size, pictures = max(self.args.resolution), []
-        guidance = checkpoints.model_defaults(self.args.folder)["guidance"]
+        guidance = model_defaults(self.args.folder)["guidance"]
         text = self.texts[self.args.prompt]
         txt, y = (text[part][None].to(self.group.device) for part in ("txt", "y"))
         for seed, row in enumerate(sorted(first)[:2]):
             self.adapter.assign(torch.tensor([row]))
             noise = flux_model.get_noise(size, size, seed).to(self.group.device)
             pictures.append((first[row], flux_model.denoise(self.adapter.flux, noise, txt, y, 30, guidance)))
-        autoencoder = checkpoints.load_autoencoder(self.args.folder, self.group.device, self.args.dtype)
+        autoencoder = load_autoencoder(self.args.folder, self.group.device, self.args.dtype)
         sheet = Image.new("RGB", (2 * size, size * len(pictures)))
         for i, (picture, latent) in enumerate(pictures):
             photo = photos.read_photo(picture.path)
             sheet.paste(ImageOps.fit(photo, (size, size)), (0, size * i))
             sheet.paste(photos.to_image(autoencoder.decode(latent)[0]), (size, size * i))
         path = self.args.run / "previews" / f"{self.iteration:08d}.png"
-        path.parent.mkdir(exist_ok=True)
-        sheet.save(f"{path}.part", format="PNG")
-        os.replace(f"{path}.part", path)
+        save_png(sheet, path)
 
 
-def peak_memory(device):
+def peak_memory(device: torch.device) -> float:
     """GB: of the GPU, else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
@@ -741,12 +463,7 @@ class Log:
         self.entries = []
 
 
-def save_figure(figure, path: Path):
-    figure.savefig(f"{path}.part", format="png", dpi=120)
-    os.replace(f"{path}.part", path)
-
-
-def plot(log, path):
+def plot(log: Path, path: Path) -> None:
     """loss.png: the loss of both phases over the run, and by time, early and late."""
     from matplotlib.figure import Figure
     lines = [json.loads(line) for line in log.read_text().splitlines()]
@@ -771,9 +488,9 @@ def plot(log, path):
 # The command
 
 
-def parse(argv):
-    parser = common.Parser(prog="meta_train.py", description="Learns LoMD from buckets of people.", allow_abbrev=False)
-    add, positive = parser.add_argument, common.positive
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="meta_train.py", description="Learns LoMD from buckets of people.", allow_abbrev=False)
+    add = parser.add_argument
     add("--data", type=Path, required=True, help="buckets/<bucket>/<person>/<pictures>, or faces/<person>/<pictures>")
     add("--model", default="flux-dev", help="flux-dev (default), flux-schnell, baby, or a folder like these")
     add("--out", type=Path, default=Path("lomd.safetensors"), help="file to write at the end (default: lomd.safetensors)")
@@ -793,27 +510,24 @@ def parse(argv):
         "several: each use takes one (default: the model's; 1024 for FLUX.1)")
     add("--seed", type=int, default=0, help="of all random numbers (default: 0)")
     add("--skip-bad", action="store_true", help="go on without the files and people that are no good")
-    add("--no-ahead", dest="ahead", action="store_false", help="do not encode the next bucket in a second process")
     add("--save-every", type=positive, default=500, metavar="N", help="iterations between checkpoints (default: 500)")
     add("--log-every", type=positive, default=10, metavar="N", help="iterations per line of log.jsonl (default: 10)")
     add("--preview-every", type=int, default=1000, metavar="N", help="iterations between pictures of two people; 0: none "
         "(default: 1000)")
     add("--deterministic", action="store_true", help="on a GPU: the same bits in each run, at some cost in speed")
-    checkpoints.add_speed_options(add, training=True)
+    add_speed_options(add, training=True)
     add("--device", help="cuda, mps or cpu (default: the best there is)")
     return parser.parse_args(argv)
 
 
-def check(args, group):
+def check(args: argparse.Namespace, group: Group) -> None:
     """ValueError for what can be refused before anything large is read; fills in the model's defaults."""
     if not args.data.is_dir():
         raise ValueError(f"--data: no such folder: {args.data}")
     if args.out.suffix != ".safetensors" or args.out.is_dir():
         raise ValueError(f"--out must be a file that ends in .safetensors, not {args.out}")
-    for path, what in ((args.out, "--out"), (args.run, "--run"), (args.cache or args.run, "--cache")):
-        parent = next(p for p in path.absolute().parents if p.exists())
-        if not parent.is_dir() or not os.access(parent, os.W_OK):
-            raise ValueError(f"{what} {path}: {parent} is no folder that can be written to")
+    for path, what in ((args.out.absolute().parent, "--out"), (args.run, "--run"), (args.cache or args.run, "--cache")):
+        check_writable(path, what)
     if not args.out.absolute().parent.is_dir():
         raise ValueError(f"the folder of --out does not exist: {args.out.parent}")
     for path, what in ((args.run, "--run"), (args.cache or args.run, "--cache")):
@@ -821,27 +535,23 @@ def check(args, group):
             raise ValueError(f"{what} is not a folder: {path}")
         if path.resolve().is_relative_to(args.data.resolve()):   # a later command would take it for a person's
             raise ValueError(f"{what} {path} lies within --data {args.data}; name a folder outside of it")
-    common.check_training(args)
+    check_training(args)
     if args.warmup is not None and not 0 <= args.warmup < 1:
         raise ValueError(f"--warmup is a share from 0 to below 1, not {args.warmup}")
     if args.r2 > args.r1:
         raise ValueError(f"--r2 {args.r2} is more than the --r1 {args.r1} rows of LoMD that it combines")
     if args.preview_every < 0:
         raise ValueError(f"--preview-every must be 0 or more, not {args.preview_every}")
-    checkpoints.take_model(args, group.device, "stage 1")
+    take_model(args, group.device, "stage 1")
     args.resolution = sorted(set(args.resolution))
     if any(r % 16 for r in args.resolution):
         raise ValueError("--resolution takes multiples of 16")
-    if args.ahead:                                               # the encoders once more, beside what trains
-        room = torch.cuda.mem_get_info(group.device)[0] / 4 if group.device.type == "cuda" else 0
-        small = args.dtype == torch.float32 and os.cpu_count() > 1
-        args.ahead = small or sum(p.stat().st_size for p in args.folder.glob("text_encoder_2/*.safetensors")) < room
 
 
-def read_data(args, group):
+def read_data(args: argparse.Namespace, group: Group) -> tuple[Buckets, dict]:
     """Buckets of the checked folder. ValueError, one line for each thing that is wrong; of --skip-bad notes."""
     listing = args.run / "pictures.json"
-    known = common.JsonFile(listing) if listing.exists() else {}
+    known = JsonFile(listing) if listing.exists() else {}
     people, problems = read_people(args.data, max(map(Cache.step, args.resolution)), known, group.rank == 0)
     if problems and not args.skip_bad:
         for problem in problems[:-1]:
@@ -859,17 +569,17 @@ def read_data(args, group):
     return buckets, known
 
 
-def check_settings(args, buckets, group):
+def check_settings(args: argparse.Namespace, buckets: Buckets, group: Group) -> None:
     """What makes a run this run: written by the first command, and ValueError for a later one that differs."""
     args.settings = {
-        "model": checkpoints.flux_fingerprint(args.folder),
+        "model": flux_fingerprint(args.folder),
         "data (pictures, captions, buckets)": data_fingerprint(buckets), "dtype": str(args.dtype) + " fp8" * args.fp8,
         "batch-size": args.batch_size, "processes": group.size, "r1": args.r1, "r2": args.r2, "lr": args.lr,
         "warmup": args.warmup, "bucket-iters": args.bucket_iters, "prompt": args.prompt, "resolution": args.resolution,
         "seed": args.seed, "fresh-identities": args.fresh_identities, "order of a row's numbers": "by width"}
     path = args.run / "settings.json"
     if path.exists():
-        before = common.JsonFile(path)
+        before = JsonFile(path)
         changed = [f"{name} was {before[name]} and is {value}" for name, value in args.settings.items() if before[name] != value]
         if changed:
             raise ValueError(f"{args.run} is another run: {', '.join(changed)}; go on with its settings, or name a new --run")
@@ -878,7 +588,7 @@ def check_settings(args, buckets, group):
         raise ValueError(f"--run {args.run} holds other files: name a new folder")
 
 
-def meta_train(argv=None):
+def meta_train(argv: list[str] | None = None) -> None:
     args = parse(argv)
     group = Group(args.device)
     try:
@@ -921,9 +631,9 @@ def meta_train(argv=None):
         group.close()
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 done, 1 training diverged or memory ran out, 2 bad input, 130 Ctrl-C; work saved in each case."""
-    return common.run_script("meta_train.py", meta_train, argv)
+    return run_script("meta_train.py", meta_train, argv)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,13 @@ import argparse
 import sys
 from pathlib import Path
 
-import numpy as np
-import torch
-from PIL import Image
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import support  # noqa: E402, F401  before torch: how its threads wait
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
 import faces  # noqa: E402
 from metrics import auc, pairs  # noqa: E402
 from support.checkpoints import find_model, load_autoencoder, load_flux, model_defaults  # noqa: E402

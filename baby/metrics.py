@@ -14,7 +14,6 @@ Sources: "CosFace: Large Margin Cosine Loss for Deep Face Recognition" (Wang et 
 Models From Natural Language Supervision" (Radford et al. 2021); equal captions in a batch count as matches here.
 """
 import argparse
-import json
 import math
 import multiprocessing
 import os
@@ -22,14 +21,15 @@ import shutil
 import sys
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from PIL import Image
-from torch import nn
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import support  # noqa: E402, F401  before torch: how its threads wait
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from PIL import Image  # noqa: E402
+from torch import nn  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
 import faces  # noqa: E402
 from eval_rfacesim import FaceEmbedder  # noqa: E402
 from pretrain import CPU, bf16, cosine, is_photo, save_whole  # noqa: E402

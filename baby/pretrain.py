@@ -30,18 +30,19 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
-import sentencepiece
-import tokenizers
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import support  # noqa: E402, F401  before torch: how its threads wait
+import numpy as np  # noqa: E402
+import sentencepiece  # noqa: E402
+import tokenizers  # noqa: E402
+import torch  # noqa: E402
+from safetensors import safe_open  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from torch import nn  # noqa: E402
+from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel  # noqa: E402
+
 import faces  # noqa: E402  (baby/faces.py: Python puts a script's own folder on the path)
 from flux_model import (AutoEncoder, AutoEncoderConfig, Flux, FluxConfig, flow_matching_loss, sample_times,  # noqa: E402
                         velocity)

@@ -1,19 +1,250 @@
-"""Folders of people, and the bank of their rows on disk."""
-import os
+"""Stage 1's data: folders of people, captions, buckets; latents and text encoded once; everybody's rows on
+disk.
+
+    buckets/<bucket>/<person>/<pictures, captions beside them as .txt>, or faces/<person>/<pictures>, which is
+    cut into buckets
+"""
+import collections
+import hashlib
+import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from tqdm import tqdm
 
-PARTS = "weight", "exp_avg", "exp_avg_sq", "steps"
+from support.checkpoints import (TensorFiles, fingerprint, load_autoencoder, load_text_encoders, locate,
+                                 weight_files)
+from support.common import whole
+from support.photos import fit_to_grid, grid_size, image_files, read_photo, to_tensor
+
+MIN_PICTURES = 2          # of one picture M and U would learn the picture, not the person
+PARTS = "weight", "exp_avg", "exp_avg_sq", "steps"                         # of an IdentityBank (metalora.py)
+
+# ----------------------------------------------------------------------------------------------------------
+# The folder of people
+
+
+class Picture(NamedTuple):
+    path: Path
+    digest: str                                  # sha256 of the file
+    width: int
+    height: int
+    caption: str | None                          # None: --prompt
+
+
+Buckets = dict[str, dict[str, list[Picture]]]            # {bucket: {person: pictures}}
+
+
+def find_people(data: Path) -> tuple[dict[str, dict[str, Path]], list[str]]:
+    """Folder -> ({bucket: {person: folder}}, problems). A flat folder of people is one bucket, named ""."""
+    def folders(parent):
+        return [p for p in sorted(parent.iterdir()) if p.is_dir() and not p.name.startswith(".")]
+
+    people, flat, problems = {}, {}, []
+    if image_files(data):
+        problems.append(f"{image_files(data)[0]} is in nobody's folder")
+    for folder in folders(data):
+        loose, inner = image_files(folder), folders(folder)
+        if loose and not any(map(image_files, inner)):    # a person, although somebody made folders in theirs
+            problems += [f"{odd} is a folder inside a person's" for odd in inner]
+            inner = []
+        if inner and loose:
+            problems.append(f"{folder} holds people and also loose pictures, such as {loose[0].name}")
+        if inner:
+            people[folder.name] = {person.name: person for person in inner}
+        else:
+            flat[folder.name] = folder
+    if not people:
+        return {"": flat} if flat else {}, problems
+    for folder in flat.values():
+        problems.append(f"{folder} is no bucket as the others are: it holds no people")
+    for folder in (person for bucket in people.values() for person in bucket.values()):
+        problems += [f"{inner} is a folder inside a person's" for inner in folders(folder)]
+    return people, problems
+
+
+def read_caption(path: Path) -> str | None:
+    """Text of the .txt beside a picture, None where there is none."""
+    path = path.with_suffix(".txt")
+    if not path.is_file():
+        return None
+    try:
+        caption = " ".join(path.read_text("utf-8-sig").split())
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not text in UTF-8") from None
+    if not caption:
+        raise ValueError(f"{path} is empty")
+    return caption
+
+
+def read_people(data: Path, smallest: int, known: dict, show: bool = True) -> tuple[Buckets, list[str]]:
+    """Checks every file -> ({bucket: {person: [Picture]}} of what is sound, problems, one line each).
+
+    smallest: pixels of the shortest side that can be used. known: {path: [size, mtime, digest, width,
+    height]} of pictures that were decoded before; filled in.
+    """
+    people, problems = find_people(data)
+
+    def examine(path):
+        try:
+            status = path.stat()
+            found = known.get(str(path), [])
+            if found[:2] != [status.st_size, status.st_mtime_ns]:
+                image = read_photo(path)
+                digest = hashlib.sha256(path.read_bytes()).hexdigest()
+                known[str(path)] = found = [status.st_size, status.st_mtime_ns, digest, *image.size]
+            if min(found[3:]) < smallest:
+                raise ValueError(f"{path} is {found[3]} x {found[4]} pixels; "
+                                 f"its sides must be {smallest} or more")
+            return Picture(path, *found[2:], read_caption(path))
+        except (ValueError, OSError) as error:
+            return str(error)
+
+    everyone = [(bucket, person, folder) for bucket in people for person, folder in people[bucket].items()]
+    # HEIC is looked at although it cannot be read: phones make it, and it would be missed in silence
+    files = {folder: sorted({*image_files(folder), *folder.glob("[!.]*.[hH][eE][iI][cCfF]")})
+             for _, _, folder in everyone}
+    paths = [path for folder in files for path in files[folder]]
+    bar = tqdm(paths, "checking pictures", disable=None if show else True, leave=False)
+    found = {path: examine(path) for path in bar}
+    problems += [result for result in found.values() if isinstance(result, str)]
+
+    owners = collections.defaultdict(list)
+    for folder, pictures in files.items():
+        for path in pictures:
+            if isinstance(found[path], Picture):
+                owners[found[path].digest].append(path)
+    for same in owners.values():
+        shared = len({path.parent for path in same}) > 1         # then nobody knows whose it is
+        for path in same if shared else same[1:]:
+            other = next(p for p in same if p.parent != path.parent) if shared else same[0]
+            problems.append(f"{path} is the same picture as {other}")
+            found[path] = None
+    sound = {bucket: {} for bucket in people}
+    for bucket, person, folder in everyone:
+        pictures = [found[path] for path in files[folder] if isinstance(found[path], Picture)]
+        if len(pictures) < MIN_PICTURES:
+            problems.append(f"{folder} has {len(pictures)} usable picture{'s' * (len(pictures) != 1)}; "
+                            f"a person needs {MIN_PICTURES} or more")
+        else:
+            sound[bucket][person] = pictures
+    return {bucket: members for bucket, members in sound.items() if members}, problems
+
+
+def make_buckets(people: Buckets, size: int, seed: int) -> Buckets:
+    """{bucket: {person: [Picture]}} -> the same; a flat one is dealt at random into buckets of about
+    `size`."""
+    if list(people) != [""]:
+        return people
+    names = sorted(people[""])
+    order = np.random.default_rng(seed).permutation(len(names))
+    parts = np.array_split(order, math.ceil(len(names) / size))
+    return {f"{i:04d}": {names[j]: people[""][names[j]] for j in sorted(part)}
+            for i, part in enumerate(parts)}
+
+
+def data_fingerprint(buckets: Buckets) -> str:
+    """A short hash of who is in which bucket, with which pictures and captions."""
+    lines = [f"{bucket}\t{person}\t{picture.digest}\t{picture.caption}" for bucket, members in buckets.items()
+             for person, pictures in members.items() for picture in pictures]
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Latents and text, encoded once
+
+
+class Cache:
+    """Latents and text embeddings on disk, named by what they are made from: picture or caption, and
+    model."""
+    def __init__(self, folder: Path, model: Path, device: torch.device, dtype: torch.dtype,
+                 resolutions: list[int]):
+        self.folder, self.model, self.device, self.dtype = folder, model, device, dtype
+        self.resolutions = resolutions
+        files = [locate(model, ("ae.safetensors",), "vae", "autoencoder")[0],
+                 weight_files(Path(model) / "text_encoder", "model"),
+                 weight_files(Path(model) / "text_encoder_2", "model")]
+        key = [fingerprint(TensorFiles(f)) for f in files] + [str(dtype)]
+        self.key = hashlib.sha256(" ".join(key).encode()).hexdigest()[:12]
+
+    @staticmethod
+    def step(resolution: int) -> int:
+        """Sides are multiples of this: 64 pixels as in the paper's trainer, less for a baby."""
+        return min(64, max(16, resolution // 8 // 16 * 16))
+
+    def sizes(self, picture: Picture) -> dict[tuple[int, int], int]:
+        """{(width, height): resolution}: how a picture is seen, never larger than it is."""
+        return {grid_size(picture.width, picture.height, r, self.step(r)): r for r in self.resolutions}
+
+    def latent_path(self, picture: Picture, size: tuple[int, int]) -> Path:
+        return self.folder / f"{picture.digest[:32]}-{size[0]}x{size[1]}-{self.key}.safetensors"
+
+    def text_path(self, caption: str) -> Path:
+        digest = hashlib.sha256(caption.encode("utf-8", "surrogateescape")).hexdigest()
+        return self.folder / f"{digest[:32]}-text-{self.key}.safetensors"
+
+    def missing(self, pictures: list[Picture], captions: list[str]) -> tuple[list[Picture], list[str]]:
+        return ([picture for picture in pictures
+                 if not all(self.latent_path(picture, size).exists() for size in self.sizes(picture))],
+                [caption for caption in dict.fromkeys(captions) if not self.text_path(caption).exists()])
+
+    @torch.no_grad()
+    def fill(self, pictures: list[Picture], captions: list[str], stop: Callable[[], object] | None = None,
+             show: bool = True) -> None:
+        """Encodes what is not there yet. The models come one after the other, and go. `stop()` may raise."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        pictures, captions = self.missing(pictures, captions)
+        bar = tqdm(total=len(captions) + len(pictures), desc="encoding", disable=None if show else True,
+                   leave=False)
+        if captions:
+            encoders = load_text_encoders(self.model, self.device, self.dtype)
+            for caption in captions:
+                txt, y = encoders.encode([caption])
+                self.save(self.text_path(caption), {"txt": txt[0], "y": y[0]}, stop)
+                bar.update()
+            del encoders
+        if pictures:
+            autoencoder = load_autoencoder(self.model, self.device, self.dtype)
+            for picture in pictures:
+                if hashlib.sha256(picture.path.read_bytes()).hexdigest() != picture.digest:
+                    raise ValueError(f"{picture.path} has changed since it was checked")
+                photo = read_photo(picture.path)
+                for size, resolution in self.sizes(picture).items():
+                    pixels = to_tensor(fit_to_grid(photo, resolution, self.step(resolution)))
+                    posterior = autoencoder.posterior(pixels[None].to(self.device))[0]
+                    self.save(self.latent_path(picture, size), {"posterior": posterior.half()}, stop)
+                bar.update()
+        bar.close()
+
+    def save(self, path: Path, tensors: dict[str, Tensor], stop: Callable[[], object] | None) -> None:
+        with whole(path) as part:
+            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, part)
+        if stop:
+            stop()
+
+    def load(self, path: Path) -> dict[str, Tensor]:
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is damaged, delete it: {error}") from None
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The rows of people
 
 
 class DiskBank:
-    """Rows of any number of identities in one memory-mapped file: step count, weights and both moments of each, in turn.
+    """Rows of any number of identities in one memory-mapped file: step count, weights and both moments of
+    each, in turn.
 
-    Only the rows that are asked for are read. The file starts sparse, and a row whose step count is 0 holds no weights
-    yet. ValueError where the file has another size.
+    Only the rows that are asked for are read. The file starts sparse, and a row whose step count is 0 holds
+    no weights yet. ValueError where the file has another size.
     """
     @staticmethod
     def bytes(count: int, size: int) -> int:
@@ -22,10 +253,8 @@ class DiskBank:
     def __init__(self, path: Path, count: int, size: int):
         layout = np.dtype([("steps", "<i8"), *((part, "<f4", (size,)) for part in PARTS[:3])])
         if not path.exists():
-            part = path.with_name(path.name + ".part")
-            with open(part, "wb") as file:
+            with whole(path) as part, open(part, "wb") as file:
                 file.truncate(self.bytes(count, size))
-            os.replace(part, path)
         if path.stat().st_size != self.bytes(count, size):
             raise ValueError(f"{path} is {path.stat().st_size} bytes, not {count} rows of {layout.itemsize}")
         self.rows = np.memmap(path, layout, "r+", shape=(count,))

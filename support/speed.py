@@ -269,7 +269,7 @@ def padded(size: int) -> int:
 # Memory of training
 
 
-def saved_bytes(function) -> int:
+def saved_bytes(function: Callable) -> int:
     """Bytes that autograd keeps of a call for its backward pass: every storage once, the parameters not
     counted."""
     kept = {}
@@ -341,7 +341,7 @@ def blocks_to_recompute(per_block: list[float], free: float) -> int:
                      "or --batch-size")
 
 
-def plan_recompute(adapter, image_tokens: int, text_tokens: int, batch: int) -> int:
+def plan_recompute(adapter: object, image_tokens: int, text_tokens: int, batch: int) -> int:
     """How many blocks of an adapted Flux must run twice for a batch of these sizes to fit into the memory
     that is left.
 

@@ -25,7 +25,9 @@ from support import checkpoints
 import meta_train
 import personalize
 from support import photos
-from meta_train import Cache, Visit, draw_order, find_people, generator, make_buckets, read_people, schedule
+from meta_train import Visit, draw_order, generator, schedule
+import support.people
+from support.people import Cache, Picture, data_fingerprint, find_people, make_buckets, read_people
 from metalora import IdentityBank, MetaLoRA, apply_loras, random_lomd
 from support.lora_files import load_lomd
 from support.people import DiskBank
@@ -80,7 +82,7 @@ def run(tmp_path, monkeypatch, capsys):
 def command(*args, data="data", iters=2, model=MODEL, resolution=64):
     """Exit code of meta_train.py, with options that make it quick."""
     return meta_train.main([*map(str, args), "--data", str(data), "--model", str(model), "--resolution",
-                            *str(resolution).split(), "--iters", str(iters), "--device", "cpu", "--no-ahead",
+                            *str(resolution).split(), "--iters", str(iters), "--device", "cpu",
                             "--preview-every", "0"])
 
 
@@ -392,7 +394,7 @@ def test_the_fingerprint_of_the_data(tmp_path):
     def fingerprint():
         people, problems = read(tmp_path)
         assert not problems
-        return meta_train.data_fingerprint(people)
+        return data_fingerprint(people)
     seen = [fingerprint()]
     shutil.move(tmp_path / "a/ann/1.png", tmp_path / "a/ann/other name.png")
     assert fingerprint() == seen[0]                                      # the name of a file is nothing to it
@@ -501,7 +503,7 @@ def cache_of(folder, resolutions=(64,), model=MODEL, dtype=torch.float32):
 def test_cache_names_depend_on_picture_size_and_model_not_on_paths(tmp_path):
     make_people(tmp_path / "data", {"ann": 2, "bob": 1})
     shutil.copy(tmp_path / "data/ann/0.png", tmp_path / "data/bob/other.png")
-    same, another = meta_train.Picture(tmp_path / "x.png", "d" * 64, 64, 64, "hers"), None
+    same, another = Picture(tmp_path / "x.png", "d" * 64, 64, 64, "hers"), None
     cache = cache_of(tmp_path / "cache")
     base = cache.latent_path(same, (64, 64))
     assert base == cache.latent_path(same._replace(path=tmp_path / "y.jpg", caption=None), (64, 64))
@@ -523,7 +525,7 @@ def test_cache_names_depend_on_picture_size_and_model_not_on_paths(tmp_path):
 
 def test_sizes_are_multiples_of_64_never_larger_than_the_picture():
     def sizes(width, height, *resolutions):
-        return cache_of(Path("none"), resolutions).sizes(meta_train.Picture(None, "", width, height, None))
+        return cache_of(Path("none"), resolutions).sizes(Picture(None, "", width, height, None))
     assert sizes(2048, 2048, 1024) == {(1024, 1024): 1024}
     assert sizes(700, 700, 512, 768, 1024) == {(512, 512): 512, (640, 640): 1024}  # 768 gives it too
     assert list(sizes(2000, 1000, 512, 1024)) == [(768, 384), (1408, 704)]
@@ -1124,7 +1126,7 @@ def test_what_the_lomd_file_says(recorded):
     assert metadata == {
         "format": "pt", "r1": "3", "targets": str(len(recorded.run.adapter.targets)), "model": "hub",
         "model_fingerprint": checkpoints.flux_fingerprint(MODEL), "iterations": "24", "people": "5", "r2": "2",
-        "data_fingerprint": meta_train.data_fingerprint(read(recorded.folder / "data")[0]),
+        "data_fingerprint": data_fingerprint(read(recorded.folder / "data")[0]),
         "learning_rate": "0.001", "batch_size": "2", "warmup": "0.5", "seed": "5",
         "prompt": "a photo of a person", "made_by": "meta_train.py"}
     flat = torch.cat([lomd[t.path].flatten() for t in recorded.run.adapter.targets])
@@ -1204,7 +1206,7 @@ def test_malformed_options(run, capsys, args, words):
     before = sorted(Path().rglob("*"))
     given = [*" ".join(args).split()] if args[0] == "--resolution" else args
     base = ["--data", "data", "--model", str(MODEL), "--iters", "1", "--device", "cpu", "--resolution", "64",
-            "--no-ahead"]
+            ]
     code = meta_train.main(base + given)
     assert refused((code, *capsys.readouterr()), words)
     assert sorted(Path().rglob("*")) == before

@@ -5,6 +5,7 @@ the command itself. Every run is bit for bit compared with `reference`, whose st
 """
 import contextlib
 import fnmatch
+import hashlib
 import itertools
 import json
 import multiprocessing
@@ -368,7 +369,7 @@ def assert_same_end(folder, reference, ranks=1, logged=True):
 def reference(server, data, tmp_path_factory):
     """An undisturbed run, with states/<iteration>.safetensors of each of its iterations."""
     folder = tmp_path_factory.mktemp("reference")
-    done = run(server, folder, arguments(data, "--no-ahead", "--save-every", 1), (keep_states,), plot=True)
+    done = run(server, folder, arguments(data, "--save-every", 1), (keep_states,), plot=True)
     assert done[0] == 0 and done[2] == "", done
     return folder
 
@@ -444,7 +445,7 @@ FRESH = [
 
 @pytest.mark.parametrize("chain", [CHAIN, FRESH], ids=["kept", "fresh"])
 def test_a_run_hit_anywhere_goes_on_bit_for_bit(server, data, reference, tmp_path, tmp_path_factory, chain):
-    argv = arguments(data, "--no-ahead", *["--fresh-identities"] * (chain == FRESH))
+    argv = arguments(data, *["--fresh-identities"] * (chain == FRESH))
     if chain == FRESH:
         kept, reference = reference, start_with_cache(tmp_path_factory.mktemp("fresh"), reference)
         start_with_cache(tmp_path, kept)
@@ -505,7 +506,7 @@ def test_the_command_with_a_second_process_that_encodes(data, reference, tmp_pat
 
 def test_more_iterations_later_after_a_torn_checkpoint_and_with_previews(server, data, reference, warm):
     """A run of 9 iterations becomes one of 22, although it draws pictures and its last checkpoint is torn."""
-    argv = arguments(data, "--no-ahead", "--preview-every", 5)
+    argv = arguments(data, "--preview-every", 5)
     assert run(server, warm, [*argv, "--iters", "9"], (short_previews,))[0] == 0
     assert assert_same_state(warm, reference) == 9
     torn = newest(warm / "run" / "rank0")[1]
@@ -523,7 +524,7 @@ def test_more_iterations_later_after_a_torn_checkpoint_and_with_previews(server,
 
 
 def test_a_bank_that_is_ahead_of_the_checkpoints_is_refused(server, data, reference, warm):
-    argv = arguments(data, "--no-ahead", "--save-every", 100)
+    argv = arguments(data, "--save-every", 100)
     assert run(server, warm, [*argv, "--iters", "12"])[0] == 0
     torn = newest(warm / "run" / "rank0")[1]                      # of the end of visit b, whose rows are in the bank
     os.truncate(torn, 1000)
@@ -532,7 +533,7 @@ def test_a_bank_that_is_ahead_of_the_checkpoints_is_refused(server, data, refere
 
 
 def test_two_processes_on_one_run(server, data, reference, warm):
-    argv = arguments(data, "--no-ahead")
+    argv = arguments(data)
     first = start(server, warm, argv, (pause_at, 5))
     try:
         while not (warm / "paused").exists():
@@ -551,11 +552,11 @@ def test_two_processes_on_one_run(server, data, reference, warm):
 def test_a_loss_that_is_not_finite(server, data, reference, warm, person, phase):
     """Latents of one picture that are not numbers: the run stops at its first use, as if it had been asked to there."""
     picture = next(data.rglob(person)) / "1.png"
-    digest = meta_train.hashlib.sha256(picture.read_bytes()).hexdigest()
+    digest = hashlib.sha256(picture.read_bytes()).hexdigest()
     latent, = (warm / "run" / "cache").glob(f"{digest[:32]}-*")
     good = latent.read_bytes()
     save_file({"posterior": torch.full_like(load_file(latent)["posterior"], torch.nan)}, latent)
-    code, out, err = run(server, warm, arguments(data, "--no-ahead"))
+    code, out, err = run(server, warm, arguments(data))
     found = re.fullmatch(r"meta_train.py: the loss or its gradient is not finite at iteration (\d+) "
                          r"\(bucket (\w): (.*)\); the state before it is saved in run\n", err)
     assert code == 1 and found, err
@@ -569,7 +570,7 @@ def test_a_loss_that_is_not_finite(server, data, reference, warm, person, phase)
                                                               bytes((reference / "run/rank0/bank").stat().st_size))
     if phase == "joint":                                          # once the latents are good, it goes on
         latent.write_bytes(good)
-        assert run(server, warm, arguments(data, "--no-ahead"))[0] == 0
+        assert run(server, warm, arguments(data))[0] == 0
         assert_same_end(warm, reference)
 
 
@@ -581,7 +582,7 @@ def test_a_loss_that_is_not_finite(server, data, reference, warm, person, phase)
 def pair(server, squares, reference, tmp_path_factory):
     """An undisturbed run of two processes, with calls<rank>: what each sent."""
     folder = start_with_cache(tmp_path_factory.mktemp("pair"), reference)
-    done = run_pair(server, folder, arguments(squares, "--no-ahead"), [[(count_bytes,)]] * 2)
+    done = run_pair(server, folder, arguments(squares), [[(count_bytes,)]] * 2)
     assert done == ([0, 0], ["", ""])
     return folder
 
@@ -598,7 +599,7 @@ def bank_of(folder, rank, people):
 
 
 def test_two_processes_equal_one_with_the_doubled_batch(server, squares, pair, warm_pair):
-    assert run(server, warm_pair, arguments(squares, "--no-ahead"), script=doubled)[::2] == (0, "")
+    assert run(server, warm_pair, arguments(squares), script=doubled)[::2] == (0, "")
     sizes = [(folder / "run" / "rank0" / "bank").stat().st_size for folder in (pair, warm_pair)]
     assert 7 * sizes[0] == 4 * sizes[1]
     one = load_file(newest(warm_pair / "run" / "rank0")[1])
@@ -653,7 +654,7 @@ def start_torchrun(folder, squares):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
-    return subprocess.Popen([*torchrun, *command(squares, "--no-ahead")[1:]], cwd=folder, stdout=subprocess.PIPE,
+    return subprocess.Popen([*torchrun, *command(squares)[1:]], cwd=folder, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, text=True)
 
 
@@ -670,7 +671,7 @@ def checkpoints(folder):
 
 
 def test_two_processes_hit_anywhere_go_on_bit_for_bit(server, squares, pair, warm_pair):
-    argv = arguments(squares, "--no-ahead")
+    argv = arguments(squares)
     # one of them is told to stop, in a joint phase: all do, at the same iteration
     codes, errors = run_pair(server, warm_pair, argv, [[], [(signal_at, 3, signal.SIGTERM)]])
     assert codes == [130, 130] and errors == [stopped(4)] * 2
@@ -692,14 +693,14 @@ def test_two_processes_hit_anywhere_go_on_bit_for_bit(server, squares, pair, war
 
 
 def test_a_loss_that_is_not_finite_in_one_of_two_processes(server, squares, pair, warm_pair):
-    codes, errors = run_pair(server, warm_pair, arguments(squares, "--no-ahead"), [[], [(not_finite_at, 3)]])
+    codes, errors = run_pair(server, warm_pair, arguments(squares), [[], [(not_finite_at, 3)]])
     assert codes == [1, 1] and all("not finite at iteration 3 (bucket a: " in error for error in errors)
     assert "in another process" in errors[0] and "p1, " in errors[1]                  # the second has one person of a
     assert checkpoints(warm_pair) == ["00000003-00000001"] * 2
 
 
 def test_two_processes_do_not_go_on_with_the_run_of_one(server, data, reference):
-    codes, errors = run_pair(server, reference, arguments(data, "--no-ahead"))
+    codes, errors = run_pair(server, reference, arguments(data))
     assert codes == [2, 2] and all("processes was 1 and is 2" in error for error in errors)
 
 

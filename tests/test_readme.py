@@ -57,10 +57,25 @@ def test_commands_name_files_and_options_that_exist(command):
             assert f'"{option}"' in source, option
 
 
-def test_files_and_pictures_that_the_readme_names_exist():
-    listed = README.split("```")[1].splitlines()[1:]
-    for name in [line.split()[0] for line in listed if line] + re.findall(r"\]\(([a-z/_]+\.png)\)", README):
-        assert (ROOT / name).exists(), name
+def test_files_and_pictures_that_the_readme_and_the_docs_name_exist():
+    house = next(block for block in README.split("```") if block.lstrip().startswith("flux_model.py"))
+    names = [line.split()[0] for line in house.splitlines() if line] + re.findall(r"\| `([a-z_/]+\.py)`", README)
+    assert len(names) > 20 and all((ROOT / name).exists() for name in names), names
+    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text()):
+            assert (path.parent / link).exists(), f"{path.name}: {link}"
+    assert {path.name for path in (ROOT / "docs" / "assets").iterdir()} == set(
+        re.findall(r"assets/([a-z_]+\.png)", README + "".join(path.read_text() for path in (ROOT / "docs").glob("*.md"))))
+
+
+def test_functions_that_the_readme_names_exist():
+    for path, functions in re.findall(r"`([a-z_/]+\.py)`: (`[^|]+`)", README):
+        for name in re.findall(r"`([A-Za-z_.]+)`", functions):
+            assert re.search(rf"(def|class) {name.split('.')[-1]}\b", (ROOT / path).read_text()), f"{path}: {name}"
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 150 and max(map(len, README.splitlines())) <= 400
 
 
 def test_the_ci_runs_the_test_command_of_the_readme():

@@ -1,4 +1,4 @@
-"""baby/reproduce.py: learning rates chosen on other people, seeds of training together, and the whole command in small."""
+"""paper/reproduce.py: learning rates chosen on other people, seeds of training together, and the whole command in small."""
 import json
 import sys
 from pathlib import Path
@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT / "baby"))
 import eval_rfacesim  # noqa: E402
 import faces  # noqa: E402
 import personalize  # noqa: E402
-import reproduce  # noqa: E402
+from paper import compare, reproduce  # noqa: E402
 
 
 def test_nobody_is_in_two_roles():
@@ -68,7 +68,7 @@ def test_each_method_at_each_rank_is_a_call_of_its_own(tmp_path, monkeypatch):
     (tmp_path / "scores.json").write_text("{}")
     calls, last = [], []
     monkeypatch.setattr(reproduce, "side_by_side", lambda pool, some, name: calls.extend(some))
-    monkeypatch.setattr(eval_rfacesim, "evaluate", lambda words, quiet: last.append(words))
+    monkeypatch.setattr(compare, "compare", lambda words, quiet: last.append(words))
     methods, words = ["none", "lora", "meta-lora"], ["--lr", "lora=1", "--iters", 2, 3]
     assert reproduce.evaluate("a pool", tmp_path, methods, [1, 4], *words) == {}
     call = lambda methods, ranks: ["--lr", "lora=1", "--iters", "2", "3", "--out", str(tmp_path), "--methods", *methods, "--ranks", *ranks]
@@ -89,7 +89,7 @@ def test_side_by_side_is_as_one_after_the_other(tmp_path):
         found.append({(row["method"], row["identity"]): row["clip_t"] for row in scores["pictures"]})
     assert len(found[0]) == 10 and found[0] == pytest.approx(found[1], abs=1e-3)
     with pytest.raises(ValueError, match="another setting of steps"):           # an error of a worker is the command's
-        reproduce.side_by_side(reproduce.workers(args), [(eval_rfacesim.evaluate, [
+        reproduce.side_by_side(reproduce.workers(args), [(compare.compare, [
             "--model", "baby", "--steps", "3", "--methods", "none", "--prompts", str(tmp_path / "prompts.txt"), "--data", str(tmp_path / "people"),
             "--out", str(tmp_path / "1")])], "a call")
 
@@ -102,8 +102,8 @@ def small(monkeypatch):
         people=2, choose=2, rates=dict.fromkeys(reproduce.METHODS, (1e-3,)), noises=2, trainings=2, sweep=2, ranks=(1,), iters=(2, 3)))
     monkeypatch.setattr(personalize, "ITERATIONS", {"meta-lora": 2, "lora": 3})
     monkeypatch.setattr(eval_rfacesim, "read_prompts", lambda words, path: ["a photo of a [man/woman]"])
-    real = eval_rfacesim.sample_latents
-    monkeypatch.setattr(eval_rfacesim, "sample_latents", lambda *args, **kwargs: real(*args[:5], 2, *args[6:], **kwargs))
+    real = compare.sample_latents
+    monkeypatch.setattr(compare, "sample_latents", lambda *args, **kwargs: real(*args[:5], 2, *args[6:], **kwargs))
 
 
 def test_faces_that_stay_and_faces_that_move(tmp_path, monkeypatch):
@@ -155,9 +155,9 @@ def test_the_command_in_small(tmp_path, monkeypatch, capsys, small):
     for folder in ("report", "report/sweep"):
         assert {p.name for p in (tmp_path / "run" / folder).iterdir()} >= {"tables.md", "scores.png", "ranks.png", "sheet_seeds.png"}
 
-    monkeypatch.setattr(personalize, "train", None)                                    # all is there: nothing is made again
-    monkeypatch.setattr(eval_rfacesim, "sample_latents", None)
+    monkeypatch.setattr(compare, "train_together", None)                                  # all is there: nothing is made again
+    monkeypatch.setattr(compare, "sample_latents", None)
     for slow in ("figures", "sheets"):
-        monkeypatch.setattr(eval_rfacesim, slow, lambda *args: None)
+        monkeypatch.setattr(reproduce, slow, lambda *args: None)
     reproduce.reproduce(words)
     assert capsys.readouterr().out == out

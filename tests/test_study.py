@@ -1,4 +1,4 @@
-"""baby/study.py: its variants, and the whole command in small."""
+"""paper/study.py: its variants, and the whole command in small."""
 import json
 import sys
 from pathlib import Path
@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT / "baby"))
 import eval_rfacesim  # noqa: E402
 import meta_train  # noqa: E402
 import personalize  # noqa: E402
-import study  # noqa: E402
+from paper import compare, study  # noqa: E402
 
 
 def test_variants_differ_from_the_base_in_one_thing():
@@ -31,8 +31,8 @@ def test_the_study_in_small(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(study, "SUBSET", dict(meta=(2, 3, 4), iters=4, people=2, choose=2, rates=(1e-3,), rates_photos=(1e-3,)))
     monkeypatch.setattr(personalize, "ITERATIONS", {"meta-lora": 2, "lora": 3})
     monkeypatch.setattr(eval_rfacesim, "read_prompts", lambda words, path: ["a photo of a [man/woman]"])
-    real, every = eval_rfacesim.sample_latents, study.variants
-    monkeypatch.setattr(eval_rfacesim, "sample_latents", lambda *args, **kwargs: real(*args[:5], 2, *args[6:], **kwargs))
+    real, every = compare.sample_latents, study.variants
+    monkeypatch.setattr(compare, "sample_latents", lambda *args, **kwargs: real(*args[:5], 2, *args[6:], **kwargs))
     monkeypatch.setattr(study, "variants", lambda size: [v for v in every(size) if v.question in ("base", "M and U") or v.photos == 2])
     study.study(["--subset", "--jobs", "1", "--run", str(tmp_path)])
     rows = json.loads((tmp_path / "report/study.json").read_text())

@@ -1,27 +1,27 @@
 """What the paper leaves open, asked of the baby: how many people, which ranks and which warm-up stage 1 wants, and more photos.
 
-    python baby/study.py --subset         # minutes: 4 people, LoMDs of 100 iterations; shows that it runs, and no more
-    python baby/study.py                  # hours: a LoMD for each variant, learning rates on CHOOSE people, scores on 12 others
+    python -m paper.study --subset         # minutes: 4 people, LoMDs of 100 iterations; shows that it runs, and no more
+    python -m paper.study                  # hours: a LoMD for each variant, learning rates on CHOOSE people, scores on 12 others
 
 Every variant differs from the base in one thing. Its learning rate is chosen as in reproduce.py, and its scores are compared
 with the base's person by person. Stopped, it goes on where it was.
 
 Writes study.json and study.png to --out, and a line for each variant to the screen.
 """
+import argparse
 import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import eval_rfacesim as evaluation  # noqa: E402
-import faces  # noqa: E402
-import meta_train  # noqa: E402
-from support.common import run_script  # noqa: E402
-from support.common import save_figure, write_whole  # noqa: E402
-from reproduce import choose_rates, common_words, difference, draw_people, evaluate, model_words, options, run_folder, \
-    side_by_side, workers  # noqa: E402
+import support  # before torch: how its threads wait
+import eval_rfacesim as evaluation
+import meta_train
+from baby import faces
+from paper.reproduce import (choose_rates, common_words, difference, draw_people, evaluate, model_words, options, run_folder,
+                             side_by_side, workers)
+from support.common import run_script, save_figure, write_whole
 
 FULL = dict(meta=(50, 200, 800), iters=1500, people=12, choose=4, rates=(4.2e-4, 6e-4, 8.5e-4, 1.2e-3),
             rates_photos=(1.2e-3, 2.4e-3, 4.8e-3))
@@ -56,7 +56,7 @@ def variants(size) -> list[Variant]:
         [Variant("photos", str(count), usual, photos=count, rates=size.rates_photos) for count in (2, 5)]
 
 
-def measure(variant: Variant, size, run: Path, args) -> tuple[float, dict]:
+def measure(variant: Variant, size, run: Path, args: argparse.Namespace) -> tuple[float, dict]:
     """Its LoMD, made once for all variants with the same one, its learning rate and its scores."""
     data, folder = run / f"meta{variant.people}", run / "lomds" / "_".join(map(str, (variant.people, *variant.words)))
     lomd, bucket = folder / "lomd.safetensors", min(50, variant.people)
@@ -87,7 +87,7 @@ def draw_study(rows: list[dict], path: Path):
     save_figure(figure, path)
 
 
-def study(argv=None):
+def study(argv: list[str] | None = None) -> None:
     parser = options("study.py", "What the paper leaves open: stage 1 with other ranks, warm-ups and numbers of people, stage 2 with more photos.",
                      "4 people, LoMDs of 100 iterations, one learning rate")
     args = parser.parse_args(argv)

@@ -1,9 +1,9 @@
 """The paper's comparison in miniature: does a meta-learned LoMD beat a plain LoRA on people never seen?
 
-    python baby/reproduce.py --subset                 # minutes: 8 people, rank 1, two learning rates, one seed of each kind
-    python baby/reproduce.py                          # hours: 48 people, 3 seeds of noise, 2 of training; then 12, ranks 1 to 16
+    python -m paper.reproduce --subset                 # minutes: 8 people, rank 1, two learning rates, one seed of each kind
+    python -m paper.reproduce                          # hours: 48 people, 3 seeds of noise, 2 of training; then 12, ranks 1 to 16
 
-Stages, each by eval_rfacesim.py, each going on where it was stopped:
+Stages, each by paper/compare.py, each going on where it was stopped:
   people    48 TEST identities and 8 CHOOSE identities, 6 photos of each, in every one of which MTCNN finds a face
   rates     every method at several learning rates on the CHOOSE people                     -> run/rates, rates.json, rates.png
   main      every method at rank 1 and its own number of iterations: all seeds of noise, for each seed of training
@@ -18,6 +18,7 @@ ceiling.
 
 Source: "Meta-LoRA" (Topal et al. 2025), section 4 and appendices D, F and I.
 """
+import argparse
 import concurrent.futures
 import functools
 import itertools
@@ -25,20 +26,22 @@ import json
 import multiprocessing
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import support  # before torch: how its threads wait
 import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import eval_rfacesim as evaluation  # noqa: E402
-import faces  # noqa: E402
-from support import photos  # noqa: E402
-from support.common import JsonFile, Parser, pick_device, positive, run_script  # noqa: E402
-from support.common import save_figure, write_whole  # noqa: E402
+import eval_rfacesim as evaluation
+from baby import faces
+from paper import compare
+from paper.report import METHODS as NAMES, figures, sheets
+from support import photos
+from support.common import JsonFile, Parser, pick_device, positive, run_script, save_figure, save_png, write_whole
 
 METHODS = ("lora", "lora-crops", "random-lomd", "meta-lora")
 OFFSETS = ((-8, -8), (0, 10), (11, -8), (9, 9))            # of a method's labels in rates.png, points
@@ -66,10 +69,10 @@ def draw_people(judges, folder: Path, first: int, count: int, photos: int):
                 image = Image.fromarray(faces.sample(seed, 1000 * i + index, SIDE, SIDE, **options)[0])
                 index += 1
                 if judges.crop(image) is not None:
-                    evaluation.save_png(image, path, {})
+                    save_png(image, path)
 
 
-def workers(args) -> concurrent.futures.Executor | None:
+def workers(args: argparse.Namespace) -> concurrent.futures.Executor | None:
     """args.jobs processes for `evaluate`, by itself one for each core of a CPU; None where this one does all."""
     jobs = args.jobs or (min(8, os.cpu_count()) if pick_device(args.device).type == "cpu" else 1)
     context = multiprocessing.get_context("spawn")         # a fork of a process whose libraries have threads may wait for ever
@@ -82,14 +85,14 @@ def set_up(threads: int):
     sys.stdout = sys.stderr = open(os.devnull, "w")
 
 
-def work(function, *args):
+def work(function: Callable, *args) -> None:
     try:
         function(*args)
     except KeyboardInterrupt:                              # its work is saved; a pool would give it the next call
         os._exit(130)
 
 
-def side_by_side(pool, calls: list[tuple], name: str):
+def side_by_side(pool: concurrent.futures.Executor, calls: list[tuple], name: str) -> None:
     """Calls (function, *arguments) in the workers of `pool`; what they find they leave in files."""
     with tqdm(total=len(calls), desc=name, disable=None, leave=False) as bar:
         futures = [pool.submit(work, *call) for call in calls]
@@ -102,18 +105,18 @@ def side_by_side(pool, calls: list[tuple], name: str):
             raise
 
 
-def evaluate(pool, out: Path, methods, ranks, *words) -> dict:
-    """eval_rfacesim.py with these words -> its scores.json. Its own table is not shown. With a pool each method at each rank is
+def evaluate(pool: concurrent.futures.Executor | None, out: Path, methods: list[str], ranks: list[int], *words) -> dict:
+    """paper/compare.py with these words -> its scores.json. Its own table is not shown. With a pool each method at each rank is
     a call of its own, and one more puts together what they leave in `out`."""
     call = lambda methods, ranks: [str(word) for word in (*words, "--out", out, "--methods", *methods, "--ranks", *ranks)]
     if pool:                                               # without a LoRA there is no rank
         calls = [call([m], [r]) for m, r in itertools.product(methods, ranks) if m != "none" or r == ranks[0]]
-        side_by_side(pool, [(evaluation.evaluate, words, True) for words in calls], f"methods of {out.name}")
-    evaluation.evaluate(call(methods, ranks), quiet=True)
+        side_by_side(pool, [(compare.compare, words, True) for words in calls], f"methods of {out.name}")
+    compare.compare(call(methods, ranks), quiet=True)
     return JsonFile(out / "scores.json")
 
 
-def choose_rates(pool, common: list, data: Path, run: Path, rates: dict[str, tuple]) -> dict[str, float]:
+def choose_rates(pool: concurrent.futures.Executor | None, common: list, data: Path, run: Path, rates: dict[str, tuple]) -> dict[str, float]:
     """The learning rate of each method, of those in `rates`, by people of their own; what was seen goes to rates.json."""
     tried = {}
     for rate in sorted({rate for own in rates.values() for rate in own}):
@@ -136,7 +139,7 @@ def draw_rates(tried: dict, chosen: dict, floor: float, path: Path):
     axes = figure.subplots()
     for method, by_rate in tried.items():
         places = [(100 * own["clip_t"], 100 * own["r_facesim"]) for own in by_rate.values()]
-        (line,) = axes.plot(*zip(*places), marker="o", markersize=4, label=evaluation.METHODS[method])
+        (line,) = axes.plot(*zip(*places), marker="o", markersize=4, label=NAMES[method])
         axes.plot(*places[[*map(float, by_rate)].index(chosen[method])], marker="o", markersize=10, fillstyle="none", color=line.get_color())
         for rate, place in zip(by_rate, places):
             axes.annotate(f"{1e4 * float(rate):g}", place, textcoords="offset points", color=line.get_color(), fontsize=8,
@@ -157,7 +160,7 @@ def together(people: list, runs: dict[int, dict]) -> tuple[list, dict[str, list[
         for method, own in methods.items():
             rows.setdefault(method, []).extend(row | {"identity": f"{row['identity']} seed {seed}"} for row in own)
     order = lambda setting: (("none", *METHODS).index(setting.method), setting.rank, setting.iterations)
-    return persons, {label: rows[label] for label in sorted(rows, key=lambda label: order(evaluation.Setting.read(label)))}
+    return persons, {label: rows[label] for label in sorted(rows, key=lambda label: order(compare.Setting.read(label)))}
 
 
 def difference(rows: dict, people: list, one: str, other: str, metric: str) -> dict:
@@ -185,11 +188,11 @@ def options(prog: str, description: str, subset: str) -> Parser:
     return parser
 
 
-def run_folder(args, name: str) -> Path:
-    return args.run or Path(__file__).parent / "run" / (f"{name}-subset" if args.subset else name)
+def run_folder(args: argparse.Namespace, name: str) -> Path:
+    return args.run or Path(__file__).resolve().parents[1] / "baby" / "run" / (f"{name}-subset" if args.subset else name)
 
 
-def reproduce(argv=None):
+def reproduce(argv: list[str] | None = None) -> None:
     parser = options("reproduce.py", "LoRA, LoRA + crops and Meta-LoRA on people never seen.",
                      "8 people, rank 1, two learning rates, one seed of noise and of training")
     parser.add_argument("--lomd", type=Path, help="weights of stage 1 (default: the model's own)")
@@ -223,12 +226,12 @@ def reproduce(argv=None):
         report(args, run / "sweep people", run / "sweep", out / "sweep", rates, {0: rows_of(scores)}, judges)
 
 
-def model_words(args) -> list:
+def model_words(args: argparse.Namespace) -> list:
     return ["--model", args.model, *(["--device", args.device] if args.device else [])]
 
 
-def common_words(args) -> list:
-    """What all calls of eval_rfacesim.py here have in common."""
+def common_words(args: argparse.Namespace) -> list:
+    """What all calls of paper/compare.py here have in common."""
     return [*model_words(args), "--steps", STEPS, "--guidance", GUIDANCE, "--no-face-as-zero"]
 
 
@@ -245,16 +248,16 @@ def compared(labels: list[str]) -> list[tuple[str, str]]:
     there; and at the same number."""
     pairs = []
     for label in labels:
-        method, rank, iterations = evaluation.Setting.read(label)
+        method, rank, iterations = compare.Setting.read(label)
         if method == "meta-lora":
             for other in METHODS[:-1]:
-                own = iterations == evaluation.iterations_of(method, None)[0]
-                at = dict.fromkeys([*(evaluation.iterations_of(other, None) if own else []), iterations])
-                pairs += [(label, name) for i in at if (name := evaluation.Setting(other, rank, i).label) in labels]
+                own = iterations == compare.iterations_of(method, None)[0]
+                at = dict.fromkeys([*(compare.iterations_of(other, None) if own else []), iterations])
+                pairs += [(label, name) for i in at if (name := compare.Setting(other, rank, i).label) in labels]
     return pairs
 
 
-def report(args, data: Path, run: Path, out: Path, rates: dict, runs: dict, judges):
+def report(args: argparse.Namespace, data: Path, run: Path, out: Path, rates: dict, runs: dict, judges: evaluation.Judges) -> None:
     """All seeds of training together, and the differences that the paper is about, with their standard errors; the pictures
     are those of `run`."""
     people = evaluation.read_people([data])
@@ -267,9 +270,11 @@ def report(args, data: Path, run: Path, out: Path, rates: dict, runs: dict, judg
             for one, other in compared(list(rows))}
     moves = spread(pictures)
     settings = {"learning rates": rates, "seeds of training": len(runs), "Euler steps": STEPS, "differences": gaps, "spread": moves}
-    evaluation.report(SimpleNamespace(out=out, images=None, model=args.model, reference="first",
-                                      no_face_as_zero=True, paper=False, settings=settings),
-                      persons, pictures, rows, {p.name: real[name] for p in persons for name in [p.name.split()[0]]}, judges, [], people)
+    methods, quoted = evaluation.report(out, persons, rows, {p.name: real[name] for p in persons for name in [p.name.split()[0]]},
+                                        judges, [], True, False, Path(args.model).name, settings, compare.describe)
+    figures(methods, quoted, out)
+    sheets(pictures, people, out, compare.describe)
+    print((out / "tables.md").read_text())
     for names, gap in gaps.items():
         print(f"{names}: " + ", ".join(f"{metric} {100 * own['mean']:+.2f} ({100 * own['error']:.2f})" for metric, own in gap.items())
               + f", n = {gap['clip_t']['identities']}")

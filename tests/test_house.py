@@ -1,0 +1,104 @@
+"""The house: which file may import which, that an import does nothing, and how long a file, a function, a line may be."""
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = {"meta_train", "personalize", "sample", "eval_rfacesim"}
+# lines; to come down to 560, 220, 350, 250, 180, 350
+REACHED = {"flux_model": 565, "metalora": 245, "meta_train": 640, "personalize": 280, "sample": 215, "eval_rfacesim": 600}
+FOLDERS = {"support", "paper", "baby", "bench"}
+FILES = sorted(path.relative_to(ROOT) for path in (*ROOT.glob("*.py"), *(p for f in FOLDERS for p in (ROOT / f).glob("*.py"))))
+BABY = {path.stem for path in FILES if path.parts[0] == "baby"}
+OURS = FOLDERS | SCRIPTS | BABY | {"flux_model", "metalora"}
+# who may be imported by whom: flux_model <- support <- metalora <- the scripts <- paper, baby, bench
+MAY = {"flux_model": set(), "support": {"flux_model", "support"}, "metalora": {"flux_model", "support"}}
+MAY |= {script: {"flux_model", "support", "metalora"} for script in SCRIPTS}
+MAY |= {folder: {"flux_model", "support", "metalora", folder} | SCRIPTS for folder in ("paper", "bench")}
+MAY["baby"] = {"flux_model", "support", "metalora"} | SCRIPTS | BABY
+MAY["paper"] |= {"faces", "baby"}                                                 # the people of its miniature
+
+
+def imports(path: Path) -> set[str]:
+    """First words of what a file imports of ours, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse((ROOT / path).read_text("utf-8"))):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else \
+            [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        found |= {name.split(".")[0] for name in names}
+    return found & OURS
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_arrows_run_one_way(path):
+    room = path.parts[0] if len(path.parts) > 1 else path.stem
+    assert imports(path) <= MAY[room], f"{path} imports {sorted(imports(path) - MAY[room])}"
+
+
+def test_every_file_is_of_the_house():
+    assert {path.stem for path in FILES if len(path.parts) == 1} == set(REACHED)
+    assert {path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith((".", "_"))} >= {
+        "support", "paper", "baby", "bench", "docs", "tests"}
+
+
+IMPORT_ALL = """
+import builtins, importlib.util, os, socket, sys
+sys.path[:0] = [{root!r}, {root!r} + "/baby"]
+import torch, transformers, facenet_pytorch, matplotlib.figure, cv2                   # what others do is not ours
+def no(what):
+    def refuse(*args, **options):
+        raise AssertionError(f"importing {{name}} {{what}} {{args[:1]}}")
+    return refuse
+real = builtins.open
+builtins.open = lambda file, mode="r", *a, **k: real(file, mode, *a, **k) if not set("wax+") & set(mode) else no("opens")(file)
+os.mkdir, os.makedirs, socket.socket.connect, torch.cuda._lazy_init = map(no, ("makes", "makes", "connects to", "asks the card"))
+sys.dont_write_bytecode = True
+for name in {files!r}:
+    spec = importlib.util.spec_from_file_location("imported_" + name.replace("/", "_")[:-3], {root!r} + "/" + name)
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+assert not torch.cuda.is_initialized()
+"""
+
+
+def test_importing_does_nothing(tmp_path):
+    """No download, no CUDA call, no file, no folder."""
+    code = IMPORT_ALL.format(root=str(ROOT), files=[path.as_posix() for path in FILES if path.name != "__init__.py"])
+    child = subprocess.run([sys.executable, "-B", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert child.returncode == 0 and not child.stdout, child.stderr[-2000:]
+    assert not list(tmp_path.iterdir())
+
+
+def test_support_comes_before_torch():
+    """How threads wait is read when torch is loaded: every script imports support first."""
+    for path in FILES:
+        tree = ast.parse((ROOT / path).read_text("utf-8"))
+        if any(isinstance(node, ast.If) and "__main__" in ast.dump(node.test) for node in tree.body):
+            heavy = [a.name.split(".")[0] for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))
+                     for a in (node.names if isinstance(node, ast.Import) else [ast.alias(node.module or "")])]
+            first = next((name for name in heavy if name in OURS | {"torch", "transformers", "safetensors"}), "support")
+            assert first == "support", f"{path} imports {first} before support"
+
+
+def test_sizes():
+    """The six files stay within what they have reached, and shrink towards their budgets; functions and lines stay short."""
+    text = {path: (ROOT / path).read_text("utf-8").splitlines() for path in FILES if path.parts[0] != "baby"}
+    for name, most in REACHED.items():
+        assert len(text[Path(f"{name}.py")]) <= most, f"{name}.py has {len(text[Path(f'{name}.py')])} lines of {most}"
+    narrow = [path for path in text if path.parts[0] == "support" or path.stem in ("flux_model", "metalora", "personalize", "sample")]
+    wide = [f"{path}:{i}" for path in narrow for i, line in enumerate(text[path], 1) if len(line) > 110]
+    assert not wide, wide
+    long = [f"{path}: {node.name}" for path, lines in text.items() for node in ast.walk(ast.parse("\n".join(lines)))
+            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 100]
+    assert not long, long
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.parts[0] != "baby"], ids=str)
+def test_public_functions_have_types(path):
+    for node in ast.parse((ROOT / path).read_text("utf-8")).body:
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            arguments = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+            bare = [a.arg for a in arguments if a.annotation is None and a.arg not in ("device", "add", "axes", "size", "judges")]
+            assert not bare, f"{node.name}: {bare}"
