@@ -4,9 +4,10 @@
     python meta_train.py --data faces/ --model baby               # the same on a laptop
     torchrun --nproc-per-node 8 meta_train.py --data buckets/     # each GPU its own share of the people
 
-buckets/<bucket>/<person>/<pictures, captions beside them as .txt>; a flat faces/<person>/ is cut into buckets.
-The same command goes on where the last one ended, however it ended: the run's state is its checkpoints and
-the bank of people in --run, and every random number depends on the seed and on where the run is, nothing else.
+buckets/<bucket>/<person>/<pictures, captions beside them as .txt>; a flat faces/<person>/ is cut into
+buckets. The same command goes on where the last one ended, however it ended: the run's state is its
+checkpoints and the bank of people in --run, and every random number depends on the seed and on where the run
+is, nothing else.
 
 Source: Meta-LoRA, Algorithm 1, and the settings of its trainer, ai-toolkit.
 Deviations: the last visit ends at --iters, where the algorithm as printed would finish its pass over the
@@ -22,14 +23,12 @@ import os
 import shutil
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
 import support  # before torch: how its threads wait
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -40,20 +39,19 @@ from metalora import IdentityBank, MetaLoRA, random_lomd
 from support import photos
 from support.checkpoints import (add_speed_options, find_targets, flux_fingerprint, load_autoencoder, model_defaults,
                                  open_flux, take_model)
-from support.common import (Interruption, JsonFile, Parser, check_training, check_writable, free, pick_device, positive,
-                            run_script, save_figure, save_png, whole, write_whole)
+from support.common import (Interruption, JsonFile, Parser, check_training, check_writable, free, positive,
+                            run_script, save_png, whole, write_whole)
 from support.lora_files import save_lomd
 from support.people import Buckets, Cache, DiskBank, data_fingerprint, make_buckets, read_people
+from support.runs import Group, Log, peak_memory, plot
 from support.speed import plan_recompute, recompute_blocks
 
 try:
     import fcntl
-    import resource
-except ImportError:                              # Windows: no lock, and no peak memory without a GPU
-    fcntl = resource = None
+except ImportError:                              # Windows: no lock
+    fcntl = None
 
 USES = 10                 # of each picture in one visit of its bucket
-T_BINS = 10
 ROWS, ORDER, DRAW = 1, 2, 3                                       # what a stream of random numbers is for
 
 
@@ -110,39 +108,6 @@ def draw_order(shapes: list[list], count: int, batch_size: int,
 # The run
 
 
-class Group:
-    """The processes that torchrun started; one alone without it. Counts the bytes that it sends."""
-    def __init__(self, device_name):
-        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if self.size > 1 and device_name is None and torch.cuda.is_available():
-            device_name = f"cuda:{os.environ['LOCAL_RANK']}"
-        self.device = pick_device(device_name)
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
-        self.sent = 0
-        if self.size > 1:
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(hours=2))    # a bucket may take long to encode
-
-    def sum(self, tensor):
-        """The sum over all processes, in place."""
-        if self.size > 1:
-            dist.all_reduce(tensor)
-            self.sent += tensor.numel() * tensor.element_size()
-        return tensor
-
-    def gather(self, thing):
-        """Python objects of all processes."""
-        things = [thing] * self.size
-        if self.size > 1:
-            dist.all_gather_object(things, thing)
-        return things
-
-    def close(self):
-        if self.size > 1 and dist.is_initialized():
-            dist.destroy_process_group()
-
-
 class Run:
     """One process's part of a run: its people's rows, LoMD, where it is, and how to get there again."""
     def __init__(self, args, buckets, group, shards=None, num_shards=None):
@@ -153,7 +118,7 @@ class Run:
         self.folder = args.run / f"rank{group.rank}"
         self.cache = Cache(args.cache or args.run / "cache", args.folder, group.device, args.dtype, args.resolution)
         self.bucket_names, self.members, first = list(buckets), [], 0
-        for members in buckets.values():         # of each bucket: [(person, pictures)] by shard; numbers over all
+        for members in buckets.values():     # of each bucket: [(person, pictures)] by shard; numbers over all
             listed = [(first + i, person, pictures) for i, (person, pictures) in enumerate(members.items())]
             self.members.append([listed[s::self.num_shards] for s in self.shards])
             first += len(listed)
@@ -167,9 +132,10 @@ class Run:
         self.iteration, self.open, self.disk = 0, None, None
 
     def load(self):
-        """The model with its adapter, and the bank on disk; then the newest checkpoint, where there is one."""
+        """The model with its adapter, and the bank on disk; then the newest checkpoint, where there is
+        one."""
         args = self.args
-        tokens, text = max(args.resolution) ** 2 // 256, 512                           # at most: schnell has 256 of text
+        tokens, text = max(args.resolution) ** 2 // 256, 512                # at most: schnell has 256 of text
         flux = open_flux(args, self.group.device, args.iters, tokens + text, training=True)
         slots = args.batch_size * len(self.shards)
         self.adapter = MetaLoRA(flux, args.r2, lomd=random_lomd(find_targets(flux), args.r1, args.seed),
@@ -195,8 +161,8 @@ class Run:
         return sorted(found)
 
     def save(self):
-        """Everything that is not on disk yet. Two are kept; of several processes also the last from before LoMD's
-        latest step, since another process may not have saved after it."""
+        """Everything that is not on disk yet. Two are kept; of several processes also the last from before
+        LoMD's latest step, since another process may not have saved after it."""
         banks = {"lomd": self.adapter.shared, "rows": self.adapter.bank}
         tensors = {f"{name}.{part}": getattr(bank, part).cpu() for name, bank in banks.items() for part in bank.PARTS}
         if self.disk:
@@ -214,8 +180,8 @@ class Run:
                 checkpoint[2].unlink()
 
     def resume(self):
-        """Finds the newest state that all processes have: during a warm-up they need not be at the same iteration,
-        but LoMD must have made the same steps."""
+        """Finds the newest state that all processes have: during a warm-up they need not be at the same
+        iteration, but LoMD must have made the same steps."""
         readable = {}
         for iteration, steps, path in self.checkpoints():
             try:
@@ -229,7 +195,8 @@ class Run:
             path = readable[max(common)]
             self.iteration = int(path.stem.split("-")[0])
             with safe_open(path, "pt", device=str(self.group.device)) as file:
-                # clone: on a CPU the bits of a matmul depend on how its operands lie in memory, and a file's lie oddly
+                # clone: on a CPU the bits of a matmul depend on how its operands lie in memory, and a file's
+                # lie oddly
                 self.adapter.shared, self.adapter.bank = (
                     IdentityBank(*(file.get_tensor(f"{bank}.{part}").clone() for part in IdentityBank.PARTS))
                     for bank in ("lomd", "rows"))
@@ -250,7 +217,8 @@ class Run:
         return pictures, [self.args.prompt] + [p.caption for p in pictures if p.caption is not None]
 
     def open_bucket(self, visit):
-        """Latents, text and order of a visit; and its rows, from the bank, unless a checkpoint has brought them."""
+        """Latents, text and order of a visit; and its rows, from the bank, unless a checkpoint has brought
+        them."""
         pictures, captions = self.pictures_and_texts(visit)
         self.cache.fill(pictures, captions, self.interruption.raise_if_asked, show=self.group.rank == 0)
         free(self.group.device)
@@ -286,8 +254,8 @@ class Run:
         self.adapter.bank = bank
 
     def close_bucket(self):
-        """Rows back to the bank. The checkpoint before it holds them too, so that a kill while they are written
-        does no harm."""
+        """Rows back to the bank. The checkpoint before it holds them too, so that a kill while they are
+        written does no harm."""
         if self.disk:
             if self.open == len(self.visits) - 1:
                 self.group.gather(None)          # --iters may end in a warm-up, and others still be in the visit before
@@ -303,7 +271,7 @@ class Run:
         for shard, views, order in zip(self.shards, self.views, self.order):
             rng = generator(self.args.seed, DRAW, self.iteration, shard)
             chosen = [(*views[picture][:3], views[picture][3][view]) for picture, view in order[offset]]
-            posterior = torch.stack([latents for *_, latents in chosen]).float()             # (b, 2, 16, h, w)
+            posterior = torch.stack([latents for *_, latents in chosen]).float()            # (b, 2, 16, h, w)
             shape = posterior[:, 0].shape
             latent = posterior[:, 0] + posterior[:, 1] * torch.randn(shape, generator=rng)
             texts = [self.texts[self.args.prompt if picture.caption is None else picture.caption]
@@ -315,8 +283,8 @@ class Run:
         return who, [torch.cat(parts).to(self.group.device) for parts in zip(*columns)]
 
     def step(self, visit):
-        """One iteration -> (losses (B,), times (B,), gradient norms of the rows (n,), of LoMD). FloatingPointError
-        names iteration, people and pictures, and then nothing has changed."""
+        """One iteration -> (losses (B,), times (B,), gradient norms of the rows (n,), of LoMD).
+        FloatingPointError names iteration, people and pictures, and then nothing has changed."""
         who, (ids, latent, noise, t, txt, y) = self.draw(self.iteration - visit.start)
         adapter = self.adapter
         adapter.train_lomd = self.iteration >= visit.joint
@@ -340,12 +308,14 @@ class Run:
         return self.group.sum(gradient) / (self.args.batch_size * self.num_shards)
 
     def stop_asked(self, joint):
-        """Ctrl-C of any process, where they wait for each other anyway; in a warm-up each looks after itself."""
+        """Ctrl-C of any process, where they wait for each other anyway; in a warm-up each looks after
+        itself."""
         asked = torch.tensor([float(self.interruption.asked is not None)], device=self.group.device)
         return bool(self.group.sum(asked) if joint else asked)
 
     def train(self):
-        """From where the run is to its end. KeyboardInterrupt and FloatingPointError leave a checkpoint behind."""
+        """From where the run is to its end. KeyboardInterrupt and FloatingPointError leave a checkpoint
+        behind."""
         with self.interruption:
             self.loop()
 
@@ -419,71 +389,6 @@ class Run:
         save_png(sheet, path)
 
 
-def peak_memory(device: torch.device) -> float:
-    """GB: of the GPU, else of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    if resource is None:
-        return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Something to look at
-
-
-class Log:
-    """Lines of JSON, each the mean over the iterations since the last, of one phase. A resumed run first drops the
-    lines from after its checkpoint."""
-    def __init__(self, path, iteration):
-        lines = path.read_text().splitlines() if path.exists() else []
-        whole = [line for line in lines if line.endswith("}")]                # a kill may tear the last
-        kept = [line for line in whole if json.loads(line)["iteration"] <= iteration]
-        self.smooth = json.loads(kept[-1])["loss"] if kept else None
-        write_whole(path, "".join(line + "\n" for line in kept).encode())
-        self.path, self.entries = path, []
-
-    def add(self, iteration, joint, bucket, losses, t, norms, lomd_norm, seconds, sent, memory):
-        loss = sum(losses) / len(losses)
-        self.smooth = loss if self.smooth is None else 0.98 * self.smooth + 0.02 * loss
-        self.entries.append((iteration, joint, bucket, losses, t, norms, lomd_norm, seconds, sent, memory))
-
-    def write(self):
-        iterations, joint, buckets, losses, t, norms, lomd_norms, seconds, sent, memory = zip(*self.entries)
-        losses, t, norms = (np.concatenate(values) for values in (losses, t, norms))
-        bins = np.minimum((t * T_BINS).astype(int), T_BINS - 1)
-        line = {"iteration": iterations[-1], "phase": "joint" if joint[-1] else "warm-up", "bucket": buckets[-1],
-                "loss": losses.mean(),
-                "loss_by_t": [losses[bins == b].mean() if (bins == b).any() else None for b in range(T_BINS)],
-                "gradient_rows": norms.mean(), "gradient_lomd": np.mean(lomd_norms), "seconds": np.mean(seconds),
-                "bytes_sent": int(np.mean(sent)), "peak_gb": memory[-1]}
-        rounded = json.loads(json.dumps(line, default=float), parse_float=lambda text: float(f"{float(text):.5g}"))
-        with open(self.path, "a") as file:
-            file.write(json.dumps(rounded) + "\n")
-        self.entries = []
-
-
-def plot(log: Path, path: Path) -> None:
-    """loss.png: the loss of both phases over the run, and by time, early and late."""
-    from matplotlib.figure import Figure
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    over, by_t = figure.subplots(1, 2)
-    for phase in ("warm-up", "joint"):
-        if some := [line for line in lines if line["phase"] == phase]:
-            over.plot([line["iteration"] for line in some], [line["loss"] for line in some], ".", markersize=3, label=phase)
-    over.set(xlabel="iteration", ylabel="loss", title="loss by phase")
-    over.legend()
-    centres = (np.arange(T_BINS) + 0.5) / T_BINS
-    for part, some in (("first fifth", lines[:max(1, len(lines) // 5)]), ("last fifth", lines[-max(1, len(lines) // 5):])):
-        values = np.array([line["loss_by_t"] for line in some], float)                   # None becomes nan
-        seen = ~np.isnan(values).all(axis=0)
-        by_t.plot(centres[seen], np.nanmean(values[:, seen], axis=0), "o-", label=part)
-    by_t.set(xlabel="t (1 is noise)", title="loss by time")
-    by_t.legend()
-    save_figure(figure, path)
-
-
 # ----------------------------------------------------------------------------------------------------------
 # The command
 
@@ -533,7 +438,7 @@ def check(args: argparse.Namespace, group: Group) -> None:
     for path, what in ((args.run, "--run"), (args.cache or args.run, "--cache")):
         if path.exists() and not path.is_dir():
             raise ValueError(f"{what} is not a folder: {path}")
-        if path.resolve().is_relative_to(args.data.resolve()):   # a later command would take it for a person's
+        if path.resolve().is_relative_to(args.data.resolve()):  # a later command would take it for a person's
             raise ValueError(f"{what} {path} lies within --data {args.data}; name a folder outside of it")
     check_training(args)
     if args.warmup is not None and not 0 <= args.warmup < 1:
@@ -549,7 +454,8 @@ def check(args: argparse.Namespace, group: Group) -> None:
 
 
 def read_data(args: argparse.Namespace, group: Group) -> tuple[Buckets, dict]:
-    """Buckets of the checked folder. ValueError, one line for each thing that is wrong; of --skip-bad notes."""
+    """Buckets of the checked folder. ValueError, one line for each thing that is wrong; of --skip-bad
+    notes."""
     listing = args.run / "pictures.json"
     known = JsonFile(listing) if listing.exists() else {}
     people, problems = read_people(args.data, max(map(Cache.step, args.resolution)), known, group.rank == 0)
@@ -570,7 +476,8 @@ def read_data(args: argparse.Namespace, group: Group) -> tuple[Buckets, dict]:
 
 
 def check_settings(args: argparse.Namespace, buckets: Buckets, group: Group) -> None:
-    """What makes a run this run: written by the first command, and ValueError for a later one that differs."""
+    """What makes a run this run: written by the first command, and ValueError for a later one that
+    differs."""
     args.settings = {
         "model": flux_fingerprint(args.folder),
         "data (pictures, captions, buckets)": data_fingerprint(buckets), "dtype": str(args.dtype) + " fp8" * args.fp8,
@@ -584,7 +491,7 @@ def check_settings(args: argparse.Namespace, buckets: Buckets, group: Group) -> 
         if changed:
             raise ValueError(f"{args.run} is another run: {', '.join(changed)}; go on with its settings, or name a new --run")
     elif args.run.exists() and any(not p.name.startswith(("pictures.json", "settings.json", "lock", "cache"))
-                                   and p != args.cache for p in args.run.iterdir()):    # those, if killed early
+                                   and p != args.cache for p in args.run.iterdir()):  # those, if killed early
         raise ValueError(f"--run {args.run} holds other files: name a new folder")
 
 
@@ -600,7 +507,7 @@ def meta_train(argv: list[str] | None = None) -> None:
         if args.deterministic:
             os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
             torch.use_deterministic_algorithms(True)
-        group.gather(None)                                       # nothing is written before all have found it sound
+        group.gather(None)                                 # nothing is written before all have found it sound
         if group.rank == 0:
             args.run.mkdir(parents=True, exist_ok=True)
             write_whole(args.run / "pictures.json", json.dumps(known).encode())
@@ -632,7 +539,8 @@ def meta_train(argv: list[str] | None = None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 done, 1 training diverged or memory ran out, 2 bad input, 130 Ctrl-C; work saved in each case."""
+    """Exit code: 0 done, 1 training diverged or memory ran out, 2 bad input, 130 Ctrl-C; work saved in each
+    case."""
     return run_script("meta_train.py", meta_train, argv)
 
 
