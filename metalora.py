@@ -73,8 +73,7 @@ class AdaptedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.C is None:
             return self.base(x)
-        mask = self.mask if self.mask is None else self.mask[:, :self.columns]
-        mask = mask[:, None] if mask is not None and x.dim() == 3 else mask
+        mask = self.mask if self.mask is None or x.dim() == 2 else self.mask[:, None]
         if self.S is not None and x.dim() == 3:
             return Adapted.apply(x, self.S, self.bias, mask, self.parts, self.C, *self.U)
         y, m = self.base(x), F.linear(x, self.C) if mask is None else F.linear(x, self.C) * mask
@@ -107,7 +106,8 @@ def update(layers: list[AdaptedLinear], Cs: list[Tensor], Us: list[Tensor], mask
     """Gives each layer its C and parts of U; one call copies them into the spare places of all weights."""
     Us, places, halves = iter(Us), [], []
     for layer, layer.C in zip(layers, Cs):
-        layer.U, layer.mask = [next(Us) for _ in layer.parts], mask
+        layer.U = [next(Us) for _ in layer.parts]
+        layer.mask = mask if mask is None else mask[:, :layer.columns]
         if layer.S is not None and layer.wide_input:
             places += [layer.S[:, layer.base.in_features:][part] for part in layer.parts]
         elif layer.S is not None:
@@ -168,8 +168,7 @@ class MetaLoRA:
                  num_identities: int = 1, seed: int = 0, slots: int = 1):
         self.flux, self.rank, self.slots, self.train_lomd = flux, rank, slots, False
         self.found, self.device = find_targets(flux), next(flux.parameters()).device
-        # targets of one width lie together: C of all of them is one batched product
-        self.targets = sorted(self.found, key=lambda t: t.d_in)
+        self.targets = sorted(self.found, key=lambda t: t.d_in)     # C of one width is one batched product
         self.layers = adapt(flux, self.targets, [slots * rank] * len(self.targets))
         self.widths = Counter(t.d_in for t in self.targets)
         self.r1 = len(next(iter(lomd.values()))) if lomd else None
@@ -180,8 +179,8 @@ class MetaLoRA:
         if lomd:                                         # a bank of one row, trained by the same code
             flat = torch.cat([lomd[t.path].flatten().float() for t in self.targets])
             self.shared = IdentityBank(flat[None].to(self.device))
-        generator = torch.Generator().manual_seed(seed)
-        rows = [self.new_row(generator) for _ in range(num_identities)] or [torch.zeros(0, self.size)]
+        draws = torch.Generator().manual_seed(seed)
+        rows = [self.new_row(draws) for _ in range(num_identities)] or [torch.zeros(0, self.size)]
         self.bank = IdentityBank(torch.stack(rows).to(self.device))
 
     def new_row(self, generator: torch.Generator) -> Tensor:
@@ -196,8 +195,7 @@ class MetaLoRA:
         n, dtype, lomd, Cs = len(self.present), self.layers[0].dtype, [None] * len(self.widths), []
         if n > self.slots:
             raise ValueError(f"the batch holds {n} identities, the adapter has room for {self.slots}")
-        rows = [self.bank.weight[i] for i in self.present.tolist()]
-        self.rows = torch.stack(rows).requires_grad_()                                                # (n, P)
+        self.rows = torch.stack([self.bank.weight[i] for i in self.present.tolist()]).requires_grad_()
         *downs, ups = views(F.pad(self.rows, (0, 0, 0, self.slots - n)), self.shapes)
         if self.r1:
             self.flat = self.shared.weight[0].detach().requires_grad_(self.train_lomd)
