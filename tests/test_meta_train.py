@@ -48,7 +48,7 @@ DATA = "data (pictures, captions, buckets)"
 def remembered():
     """The text encoders are slow to load, and answer the same each time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoints, "load_text_encoders", functools.cache(checkpoints.load_text_encoders))
+        patch.setattr(support.people, "load_text_encoders", functools.cache(checkpoints.load_text_encoders))
         yield
 
 
@@ -579,12 +579,12 @@ def test_nothing_is_encoded_twice(filled, monkeypatch):
     lost = cache.latent_path(pictures[2], (80, 48))
     lost.unlink()
     assert cache.missing(pictures, []) == ([pictures[2]], [])
-    monkeypatch.setattr(checkpoints, "load_text_encoders", lambda *_: pytest.fail("text was encoded again"))
+    monkeypatch.setattr(support.people, "load_text_encoders", lambda *_: pytest.fail("text was encoded again"))
     others = [p for p in cache.folder.iterdir() if pictures[2].digest[:32] not in p.name]
     before = {p: p.stat().st_mtime_ns for p in others}
     cache.fill(pictures, ["a man", "a woman"], show=False)
     assert lost.exists() and all(p.stat().st_mtime_ns == then for p, then in before.items())
-    monkeypatch.setattr(checkpoints, "load_autoencoder", lambda *_: pytest.fail("a picture was encoded again"))
+    monkeypatch.setattr(support.people, "load_autoencoder", lambda *_: pytest.fail("a picture was encoded again"))
     cache.fill(pictures, ["a man", "a woman"], show=False)
     moved = [p._replace(path=Path("moved") / p.path.name) for p in pictures]       # the folder was renamed
     cache.fill(moved, ["a man"], show=False)
@@ -774,7 +774,7 @@ def test_iterations_may_be_raised_and_the_cache_shared(run, recorded):
     options = dict(data=recorded.folder / "data")
     with pytest.MonkeyPatch.context() as patch:
         for name in ("load_autoencoder", "load_text_encoders"):
-            patch.setattr(checkpoints, name, lambda *_: pytest.fail("encoded again"))
+            patch.setattr(support.people, name, lambda *_: pytest.fail("encoded again"))
         assert run(*OPTIONS, *shared, **options, iters=8)[0] == 0
         assert load_lomd("lomd.safetensors")[1]["iterations"] == "8"
         code, out, _ = run(*OPTIONS, *shared, **options, iters=24)
