@@ -265,7 +265,7 @@ def test_what_is_known_is_not_decoded_again(tmp_path, monkeypatch):
     known = {}
     first, _ = read(tmp_path, known=known)
     known = json.loads(json.dumps(known))
-    monkeypatch.setattr(photos, "read_photo", lambda path: pytest.fail("decoded"))
+    monkeypatch.setattr(support.people, "read_photo", lambda path: pytest.fail("decoded"))
     assert read(tmp_path, known=known)[0] == first
 
 
