@@ -39,7 +39,7 @@ from metalora import IdentityBank, MetaLoRA, random_lomd
 from support import photos
 from support.checkpoints import (add_speed_options, find_targets, flux_fingerprint, load_autoencoder, model_defaults,
                                  open_flux, take_model)
-from support.common import (Interruption, JsonFile, Parser, check_training, check_writable, free, positive,
+from support.common import (Interruption, JsonFile, Parser, check_out_file, check_training, check_writable, free, positive,
                             run_script, save_png, whole, write_whole)
 from support.lora_files import save_lomd
 from support.people import Buckets, Cache, DiskBank, data_fingerprint, make_buckets, read_people
@@ -142,15 +142,16 @@ class Run:
                                 num_identities=0, slots=slots)
         blocks = plan_recompute(self.adapter, tokens, text, args.batch_size) if args.recompute is None else args.recompute
         recompute_blocks(flux, blocks)
+        self.folder.mkdir(exist_ok=True)
+        for part in self.folder.glob("*.part"):  # of a process that was killed while it wrote
+            part.unlink()
         if not args.fresh_identities:
             count, size, bank = sum(map(len, self.local)), self.adapter.size, self.folder / "bank"
             needed, free = DiskBank.bytes(count, size), shutil.disk_usage(args.run).free
             if not bank.exists() and needed > free:
                 raise ValueError(f"the bank of {count} people needs {needed / 1e9:.0f} GB in {args.run}, and "
                                  f"{free / 1e9:.0f} GB are free")
-            self.folder.mkdir(exist_ok=True)
             self.disk = DiskBank(bank, count, size)
-        self.folder.mkdir(exist_ok=True)
         self.resume()
 
     # -- checkpoints: <iteration>-<steps that LoMD has made>.safetensors
@@ -429,15 +430,9 @@ def check(args: argparse.Namespace, group: Group) -> None:
     """ValueError for what can be refused before anything large is read; fills in the model's defaults."""
     if not args.data.is_dir():
         raise ValueError(f"--data: no such folder: {args.data}")
-    if args.out.suffix != ".safetensors" or args.out.is_dir():
-        raise ValueError(f"--out must be a file that ends in .safetensors, not {args.out}")
-    for path, what in ((args.out.absolute().parent, "--out"), (args.run, "--run"), (args.cache or args.run, "--cache")):
-        check_writable(path, what)
-    if not args.out.absolute().parent.is_dir():
-        raise ValueError(f"the folder of --out does not exist: {args.out.parent}")
+    check_out_file(args.out, ".safetensors")
     for path, what in ((args.run, "--run"), (args.cache or args.run, "--cache")):
-        if path.exists() and not path.is_dir():
-            raise ValueError(f"{what} is not a folder: {path}")
+        check_writable(path, what)
         if path.resolve().is_relative_to(args.data.resolve()):  # a later command would take it for a person's
             raise ValueError(f"{what} {path} lies within --data {args.data}; name a folder outside of it")
     check_training(args)

@@ -28,7 +28,7 @@ from support import photos
 from meta_train import Visit, draw_order, generator, schedule
 import support.people
 from support.people import Cache, Picture, data_fingerprint, find_people, make_buckets, read_people
-from metalora import IdentityBank, MetaLoRA, apply_loras, random_lomd
+from metalora import IdentityBank, MetaLoRA, random_lomd
 from support.lora_files import load_lomd
 from support.people import DiskBank
 from metalora import views
@@ -1068,6 +1068,13 @@ def test_foreign_and_damaged_run_folders(run, begun):
         Path("run/settings.json").write_text(content)
         assert refused(begun(), "run/settings.json", words)
         assert Path("run/settings.json").read_text() == content
+
+
+def test_what_a_killed_process_left_half_written_goes(begun):
+    """Every process names its half-written files after itself: nobody else would write over them."""
+    left = Path("run/rank0/00000012-00000003.safetensors.4711.part")
+    left.write_bytes(b"torn")
+    assert begun(iters=24)[0] == 0 and not left.exists()
 
 
 @pytest.mark.parametrize("iters", [24, 10])
