@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from flux_model import AutoEncoder, Flux, FluxConfig, denoise, get_noise
+from flux_model import AutoEncoder, Flux, denoise, get_noise
 from metalora import apply_loras
 from support.checkpoints import (add_speed_options, check_fit, find_model, flux_files, is_small,
                                  load_autoencoder, load_text_encoders, model_defaults, open_flux, pick_dtype)

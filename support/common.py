@@ -128,15 +128,6 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def number(low: float, high: float) -> Callable[[str], float]:
-    """The type of an option that takes a number of this range."""
-    def read(text: str) -> float:
-        if not low <= float(text) <= high:
-            raise argparse.ArgumentTypeError(f"must be {low:g} to {high:g}, not {text}")
-        return float(text)
-    return read
-
-
 def check_training(args: argparse.Namespace) -> None:
     """ValueError for options that neither training stage takes. None, the model's default, is fine."""
     if args.lr is not None and not 0 < args.lr < math.inf:

@@ -1,25 +1,16 @@
 """eval_rfacesim.py: the metric by hand, the judges against facenet-pytorch's own use, foreign pictures, the whole run."""
-import functools
 import json
 import math
-import os
 import shutil
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 import eval_rfacesim as ev
-import personalize
-from support import photos
-from support.checkpoints import find_model, load_autoencoder, load_flux, load_text_encoders, model_defaults
-from metalora import IdentityBank, MetaLoRA, apply_loras
-from support.lora_files import load_lomd
+from support.checkpoints import find_model
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
