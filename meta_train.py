@@ -4,390 +4,271 @@
     python meta_train.py --data faces/ --model baby               # the same on a laptop
     torchrun --nproc-per-node 8 meta_train.py --data buckets/     # each GPU its own share of the people
 
-buckets/<bucket>/<person>/<pictures, captions beside them as .txt>; a flat faces/<person>/ is cut into
-buckets. The same command goes on where the last one ended, however it ended: the run's state is its
-checkpoints and the bank of people in --run, and every random number depends on the seed and on where the run
-is, nothing else.
+buckets/<bucket>/<person>/<pictures, captions as .txt>; a flat faces/<person>/ is cut into buckets. The same
+command goes on where the last one ended, however it ended: the run's state is its checkpoints and the bank of
+people in --run. Every random number depends on the seed and on where the run is, nothing else.
 
 Source: Meta-LoRA, Algorithm 1, and the settings of its trainer, ai-toolkit.
-Deviations: the last visit ends at --iters, where the algorithm as printed would finish its pass over the
-buckets. LoMD's gradient and those of each person are clipped apart, and a person's is the mean over their own
-pictures, so that they train the same in any company; the paper's trainer clips all of them by one norm. Of
-several resolutions each use of a picture takes one at random.
+Deviations: the run ends at --iters, where the algorithm as printed goes on to the last bucket. The
+gradients of LoMD and of each person are clipped apart, and a person's is the mean over their own pictures, so
+that they train the same in any company; the paper's trainer clips all of them by one norm. Of several
+resolutions each use of a picture takes one at random.
 """
 import argparse
 import collections
 import json
 import math
 import os
-import shutil
 import sys
-import time
 from pathlib import Path
 from typing import NamedTuple
 
 import support  # before torch: how its threads wait
 import numpy as np
 import torch
-from PIL import Image, ImageOps
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from tqdm import tqdm
 
 import flux_model
-from metalora import IdentityBank, MetaLoRA, random_lomd
-from support import photos
-from support.checkpoints import (add_speed_options, find_targets, flux_fingerprint, load_autoencoder, model_defaults,
-                                 open_flux, take_model)
-from support.common import (Interruption, JsonFile, Parser, check_out_file, check_training, check_writable, free, positive,
-                            run_script, save_png, whole, write_whole)
-from support.lora_files import save_lomd
-from support.people import Buckets, Cache, DiskBank, data_fingerprint, make_buckets, read_people
-from support.runs import Group, Log, peak_memory, plot
+from metalora import IdentityBank, MetaLoRA
+from support.checkpoints import (add_speed_options, find_targets, flux_fingerprint, open_flux, take_model)
+from support.common import (Interruption, Parser, check_apart, check_out_file, check_training, count,
+                            free, note, positive, run_script, write_whole)
+from support.lora_files import random_lomd, save_lomd
+from support.people import Buckets, Cache, DiskBank, data_fingerprint, read_buckets
+from support.runs import Checkpoints, Group, Log, compare_settings, draw_preview, locked, plot
 from support.speed import plan_recompute, recompute_blocks
 
-try:
-    import fcntl
-except ImportError:                              # Windows: no lock
-    fcntl = None
-
-USES = 10                 # of each picture in one visit of its bucket
-ROWS, ORDER, DRAW = 1, 2, 3                                       # what a stream of random numbers is for
+USES = 10                                        # of each picture in one pass over its bucket
+LOG_EVERY = 10                                   # iterations in a line of log.jsonl
+ROWS, ORDER, DRAW = 1, 2, 3                      # what a stream of random numbers is for
+DATA = "data (pictures, captions, buckets)"
 
 
 def generator(*key: int) -> torch.Generator:
     """A CPU generator that depends on the integers of `key` and on nothing else."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1
+    return torch.Generator().manual_seed(int(seed))
 
 
 # ----------------------------------------------------------------------------------------------------------
-# The schedule
+# Algorithm 1
 
 
-class Visit(NamedTuple):
+class BucketPass(NamedTuple):
     bucket: int
     start: int                                   # its first iteration, counted from 0 over the whole run
-    joint: int                                   # the first one in which LoMD learns too
-    stop: int                                    # one after its last
+    joint: int                                   # the first one in which LoMD learns too: start + q_warmup
+    stop: int                                    # one after its last: start + q_bucket
 
 
 def schedule(pictures: list[int], iters: int, batch_size: int, warmup: float,
-             bucket_iters: int | None = None) -> list[Visit]:
-    """Algorithm 1: number of pictures in each bucket -> [Visit], bucket after bucket, round after round.
+             bucket_iters: int | None = None) -> list[BucketPass]:
+    """Number of pictures in each bucket -> [BucketPass], bucket after bucket, until `iters`.
 
-    batch_size: of all GPUs together. A visit lasts `bucket_iters`, else until each picture was used 10 times.
+    batch_size: of all GPUs together. q_bucket is `bucket_iters`, else as many as use each picture 10 times.
     """
-    visits, start = [], 0
+    passes, start = [], 0
     while start < iters:
-        bucket = len(visits) % len(pictures)
+        bucket = len(passes) % len(pictures)
         length = bucket_iters or math.ceil(USES * pictures[bucket] / batch_size)
         joint = start + int(warmup * length + 1e-9)                   # 0.29 * 100 is a little less than 29
-        visits.append(Visit(bucket, start, min(joint, iters), min(start + length, iters)))
+        passes.append(BucketPass(bucket, start, min(joint, iters), min(start + length, iters)))
         start += length
-    return visits
+    return passes
 
 
-def draw_order(shapes: list[list], count: int, batch_size: int,
-               rng: torch.Generator) -> list[list[tuple[int, int]]]:
-    """[[shape of each view of picture 0], ...] -> `count` batches of (picture, view), each of one shape.
+def draw_order(shapes: list[list], count: int, batch_size: int, rng: torch.Generator) -> list[list[tuple]]:
+    """[[shape of picture 0 at each resolution], ..] -> `count` batches of (picture, resolution) of a shape.
 
-    Pictures come in random order, all of them before any comes again; a use takes one view at random.
-    """
+    Pictures come in random order, all before any comes again; a use takes one resolution at random."""
     waiting, batches = collections.defaultdict(list), []
     while len(batches) < count:
         for picture in torch.randperm(len(shapes), generator=rng).tolist():
-            view = torch.randint(len(shapes[picture]), (), generator=rng).item()
-            queue = waiting[shapes[picture][view]]
-            queue.append((picture, view))
+            which = torch.randint(len(shapes[picture]), (), generator=rng).item()
+            queue = waiting[shapes[picture][which]]
+            queue.append((picture, which))
             if len(queue) == batch_size:
-                batches.append(waiting.pop(shapes[picture][view]))
+                batches.append(waiting.pop(shapes[picture][which]))
     return batches[:count]
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The run
-
-
 class Run:
-    """One process's part of a run: its people's rows, LoMD, where it is, and how to get there again."""
-    def __init__(self, args, buckets, group, shards=None, num_shards=None):
+    """One process's part of a run: every size-th person of each bucket, LoMD, and where it is."""
+    def __init__(self, args, buckets: Buckets, group: Group) -> None:
         self.args, self.group, self.interruption = args, group, Interruption()
-        # shard s of a bucket: every num_shards-th of its people, from the s-th on. A process has one shard.
-        self.num_shards = num_shards or group.size
-        self.shards = shards or [group.rank]
-        self.folder = args.run / f"rank{group.rank}"
-        self.cache = Cache(args.cache or args.run / "cache", args.folder, group.device, args.dtype, args.resolution)
-        self.bucket_names, self.members, first = list(buckets), [], 0
-        for members in buckets.values():     # of each bucket: [(person, pictures)] by shard; numbers over all
-            listed = [(first + i, person, pictures) for i, (person, pictures) in enumerate(members.items())]
-            self.members.append([listed[s::self.num_shards] for s in self.shards])
-            first += len(listed)
-        self.visits = schedule([sum(map(len, members.values())) for members in buckets.values()], args.iters,
-                               args.batch_size * self.num_shards, args.warmup, args.bucket_iters)
-        self.local, first = [], 0                # rows of each bucket in this process's bank
-        for shards_of_bucket in self.members:
-            count = sum(map(len, shards_of_bucket))
-            self.local.append(list(range(first, first + count)))
-            first += count
-        self.iteration, self.open, self.disk = 0, None, None
+        self.folder, self.bucket_names = args.run / f"rank{group.rank}", list(buckets)
+        self.cache = Cache(args.run / "cache", args.folder, group.device, args.dtype, args.resolution)
+        everyone = iter(range(sum(map(len, buckets.values()))))       # people are numbered over all buckets
+        self.members = [[(next(everyone), *member) for member in people.items()][group.rank::group.size]
+                        for people in buckets.values()]               # by bucket, [(number, name, pictures)]
+        place = iter(range(sum(map(len, self.members))))
+        self.rows = [[next(place) for _ in members] for members in self.members]     # in the bank, by bucket
+        self.batch_size = args.batch_size * group.size
+        self.passes = schedule([sum(map(len, people.values())) for people in buckets.values()], args.iters,
+                               self.batch_size, args.warmup)
+        self.iteration, self.open = 0, None                           # `open`: the pass whose rows are here
 
     def load(self):
-        """The model with its adapter, and the bank on disk; then the newest checkpoint, where there is
-        one."""
-        args = self.args
-        tokens, text = max(args.resolution) ** 2 // 256, 512                # at most: schnell has 256 of text
-        flux = open_flux(args, self.group.device, args.iters, tokens + text, training=True)
-        slots = args.batch_size * len(self.shards)
+        """The model with its adapter and the bank on disk, as the newest checkpoint has them."""
+        args, device = self.args, self.group.device
+        tokens, text = max(args.resolution) ** 2 // 256, 512          # at most: schnell has 256 of text
+        flux = open_flux(args, device, args.iters, tokens + text, training=True)
         self.adapter = MetaLoRA(flux, args.r2, lomd=random_lomd(find_targets(flux), args.r1, args.seed),
-                                num_identities=0, slots=slots)
-        blocks = plan_recompute(self.adapter, tokens, text, args.batch_size) if args.recompute is None else args.recompute
-        recompute_blocks(flux, blocks)
-        self.folder.mkdir(exist_ok=True)
-        for part in self.folder.glob("*.part"):  # of a process that was killed while it wrote
-            part.unlink()
-        if not args.fresh_identities:
-            count, size, bank = sum(map(len, self.local)), self.adapter.size, self.folder / "bank"
-            needed, free = DiskBank.bytes(count, size), shutil.disk_usage(args.run).free
-            if not bank.exists() and needed > free:
-                raise ValueError(f"the bank of {count} people needs {needed / 1e9:.0f} GB in {args.run}, and "
-                                 f"{free / 1e9:.0f} GB are free")
-            self.disk = DiskBank(bank, count, size)
+                                num_identities=0, slots=args.batch_size)
+        if args.recompute is None:
+            args.recompute = plan_recompute(self.adapter, tokens, text, args.batch_size)
+        recompute_blocks(flux, args.recompute)
+        self.checkpoints = Checkpoints(self.folder, self.group)
+        self.disk = DiskBank(self.folder / "bank", sum(map(len, self.rows)), self.adapter.size)
         self.resume()
 
-    # -- checkpoints: <iteration>-<steps that LoMD has made>.safetensors
-
-    def checkpoints(self):
-        """[(iteration, steps of LoMD, path)], the newest last."""
-        found = [(*map(int, path.stem.split("-")), path) for path in self.folder.glob("*-*.safetensors")]
-        return sorted(found)
-
-    def save(self):
-        """Everything that is not on disk yet. Two are kept; of several processes also the last from before
-        LoMD's latest step, since another process may not have saved after it."""
-        banks = {"lomd": self.adapter.shared, "rows": self.adapter.bank}
-        tensors = {f"{name}.{part}": getattr(bank, part).cpu() for name, bank in banks.items() for part in bank.PARTS}
-        if self.disk:
-            tensors["disk_steps"] = self.disk.steps()
-        steps = int(self.adapter.shared.steps[0])
-        path = self.folder / f"{self.iteration:08d}-{steps:08d}.safetensors"
-        with whole(path) as part:                # its name too is on disk before the bank is written
-            save_file(tensors, part, {"visit": str(self.open)})
-        checkpoints = self.checkpoints()
-        kept = checkpoints[-2:]
-        if self.group.size > 1:
-            kept += [checkpoint for checkpoint in checkpoints if checkpoint[1] < steps][-1:]
-        for checkpoint in checkpoints:
-            if checkpoint not in kept:
-                checkpoint[2].unlink()
-
-    def resume(self):
-        """Finds the newest state that all processes have: during a warm-up they need not be at the same
-        iteration, but LoMD must have made the same steps."""
-        readable = {}
-        for iteration, steps, path in self.checkpoints():
-            try:
-                with safe_open(path, "pt"):
-                    readable[steps] = path
-            except (SafetensorError, OSError) as error:
-                print(f"note: {path} is damaged and passed over: {error}", file=sys.stderr)
-        common = set.intersection(*map(set, self.group.gather(set(readable))))
-        path, mine, expected = "a run without checkpoints", [], 0
-        if common:
-            path = readable[max(common)]
-            self.iteration = int(path.stem.split("-")[0])
-            with safe_open(path, "pt", device=str(self.group.device)) as file:
-                # clone: on a CPU the bits of a matmul depend on how its operands lie in memory, and a file's
-                # lie oddly
-                self.adapter.shared, self.adapter.bank = (
-                    IdentityBank(*(file.get_tensor(f"{bank}.{part}").clone() for part in IdentityBank.PARTS))
-                    for bank in ("lomd", "rows"))
-                self.open = int(file.metadata()["visit"])
-                expected = file.get_tensor("disk_steps").cpu() if self.disk else 0
-            mine = self.local[self.open % len(self.local)]        # the bank may have these as they were later
-        if self.disk:
-            differs = self.disk.steps() != expected
-            differs[mine] = False
-            if differs.any():
-                raise ValueError(f"{self.folder / 'bank'} does not belong to {path}; use another --run")
-
-    # -- buckets
-
-    def pictures_and_texts(self, visit):
-        members = [member for shard in self.members[self.visits[visit].bucket] for member in shard]
-        pictures = [picture for _, _, pictures in members for picture in pictures]
-        return pictures, [self.args.prompt] + [p.caption for p in pictures if p.caption is not None]
-
-    def open_bucket(self, visit):
-        """Latents, text and order of a visit; and its rows, from the bank, unless a checkpoint has brought
-        them."""
-        pictures, captions = self.pictures_and_texts(visit)
+    def open_bucket(self, number: int):
+        """Latents, text and order of a pass; its people's rows, unless a checkpoint has brought them."""
+        args, now = self.args, self.passes[number]
+        members = self.members[now.bucket]
+        pictures = [picture for *_, own in members for picture in own]
+        captions = {args.prompt: None} | {p.caption: None for p in pictures if p.caption is not None}
         self.cache.fill(pictures, captions, self.interruption.raise_if_asked, show=self.group.rank == 0)
         free(self.group.device)
-        bucket, row = self.members[self.visits[visit].bucket], 0
-        self.texts = {caption: self.cache.load(self.cache.text_path(caption)) for caption in set(captions)}
-        self.views, self.order = [], []
-        for shard, members in zip(self.shards, bucket):
-            views, shapes = [], []                                # of each picture of the shard
-            for _, person, mine in members:
-                for picture in mine:
-                    sizes = list(self.cache.sizes(picture))
-                    latents = [self.cache.load(self.cache.latent_path(picture, size))["posterior"] for size in sizes]
-                    views.append((row, person, picture, latents))
-                    shapes.append(sizes)
-                row += 1
-            start, _, stop = self.visits[visit][1:]
-            self.views.append(views)
-            self.order.append(draw_order(shapes, stop - start, self.args.batch_size,
-                                         generator(self.args.seed, ORDER, visit, shard)))
-        if self.open == visit:
-            return
-        rows, self.open = self.local[self.visits[visit].bucket], visit
-        people = [number for shard in bucket for number, _, _ in shard]
-        if self.disk:
-            bank = IdentityBank(*self.disk.read(rows, self.group.device))
-            new = (bank.steps == 0).nonzero()[:, 0].tolist()
-        else:
-            bank = IdentityBank(torch.empty(len(rows), self.adapter.size, device=self.group.device))
-            new = range(len(rows))
-        for i in new:
-            key = (self.args.seed, ROWS, people[i], *([] if self.disk else [visit]))
-            bank.weight[i] = self.adapter.new_row(generator(*key)).to(self.group.device)
-        self.adapter.bank = bank
+        self.texts = {caption: self.cache.load(self.cache.text_path(caption)) for caption in captions}
+        self.shown, shapes = [], [list(self.cache.sizes(picture)) for picture in pictures]
+        owners = [(row, name) for row, (_, name, own) in enumerate(members) for _ in own]
+        for owner, picture, sizes in zip(owners, pictures, shapes):
+            latents = [self.cache.load(self.cache.latent_path(picture, size))["posterior"] for size in sizes]
+            self.shown.append((*owner, picture, latents))
+        self.order = draw_order(shapes, now.stop - now.start, args.batch_size,
+                                generator(args.seed, ORDER, number, self.group.rank))
+        if self.open != number:
+            bank = IdentityBank(*self.disk.read(self.rows[now.bucket], self.group.device))
+            for i in (bank.steps == 0).nonzero()[:, 0].tolist():      # people who never trained
+                row = self.adapter.new_row(generator(args.seed, ROWS, members[i][0]))
+                bank.weight[i] = row.to(self.group.device)
+            self.adapter.bank, self.open = bank, number
 
-    def close_bucket(self):
-        """Rows back to the bank. The checkpoint before it holds them too, so that a kill while they are
-        written does no harm."""
-        if self.disk:
-            if self.open == len(self.visits) - 1:
-                self.group.gather(None)          # --iters may end in a warm-up, and others still be in the visit before
-            self.disk.write(self.local[self.visits[self.open].bucket], self.adapter.bank)
-        if self.group.rank == 0:
-            self.export(self.args.run / "lomd.safetensors")
+    def draw(self, offset: int):
+        """A batch: [(person, picture)] for messages, and ids, latent, noise, t, txt, y."""
+        rng = generator(self.args.seed, DRAW, self.iteration, self.group.rank)
+        chosen = [(*self.shown[i][:3], self.shown[i][3][which]) for i, which in self.order[offset]]
+        rows, people, pictures, posteriors = zip(*chosen)
+        mean, deviation = torch.stack(posteriors).float().unbind(1)                           # (B, 16, h, w)
+        latent = mean + deviation * torch.randn(mean.shape, generator=rng)
+        noise = torch.randn(mean.shape, generator=rng)
+        t = flux_model.sample_times(len(chosen), rng)
+        texts = [self.texts[self.args.prompt if p.caption is None else p.caption] for p in pictures]
+        txt, y = (torch.stack([text[part] for text in texts]) for part in ("txt", "y"))
+        batch = torch.tensor(rows), latent, noise, t, txt, y
+        return list(zip(people, pictures)), [part.to(self.group.device) for part in batch]
 
-    # -- training
+    def step(self, now: BucketPass):
+        """One iteration -> losses (B,), times (B,), gradient norms of the rows (n,), of LoMD.
 
-    def draw(self, offset):
-        """What an iteration trains on: (people, pictures) for messages, and the tensors of `step`."""
-        who, columns = [], []
-        for shard, views, order in zip(self.shards, self.views, self.order):
-            rng = generator(self.args.seed, DRAW, self.iteration, shard)
-            chosen = [(*views[picture][:3], views[picture][3][view]) for picture, view in order[offset]]
-            posterior = torch.stack([latents for *_, latents in chosen]).float()            # (b, 2, 16, h, w)
-            shape = posterior[:, 0].shape
-            latent = posterior[:, 0] + posterior[:, 1] * torch.randn(shape, generator=rng)
-            texts = [self.texts[self.args.prompt if picture.caption is None else picture.caption]
-                     for _, _, picture, _ in chosen]
-            columns.append((torch.tensor([row for row, *_ in chosen]), latent, torch.randn(shape, generator=rng),
-                            flux_model.sample_times(len(chosen), rng), torch.stack([text["txt"] for text in texts]),
-                            torch.stack([text["y"] for text in texts])))
-            who += [(person, picture) for _, person, picture, _ in chosen]
-        return who, [torch.cat(parts).to(self.group.device) for parts in zip(*columns)]
-
-    def step(self, visit):
-        """One iteration -> (losses (B,), times (B,), gradient norms of the rows (n,), of LoMD).
         FloatingPointError names iteration, people and pictures, and then nothing has changed."""
-        who, (ids, latent, noise, t, txt, y) = self.draw(self.iteration - visit.start)
+        who, (ids, latent, noise, t, txt, y) = self.draw(self.iteration - now.start)
         adapter = self.adapter
-        adapter.train_lomd = self.iteration >= visit.joint
+        adapter.train_lomd = self.iteration >= now.joint
         adapter.assign(ids)
         losses = flux_model.flow_matching_loss(adapter.flux, latent, noise, t, txt, y, guidance=1.0)
         losses.sum().backward()
         try:
             norms, lomd_norm = adapter.step(self.args.lr, average=self.average)
         except FloatingPointError:
-            bad = [who[i] for i, loss in enumerate(losses.tolist()) if not math.isfinite(loss)]
+            bad = [each for each, loss in zip(who, losses.tolist()) if not math.isfinite(loss)]
             if not bad and (self.group.size == 1 or not adapter.rows.grad.isfinite().all()):
                 bad = who
-            names = "; ".join(f"{person}, {picture.path}" for person, picture in bad) or "in another process"
-            raise FloatingPointError(f"the loss or its gradient is not finite at iteration {self.iteration} "
-                                     f"(bucket {self.bucket_names[visit.bucket] or 'of all'}: {names})") from None
+            names = "; ".join(f"{name}, {picture.path}" for name, picture in bad) or "in another process"
+            place = f"{self.iteration} (bucket {self.bucket_names[now.bucket]}: {names})"
+            raise FloatingPointError(f"the loss or its gradient is not finite at iteration {place}") from None
         self.iteration += 1
         return losses.detach(), t, norms, lomd_norm
 
-    def average(self, gradient):
-        """LoMD's gradient: the mean over the batches of all processes."""
-        return self.group.sum(gradient) / (self.args.batch_size * self.num_shards)
+    def average(self, gradient: torch.Tensor) -> torch.Tensor:
+        """LoMD's gradient: the mean over the batches of all processes. Those of people never travel."""
+        return self.group.sum(gradient) / self.batch_size
 
-    def stop_asked(self, joint):
-        """Ctrl-C of any process, where they wait for each other anyway; in a warm-up each looks after
-        itself."""
+    def train(self):
+        """From where the run is to its end. KeyboardInterrupt and FloatingPointError leave a checkpoint."""
+        log = Log(self.args, self.iteration, self.group)
+        with self.interruption, log.bar:
+            try:
+                for number, now in enumerate(self.passes):
+                    if self.iteration < now.stop:
+                        self.open_bucket(number)
+                        while self.iteration < now.stop:
+                            self.iterate(now, log)
+                        self.close_bucket()
+                    elif self.open == number and self.iteration == now.stop:
+                        self.close_bucket()      # the kill came between checkpoint and bank
+            except KeyboardInterrupt:
+                note(f"at iteration {self.iteration} of {self.args.iters}; the same command goes on")
+                raise
+            except FloatingPointError as error:
+                self.save()
+                saved = f"the state before it is saved in {self.args.run}"
+                raise FloatingPointError(f"{error}; {saved}") from None
+
+    def iterate(self, now: BucketPass, log: Log):
+        """A step, its line in the log, and, where it is time for one, a preview and a checkpoint."""
+        joint, args = self.iteration >= now.joint, self.args
+        log.start()
+        result = self.step(now)
+        stop = self.stop_asked(joint)
+        saving = stop or self.iteration == now.stop or self.iteration % args.save_every == 0
+        if self.group.rank == 0:
+            log.add(self.iteration, joint, self.bucket_names[now.bucket], *result)
+            if saving or self.iteration == now.joint or self.iteration % LOG_EVERY == 0:
+                log.write()
+            if args.preview_every and self.iteration % args.preview_every == 0:
+                pictures = {row: picture for row, _, picture, _ in reversed(self.shown)}
+                draw_preview(self.adapter, pictures, self.texts[args.prompt], args, self.iteration)
+        if saving:
+            self.save()
+        if stop:
+            raise KeyboardInterrupt
+
+    def stop_asked(self, joint: bool) -> bool:
+        """Ctrl-C of any process, where all wait for each other anyway; in a warm-up each has its own."""
         asked = torch.tensor([float(self.interruption.asked is not None)], device=self.group.device)
         return bool(self.group.sum(asked) if joint else asked)
 
-    def train(self):
-        """From where the run is to its end. KeyboardInterrupt and FloatingPointError leave a checkpoint
-        behind."""
-        with self.interruption:
-            self.loop()
+    def save(self):
+        """All that is not on disk yet: LoMD and the open bucket's rows; and how often the others trained."""
+        tensors, steps = {"disk_steps": self.disk.steps()}, int(self.adapter.shared.steps[0])
+        for name, bank in (("lomd", self.adapter.shared), ("rows", self.adapter.bank)):
+            tensors |= {f"{name}.{part}": getattr(bank, part) for part in bank.PARTS}
+        self.checkpoints.save(self.iteration, steps, tensors, str(self.open))
 
-    def loop(self):
-        log = Log(self.args.run / "log.jsonl", self.iteration) if self.group.rank == 0 else None
-        bar = tqdm(total=self.args.iters, initial=self.iteration, desc="meta-training", unit="it", smoothing=0.02,
-                   disable=None if log else True)
-        try:
-            for number, visit in enumerate(self.visits):
-                if self.iteration >= visit.stop:
-                    if self.open == number and self.iteration == visit.stop:
-                        self.close_bucket()                       # the kill came between checkpoint and bank
-                    continue
-                self.open_bucket(number)
-                while self.iteration < visit.stop:
-                    joint, sent = self.iteration >= visit.joint, self.group.sent
-                    start = time.perf_counter()
-                    losses, t, norms, lomd_norm = self.step(visit)
-                    stop = self.stop_asked(joint)
-                    saving = stop or self.iteration == visit.stop or self.iteration % self.args.save_every == 0
-                    if log:
-                        memory = peak_memory(self.group.device)
-                        log.add(self.iteration, joint, self.bucket_names[visit.bucket], losses.tolist(), t.tolist(),
-                                norms.tolist(), lomd_norm, time.perf_counter() - start, self.group.sent - sent,
-                                memory)
-                        bar.set_postfix_str(f"{'joint' if joint else 'warm-up'}, loss {log.smooth:.4f}, "
-                                            f"peak {memory:.1f} GB", refresh=False)
-                        bar.update()
-                        if self.iteration % self.args.log_every == 0 or self.iteration == visit.joint or saving:
-                            log.write()
-                        if self.args.preview_every and self.iteration % self.args.preview_every == 0:
-                            self.preview()
-                    if saving:
-                        self.save()
-                    if stop:
-                        raise KeyboardInterrupt
-                self.close_bucket()
-        except FloatingPointError as error:
-            self.save()
-            raise FloatingPointError(f"{error}; the state before it is saved in {self.args.run}") from None
-        finally:
-            bar.close()
+    def resume(self):
+        """The newest state that all processes have; the bank on disk must belong to it."""
+        path, open_at, tensors = self.checkpoints.newest(self.group.device)
+        mine, expected = [], 0
+        if path:
+            self.iteration, self.open = int(path.stem.split("-")[0]), int(open_at)
+            self.adapter.shared, self.adapter.bank = (
+                IdentityBank(*(tensors[f"{bank}.{part}"] for part in IdentityBank.PARTS))
+                for bank in ("lomd", "rows"))
+            mine, expected = self.rows[self.open % len(self.rows)], tensors["disk_steps"].cpu()
+        differs = self.disk.steps() != expected
+        differs[mine] = False                    # the bank may have these as they were later
+        if differs.any():
+            path = path or "a run without checkpoints"
+            raise ValueError(f"{self.folder / 'bank'} does not belong to {path}; use another --run")
 
-    def export(self, path):
+    def close_bucket(self):
+        """Rows back to the bank. A kill meanwhile does no harm: the last checkpoint holds them too."""
+        if self.open == len(self.passes) - 1:
+            self.group.gather(None)              # if this is all warm-up, others may be in the pass before
+        self.disk.write(self.rows[self.passes[self.open].bucket], self.adapter.bank)
+        if self.group.rank == 0:
+            self.export(self.args.run / "lomd.safetensors")
+
+    def export(self, path: Path):
+        """LoMD alone, which is all that stage 2 takes, and where it is from."""
         args = self.args
         save_lomd(path, self.adapter.lomd, {
-            "model": Path(args.model).name, "model_fingerprint": args.settings["model"], "iterations": str(self.iteration),
-            "data_fingerprint": args.settings["data (pictures, captions, buckets)"], "people": str(sum(len(m) for b in self.members for m in b)),
-            "r2": str(args.r2), "learning_rate": f"{args.lr:g}", "batch_size": str(args.batch_size * self.num_shards),
-            "warmup": f"{args.warmup:g}", "seed": str(args.seed), "prompt": args.prompt, "made_by": "meta_train.py"})
-
-    @torch.no_grad()
-    def preview(self):
-        """Two people of the bucket: a photo, and a sample with their rows, from fixed seeds."""
-        first = {row: picture for row, _, picture, _ in reversed(self.views[0])}
-        size, pictures = max(self.args.resolution), []
-        guidance = model_defaults(self.args.folder)["guidance"]
-        text = self.texts[self.args.prompt]
-        txt, y = (text[part][None].to(self.group.device) for part in ("txt", "y"))
-        for seed, row in enumerate(sorted(first)[:2]):
-            self.adapter.assign(torch.tensor([row]))
-            noise = flux_model.get_noise(size, size, seed).to(self.group.device)
-            pictures.append((first[row], flux_model.denoise(self.adapter.flux, noise, txt, y, 30, guidance)))
-        autoencoder = load_autoencoder(self.args.folder, self.group.device, self.args.dtype)
-        sheet = Image.new("RGB", (2 * size, size * len(pictures)))
-        for i, (picture, latent) in enumerate(pictures):
-            photo = photos.read_photo(picture.path)
-            sheet.paste(ImageOps.fit(photo, (size, size)), (0, size * i))
-            sheet.paste(photos.to_image(autoencoder.decode(latent)[0]), (size, size * i))
-        path = self.args.run / "previews" / f"{self.iteration:08d}.png"
-        save_png(sheet, path)
+            "model": Path(args.model).name, "model_fingerprint": args.settings["model"],
+            "data_fingerprint": args.settings[DATA], "people": str(args.people), "r2": str(args.r2),
+            "iterations": str(self.iteration), "learning_rate": f"{args.lr:g}", "prompt": args.prompt,
+            "batch_size": str(self.batch_size), "warmup": f"{args.warmup:g}", "seed": str(args.seed),
+            "made_by": "meta_train.py"})
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -395,147 +276,105 @@ class Run:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="meta_train.py", description="Learns LoMD from buckets of people.", allow_abbrev=False)
+    parser = Parser(prog="meta_train.py", allow_abbrev=False,
+                    description="Learns LoMD, what all people share, from buckets of people.")
     add = parser.add_argument
-    add("--data", type=Path, required=True, help="buckets/<bucket>/<person>/<pictures>, or faces/<person>/<pictures>")
+    add("--data", type=Path, required=True, help="buckets/<bucket>/<person>/, or faces/<person>/")
     add("--model", default="flux-dev", help="flux-dev (default), flux-schnell, baby, or a folder like these")
-    add("--out", type=Path, default=Path("lomd.safetensors"), help="file to write at the end (default: lomd.safetensors)")
-    add("--run", type=Path, default=Path("run"), help="folder of this run's state, log and previews (default: run)")
-    add("--cache", type=Path, help="folder of encoded pictures and captions; may be shared (default: in --run)")
-    add("--iters", type=positive, default=50_000, help="iterations in all; may be raised later (default: 50000)")
-    add("--batch-size", type=positive, default=4, help="pictures per iteration, on each GPU (default: 4)")
-    add("--r1", type=positive, default=16, help="rows of LoMD; bounds the ranks that stage 2 can use (default: 16)")
+    add("--out", type=Path, default=Path("lomd.safetensors"), help="file (default: lomd.safetensors)")
+    add("--run", type=Path, default=Path("run"), help="folder of state, log and previews (default: run)")
+    add("--iters", type=positive, default=50_000, help="in all; may be raised later (default: 50000)")
+    add("--batch-size", type=positive, default=4, help="pictures an iteration, on each GPU (default: 4)")
+    add("--r1", type=positive, default=16, help="rows of LoMD; bounds the ranks of stage 2 (default: 16)")
     add("--r2", type=positive, default=1, help="rank of the people's LoRAs in training (default: 1)")
     add("--lr", type=float, help="learning rate (default: the model's; 4e-4 for FLUX.1)")
-    add("--warmup", type=float, help="share of a visit in which LoMD is frozen (default: the model's; 0.4, the paper's, for FLUX.1)")
-    add("--bucket-iters", type=positive, help=f"iterations of a visit (default: until each picture was used {USES} times)")
-    add("--identities-per-bucket", type=positive, default=50, help="for a flat folder of people (default: 50)")
-    add("--fresh-identities", action="store_true", help="M and U of a bucket start anew at each of its visits")
-    add("--prompt", help="caption of pictures without one (default: the model's; 'a photo of a person' for FLUX.1)")
-    add("--resolution", type=positive, nargs="+", metavar="PIXELS", help="train at the area of a square of this side; "
-        "several: each use takes one (default: the model's; 1024 for FLUX.1)")
+    add("--warmup", type=float, help="share of a bucket's iterations in which LoMD is frozen "
+        "(default: the model's; 0.4, the paper's, for FLUX.1)")
+    add("--identities-per-bucket", type=positive, default=50, help="of a flat folder (default: 50)")
+    add("--prompt", help="caption of pictures without one (default: the model's)")
+    add("--resolution", type=positive, nargs="+", metavar="PIXELS", help="train at the area of a square of "
+        "this side; several: each use takes one (default: the model's; 1024 for FLUX.1)")
     add("--seed", type=int, default=0, help="of all random numbers (default: 0)")
     add("--skip-bad", action="store_true", help="go on without the files and people that are no good")
-    add("--save-every", type=positive, default=500, metavar="N", help="iterations between checkpoints (default: 500)")
-    add("--log-every", type=positive, default=10, metavar="N", help="iterations per line of log.jsonl (default: 10)")
-    add("--preview-every", type=int, default=1000, metavar="N", help="iterations between pictures of two people; 0: none "
-        "(default: 1000)")
-    add("--deterministic", action="store_true", help="on a GPU: the same bits in each run, at some cost in speed")
+    add("--save-every", type=positive, default=500, metavar="N", help="between checkpoints (default: 500)")
+    add("--preview-every", type=count, default=1000, metavar="N",
+        help="iterations between pictures of two people; 0: none (default: 1000)")
+    add("--deterministic", action="store_true", help="on a GPU: the same bits in each run, somewhat slower")
     add_speed_options(add, training=True)
     add("--device", help="cuda, mps or cpu (default: the best there is)")
     return parser.parse_args(argv)
 
 
-def check(args: argparse.Namespace, group: Group) -> None:
+def check(args: argparse.Namespace, device) -> None:
     """ValueError for what can be refused before anything large is read; fills in the model's defaults."""
     if not args.data.is_dir():
         raise ValueError(f"--data: no such folder: {args.data}")
     check_out_file(args.out, ".safetensors")
-    for path, what in ((args.run, "--run"), (args.cache or args.run, "--cache")):
-        check_writable(path, what)
-        if path.resolve().is_relative_to(args.data.resolve()):  # a later command would take it for a person's
-            raise ValueError(f"{what} {path} lies within --data {args.data}; name a folder outside of it")
+    check_apart(args.run, "--run", [args.data])
     check_training(args)
     if args.warmup is not None and not 0 <= args.warmup < 1:
         raise ValueError(f"--warmup is a share from 0 to below 1, not {args.warmup}")
     if args.r2 > args.r1:
         raise ValueError(f"--r2 {args.r2} is more than the --r1 {args.r1} rows of LoMD that it combines")
-    if args.preview_every < 0:
-        raise ValueError(f"--preview-every must be 0 or more, not {args.preview_every}")
-    take_model(args, group.device, "stage 1")
+    take_model(args, device, "stage 1")
     args.resolution = sorted(set(args.resolution))
     if any(r % 16 for r in args.resolution):
         raise ValueError("--resolution takes multiples of 16")
 
 
-def read_data(args: argparse.Namespace, group: Group) -> tuple[Buckets, dict]:
-    """Buckets of the checked folder. ValueError, one line for each thing that is wrong; of --skip-bad
-    notes."""
-    listing = args.run / "pictures.json"
-    known = JsonFile(listing) if listing.exists() else {}
-    people, problems = read_people(args.data, max(map(Cache.step, args.resolution)), known, group.rank == 0)
-    if problems and not args.skip_bad:
-        for problem in problems[:-1]:
-            print(f"meta_train.py: {' '.join(problem.split())}", file=sys.stderr)
-        raise ValueError(problems[-1])
-    if group.rank == 0:
-        for problem in problems:
-            print(f"note: skipped: {' '.join(problem.split())}", file=sys.stderr)
-    buckets = make_buckets(people, args.identities_per_bucket, args.seed) if people else {}
+def check_settings(args: argparse.Namespace, buckets: Buckets, group: Group) -> None:
+    """args.settings: what makes a run this run. ValueError where --run holds another, or other files."""
     for bucket, members in buckets.items():
         if len(members) < group.size:
-            raise ValueError(f"bucket {bucket} has {len(members)} people, fewer than the {group.size} processes")
-    if not buckets:
-        raise ValueError(f"{args.data} holds no people with pictures")
-    return buckets, known
+            raise ValueError(f"bucket {bucket} has {len(members)} people for {group.size} processes: too few")
+    args.people, own = sum(map(len, buckets.values())), {"order of a row's numbers": "by width"}
+    for name in ("batch_size", "r1", "r2", "lr", "warmup", "prompt", "resolution", "seed"):
+        own[name.replace("_", "-")] = getattr(args, name)
+    args.settings = {"model": flux_fingerprint(args.folder), DATA: data_fingerprint(buckets),
+                     "dtype": str(args.dtype) + " fp8" * args.fp8, "processes": group.size, **own}
+    compare_settings(args.run, args.settings)
 
 
-def check_settings(args: argparse.Namespace, buckets: Buckets, group: Group) -> None:
-    """What makes a run this run: written by the first command, and ValueError for a later one that
-    differs."""
-    args.settings = {
-        "model": flux_fingerprint(args.folder),
-        "data (pictures, captions, buckets)": data_fingerprint(buckets), "dtype": str(args.dtype) + " fp8" * args.fp8,
-        "batch-size": args.batch_size, "processes": group.size, "r1": args.r1, "r2": args.r2, "lr": args.lr,
-        "warmup": args.warmup, "bucket-iters": args.bucket_iters, "prompt": args.prompt, "resolution": args.resolution,
-        "seed": args.seed, "fresh-identities": args.fresh_identities, "order of a row's numbers": "by width"}
-    path = args.run / "settings.json"
-    if path.exists():
-        before = JsonFile(path)
-        changed = [f"{name} was {before[name]} and is {value}" for name, value in args.settings.items() if before[name] != value]
-        if changed:
-            raise ValueError(f"{args.run} is another run: {', '.join(changed)}; go on with its settings, or name a new --run")
-    elif args.run.exists() and any(not p.name.startswith(("pictures.json", "settings.json", "lock", "cache"))
-                                   and p != args.cache for p in args.run.iterdir()):  # those, if killed early
-        raise ValueError(f"--run {args.run} holds other files: name a new folder")
-
-
-def meta_train(argv: list[str] | None = None) -> None:
+def meta_train(argv: list[str] | None) -> None:
     args = parse(argv)
     group = Group(args.device)
     try:
-        check(args, group)
-        buckets, known = read_data(args, group)
+        check(args, group.device)
+        smallest = max(map(Cache.step, args.resolution))
+        buckets, known = read_buckets(args.data, args.run / "pictures.json", smallest, args.skip_bad,
+                                      args.identities_per_bucket, args.seed, group.rank == 0)
         check_settings(args, buckets, group)
         run = Run(args, buckets, group)
-        people, pictures = sum(map(len, buckets.values())), [p for m in buckets.values() for ps in m.values() for p in ps]
         if args.deterministic:
             os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
             torch.use_deterministic_algorithms(True)
-        group.gather(None)                                 # nothing is written before all have found it sound
+        group.gather(None)                       # nothing is written before all have found it sound
         if group.rank == 0:
             args.run.mkdir(parents=True, exist_ok=True)
             write_whole(args.run / "pictures.json", json.dumps(known).encode())
             write_whole(args.run / "settings.json", json.dumps(args.settings, indent=1).encode())
         group.gather(None)
-        with open(args.run / f"lock{group.rank}", "w") as lock:
-            try:
-                if fcntl:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"another process is at work in {args.run}") from None
+        with locked(args.run / f"lock{group.rank}"):
             run.load()
             if group.rank == 0:
-                print(f"{people} people, {len(pictures)} pictures, {len(buckets)} buckets; {args.iters} iterations, "
-                      f"{len(run.visits)} visits" + (f"; going on from iteration {run.iteration}" if run.iteration else ""))
-                if len(run.visits) < len(buckets):
-                    print(f"note: {len(buckets) - len(run.visits)} buckets are never visited; raise --iters", file=sys.stderr)
-            try:
-                run.train()
-            except KeyboardInterrupt:
-                print(f"note: at iteration {run.iteration} of {args.iters}; the same command goes on", file=sys.stderr)
-                raise
+                pictures = sum(len(own) for members in buckets.values() for own in members.values())
+                print(f"{args.people} people, {pictures} pictures, {len(buckets)} buckets; "
+                      f"{args.iters} iterations, {len(run.passes)} passes over a bucket"
+                      + (f"; going on from iteration {run.iteration}" if run.iteration else ""))
+                if len(run.passes) < len(buckets):
+                    note(f"{len(buckets) - len(run.passes)} buckets are never used; raise --iters")
+            run.train()
             if group.rank == 0:
                 plot(args.run / "log.jsonl", args.run / "loss.png")
                 run.export(args.out)
-                print(f"{args.out}: LoMD of r1 {args.r1} after {run.iteration} iterations; loss {args.run / 'loss.png'}")
+                print(f"{args.out}: LoMD of r1 {args.r1} after {run.iteration} iterations; "
+                      f"loss {args.run / 'loss.png'}")
     finally:
         group.close()
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 done, 1 training diverged or memory ran out, 2 bad input, 130 Ctrl-C; work saved in each
-    case."""
+    """Exit code: 0 done, 1 training diverged or memory ran out, 2 bad input, 130 Ctrl-C; work saved."""
     return run_script("meta_train.py", meta_train, argv)
 
 

@@ -51,8 +51,7 @@ class NotFinite(FloatingPointError):
 @torch.no_grad()
 def encode_crops(autoencoder: AutoEncoder, crops: list[photos.Crop], background: float = 1.0,
                  mirror: bool = True) -> tuple[list[Tensor], list[Tensor]]:
-    """What `train` takes of one person: for each crop latents (K, 2, 16, H / 8, W / 8), fp32, and weights of
-    the loss.
+    """Of each crop latents (K, 2, 16, H / 8, W / 8), fp32, and weights of the loss, as `train` takes them.
 
     The K latents, as mean and standard deviation, are those of the crop and, with `mirror`, of its mirror
     image: encoded, since a flipped latent is not the latent of a flipped picture. Whole photos, whose heads
@@ -69,12 +68,10 @@ def encode_crops(autoencoder: AutoEncoder, crops: list[photos.Crop], background:
 
 def batches(latents: list[Tensor], weights: list[Tensor],
             seed: int) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
-    """Endless training batches of one person: which crop, latent (1, 16, h, w), noise, weight (1, 1, h, w), t
-    (1,).
+    """Endless batches of one person: which crop, latent (1, 16, h, w), noise, weight (1, 1, h, w), t (1,).
 
     Every crop comes once before any comes again; a coin decides about the mirror image, and the latent is
-    drawn anew from the posterior, as the paper's trainer does. All random numbers come from one CPU
-    generator.
+    drawn anew from the posterior, as the paper's trainer does. One CPU generator draws all.
     """
     generator, device = torch.Generator().manual_seed(seed), latents[0].device
     while True:
@@ -139,8 +136,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace) -> None:
-    """ValueError for what can be refused before anything large is read; then fills in the model's
-    defaults."""
+    """ValueError for what can be refused before anything large is read; fills in the model's defaults."""
     args.iters = args.iters or ITERATIONS[args.method]
     check_out_file(args.out, ".safetensors")
     if args.save_crops:
@@ -178,8 +174,7 @@ def metadata(args: argparse.Namespace, done: int, lomd: str) -> dict[str, str]:
 
 
 def prepare(args: argparse.Namespace, lap: Callable[[str], None]) -> tuple:
-    """Crops, caption and latents, and the adapted transformer -> all that training takes, and the LoMD's
-    hash.
+    """Crops, caption and latents, the adapted transformer -> all that training takes, and the LoMD's hash.
 
     Three models come and go in turn, so that the peak of memory is the largest of them and not the sum.
     """

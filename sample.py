@@ -26,10 +26,10 @@ from flux_model import AutoEncoder, Flux, denoise, get_noise
 from metalora import apply_loras
 from support.checkpoints import (add_speed_options, check_fit, find_model, flux_files, is_small,
                                  load_autoencoder, load_text_encoders, model_defaults, open_flux, pick_dtype)
-from support.common import (Parser, check_writable, finite_number, free, note, pick_device, positive,
-                            read_prompts, run_script, save_png, shorten, use_threads)
+from support.common import (Parser, finite_number, free, note, pick_device, positive, read_prompts,
+                            run_script, save_png, shorten, side, use_threads)
 from support.lora_files import load_loras, split_lora
-from support.photos import SUFFIXES, to_image
+from support.photos import plan_files, to_image
 
 Embeddings = dict[str, tuple[Tensor, Tensor]]      # {prompt: (txt (1, T, context_in_dim), y (1, vec_in_dim))}
 
@@ -90,8 +90,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="LoRA file in any of the usual formats (default strength: 1); may be repeated")
     add("--steps", type=positive, help="Euler steps (default: 30; schnell: 4)")
     add("--guidance", type=finite_number, help="input of dev models (default: the model's; FLUX.1's is 3.5)")
-    add("--width", type=int, help="pixels, a multiple of 16 (default: the model's; FLUX.1's is 1024)")
-    add("--height", type=int, help="as --width")
+    add("--width", type=side, help="pixels, a multiple of 16 (default: the model's; FLUX.1's is 1024)")
+    add("--height", type=side, help="as --width")
     add("--seed", type=int, default=0, help="of the noise (default: 0)")
     add("--num", type=positive, default=1, help="how many seeds, from --seed upwards (default: 1)")
     add("--negative", metavar="PROMPT", help="what to steer away from; needs --true-cfg")
@@ -103,28 +103,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add_speed_options(add, training=False)
     add("--device", help="cuda, mps or cpu (default: the best there is)")
     args = parser.parse_intermixed_args(argv)
-    for name, value in (("width", args.width), ("height", args.height)):
-        if value is not None and (value < 16 or value % 16):
-            low = value - value % 16
-            raise ValueError(f"--{name} must be at least 16, not {value}" if value < 16 else
-                             f"--{name} {value} is no multiple of 16; the nearest are {low} and {low + 16}")
     if not 0 <= args.seed <= 2 ** 63 - args.num:
         raise ValueError(f"--seed is an integer from 0 to {2 ** 63 - 1}, not {args.seed}")
     return args
-
-
-def plan_files(out: Path | None, prompts: int, seeds: range) -> tuple[list[Path], Path | None]:
-    """Where each picture goes, prompt after prompt, and the grid (None for one picture). Writes nothing."""
-    count = prompts * len(seeds)
-    out = out or Path("samples" if count > 1 else "out.png")
-    is_file = out.suffix.lower() == ".png" and not out.is_dir()
-    if is_file and count > 1:
-        raise ValueError(f"--out {out} is one file, but there are {count} pictures: name a folder")
-    if out.suffix.lower() in SUFFIXES - {".png"} and not out.is_dir():
-        raise ValueError(f"--out {out}: pictures are written as PNG")
-    check_writable(out.parent if is_file else out, "--out")
-    files = [out / f"{prompt}_{seed}.png" for prompt in range(prompts) for seed in seeds]
-    return [out] if is_file else files, out / "grid.png" if count > 1 else None
 
 
 def denoise_all(args: argparse.Namespace, loras: list, embeddings: Embeddings, jobs: list,

@@ -4,7 +4,7 @@
 
 Stages, each skipped where its result is there:
   pictures   20 of each of 1,500 METRIC identities, with captions; MTCNN cuts the faces out          -> run
-  embedder   eval_rfacesim's FaceEmbedder, by telling these people apart (CosFace)                   -> out/face_embedder.safetensors
+  embedder   support.judges.FaceEmbedder, by telling these people apart (CosFace)                   -> out/face_embedder.safetensors
   scorer     transformers' CLIPModel, small, by matching pictures and captions                       -> out/scorer/
 METRIC people are nobody else: neither the baby nor LoMD was trained on them, and none is a test person. Both networks
 see what the baby's own pictures suffer from (blur, noise, shifted colours), so that they judge the face and not the
@@ -31,7 +31,7 @@ from torch import nn  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import faces  # noqa: E402
-from eval_rfacesim import FaceEmbedder  # noqa: E402
+from support.judges import FaceEmbedder  # noqa: E402
 from pretrain import CPU, bf16, cosine, is_photo, save_whole  # noqa: E402
 
 SEED, PEOPLE, PICTURES, HELD_OUT = 0, 1_500, 20, 100               # HELD_OUT: METRIC people that only measure

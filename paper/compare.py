@@ -1,10 +1,10 @@
-"""The paper's comparison: methods, ranks and numbers of iterations, many people as rows of one bank, drawn and scored.
+"""The paper's comparison: methods, ranks, iterations; many people as rows of one bank, drawn and scored.
 
-    python -m paper.compare --data people/ --methods lora lora-crops meta-lora --ranks 1 4 --iters 250 375 --seeds 2
+    python -m paper.compare --data people/ --methods lora lora-crops meta-lora --ranks 1 4 --seeds 2
 
-Everybody is personalised by every method from one picture, every prompt is drawn at every seed, and eval_rfacesim.py scores.
-To --out go scores.json, tables.md, figures, contact sheets, LoRAs and pictures: the same command goes on where it was stopped
-and adds what is new.
+Everybody is personalised by every method from one picture, and every prompt is drawn at every seed. To --out
+go scores.json, tables.md, figures, contact sheets, LoRAs and pictures. The same command goes on where it was
+stopped; --methods, --ranks, --iters and --seeds may name more.
 
 Source: "Meta-LoRA" (Topal et al. 2025), section 4 and appendix F.
 """
@@ -25,21 +25,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 import personalize
-from eval_rfacesim import (Judges, Person, Picture, add_judges, check_out, digest, embed_real, fill, own_folder, prompts_for,
-                           read_people, report, score_all)
+from eval_rfacesim import Judges, add_options, embed_real, report, score_all
 from flux_model import Flux, flow_matching_loss
-from metalora import IdentityBank, MetaLoRA, apply_loras, random_lomd
+from metalora import IdentityBank, MetaLoRA, apply_loras
 from paper.report import METHODS, figures, sheets
 from sample import decode_latent, encode_prompts, sample_latents
 from support import photos
-from support.checkpoints import (add_speed_options, autoencoder_fingerprint, find_targets, flux_fingerprint, is_small,
-                                 learning_rate, load_autoencoder, model_defaults, open_flux, take_model)
-from support.common import (Interruption, JsonFile, Parser, check_training, free, note, pick_device, positive, run_script,
-                            save_png, whole, write_whole)
-from support.lora_files import load_lora, read_lomd, save_lora
+from support.checkpoints import (add_speed_options, autoencoder_fingerprint, find_targets, flux_fingerprint,
+                                 is_small, learning_rate, load_autoencoder, model_defaults, open_flux,
+                                 take_model)
+from support.common import (Interruption, JsonFile, check_apart, check_training, finite_number, free, note,
+                            Parser, pick_device, positive, run_script, save_png, whole, write_whole)
+from support.identities import Person, Picture, fill, own_folder, prompts_for, read_people
+from support.judges import digest
+from support.lora_files import load_lora, random_lomd, read_lomd, save_lora
 from support.speed import blocks_of, recompute_blocks
-
-CROPS = "aspects", "scales", "background", "mirror"
 
 
 class Setting(NamedTuple):
@@ -53,7 +53,7 @@ class Setting(NamedTuple):
         return f"{self.method}_r{self.rank}_i{self.iterations}" if self.rank else self.method
 
     @classmethod
-    def read(cls, label: str):
+    def read(cls, label: str) -> "Setting":
         match = re.fullmatch(r"(.+)_r(\d+)_i(\d+)", label)
         return cls(match[1], int(match[2]), int(match[3])) if match else cls(label)
 
@@ -61,6 +61,12 @@ class Setting(NamedTuple):
     def title(self) -> str:
         name = METHODS.get(self.method, self.method)
         return f"Rank-{self.rank} {name}, {self.iterations} iterations" if self.rank else name
+
+
+def describe(label: str) -> dict:
+    """What the tables and figures call a row, and its method, rank and iterations."""
+    setting = Setting.read(label)
+    return {"title": setting.title, **setting._asdict()}
 
 
 def kind_of(method: str) -> str:
@@ -73,29 +79,28 @@ def iterations_of(method: str, given: list[int] | None) -> list[int]:
 
 
 def settings_of(args: argparse.Namespace) -> list[Setting]:
+    """All rows of the tables, method after method."""
     return [setting for method in args.methods for setting in ([Setting(method)] if method == "none" else [
         Setting(method, rank, i) for rank in args.ranks for i in iterations_of(method, args.iters)])]
 
 
 def people_at_once(flux: Flux, rank: int) -> int:
-    """How many people together make the most of a step: each widens every layer by its rank.
-
-    Measured on the baby at ranks 1 to 16 (`bench.py --people 16`). A large model fills the machine with one.
-    """
+    """How many people make the most of a step, as measured on the baby at ranks 1 to 16: each widens every
+    layer by its rank. A large model fills the machine with one."""
     small = sum(parameter.numel() for parameter in flux.parameters()) < 1e9
     return max(1, round(16 / rank ** 0.5)) if small else 1
 
 
-def train_together(flux: Flux, adapter: MetaLoRA, people: list[list[Tensor]], txt: Tensor, y: Tensor, iters: int, lr: float,
-                   seed: int = 0, on_step: Callable[[int, float, int], object] | None = None,
+def train_together(flux: Flux, adapter: MetaLoRA, people: list[list[Tensor]], txt: Tensor, y: Tensor,
+                   iters: int, lr: float, seed: int = 0,
+                   on_step: Callable[[int, float, int], object] | None = None,
                    weights: list[list[Tensor]] | None = None) -> None:
-    """personalize.train for many people: `iters` steps of flow matching for each row of the adapter.
+    """personalize.train for each row of the adapter: `iters` steps, less those that a row has behind it.
 
-    flux with `adapter` in it; people and weights: for each row what `encode_crops` gave; weights None: all places count alike;
-    txt (N, T, _) and y (N, _): one caption for each. Rows that have steps behind them go on where they were.
-    A person trains as if alone. But whose next batches have the same shape go through the network together, up
-    to `adapter.slots` people: nobody waits for anybody, so the most frequent shape goes first.
-    on_step(iteration, loss, person) is called after each step, counted from 1. Raises NotFinite.
+    people, weights: for each row what `encode_crops` gave; None: all places count alike. txt (N, T, _) and y
+    (N, _): one caption for each. A person trains as if alone. Those whose next batches have the same shape go
+    through the network together, at most `adapter.slots`; the most frequent shape goes first.
+    on_step(iteration, loss, person) comes after each step, from 1. Raises NotFinite, with the person.
     """
     weights = weights or [[torch.ones(len(latent), 1, 1, 1) for latent in latents] for latents in people]
     streams = [personalize.batches(latents, own, seed) for latents, own in zip(people, weights)]
@@ -107,44 +112,41 @@ def train_together(flux: Flux, adapter: MetaLoRA, people: list[list[Tensor]], tx
             waiting[person] = next(stream)
     while waiting:
         alike = collections.defaultdict(list)
-        for person in sorted(waiting, key=done.__getitem__):                          # who is behind goes first
+        for person in sorted(waiting, key=done.__getitem__):                   # who is behind goes first
             alike[waiting[person][1].shape].append(person)
         group = max(alike.values(), key=len)[:adapter.slots]
-        images, *tensors = zip(*(waiting[person] for person in group))
-        latent, noise, weight, t = (torch.cat(parts).to(txt.device) for parts in tensors)          # (B, 16, h, w), .., (B,)
+        crops, *tensors = zip(*(waiting[person] for person in group))
+        latent, noise, weight, t = (torch.cat(parts).to(txt.device) for parts in tensors)  # (B, 16, h, w), ..
         rows = torch.tensor(group)
-
         adapter.assign(rows)
-        losses = flow_matching_loss(flux, latent, noise, t, txt[rows], y[rows], 1.0, weight)        # (B,)
+        losses = flow_matching_loss(flux, latent, noise, t, txt[rows], y[rows], 1.0, weight)           # (B,)
         losses.sum().backward()
-        of_person = losses.detach().view(len(group), -1).cpu()
+        of_person = losses.detach().view(len(group), -1).mean(dim=1).tolist()
         try:
             adapter.step(lr)
         except FloatingPointError:
-            at = next((i for i, own in enumerate(of_person) if not own.isfinite().all()), 0)
-            error = personalize.NotFinite(done[group[at]] + 1, images[at])
+            at = next((i for i, loss in enumerate(of_person) if not abs(loss) < float("inf")), 0)
+            error = personalize.NotFinite(done[group[at]] + 1, crops[at])
             error.person = group[at]
             raise error from None
-        for person in group:
+        for person, loss in zip(group, of_person):
             done[person] += 1
+            waiting.pop(person)
             if done[person] < iters:
                 waiting[person] = next(streams[person])
-            else:
-                del waiting[person]
-        if on_step:
-            for person, loss in zip(group, of_person.mean(dim=1).tolist()):
-                on_step(done[person], loss, person)
+        for person, loss in zip(group, of_person) if on_step else ():
+            on_step(done[person], loss, person)
 
 
 class Run:
-    """Personalises everybody by every method, and draws every prompt at every seed; what is there already stays.
+    """Personalises everybody by every method, and draws every prompt at every seed; what is there stays.
 
-    Results do not depend on interruptions: people train alone though together, and a batch of pictures is drawn whole.
+    Results do not depend on interruptions: people train alone though together, a batch is drawn whole.
     """
-    def __init__(self, args, people: list[Person], prompts: dict, interruption: Interruption):
+    def __init__(self, args: argparse.Namespace, people: list[Person], prompts: dict[str, list[str | None]],
+                 interruption: Interruption) -> None:
         self.args, self.people, self.prompts, self.interruption = args, people, prompts, interruption
-        self.device, self.out = args.device, args.out
-        self.small = is_small(args.folder)
+        self.device, self.out, self.small = args.device, args.out, is_small(args.folder)
         self.flux = self.texts = self.autoencoder = None
         self.encoded = {}
 
@@ -152,186 +154,192 @@ class Run:
         return self.out / "loras" / setting.label / f"{person.name}.safetensors"
 
     def pictures(self, setting: Setting, person: Person) -> list[Picture]:
-        """What is to be there in the end: seed after seed, so that more seeds come after what is there."""
-        folder = self.out / "images" / setting.label / person.name
+        """What is to be there in the end, seed after seed."""
+        folder, texts = self.out / "images" / setting.label / person.name, self.prompts[person.name]
         return [Picture(setting.label, person.name, i, seed, folder / f"{i}_{seed}.png", text)
-                for seed in range(self.args.seeds) for i, text in enumerate(self.prompts[person.name]) if text is not None]
+                for seed in range(self.args.seeds) for i, text in enumerate(texts) if text is not None]
 
     def batches(self, setting: Setting, person: Person) -> list[list[Picture]]:
-        """Batches of which a picture is missing. They are the same whatever is there, and so are their pictures' bits."""
+        """Batches of which a picture is missing: the same whatever is there, and so are the pictures."""
         size, batches, pictures = 16 if self.small else 1, [], self.pictures(setting, person)
         for seed in range(self.args.seeds):
             own = [p for p in pictures if p.seed == seed]
             batches += [own[i:i + size] for i in range(0, len(own), size)]
         return [batch for batch in batches if not all(p.path.is_file() for p in batch)]
 
-    def load(self):
+    def load(self) -> None:
         """Texts, encoded; then the transformer and the autoencoder, which stay."""
         if self.flux is None:
-            captions = [fill(self.args.prompt, p.gender) for p in self.people]
-            words = dict.fromkeys(captions + [text for texts in self.prompts.values() for text in texts if text])
-            self.texts = encode_prompts(self.args.folder, list(words), self.device, self.args.dtype)
-            self.captions = [torch.cat(parts) for parts in zip(*(self.texts[caption] for caption in captions))]
-            self.autoencoder = load_autoencoder(self.args.folder, self.device, self.args.dtype)
-            tokens = max(self.args.size, *self.args.resolution) ** 2 // 256 + self.captions[0].shape[1]
-            self.flux = open_flux(self.args, self.device, max(self.args.iters or [0]) + self.args.steps, tokens, training=True)
+            args, captions = self.args, [fill(self.args.prompt, p.gender) for p in self.people]
+            texts = [text for own in self.prompts.values() for text in own if text]
+            words = dict.fromkeys(captions + texts)
+            self.texts = encode_prompts(args.folder, list(words), self.device, args.dtype)
+            self.captions = [torch.cat(parts).to(self.device)
+                             for parts in zip(*(self.texts[caption] for caption in captions))]
+            self.autoencoder = load_autoencoder(args.folder, self.device, args.dtype)
+            tokens = max(args.size, *args.resolution) ** 2 // 256 + self.captions[0].shape[1]
+            steps = max(args.iters or [0]) + args.steps
+            self.flux = open_flux(args, self.device, steps, tokens, training=True)
             every = 0 if self.small else len(blocks_of(self.flux))
-            recompute_blocks(self.flux, every if self.args.recompute is None else self.args.recompute)
+            recompute_blocks(self.flux, every if args.recompute is None else args.recompute)
 
     def latents(self, augment: bool) -> tuple[tuple[list[Tensor], ...], tuple[list[Tensor], ...]]:
-        """Of everybody's reference: what personalize.py trains on, kept on the CPU, and the weights of the loss beside it."""
+        """What personalize.py trains on, of everybody's reference, on the CPU; and the loss's weights."""
         if augment not in self.encoded:
-            everybody = []
+            args, everybody = self.args, []
             for person in tqdm(self.people, "crops" if augment else "photos", disable=None, leave=False):
-                crops = photos.load_crops([person.reference, *person.more], self.args.resolution, augment,
-                                               self.args.aspects, self.args.scales)
-                latents, weights = personalize.encode_crops(self.autoencoder, crops, self.args.background, self.args.mirror)
-                everybody.append(([latent.cpu() for latent in latents], weights))
+                crops = photos.load_crops([person.reference, *person.more], args.resolution, augment,
+                                          args.aspects, args.scales)
+                latents, own = personalize.encode_crops(self.autoencoder, crops, args.background, args.mirror)
+                everybody.append(([latent.cpu() for latent in latents], own))
                 self.interruption.raise_if_asked()
             self.encoded[augment] = tuple(zip(*everybody))
         return self.encoded[augment]
 
-    def personalise(self, method: str, rank: int):
+    def adapter(self, method: str, rank: int) -> MetaLoRA:
+        """A row for each person; all start alike, as in runs of their own."""
+        args, lomd = self.args, self.args.learned_lomd if kind_of(method) == "meta-lora" else None
+        if method == "random-lomd":
+            lomd = random_lomd(find_targets(self.flux), len(next(iter(lomd.values()))), args.seed)
+        slots = min(len(self.people), people_at_once(self.flux, rank))
+        adapter = MetaLoRA(self.flux, rank, lomd, num_identities=0, slots=slots)
+        row = adapter.new_row(torch.Generator().manual_seed(args.seed))
+        adapter.bank = IdentityBank(row.repeat(len(self.people), 1).to(self.device))
+        return adapter
+
+    def resume(self, adapter: MetaLoRA, state: Path, settings: list[Setting]) -> None:
+        """Takes the rows of a run before, unless a LoRA of an earlier iteration is asked for now."""
+        if not state.is_file():
+            return
+        parts = {name: value.clone().to(self.device) for name, value in load_file(state).items()}
+        lost = [person.name for person, steps in zip(self.people, parts["steps"].tolist()) for s in settings
+                if s.iterations < steps and not self.lora_path(s, person).is_file()]
+        if parts["weight"].shape == adapter.bank.weight.shape and not lost:
+            adapter.bank = IdentityBank(*(parts[part] for part in IdentityBank.PARTS))
+
+    def personalise(self, method: str, rank: int) -> None:
         """All LoRAs of a method and rank, of one training run: everybody is a row of one identity bank."""
-        args, settings = self.args, [Setting(method, rank, i) for i in iterations_of(method, self.args.iters)]
-        if all(self.lora_path(s, person).is_file() for s in settings for person in self.people):
+        args = self.args
+        settings = {i: Setting(method, rank, i) for i in iterations_of(method, args.iters)}
+        if all(self.lora_path(s, person).is_file() for s in settings.values() for person in self.people):
             return
         self.load()
-        augment, kind, lomd = method != "lora", kind_of(method), None
-        if kind == "meta-lora":
-            lomd = args.learned_lomd
-            if method == "random-lomd":
-                lomd = random_lomd(find_targets(self.flux), len(next(iter(lomd.values()))), args.seed)
-        people, weights = self.latents(augment)
-        slots = min(len(people), people_at_once(self.flux, rank))
-        adapter = MetaLoRA(self.flux, rank, lomd, num_identities=0, slots=slots)
-        row = adapter.new_row(torch.Generator().manual_seed(args.seed))         # as everybody starts in a run of their own
-        adapter.bank = IdentityBank(row.repeat(len(people), 1).to(self.device))
-        state, by_iterations = self.out / "state" / f"{method}_r{rank}.safetensors", {s.iterations: s for s in settings}
+        latents, weights = self.latents(method != "lora")
+        adapter, state = self.adapter(method, rank), self.out / "state" / f"{method}_r{rank}.safetensors"
+        self.resume(adapter, state, [*settings.values()])
 
-        def save_lora_of(person: int, iterations: int):
-            path = self.lora_path(by_iterations[iterations], self.people[person])
+        def save_lora_of(index: int, iterations: int) -> None:
+            person = self.people[index]
+            path = self.lora_path(settings[iterations], person)
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_lora(path, adapter.collapse(person), metadata={
+            save_lora(path, adapter.collapse(index), metadata={
                 "method": method, "rank": str(rank), "iterations": str(iterations), "seed": str(args.seed),
-                "learning_rate": f"{args.rates[method]:g}", "prompt": fill(args.prompt, self.people[person].gender),
+                "learning_rate": f"{args.rates[method]:g}", "prompt": fill(args.prompt, person.gender),
                 "model": Path(args.model).name, "made_by": "paper/compare.py"})
 
-        def save_state():
+        def save_state() -> None:
             state.parent.mkdir(parents=True, exist_ok=True)
             with whole(state) as part:
                 save_file({name: getattr(adapter.bank, name).cpu() for name in IdentityBank.PARTS}, part)
 
-        if state.is_file():
-            parts = {name: value.clone().to(self.device) for name, value in load_file(state).items()}
-            lost = [i for i, steps in enumerate(parts["steps"].tolist()) for s in settings
-                    if s.iterations < steps and not self.lora_path(s, self.people[i]).is_file()]
-            if parts["weight"].shape == adapter.bank.weight.shape and not lost:
-                adapter.bank = IdentityBank(*(parts[part] for part in IdentityBank.PARTS))       # else: an earlier iteration is asked for now; from the start
-        for person, steps in enumerate(adapter.bank.steps.tolist()):
-            if steps in by_iterations:                     # a kill may come after the state and before the LoRA
-                save_lora_of(person, steps)
-        last = max(by_iterations)
-        saved, left = time.monotonic(), sum(max(0, last - steps) for steps in adapter.bank.steps.tolist())
+        for index, steps in enumerate(adapter.bank.steps.tolist()):
+            if steps in settings:                  # a kill may come after the state and before the LoRA
+                save_lora_of(index, steps)
+        last, saved = max(settings), time.monotonic()
+        left = sum(max(0, last - steps) for steps in adapter.bank.steps.tolist())
 
-        def on_step(iteration, loss, person):
+        def on_step(iteration: int, loss: float, index: int) -> None:
             nonlocal saved
             bar.update()
-            if iteration in by_iterations:
-                save_lora_of(person, iteration)
+            if iteration in settings:
+                save_lora_of(index, iteration)
             if time.monotonic() - saved > 30 or self.interruption.asked:
                 save_state()
                 saved = time.monotonic()
             self.interruption.raise_if_asked()
 
-        txt, y = (part.to(self.device) for part in self.captions)
-        with tqdm(total=left, desc=f"training {method}, rank {rank}, {len(people)} people", disable=None) as bar:
-            try:
-                train_together(self.flux, adapter, people, txt, y, last, args.rates[method], seed=args.seed, on_step=on_step,
-                                  weights=weights)
-            except personalize.NotFinite as error:
-                raise FloatingPointError(f"{method}, rank {rank}, {self.people[error.person].name}: {error}; a smaller --lr "
-                                         f"{method}={args.rates[method]:g} may help") from None
+        try:
+            with tqdm(total=left, desc=f"training {method}, rank {rank}", disable=None) as bar:
+                train_together(self.flux, adapter, latents, *self.captions, last, args.rates[method],
+                               args.seed, on_step, weights)
+        except personalize.NotFinite as error:
+            raise FloatingPointError(f"{method}, rank {rank}, {self.people[error.person].name}: {error}; a "
+                                     f"smaller --lr {method}={args.rates[method]:g} may help") from None
         save_state()
         apply_loras(self.flux, [])
 
-    def draw(self, setting: Setting, person: Person, bar):
+    def draw(self, setting: Setting, person: Person, bar: tqdm) -> None:
+        """A person's missing pictures of one setting."""
         batches = self.batches(setting, person)
         if not batches:
             return
         self.load()
-        apply_loras(self.flux, [])
-        if setting.rank:
-            apply_loras(self.flux, [(load_lora(self.lora_path(setting, person), self.flux.config), 1.0)])
+        lora = load_lora(self.lora_path(setting, person), self.flux.config) if setting.rank else None
+        apply_loras(self.flux, [(lora, 1.0)] if lora else [])
+        side = self.args.size
         for batch in batches:
             jobs = [(p.text, p.seed) for p in batch]
-            latents = sample_latents(self.flux, self.texts, jobs, self.args.size, self.args.size, self.args.steps,
-                                     self.args.guidance, batch_size=len(jobs), on_step=self.interruption.raise_if_asked)
+            latents = sample_latents(self.flux, self.texts, jobs, side, side, self.args.steps,
+                                     self.args.guidance, batch_size=len(jobs),
+                                     on_step=self.interruption.raise_if_asked)
             for picture, latent in zip(batch, list(latents)):
                 save_png(decode_latent(self.autoencoder, latent), picture.path, {
-                    "prompt": picture.text, "seed": picture.seed, "identity": person.name, "method": setting.title})
+                    "prompt": picture.text, "seed": picture.seed, "identity": person.name,
+                    "method": setting.title})
                 bar.update()
 
     def everything(self) -> list[Picture]:
-        settings, pictures = settings_of(self.args), []
+        """Trains and draws all that is missing -> all pictures; the models are dropped."""
+        settings = settings_of(self.args)
         for method, rank in dict.fromkeys((s.method, s.rank) for s in settings if s.rank):
             self.personalise(method, rank)
-        todo = sum(len(batch) for s in settings for p in self.people for batch in self.batches(s, p))
+        both = [(setting, person) for setting in settings for person in self.people]
+        todo = sum(len(batch) for one in both for batch in self.batches(*one))
         with tqdm(total=todo, desc="drawing", unit="picture", disable=None) as bar:
-            for setting in settings:
-                for person in self.people:
-                    self.draw(setting, person, bar)
-                    pictures += self.pictures(setting, person)
+            for one in both:
+                self.draw(*one, bar)
         self.flux = self.autoencoder = None
         free(self.device)
-        return pictures
+        return [picture for one in both for picture in self.pictures(*one)]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The command
+# The command ------------------------------------------------------------------------------------------------
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="paper.compare", allow_abbrev=False, description="Personalise, draw and score: the paper's comparison.")
+    parser = Parser(prog="paper.compare", allow_abbrev=False, description="The paper's comparison.")
     add = parser.add_argument
-    add("--data", type=Path, nargs="+", required=True, metavar="DIR", help="real pictures, as of eval_rfacesim.py")
-    add("--out", type=Path, default=Path("report"), help="folder of all results; the same command goes on (default: report)")
-    add("--model", default="flux-dev", help="flux-dev (default), flux-schnell, baby, or a folder; baby also judges by itself")
+    add_options(add)
     add("--methods", nargs="+", choices=tuple(METHODS), default=["meta-lora", "lora-crops", "lora"],
-        help="what to compare (default: meta-lora lora-crops lora); random-lomd is a control, none the floor")
-    add("--ranks", type=positive, nargs="+", default=[1], metavar="R", help="ranks of the LoRAs (default: 1)")
-    add("--iters", type=positive, nargs="+", metavar="N", help="iterations, of one run each (default: 375, LoRA 625)")
+        help="what to compare (default: meta-lora lora-crops lora); random-lomd: a control, none: the floor")
+    add("--ranks", type=positive, nargs="+", default=[1], metavar="R", help="of the LoRAs (default: 1)")
+    add("--iters", type=positive, nargs="+", metavar="N", help="of one run each (default: 375, LoRA 625)")
     add("--seeds", type=positive, default=5, help="pictures of each prompt (default: 5)")
-    add("--prompts", type=Path, help="text file, as of eval_rfacesim.py")
-    add("--reference", choices=("first", "all"), default="first", help="as of eval_rfacesim.py")
-    add("--photos", type=positive, default=1, metavar="N", help="how many pictures of a person the methods see (default: 1)")
-    add("--gender", choices=("man", "woman"), help="of people whose folder and captions do not say")
+    add("--photos", type=positive, default=1, metavar="N", help="of a person, to personalise on (default: 1)")
     add("--lr", nargs="+", default=[], metavar="[METHOD=]LR", help="learning rates (default: the model's)")
-    add("--lomd", type=Path, help="weights of stage 1 (default: lomd.safetensors of the model's folder, else here)")
-    add("--prompt", help="what the crops are called in training; may have [man/woman] (default: the model's)")
-    add("--resolution", type=positive, nargs="+", metavar="PIXELS", help="of the crops (default: the model's)")
+    add("--lomd", type=Path, help="of stage 1 (default: lomd.safetensors of the model's folder, else here)")
+    add("--prompt", help="the crops' caption; may have [man/woman] (default: the model's)")
+    add("--resolution", type=positive, nargs="+", metavar="PIXELS", help="of crops (default: the model's)")
     add("--size", type=positive, help="side of the pictures (default: the model's; FLUX.1's is 1024)")
     add("--steps", type=positive, default=30, help="Euler steps (default: 30)")
     add("--guidance", type=float, help="guidance input (default: the model's; FLUX.1's is 3.5)")
     add("--seed", type=int, default=0, help="of the training (default: 0)")
-    add_judges(add)
     add_speed_options(add, training=True)
     return parser.parse_args(argv)
 
 
 def check(args: argparse.Namespace) -> None:
-    """ValueError for what can be refused before anything large is read; fills in the defaults."""
-    check_out(args.out, args.data)
+    """ValueError for what can be refused before anything large is read."""
+    check_apart(args.out, "--out", args.data)
     args.methods, args.ranks = list(dict.fromkeys(args.methods)), sorted(set(args.ranks))
     args.iters = args.iters and sorted(set(args.iters))
-    args.device = pick_device(args.device)
-    args.rates = {}
+    args.device, args.rates = pick_device(args.device), {}
     for word in args.lr:
         method, _, rate = word.rpartition("=")
         if method and method not in METHODS:
             raise ValueError(f"--lr {word}: no method {method!r}; there are {', '.join(METHODS)}")
         try:
-            args.rates[method] = float(rate)
+            args.rates[method] = finite_number(rate)
         except ValueError:
             raise ValueError(f"--lr {word}: {rate!r} is no number") from None
     for args.lr in [*args.rates.values(), None]:
@@ -341,7 +349,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def take_defaults(args: argparse.Namespace) -> None:
-    """Finds the model (may download) and its LoMD, and what decides about results into args.settings."""
+    """Finds the model (may download) and its LoMD; what decides about results goes into args.settings."""
     general = args.rates.pop("", None)
     take_model(args, args.device, "lora")
     args.rates = {m: args.rates.get(m) or general or learning_rate(args.folder, kind_of(m))
@@ -352,44 +360,36 @@ def take_defaults(args: argparse.Namespace) -> None:
         args.learned_lomd, lomd, untrained = read_lomd(args.folder, args.lomd)
         if untrained and "meta-lora" in args.methods:
             note("this LoMD is random and was never trained")
-    args.settings = {"model": flux_fingerprint(args.folder), "autoencoder": autoencoder_fingerprint(args.folder),
-                     "lomd": lomd, "learning rates": args.rates, "seed": args.seed, "caption": args.prompt,
-                     "resolution": args.resolution, "size": args.size, "steps": args.steps,
-                     "guidance": args.guidance, "dtype": str(args.dtype) + " fp8" * args.fp8,
-                     **{name: getattr(args, name) for name in CROPS},
-                     "order of a row's numbers": "by width"}
+    of_model = "resolution", "size", "steps", "guidance", "seed", "aspects", "scales", "background", "mirror"
+    args.settings = {"layout": "numbers of a row by width", "model": flux_fingerprint(args.folder),
+                     "autoencoder": autoencoder_fingerprint(args.folder), "lomd": lomd,
+                     "learning rates": args.rates, "caption": args.prompt,
+                     "dtype": str(args.dtype) + " fp8" * args.fp8,
+                     **{name: getattr(args, name) for name in of_model}}
 
 
 def check_settings(args: argparse.Namespace, people: list[Person], prompts: dict) -> None:
-    """What --out was made with: written by the first command; ValueError for one that differs. --methods, --ranks, --iters and
-    --seeds may change: what they name is added."""
-    now = json.loads(json.dumps(args.settings | {
-        "people and their references": [" ".join([p.name, *(digest(path.read_bytes()) for path in (p.reference, *p.more))]) for p in people],
-        "prompts": prompts}))
-    path = args.out / "settings.json"
+    """What --out was made with: written by the first command; ValueError for one that differs."""
+    hashes = lambda paths: [digest(path.read_bytes()) for path in paths]
+    shown = [" ".join([p.name, *hashes((p.reference, *p.more))]) for p in people]
+    now = args.settings | {"people and their references": shown, "prompts": prompts}
+    now, path = json.loads(json.dumps(now)), args.out / "settings.json"
     if path.exists():
         before = JsonFile(path)
-        if now["lomd"] == "none" or before["lomd"] == "none":             # methods without one came first, or come now
+        if "none" in (now["lomd"], before["lomd"]):       # methods without one came first, or come now
             now["lomd"] = before["lomd"] = max(now["lomd"], before["lomd"])
         for name, value in now.items():
-            was = before.get(name, "not written down")
-            if was != value:
+            if (was := before.get(name, "not written down")) != value:
                 detail = f": it was {was} and is {value}" if len(f"{was}{value}") < 200 else ""
-                raise ValueError(f"--out {args.out} was made with another setting of {name}{detail}; name a new folder")
+                raise ValueError(f"--out {args.out} was made with another setting of {name}{detail}; "
+                                 "name a new folder")
     args.out.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(now, indent=1).encode())
 
 
-def describe(label: str) -> dict:
-    """What the tables and figures call a row, and its method, rank and iterations."""
-    setting = Setting.read(label)
-    return {"title": setting.title, **setting._asdict()}
-
-
 def compare(argv: list[str] | None = None, quiet: bool = False) -> None:
-    """The command. `quiet`: scores.json and tables.md alone, for a script that goes on with them."""
-    args = parse(argv)
-    start = time.perf_counter()
+    """The command. quiet: scores.json and tables.md alone, for a script that goes on with them."""
+    args, start = parse(argv), time.perf_counter()
     check(args)
     people = read_people(args.data, args.reference, args.gender, args.photos)
     prompts = prompts_for(people, args.prompts, own_folder(args.model))
@@ -403,20 +403,19 @@ def compare(argv: list[str] | None = None, quiet: bool = False) -> None:
     rows, problems = score_all(judges, real, pictures, args.out / "parts")
     for problem in problems:
         note(" ".join(problem.split()))
-    settings = args.settings | {"reference": args.reference}
     methods, quoted = report(args.out, people, rows, real, judges, problems, args.no_face_as_zero, args.paper,
-                             Path(args.model).name, settings, describe)
+                             Path(args.model).name, args.settings | {"reference": args.reference}, describe)
     if quiet:
         return
     figures(methods, quoted, args.out)
     sheets(pictures, people, args.out, describe)
     print((args.out / "tables.md").read_text())
     print(f"{args.out}: scores.json, tables.md, {', '.join(sorted(p.name for p in args.out.glob('*.png')))}")
-    print(f"seconds: {drawn - start:.0f} until all pictures were there, {time.perf_counter() - drawn:.0f} to score and report")
+    print(f"seconds: {drawn - start:.0f} for the pictures, {time.perf_counter() - drawn:.0f} for the rest")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 done, 1 training diverged or memory ran out, 2 bad input, 130 Ctrl-C; the same command goes on."""
+    """Exit code: 0 done, 1 training diverged or no memory, 2 bad input, 130 Ctrl-C; it goes on."""
     return run_script("paper.compare", compare, argv)
 
 

@@ -1,4 +1,4 @@
-"""Figures and contact sheets of finished scores: the paper's Figures 3, 4, 6 to 8.
+"""Figures and contact sheets of finished scores: the paper's Figures 3, 4, 6 to 8, and the miniature's.
 
 Source: "Meta-LoRA" (Topal et al. 2025).
 """
@@ -9,142 +9,188 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import personalize
-from eval_rfacesim import Person, Picture
 from support import photos
 from support.common import save_figure, save_png
+from support.identities import Person, Picture
 
 METHODS = {"meta-lora": "Meta-LoRA", "lora": "LoRA", "lora-crops": "LoRA + augmented inputs",
            "random-lomd": "Meta-LoRA, random LoMD", "none": "no LoRA"}
+AXES = {"r_facesim": "R-FaceSim (%)", "clip_t": "CLIP-T (%)"}
+OFFSETS = {"lora": (-8, -8), "lora-crops": (0, 10), "random-lomd": (11, -8), "meta-lora": (9, 9)}   # points
 
 
-def grouped(methods: list[dict]) -> dict[str, list[dict]]:
-    """{method: its ranks and iterations} of those that have both scores."""
+def new_figure(width: float, height: float) -> object:
+    from matplotlib.figure import Figure
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def line_of(axes: object, points: list[dict], metric: str, **style: object) -> None:
+    """A metric with its errors against iterations."""
+    points = sorted(points, key=lambda p: p["iterations"])
+    errors = [100 * (p[metric]["error"] or 0) for p in points]
+    axes.errorbar([p["iterations"] for p in points], [100 * p[metric]["mean"] for p in points], errors,
+                  marker="o", markersize=4, capsize=3, **style)
+
+
+def figures(methods: list[dict], quoted: dict | None, out: Path) -> None:
+    """scores.png: R-FaceSim against CLIP-T with quadratic fits, and both against iterations at the lowest
+    rank (Figure 3); ranks.png: both against iterations, a column for each rank (Figure 6)."""
     by_method = {}
     for method in methods:
         if method["r_facesim"] and method["clip_t"]:
             by_method.setdefault(method["method"], []).append(method)
-    return by_method
-
-
-def line_of(axes, points: list[dict], metric: str, **style) -> None:
-    points = sorted(points, key=lambda p: p["iterations"])
-    errors = [100 * (p[metric]["error"] or 0) for p in points]
-    axes.errorbar([p["iterations"] for p in points], [100 * p[metric]["mean"] for p in points], errors, marker="o",
-                  markersize=4, capsize=3, **style)
-
-
-def figures(methods: list[dict], quoted: dict | None, out: Path) -> None:
-    """scores.png: R-FaceSim against CLIP-T with quadratic fits, and both against iterations at the lowest rank (Figure 3);
-    ranks.png: both against iterations, a column for each rank (Figure 6)."""
-    from matplotlib.figure import Figure
-    by_method, names = grouped(methods), {"r_facesim": "R-FaceSim (%)", "clip_t": "CLIP-T (%)"}
     if not by_method:
         return
     colours = {method: f"C{i % 10}" for i, method in enumerate(by_method)}
-    figure = Figure(figsize=(12, 5), layout="constrained")
+    figure = new_figure(12, 5)
     grid = figure.add_gridspec(2, 2)
     plane, upper = figure.add_subplot(grid[:, 0]), figure.add_subplot(grid[0, 1])
     panels = {"r_facesim": upper, "clip_t": figure.add_subplot(grid[1, 1], sharex=upper)}
     for method, points in by_method.items():
         x, y = (np.array([100 * p[metric]["mean"] for p in points]) for metric in ("clip_t", "r_facesim"))
-        label, trained = METHODS.get(method, method), points[0]["rank"] > 0
-        plane.scatter(x, y, s=[20 + 6 * p["rank"] for p in points], marker="o" if trained else "*", color=colours[method],
-                      label=label, alpha=0.8)
+        colour, trained = colours[method], points[0]["rank"] > 0
+        plane.scatter(x, y, s=[20 + 6 * p["rank"] for p in points], marker="o" if trained else "*",
+                      color=colour, label=METHODS.get(method, method), alpha=0.8)
         if len(set(x.tolist())) > 3:
             at = np.linspace(x.min(), x.max(), 50)
-            plane.plot(at, np.poly1d(np.polyfit(x - x.mean(), y, 2))(at - x.mean()), color=colours[method], linewidth=1)
+            fit = np.poly1d(np.polyfit(x - x.mean(), y, 2))
+            plane.plot(at, fit(at - x.mean()), color=colour, linewidth=1)
+        lowest = [p for p in points if p["rank"] == min(q["rank"] for q in points)]
         for metric, axes in panels.items():
             if trained:
-                lowest = min(p["rank"] for p in points)
-                line_of(axes, [p for p in points if p["rank"] == lowest], metric, color=colours[method])
+                line_of(axes, lowest, metric, color=colour)
             else:
-                axes.axhline(100 * points[0][metric]["mean"], color=colours[method], linestyle="--")
+                axes.axhline(100 * points[0][metric]["mean"], color=colour, linestyle="--")
     for i, row in enumerate(quoted["table 5"] if quoted else []):
         plane.scatter(row["clip_t"], row["r_facesim"], marker=f"${i + 1}$", color="grey",
                       label=f"quoted: {row['method']}, {row['base']}")
-    plane.set(xlabel=names["clip_t"], ylabel=names["r_facesim"], title="each rank (size of the dot) and number of iterations")
+    plane.set(xlabel=AXES["clip_t"], ylabel=AXES["r_facesim"], title="each rank (size) and iterations")
     for metric, axes in panels.items():
-        axes.set(ylabel=names[metric], xlabel="iterations" if metric == "clip_t" else "")
+        axes.set(ylabel=AXES[metric], xlabel="iterations" if metric == "clip_t" else "")
     upper.set(title="the lowest rank")
     figure.legend(*plane.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     save_figure(figure, out / "scores.png")
+    draw_ranks(by_method, colours, out / "ranks.png")
+
+
+def draw_ranks(by_method: dict[str, list[dict]], colours: dict[str, str], path: Path) -> None:
     ranks = sorted({p["rank"] for points in by_method.values() for p in points if p["rank"]})
     if not ranks:
         return
-    figure = Figure(figsize=(3.5 * len(ranks) + 1, 5), layout="constrained")
+    figure = new_figure(3.5 * len(ranks) + 1, 5)
     axes = figure.subplots(2, len(ranks), sharex=True, sharey="row", squeeze=False)
     for column, rank in enumerate(ranks):
-        for row, metric in enumerate(names):
+        for row, metric in enumerate(AXES):
             for method, points in by_method.items():
                 if some := [p for p in points if p["rank"] == rank]:
-                    line_of(axes[row, column], some, metric, color=colours[method], label=METHODS.get(method, method))
+                    line_of(axes[row, column], some, metric, color=colours[method],
+                            label=METHODS.get(method, method))
+            axes[row, 0].set(ylabel=AXES[metric])
         axes[0, column].set(title=f"rank {rank}")
         axes[1, column].set(xlabel="iterations")
-    for row, metric in enumerate(names):
-        axes[row, 0].set(ylabel=names[metric])
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
-    save_figure(figure, out / "ranks.png")
+    save_figure(figure, path)
 
 
-def sheet(path: Path, columns: list[tuple[str, Path | None]], rows: list[tuple[str, list[Path | None]]], side: int = 144):
-    """A contact sheet: over each column its prompt and the input, before each row the method's name."""
-    font, left, head = ImageFont.load_default(12), 130, 84
-    given = any(photo for _, photo in columns)
-    lines = ([("input", [photo for _, photo in columns])] if given else []) + rows
+def draw_rates(tried: dict, chosen: dict[str, float], floor: float, path: Path) -> None:
+    """Likeness against text, a line for each method through its learning rates, which are written at the
+    points in 1e-4, a ring around the chosen one; the dotted line is the model's own text score."""
+    figure = new_figure(6, 4.5)
+    axes = figure.subplots()
+    for method, by_rate in tried.items():
+        places = [(100 * own["clip_t"], 100 * own["r_facesim"]) for own in by_rate.values()]
+        (line,) = axes.plot(*zip(*places), marker="o", markersize=4, label=METHODS[method])
+        axes.plot(*places[[*map(float, by_rate)].index(chosen[method])], marker="o", markersize=10,
+                  fillstyle="none", color=line.get_color())
+        for rate, place in zip(by_rate, places):
+            axes.annotate(f"{1e4 * float(rate):g}", place, textcoords="offset points", fontsize=8,
+                          color=line.get_color(), xytext=OFFSETS[method], ha="center", va="center")
+    axes.axvline(100 * floor, color="grey", linestyle=":", linewidth=1)
+    axes.margins(0.08)
+    axes.set(xlabel=AXES["clip_t"], ylabel=AXES["r_facesim"])
+    axes.legend(fontsize=8, title="learning rates in 1e-4", title_fontsize=8)
+    save_figure(figure, path)
+
+
+def draw_study(rows: list[dict], path: Path) -> None:
+    """A line for each variant: the dotted line is the base's mean; the dots are that plus the mean of the
+    differences person by person, with their standard errors."""
+    figure = new_figure(10, 0.32 * len(rows) + 1.2)
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, (metric, name) in zip(panels, AXES.items()):
+        base, gaps = 100 * rows[0][metric]["mean"], [row[metric]["less base"] for row in rows]
+        axes.errorbar([base + 100 * gap["mean"] for gap in gaps], range(len(rows)),
+                      xerr=[100 * gap["error"] for gap in gaps], fmt="o", capsize=3)
+        axes.axvline(base, color="grey", linestyle=":", linewidth=1)
+        axes.set(xlabel=name)
+    panels[0].set_yticks(range(len(rows)), [f"{row['question']}: {row['value']}" for row in rows])
+    panels[0].invert_yaxis()
+    save_figure(figure, path)
+
+
+def write(draw: ImageDraw.ImageDraw, text: str, x: int, y: int, width: int, height: int) -> None:
+    """Text into a box of a sheet, as many lines as fit."""
+    font, line = ImageFont.load_default(12), ""
+    for word in [*text.split(), None]:
+        if word is None or draw.textlength(f"{line} {word}", font) > width - 8:
+            draw.text((x + 4, y + 2), line, "black", font)
+            y, height, line = y + 14, height - 14, ""
+            if height < 14:
+                return
+        line = f"{line} {word}".strip()
+
+
+def sheet(path: Path, columns: list[tuple[str, Path | None]], rows: list[tuple[str, list[Path | None]]],
+          side: int = 144) -> None:
+    """A contact sheet: over each column its prompt and the input, left of each row the method's name."""
+    lines, left, head = [("input", [photo for _, photo in columns]), *rows], 130, 84
     picture = Image.new("RGB", (left + side * len(columns), head + side * len(lines)), "white")
     draw = ImageDraw.Draw(picture)
-
-    def write(text, x, y, width, height):
-        text, line = " ".join(text.split()), ""
-        for word in [*text.split(), None]:
-            if word is None or draw.textlength(f"{line} {word}", font) > width - 8:
-                draw.text((x + 4, y + 2), line, "black", font)
-                y, height, line = y + 14, height - 14, ""
-                if height < 14:
-                    break
-            line = f"{line} {word}".strip()
     for i, (text, _) in enumerate(columns):
-        write(text, left + side * i, 0, side, head)
+        write(draw, text, left + side * i, 0, side, head)
     for j, (name, paths) in enumerate(lines):
-        write(name, 0, head + side * j, left, side)
+        write(draw, name, 0, head + side * j, left, side)
         for i, file in enumerate(paths):
             try:
                 photo = file and photos.read_photo(file)
             except ValueError:
-                photo = None
+                continue
             if photo:
-                picture.paste(ImageOps.pad(photo, (side, side), color="white"), (left + side * i, head + side * j))
+                padded = ImageOps.pad(photo, (side, side), color="white")
+                picture.paste(padded, (left + side * i, head + side * j))
     save_png(picture, path, {})
 
 
 def sheets(pictures: list[Picture], people: list[Person], out: Path, describe: Callable[[str], dict]) -> None:
-    """For each gender people and prompts across, methods down (Figures 4, 7 and 8); one person's seeds (Figure 4, right)."""
-    settings = {p.label: describe(p.label) for p in pictures}
-    chosen = {}                                     # of each method the lowest rank, and the iterations nearest the paper's
+    """For each gender people and prompts across, methods down (Figures 4, 7, 8); one person's seeds (Figure
+    4, right). Of each method the lowest rank, and the iterations nearest the paper's."""
+    chosen, settings = {}, {p.label: describe(p.label) for p in pictures}
     for label, setting in settings.items():
-        wish = personalize.ITERATIONS["lora" if setting["method"].startswith("lora") else "meta-lora"]
-        better = (setting["rank"], abs(setting["iterations"] - wish))
-        if setting["method"] not in chosen or better < chosen[setting["method"]][0]:
-            chosen[setting["method"]] = better, label
-    labels = [label for _, label in chosen.values()]
-    at = {(p.label, p.person, p.prompt, p.seed): p for p in pictures}
+        method = setting["method"]
+        wish = personalize.ITERATIONS["lora" if method.startswith("lora") else "meta-lora"]
+        better = setting["rank"], abs(setting["iterations"] - wish)
+        if method not in chosen or better < chosen[method][0]:
+            chosen[method] = better, label
+    at = {p[:4]: p.path for p in pictures}                         # (label, person, prompt, seed)
+    of = {p.name: [q for q in pictures if q.person == p.name] for p in people}
+
+    def lines(cells: list[tuple[Person, int, int]]) -> list[tuple[str, list[Path | None]]]:
+        places = [(person.name, prompt, seed) for person, prompt, seed in cells]
+        return [(settings[label]["title"], [at.get((label, *place)) for place in places])
+                for _, label in chosen.values()]
     for gender in dict.fromkeys(p.gender for p in people):
-        own = [p for p in people if p.gender == gender and any(q.person == p.name for q in pictures)]
-        columns = []
+        own, columns = [p for p in people if p.gender == gender and of[p.name]], {}
         for i in range(8 if own else 0):
             person = own[i % len(own)]
-            there = sorted({(q.seed, q.prompt, q.text) for q in pictures if q.person == person.name})
-            first = [cell for cell in there if cell[0] == there[0][0]]
-            cell = first[(i if len(own) < len(first) else i // len(own) + i) % len(first)]
-            if (person, cell) not in columns:
-                columns.append((person, cell))
+            seed = min(q.seed for q in of[person.name])
+            there = sorted({(q.prompt, q.text) for q in of[person.name] if q.seed == seed})
+            turn = i if len(own) < len(there) else i // len(own) + i
+            prompt, text = there[turn % len(there)]
+            columns[person, prompt, seed] = text, person.reference
         if columns:
-            sheet(out / f"sheet_{gender or 'people'}.png", [(text, person.reference) for person, (_, _, text) in columns],
-                  [(settings[label]["title"], [getattr(at.get((label, person.name, prompt, seed)), "path", None)
-                                            for person, (seed, prompt, _) in columns]) for label in labels])
-    person = next(p for p in people if any(q.person == p.name for q in pictures))
-    prompt, text = min((q.prompt, q.text) for q in pictures if q.person == person.name)
-    seeds = sorted({q.seed for q in pictures if (q.person, q.prompt) == (person.name, prompt)})[:6]
+            sheet(out / f"sheet_{gender or 'people'}.png", [*columns.values()], lines([*columns]))
+    person = next(p for p in people if of[p.name])
+    prompt, text = min((q.prompt, q.text) for q in of[person.name])
+    seeds = sorted({q.seed for q in of[person.name] if q.prompt == prompt})[:6]
     sheet(out / "sheet_seeds.png", [(f"seed {seed}: {text}", person.reference) for seed in seeds],
-          [(settings[label]["title"], [getattr(at.get((label, person.name, prompt, seed)), "path", None) for seed in seeds])
-           for label in labels])
+          lines([(person, prompt, seed) for seed in seeds]))

@@ -76,6 +76,14 @@ def check_writable(path: Path, option: str) -> None:
         raise ValueError(f"{option} {path}: {base} is {'not writable' if base.is_dir() else 'not a folder'}")
 
 
+def check_apart(path: Path, option: str, data: list[Path]) -> None:
+    """ValueError unless `path` can be written, and is not among the data, where it would be read later."""
+    check_writable(path, option)
+    for folder in data:
+        if path.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"{option} {path} lies within --data {folder}; name a folder outside of it")
+
+
 def check_out_file(path: Path, suffix: str) -> None:
     """ValueError unless --out can be written: its folder must be there, and its name end in `suffix`."""
     if path.suffix != suffix or path.is_dir():
@@ -122,9 +130,25 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} (--help lists all options)")
 
 
+def side(text: str) -> int:
+    """Pixels of a picture's side: a multiple of 16."""
+    value = int(text)
+    low = value - value % 16
+    if value < 16 or value % 16:
+        near = f"{value} is no multiple of 16; the nearest are {low} and {low + 16}"
+        raise argparse.ArgumentTypeError(near if value >= 16 else f"must be at least 16, not {value}")
+    return value
+
+
 def positive(text: str) -> int:
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
+    return int(text)
+
+
+def count(text: str) -> int:
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"must be 0 or more, not {text}")
     return int(text)
 
 

@@ -7,6 +7,8 @@ disk.
 import collections
 import hashlib
 import math
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +22,7 @@ from tqdm import tqdm
 
 from support.checkpoints import (TensorFiles, fingerprint, load_autoencoder, load_text_encoders, locate,
                                  weight_files)
-from support.common import whole
+from support.common import JsonFile, note, whole
 from support.photos import fit_to_grid, grid_size, image_files, read_photo, to_tensor
 
 MIN_PICTURES = 2          # of one picture M and U would learn the picture, not the person
@@ -156,6 +158,25 @@ def data_fingerprint(buckets: Buckets) -> str:
     return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
+def read_buckets(data: Path, listing: Path, smallest: int, skip_bad: bool, size: int, seed: int,
+                 show: bool) -> tuple[Buckets, dict]:
+    """The checked folder -> its buckets, and what `listing` is to hold of its pictures for the next time.
+
+    ValueError at anything wrong, after a line for each; with skip_bad notes, and the rest."""
+    known = JsonFile(listing) if listing.exists() else {}
+    people, problems = read_people(data, smallest, known, show)
+    problems = [" ".join(problem.split()) for problem in problems]
+    if problems and not skip_bad:
+        for problem in problems[:-1]:
+            print(f"meta_train.py: {problem}", file=sys.stderr)
+        raise ValueError(problems[-1])
+    for problem in problems if show else []:
+        note(f"skipped: {problem}")
+    if not people:
+        raise ValueError(f"{data} holds no people with pictures")
+    return make_buckets(people, size, seed), known
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Latents and text, encoded once
 
@@ -244,7 +265,7 @@ class DiskBank:
     each, in turn.
 
     Only the rows that are asked for are read. The file starts sparse, and a row whose step count is 0 holds
-    no weights yet. ValueError where the file has another size.
+    no weights yet. ValueError where the file has another size, or the disk has no room for it.
     """
     @staticmethod
     def bytes(count: int, size: int) -> int:
@@ -253,8 +274,11 @@ class DiskBank:
     def __init__(self, path: Path, count: int, size: int):
         layout = np.dtype([("steps", "<i8"), *((part, "<f4", (size,)) for part in PARTS[:3])])
         if not path.exists():
+            if (needed := self.bytes(count, size)) > (free := shutil.disk_usage(path.parent).free):
+                raise ValueError(f"the bank of {count} people needs {needed / 1e9:.0f} GB in {path.parent}, "
+                                 f"and {free / 1e9:.0f} GB are free")
             with whole(path) as part, open(part, "wb") as file:
-                file.truncate(self.bytes(count, size))
+                file.truncate(needed)
         if path.stat().st_size != self.bytes(count, size):
             raise ValueError(f"{path} is {path.stat().st_size} bytes, not {count} rows of {layout.itemsize}")
         self.rows = np.memmap(path, layout, "r+", shape=(count,))

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from support.common import note, save_png
+from support.common import check_writable, note, save_png
 
 SUFFIXES = set(".avif .bmp .gif .jfif .jp2 .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split())
 MIN_SIDE = 16                                    # pixels; one image token
@@ -262,3 +262,17 @@ def to_image(tensor: Tensor) -> Image.Image:
         raise ValueError("the picture has values that are not finite")
     pixels = (tensor.detach().float().clamp(-1, 1) + 1) * 127.5
     return Image.fromarray(pixels.round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
+
+
+def plan_files(out: Path | None, prompts: int, seeds: range) -> tuple[list[Path], Path | None]:
+    """Where each picture goes, prompt after prompt, and the grid (None for one picture). Writes nothing."""
+    count = prompts * len(seeds)
+    out = out or Path("samples" if count > 1 else "out.png")
+    is_file = out.suffix.lower() == ".png" and not out.is_dir()
+    if is_file and count > 1:
+        raise ValueError(f"--out {out} is one file, but there are {count} pictures: name a folder")
+    if out.suffix.lower() in SUFFIXES - {".png"} and not out.is_dir():
+        raise ValueError(f"--out {out}: pictures are written as PNG")
+    check_writable(out.parent if is_file else out, "--out")
+    files = [out / f"{prompt}_{seed}.png" for prompt in range(prompts) for seed in seeds]
+    return [out] if is_file else files, out / "grid.png" if count > 1 else None

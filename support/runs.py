@@ -1,24 +1,64 @@
-"""What a long run leans on: the processes that torchrun started, the log, and a figure of it."""
+"""What a long run stands on: the processes of torchrun, settings, lock, checkpoints, log and figure."""
 import json
 import math
 import os
 import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image, ImageOps
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 
-from support.common import pick_device, save_figure, write_whole
+from flux_model import denoise, get_noise
+from support.checkpoints import load_autoencoder, model_defaults
+from support.common import JsonFile, note, pick_device, save_figure, save_png, whole, write_whole
+from support.people import Picture
+from support.photos import read_photo, to_image
 
 try:
+    import fcntl
     import resource
-except ImportError:                              # Windows: no peak memory without a GPU
-    resource = None
+except ImportError:                              # Windows: no lock, and no peak memory without a GPU
+    fcntl = resource = None
 
-T_BINS = 10
+T_BINS = 10                                      # of the loss by time
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds a run's lock. ValueError where another process does."""
+    with open(path, "w") as lock:
+        try:
+            if fcntl:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is at work in {path.parent}") from None
+        yield
+
+
+def compare_settings(run: Path, settings: dict) -> None:
+    """ValueError, in words, where a run's folder holds another run, or other files."""
+    path = run / "settings.json"
+    if path.exists():
+        before = JsonFile(path)
+        changed = [f"{name} was {before[name]} and is {value}" for name, value in settings.items()
+                   if before[name] != value]
+        if changed:
+            raise ValueError(f"{run} is another run: {', '.join(changed)}; "
+                             "go on with its settings, or name a new --run")
+    elif run.exists() and any(not p.name.startswith(("pictures.json", "settings.json", "lock", "cache"))
+                                   for p in run.iterdir()):      # those, if killed early
+        raise ValueError(f"--run {run} holds other files: name a new folder")
 
 
 class Group:
@@ -27,12 +67,11 @@ class Group:
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if self.size > 1 and device_name is None and torch.cuda.is_available():
             device_name = f"cuda:{os.environ['LOCAL_RANK']}"
-        self.device = pick_device(device_name)
+        self.device, self.sent, backend = pick_device(device_name), 0, "gloo"
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        self.sent = 0
+            backend = "nccl"
         if self.size > 1:
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timedelta(hours=2))    # a bucket may take long to encode
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -54,45 +93,92 @@ class Group:
             dist.destroy_process_group()
 
 
-def peak_memory(device: torch.device) -> float:
+class Checkpoints:
+    """One process's states of a run: <iteration>-<steps that LoMD has made>.safetensors in its folder."""
+    def __init__(self, folder: Path, group: Group):
+        self.folder, self.group = folder, group
+        folder.mkdir(exist_ok=True)
+        for part in folder.glob("*.part"):       # of a process that was killed while it wrote
+            part.unlink()
+
+    def found(self) -> list[tuple[int, int, Path]]:
+        """[(iteration, steps of LoMD, path)], the newest last."""
+        return sorted((*map(int, path.stem.split("-")), path) for path in self.folder.glob("*-*.safetensors"))
+
+    def save(self, iteration: int, steps: int, tensors: dict[str, Tensor], at: str) -> None:
+        """Two are kept; of several processes also the last from before LoMD's latest step, since another
+        process may not have saved after it."""
+        with whole(self.folder / f"{iteration:08d}-{steps:08d}.safetensors") as part:
+            save_file({name: tensor.cpu() for name, tensor in tensors.items()}, part, {"pass": at})
+        found = self.found()
+        kept = found[-2:] + [each for each in found if each[1] < steps and self.group.size > 1][-1:]
+        for path in {path for *_, path in found} - {path for *_, path in kept}:
+            path.unlink()
+
+    def newest(self, device: torch.device) -> tuple[Path | None, str, dict[str, Tensor]]:
+        """(path, `at`, tensors) of the newest state that all processes have, (None, "", {}) without one: in a
+        warm-up they need not be at the same iteration, but LoMD must have made the same steps."""
+        readable = {}
+        for _, steps, path in self.found():
+            try:
+                with safe_open(path, "pt"):
+                    readable[steps] = path
+            except (SafetensorError, OSError) as error:
+                note(f"{path} is damaged and passed over: {error}")
+        common = set.intersection(*map(set, self.group.gather(set(readable))))
+        if not common:
+            return None, "", {}
+        path = readable[max(common)]
+        with safe_open(path, "pt", device=str(device)) as file:
+            # clone: on a CPU a matmul's bits depend on how its operands lie in memory, and a file's lie oddly
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+            return path, file.metadata()["pass"], tensors
+
+
+def peak_memory(device) -> float:
     """GB: of the GPU, else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    if resource is None:
-        return math.nan
     unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9 if resource else math.nan
 
 
 class Log:
-    """Lines of JSON, each the mean over the iterations since the last, of one phase. A resumed run first
-    drops the lines from after its checkpoint."""
-    def __init__(self, path: Path, iteration: int):
-        lines = path.read_text().splitlines() if path.exists() else []
-        whole = [line for line in lines if line.endswith("}")]                # a kill may tear the last
-        kept = [line for line in whole if json.loads(line)["iteration"] <= iteration]
-        self.smooth = json.loads(kept[-1])["loss"] if kept else None
-        write_whole(path, "".join(line + "\n" for line in kept).encode())
-        self.path, self.entries = path, []
+    """The first process's progress bar and log.jsonl, each line the mean over the iterations since the last.
 
-    def add(self, iteration, joint, bucket, losses, t, norms, lomd_norm, seconds, sent, memory):
-        loss = sum(losses) / len(losses)
+    A run that goes on first drops the lines from after its checkpoint."""
+    def __init__(self, args, iteration: int, group: Group):
+        self.path, self.group, self.entries, self.smooth = args.run / "log.jsonl", group, [], None
+        self.bar = tqdm(total=args.iters, initial=iteration, desc="meta-training", unit="it", smoothing=0.02,
+                        disable=True if group.rank else None)
+        if group.rank == 0:
+            lines = self.path.read_text().splitlines() if self.path.exists() else []
+            lines = [line for line in lines if line.endswith("}")]    # a kill may tear the last
+            kept = [line for line in lines if json.loads(line)["iteration"] <= iteration]
+            self.smooth = json.loads(kept[-1])["loss"] if kept else None
+            write_whole(self.path, "".join(line + "\n" for line in kept).encode())
+
+    def start(self):
+        self.time, self.sent = time.perf_counter(), self.group.sent
+
+    def add(self, iteration, joint, bucket, losses, t, norms, lomd_norm):
+        phase, memory = "joint" if joint else "warm-up", peak_memory(self.group.device)
+        loss = losses.mean().item()
         self.smooth = loss if self.smooth is None else 0.98 * self.smooth + 0.02 * loss
-        self.entries.append((iteration, joint, bucket, losses, t, norms, lomd_norm, seconds, sent, memory))
+        self.entries.append((iteration, phase, bucket, losses.tolist(), t.tolist(), norms.tolist(), lomd_norm,
+                             time.perf_counter() - self.time, self.group.sent - self.sent, memory))
+        self.bar.set_postfix_str(f"{phase}, loss {self.smooth:.4f}, peak {memory:.1f} GB", refresh=False)
+        self.bar.update()
 
-    def write(self) -> None:
-        iterations, joint, buckets, losses, t, norms, lomd_norms, seconds, sent, memory = zip(*self.entries)
+    def write(self):
+        iterations, phases, buckets, losses, t, norms, lomd_norms, seconds, sent, memory = zip(*self.entries)
         losses, t, norms = (np.concatenate(values) for values in (losses, t, norms))
         bins = np.minimum((t * T_BINS).astype(int), T_BINS - 1)
-        phase = "joint" if joint[-1] else "warm-up"
-        line = {"iteration": iterations[-1], "phase": phase, "bucket": buckets[-1],
-                "loss": losses.mean(),
+        line = {"iteration": iterations[-1], "phase": phases[-1], "bucket": buckets[-1],
+                "loss": losses.mean(), "gradient_rows": norms.mean(), "gradient_lomd": np.mean(lomd_norms),
                 "loss_by_t": [losses[bins == b].mean() if (bins == b).any() else None for b in range(T_BINS)],
-                "gradient_rows": norms.mean(), "gradient_lomd": np.mean(lomd_norms),
-                "seconds": np.mean(seconds),
-                "bytes_sent": int(np.mean(sent)), "peak_gb": memory[-1]}
-        short = lambda word: float(f"{float(word):.5g}")
-        rounded = json.loads(json.dumps(line, default=float), parse_float=short)
+                "seconds": np.mean(seconds), "bytes_sent": int(np.mean(sent)), "peak_gb": memory[-1]}
+        rounded = json.loads(json.dumps(line, default=float), parse_float=lambda x: float(f"{float(x):.5g}"))
         with open(self.path, "a") as file:
             file.write(json.dumps(rounded) + "\n")
         self.entries = []
@@ -105,17 +191,35 @@ def plot(log: Path, path: Path) -> None:
     figure = Figure(figsize=(11, 4), layout="constrained")
     over, by_t = figure.subplots(1, 2)
     for phase in ("warm-up", "joint"):
-        if some := [line for line in lines if line["phase"] == phase]:
-            x, y = ([line[name] for line in some] for name in ("iteration", "loss"))
-            over.plot(x, y, ".", markersize=3, label=phase)
+        if some := [(line["iteration"], line["loss"]) for line in lines if line["phase"] == phase]:
+            over.plot(*zip(*some), ".", markersize=3, label=phase)
     over.set(xlabel="iteration", ylabel="loss", title="loss by phase")
-    over.legend()
-    centres = (np.arange(T_BINS) + 0.5) / T_BINS
-    fifth = max(1, len(lines) // 5)
+    centres, fifth = (np.arange(T_BINS) + 0.5) / T_BINS, max(1, len(lines) // 5)
     for part, some in (("first fifth", lines[:fifth]), ("last fifth", lines[-fifth:])):
         values = np.array([line["loss_by_t"] for line in some], float)                   # None becomes nan
         seen = ~np.isnan(values).all(axis=0)
         by_t.plot(centres[seen], np.nanmean(values[:, seen], axis=0), "o-", label=part)
     by_t.set(xlabel="t (1 is noise)", title="loss by time")
+    over.legend()
     by_t.legend()
     save_figure(figure, path)
+
+
+@torch.no_grad()
+def draw_preview(adapter: object, pictures: dict[int, Picture], text: dict[str, Tensor], args: Namespace,
+                 iteration: int) -> None:
+    """Two people of the bucket, {row: a picture of theirs}: that, and a sample with their rows."""
+    device, size = next(adapter.flux.parameters()).device, max(args.resolution)
+    guidance = model_defaults(args.folder)["guidance"]
+    txt, y = (text[part][None].to(device) for part in ("txt", "y"))
+    latents, rows = [], sorted(pictures)[:2]
+    for seed, row in enumerate(rows):
+        adapter.assign(torch.tensor([row]))
+        noise = get_noise(size, size, seed).to(device)
+        latents.append(denoise(adapter.flux, noise, txt, y, 30, guidance))
+    autoencoder = load_autoencoder(args.folder, device, args.dtype)
+    sheet = Image.new("RGB", (2 * size, size * len(rows)))
+    for i, (row, latent) in enumerate(zip(rows, latents)):
+        sheet.paste(ImageOps.fit(read_photo(pictures[row].path), (size, size)), (0, size * i))
+        sheet.paste(to_image(autoencoder.decode(latent)[0]), (size, size * i))
+    save_png(sheet, args.run / "previews" / f"{iteration:08d}.png")

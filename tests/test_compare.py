@@ -156,6 +156,11 @@ def test_more_is_added_and_other_settings_are_refused(whole, monkeypatch, tmp_pa
     for option, value, said in (("--steps", "3", "steps: it was 2 and is 3"), ("--seed", "1", "seed"), ("--resolution", "96", "resolution")):
         assert run(*words, option, value, "--out", tmp_path / "r") == 2
         assert said in capsys.readouterr().err
+    settings = json.loads((tmp_path / "r/settings.json").read_text())
+    (tmp_path / "r/settings.json").write_text(json.dumps({k: v for k, v in settings.items() if k != "layout"}))
+    assert run(*words, "--out", tmp_path / "r") == 2                      # of before the order of a row's numbers changed
+    assert "another setting of layout: it was not written down" in capsys.readouterr().err
+    (tmp_path / "r/settings.json").write_text(json.dumps(settings))
     shutil.copytree(BABY, tmp_path / "model")                             # another decoder: other pictures
     weights = load_file(BABY / "ae.safetensors")
     with safe_open(BABY / "ae.safetensors", "pt") as file:

@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 
 import eval_rfacesim as ev
+from support import identities, judges as judges_files
+from support.common import read_prompts
 from support.checkpoints import find_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -180,12 +182,12 @@ def test_layouts_genders_and_references(tmp_path):
 
 
 def test_meta_phd_is_the_papers_tables():
-    ffhq, unsplash = (ev.read_prompts([], ROOT / "paper" / "meta_phd" / f"{part}.txt") for part in ("ffhq", "unsplash"))
+    ffhq, unsplash = (read_prompts([], ROOT / "paper" / "meta_phd" / f"{part}.txt") for part in ("ffhq", "unsplash"))
     for gender in ("man", "woman"):
-        own = [text for text in (ev.fill(prompt, gender) for prompt in ffhq) if text]
+        own = [text for text in (identities.fill(prompt, gender) for prompt in ffhq) if text]
         assert len(own) == 20 and all(gender in text.split(",")[0].split() or gender == "man" and "man" in text for text in own)
         for prompt in unsplash:
-            assert "[" not in ev.fill(prompt, gender)
+            assert "[" not in identities.fill(prompt, gender)
     assert len(ffhq) == 40 and len(unsplash) == 10 and all("[man/woman]" in prompt for prompt in unsplash)
     quoted = json.loads((ROOT / "paper" / "meta_phd" / "published.json").read_text())
     assert quoted["table 4"][-1] == {"method": "Meta-LoRA", "base": "FLUX.1-dev", "facesim": 79.45, "r_facesim": 77.16, "difference": -2.9}
@@ -197,12 +199,12 @@ def test_captions_tell_the_gender_and_a_slot_without_one_is_refused(tmp_path):
     person, = ev.read_people([tmp_path])
     assert person.gender is None
     with pytest.raises(ValueError, match="depends on the gender"):
-        ev.fill("a [man/woman]", person.gender)
+        identities.fill("a [man/woman]", person.gender)
     (tmp_path / "anna/1.txt").write_text("A photo of a woman on a beach\n")
-    assert ev.read_people([tmp_path])[0].gender == "woman" and ev.fill("a [man/woman]", "woman") == "a woman"
+    assert ev.read_people([tmp_path])[0].gender == "woman" and identities.fill("a [man/woman]", "woman") == "a woman"
     assert ev.read_people([tmp_path], gender="man")[0].gender == "woman"              # what the caption says is nearer
-    assert ev.fill("man: a man", "woman") is None and ev.fill("woman: a [b/c]", "woman") == "a c"
-    assert ev.fill("5:00 in the morning", None) == "5:00 in the morning"
+    assert identities.fill("man: a man", "woman") is None and identities.fill("woman: a [b/c]", "woman") == "a c"
+    assert identities.fill("5:00 in the morning", None) == "5:00 in the morning"
 
 
 @pytest.mark.parametrize("damage, message", [
@@ -297,7 +299,7 @@ def test_the_babys_judges_know_people_and_words(baby_judges):
 def test_face_weights_that_are_none_are_refused_in_one_line(tmp_path, make, message):
     make(tmp_path / "weights.pt")
     with pytest.raises(ValueError, match=message) as error:
-        ev.load_face_embedder(None, tmp_path / "weights.pt")
+        judges_files.load_face_embedder(None, tmp_path / "weights.pt")
     assert "\n" not in str(error.value)
 
 
@@ -310,7 +312,7 @@ def test_missing_weights_say_in_one_line_what_to_do(tmp_path, monkeypatch, incep
     with pytest.raises(ValueError, match=r"--face-weights; --model baby needs neither$"):
         ev.Judges()
     (tmp_path / "checkpoints").mkdir(exist_ok=True)                                # as facenet-pytorch caches it
-    shutil.copyfile(inception[1], tmp_path / "checkpoints" / ev.INCEPTION.rpartition("/")[2])
+    shutil.copyfile(inception[1], tmp_path / "checkpoints" / judges_files.INCEPTION.rpartition("/")[2])
     with pytest.raises(ValueError, match=r"^CLIP cannot be loaded .*--clip; --model baby needs neither$"):
         ev.Judges()
 

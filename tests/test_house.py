@@ -8,8 +8,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {"meta_train", "personalize", "sample", "eval_rfacesim"}
-# lines; to come down to 560, 220, 350, 250, 180, 350
-REACHED = {"flux_model": 565, "metalora": 242, "meta_train": 640, "personalize": 280, "sample": 215, "eval_rfacesim": 600}
+# lines: the budgets, 560, 220, 350, 250, 180 and 350, and a tenth
+MOST = {"flux_model": 565, "metalora": 242, "meta_train": 385, "personalize": 275, "sample": 198, "eval_rfacesim": 385}
 FOLDERS = {"support", "paper", "baby", "bench"}
 FILES = sorted(path.relative_to(ROOT) for path in (*ROOT.glob("*.py"), *(p for f in FOLDERS for p in (ROOT / f).glob("*.py"))))
 BABY = {path.stem for path in FILES if path.parts[0] == "baby"}
@@ -39,7 +39,7 @@ def test_arrows_run_one_way(path):
 
 
 def test_every_file_is_of_the_house():
-    assert {path.stem for path in FILES if len(path.parts) == 1} == set(REACHED)
+    assert {path.stem for path in FILES if len(path.parts) == 1} == set(MOST)
     assert {path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith((".", "_"))} >= {
         "support", "paper", "baby", "bench", "docs", "tests"}
 
@@ -83,15 +83,14 @@ def test_support_comes_before_torch():
 
 
 def test_sizes():
-    """The six files stay within what they have reached, and shrink towards their budgets; functions and lines stay short."""
+    """The six files stay within their budgets; functions and lines stay short."""
     text = {path: (ROOT / path).read_text("utf-8").splitlines() for path in FILES if path.parts[0] != "baby"}
-    for name, most in REACHED.items():
+    for name, most in MOST.items():
         assert len(text[Path(f"{name}.py")]) <= most, f"{name}.py has {len(text[Path(f'{name}.py')])} lines of {most}"
-    narrow = [path for path in text if path.parts[0] == "support" or path.stem in ("flux_model", "metalora", "personalize", "sample")]
-    wide = [f"{path}:{i}" for path in narrow for i, line in enumerate(text[path], 1) if len(line) > 110]
+    wide = [f"{path}:{i}" for path in text if path.parts[0] != "bench" for i, line in enumerate(text[path], 1) if len(line) > 110]
     assert not wide, wide
     long = [f"{path}: {node.name}" for path, lines in text.items() for node in ast.walk(ast.parse("\n".join(lines)))
-            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 100]
+            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 64]
     assert not long, long
 
 

@@ -21,20 +21,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import flux_model
-from support import checkpoints
 import meta_train
-import personalize
-from support import photos
-from meta_train import Visit, draw_order, generator, schedule
-import support.people
-from support.people import Cache, Picture, data_fingerprint, find_people, make_buckets, read_people
-from metalora import IdentityBank, MetaLoRA, random_lomd
-from support.lora_files import load_lomd
-from support.people import DiskBank
-from metalora import views
-from test_metalora import parts_of, plain_update
+from meta_train import BucketPass, draw_order, generator, schedule
+from metalora import IdentityBank, MetaLoRA, random_lomd, views
+from support import checkpoints, people as people_files, photos
 from support.checkpoints import find_targets
-from support.lora_files import load_lomd
+from support.lora_files import load_lomd, read_lomd
+from support.people import Cache, DiskBank, Picture, data_fingerprint, find_people, make_buckets, read_people
+from test_metalora import parts_of, plain_update
 
 ROOT = Path(__file__).parents[1]
 MODEL = next((path for path in (ROOT / "tests" / "golden" / "hub", ROOT.parent / "shared" / "golden" / "hub")
@@ -48,7 +42,7 @@ DATA = "data (pictures, captions, buckets)"
 def remembered():
     """The text encoders are slow to load, and answer the same each time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(support.people, "load_text_encoders", functools.cache(checkpoints.load_text_encoders))
+        patch.setattr(people_files, "load_text_encoders", functools.cache(people_files.load_text_encoders))
         yield
 
 
@@ -79,11 +73,13 @@ def run(tmp_path, monkeypatch, capsys):
     return lambda *args, **options: (command(*args, **options), *capsys.readouterr())
 
 
-def command(*args, data="data", iters=2, model=MODEL, resolution=64):
-    """Exit code of meta_train.py, with options that make it quick."""
-    return meta_train.main([*map(str, args), "--data", str(data), "--model", str(model), "--resolution",
-                            *str(resolution).split(), "--iters", str(iters), "--device", "cpu",
-                            "--preview-every", "0"])
+def command(*args, data="data", iters=2, model=MODEL, resolution=64, bucket_iters=None):
+    """Exit code of meta_train.py, with options that make it quick; `bucket_iters` is q_bucket."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(meta_train, "schedule", functools.partial(schedule, bucket_iters=bucket_iters))
+        return meta_train.main([*map(str, args), "--data", str(data), "--model", str(model), "--resolution",
+                                *str(resolution).split(), "--iters", str(iters), "--device", "cpu",
+                                "--preview-every", "0"])
 
 
 def refused(result, *words):
@@ -125,22 +121,22 @@ def relative(found, expected):
           (0, 84, 85, 85)]),
 ])
 def test_algorithm_1_by_hand(iters, expected):
-    assert schedule([7, 4], iters, 4, 0.4) == [Visit(*visit) for visit in expected]
+    assert schedule([7, 4], iters, 4, 0.4) == [BucketPass(*each) for each in expected]
 
 
-def test_schedule_with_visits_of_a_given_length_and_other_warmups():
+def test_schedule_with_a_given_q_bucket_and_other_warmups():
     assert schedule([7, 400, 4], 17, 4, 0.4, bucket_iters=5) == [
         (0, 0, 2, 5), (1, 5, 7, 10), (2, 10, 12, 15), (0, 15, 17, 17)]
     assert schedule([5, 9], 9, 8, 0) == [(0, 0, 0, 7), (1, 7, 7, 9)]                           # no warm-up
-    assert schedule([3], 9, 100, 0.99) == [(0, i, i, i + 1) for i in range(9)]                # visits of 1
+    assert schedule([3], 9, 100, 0.99) == [(0, i, i, i + 1) for i in range(9)]                # passes of 1
     for percent in range(100):                                  # 0.29 * 100 and others fall below the whole
         assert schedule([9], 100, 4, float(f"0.{percent:02d}"), 100) == [(0, 0, percent, 100)]
 
 
 def test_the_papers_schedule():
-    """21 buckets of 50 people with 20 pictures: 2,500 iterations a visit, 1,000 of them warm-up."""
-    visits = schedule([1000] * 21, 50_000, 4, 0.4)
-    assert visits == [(i, 2500 * i, 2500 * i + 1000, 2500 * (i + 1)) for i in range(20)]
+    """21 buckets of 50 people with 20 pictures: 2,500 iterations a pass, 1,000 of them warm-up."""
+    passes = schedule([1000] * 21, 50_000, 4, 0.4)
+    assert passes == [(i, 2500 * i, 2500 * i + 1000, 2500 * (i + 1)) for i in range(20)]
 
 
 def counts_of(batches):
@@ -149,10 +145,10 @@ def counts_of(batches):
 
 def test_order_shows_each_picture_10_times():
     for number, batch_size in ((20, 4), (6, 4), (7, 4), (3, 4), (5, 1)):
-        (visit,) = schedule([number], 10 ** 6, batch_size, 0.4)[:1]
-        batches = draw_order([["x"]] * number, visit.stop, batch_size, generator(0))
-        assert len(batches) == visit.stop and {len(batch) for batch in batches} == {batch_size}
-        left_over = visit.stop * batch_size - 10 * number
+        (first,) = schedule([number], 10 ** 6, batch_size, 0.4)[:1]
+        batches = draw_order([["x"]] * number, first.stop, batch_size, generator(0))
+        assert len(batches) == first.stop and {len(batch) for batch in batches} == {batch_size}
+        left_over = first.stop * batch_size - 10 * number
         assert 0 <= left_over < batch_size
         uses = counts_of(batches)
         assert sorted(uses) == [(i, 0) for i in range(number)]
@@ -265,7 +261,7 @@ def test_what_is_known_is_not_decoded_again(tmp_path, monkeypatch):
     known = {}
     first, _ = read(tmp_path, known=known)
     known = json.loads(json.dumps(known))
-    monkeypatch.setattr(support.people, "read_photo", lambda path: pytest.fail("decoded"))
+    monkeypatch.setattr(people_files, "read_photo", lambda path: pytest.fail("decoded"))
     assert read(tmp_path, known=known)[0] == first
 
 
@@ -431,7 +427,7 @@ def make_bad_data(root):
 def test_main_names_each_fault_and_writes_nothing(run):
     words = make_bad_data(Path("data"))
     before = listing()
-    code, out, err = run("--cache", "latents")
+    code, out, err = run()
     lines = err.splitlines()
     assert code == 2 and out == "" and len(lines) == len(words) and "Traceback" not in err
     assert all(line.startswith("meta_train.py: ") for line in lines)
@@ -442,13 +438,13 @@ def test_main_names_each_fault_and_writes_nothing(run):
 
 def test_skip_bad_goes_on_and_says_so(run):
     words = make_bad_data(Path("data"))
-    code, out, err = run("--skip-bad", "--cache", "latents", "--batch-size", 2)
+    code, out, err = run("--skip-bad", "--batch-size", 2)
     lines = [line for line in err.splitlines() if line.startswith("note: skipped: ")]
     assert code == 0 and len(lines) == len(words)
     assert all(sum(word in line for line in lines) == 1 for word in words)
     assert "3 people, 10 pictures, 2 buckets" in out                     # ann 4, bob 2, cy 4
-    assert len(list(Path("latents").glob("*-64x64-*"))) == 6                   # of the bucket that was opened
-    assert {p.name for p in Path().iterdir()} == {"data", "run", "latents", "lomd.safetensors"}
+    assert len(list(Path("run/cache").glob("*-64x64-*"))) == 6                   # of the bucket that was opened
+    assert {p.name for p in Path().iterdir()} == {"data", "run", "lomd.safetensors"}
     with safe_open("lomd.safetensors", "pt") as file:
         assert file.metadata()["people"] == "3"
 
@@ -564,7 +560,7 @@ def test_the_cache_holds_what_the_models_give(filled):
             assert stored.shape == (2, 16, size[1] // 8, size[0] // 8)
             assert torch.equal(stored, posterior.half())
             expected.add(cache.latent_path(p, size))
-    encoders = checkpoints.load_text_encoders(MODEL, torch.device("cpu"), torch.float32)
+    encoders = people_files.load_text_encoders(MODEL, torch.device("cpu"), torch.float32)
     for caption in ("a man", "a woman"):
         txt, y = encoders.encode([caption])
         stored = cache.load(cache.text_path(caption))
@@ -579,12 +575,12 @@ def test_nothing_is_encoded_twice(filled, monkeypatch):
     lost = cache.latent_path(pictures[2], (80, 48))
     lost.unlink()
     assert cache.missing(pictures, []) == ([pictures[2]], [])
-    monkeypatch.setattr(support.people, "load_text_encoders", lambda *_: pytest.fail("text was encoded again"))
+    monkeypatch.setattr(people_files, "load_text_encoders", lambda *_: pytest.fail("text was encoded again"))
     others = [p for p in cache.folder.iterdir() if pictures[2].digest[:32] not in p.name]
     before = {p: p.stat().st_mtime_ns for p in others}
     cache.fill(pictures, ["a man", "a woman"], show=False)
     assert lost.exists() and all(p.stat().st_mtime_ns == then for p, then in before.items())
-    monkeypatch.setattr(support.people, "load_autoencoder", lambda *_: pytest.fail("a picture was encoded again"))
+    monkeypatch.setattr(people_files, "load_autoencoder", lambda *_: pytest.fail("a picture was encoded again"))
     cache.fill(pictures, ["a man", "a woman"], show=False)
     moved = [p._replace(path=Path("moved") / p.path.name) for p in pictures]       # the folder was renamed
     cache.fill(moved, ["a man"], show=False)
@@ -604,7 +600,7 @@ def test_changed_pictures_and_damaged_latents_are_refused(filled):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# A recorded run: 4 visits of 6 iterations, two buckets twice, the first half of each visit warm-up
+# A recorded run: 4 passes of 6 iterations, two buckets twice, the first half of each pass warm-up
 
 
 def state(bank):
@@ -615,25 +611,25 @@ def same(a, b, rows=slice(None)):
     return all(torch.equal(a[part][rows], b[part][rows]) for part in PARTS)
 
 
-Step = collections.namedtuple("Step", "iteration visit present lomd rows lomd_after rows_after")
+Step = collections.namedtuple("Step", "iteration now present lomd rows lomd_after rows_after")
 
 
 class Recording:
-    """What a run did: each step, and the rows as each visit found and left them."""
+    """What a run did: each step, and the rows as each pass found and left them."""
     def __init__(self, *args, **options):
         self.steps, self.opened, self.closed = [], [], []
         Run = meta_train.Run
         real_step, real_open, real_close = Run.step, Run.open_bucket, Run.close_bucket
 
-        def step(run, visit):
+        def step(run, now):
             lomd, rows, iteration = state(run.adapter.shared), state(run.adapter.bank), run.iteration
-            result = real_step(run, visit)
-            self.steps.append(Step(iteration, visit, run.adapter.present.tolist(), lomd, rows,
+            result = real_step(run, now)
+            self.steps.append(Step(iteration, now, run.adapter.present.tolist(), lomd, rows,
                                    state(run.adapter.shared), state(run.adapter.bank)))
             return result
 
-        def open_bucket(run, visit):
-            real_open(run, visit)
+        def open_bucket(run, number):
+            real_open(run, number)
             self.run = run
             self.opened.append(state(run.adapter.bank))
 
@@ -647,7 +643,7 @@ class Recording:
             self.code = command(*args, **options)
 
 
-OPTIONS = ("--batch-size", 2, "--bucket-iters", 6, "--warmup", 0.5, "--r1", 3, "--r2", 2, "--lr", 1e-3,
+OPTIONS = ("--batch-size", 2, "--warmup", 0.5, "--r1", 3, "--r2", 2, "--lr", 1e-3,
            "--seed", 5)
 
 
@@ -658,7 +654,7 @@ def recorded(tmp_path_factory):
     make_people(folder / "data", TWO_BUCKETS)
     (folder / "data/a/bob/1.txt").write_text("a drawing of a man")
     recording = Recording(*OPTIONS, "--run", folder / "run", "--out", folder / "out.safetensors",
-                          data=folder / "data", iters=24)
+                          data=folder / "data", iters=24, bucket_iters=6)
     assert recording.code == 0 and len(recording.steps) == 24 and len(recording.opened) == 4
     recording.folder = folder
     return recording
@@ -667,12 +663,12 @@ def recorded(tmp_path_factory):
 def test_warm_up_trains_the_people_and_the_joint_phase_both(recorded):
     for step in recorded.steps:
         joint = step.iteration % 6 >= 3
-        assert joint == (step.iteration >= step.visit.joint) and step.visit.bucket == step.iteration // 6 % 2
+        assert joint == (step.iteration >= step.now.joint) and step.now.bucket == step.iteration // 6 % 2
         assert same(step.lomd, step.lomd_after) != joint
         if joint:
             assert all(not torch.equal(step.lomd[part], step.lomd_after[part]) for part in PARTS)
         number = len(step.rows["steps"])
-        assert number == (3, 2)[step.visit.bucket] and 1 <= len(step.present) <= 2
+        assert number == (3, 2)[step.now.bucket] and 1 <= len(step.present) <= 2
         for row in range(number):
             if row in step.present:
                 assert all(not torch.equal(step.rows[p][row], step.rows_after[p][row]) for p in PARTS), row
@@ -696,7 +692,7 @@ def test_the_learning_rate_is_the_runs(recorded):
 
 def test_a_joint_step_follows_the_mean_of_the_batch(recorded):
     run = recorded.run
-    run.open, run.iteration = None, 16                                 # the 5th of bucket a's second visit
+    run.open, run.iteration = None, 16                                 # the 5th of the second pass over bucket a
     run.open_bucket(2)
     _, (ids, latent, noise, t, txt, y) = run.draw(4)
     adapter = run.adapter
@@ -705,7 +701,7 @@ def test_a_joint_step_follows_the_mean_of_the_batch(recorded):
     losses = flux_model.flow_matching_loss(adapter.flux, latent, noise, t, txt, y, guidance=1.0)
     losses.sum().backward()
     flat, rows = adapter.flat.grad / 2, adapter.rows.grad / adapter.counts[:, None]
-    found, times, norms, lomd_norm = run.step(run.visits[2])
+    found, times, norms, lomd_norm = run.step(run.passes[2])
     assert torch.equal(found, losses) and torch.equal(times, t) and run.iteration == 17
     assert torch.allclose(norms, rows.norm(dim=1)) and lomd_norm == pytest.approx(flat.norm().item())
 
@@ -722,7 +718,7 @@ def test_lomd_and_rows_start_as_the_seed_says(recorded):
         assert not opened["steps"].any() and not opened["exp_avg"].any() and not opened["exp_avg_sq"].any()
 
 
-def test_a_second_visit_goes_on_from_the_bank(recorded):
+def test_a_second_pass_goes_on_from_the_bank(recorded):
     for first, second in ((0, 2), (1, 3)):
         assert same(recorded.closed[first], recorded.opened[second])
         assert recorded.opened[second]["steps"].all()
@@ -755,29 +751,16 @@ def test_a_step_trains_on_the_posterior_and_on_the_pictures_own_caption(recorded
     assert sum(map(len, seen.values())) == 12                                          # never the same noise
 
 
-def test_fresh_identities_start_anew_at_each_visit(run):
-    make_people(Path("data"), TWO_BUCKETS)
-    recording = Recording(*OPTIONS, "--fresh-identities", "--bucket-iters", 2, iters=8)
-    assert recording.code == 0 and len(recording.opened) == 4 and not Path("run/rank0/bank").exists()
-    new_row = recording.run.adapter.new_row
-    for visit, opened in enumerate(recording.opened):
-        for row, person in enumerate(((0, 1, 2), (3, 4))[visit % 2]):
-            assert torch.equal(opened["weight"][row], new_row(generator(5, meta_train.ROWS, person, visit)))
-        assert not any(opened[part].any() for part in PARTS[1:])
-    assert recording.opened[0]["weight"].ne(recording.opened[2]["weight"]).any()
-    assert recording.steps[-1].lomd_after["steps"].item() == 4
-
-
 def test_iterations_may_be_raised_and_the_cache_shared(run, recorded):
-    """12 iterations and then 24 give what 24 at once gave; the second visit is cut in its warm-up before."""
-    shared = "--cache", recorded.folder / "run" / "cache"
-    options = dict(data=recorded.folder / "data")
+    """12 iterations and then 24 give what 24 at once gave; the second pass is cut in its warm-up before."""
+    shutil.copytree(recorded.folder / "run" / "cache", "run/cache")
+    options = dict(data=recorded.folder / "data", bucket_iters=6)
     with pytest.MonkeyPatch.context() as patch:
         for name in ("load_autoencoder", "load_text_encoders"):
-            patch.setattr(support.people, name, lambda *_: pytest.fail("encoded again"))
-        assert run(*OPTIONS, *shared, **options, iters=8)[0] == 0
+            patch.setattr(people_files, name, lambda *_: pytest.fail("encoded again"))
+        assert run(*OPTIONS, **options, iters=8)[0] == 0
         assert load_lomd("lomd.safetensors")[1]["iterations"] == "8"
-        code, out, _ = run(*OPTIONS, *shared, **options, iters=24)
+        code, out, _ = run(*OPTIONS, **options, iters=24)
     assert code == 0 and "going on from iteration 8" in out
     again, expected = load_lomd("lomd.safetensors")[0], load_lomd(recorded.folder / "out.safetensors")[0]
     assert again.keys() == expected.keys() and all(torch.equal(again[k], expected[k]) for k in again)
@@ -1010,10 +993,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad, where):
 @pytest.fixture
 def begun(run, recorded):
     """A copy of the recorded run's folder, and run() with its options."""
-    shutil.copytree(recorded.folder / "run", "run", ignore=shutil.ignore_patterns("cache"))
-    options = dict(data=recorded.folder / "data", iters=24)
-    cache = "--cache", recorded.folder / "run" / "cache"
-    return lambda *args, **more: run(*OPTIONS, *cache, *args, **options | more)
+    shutil.copytree(recorded.folder / "run", "run")
+    options = dict(data=recorded.folder / "data", iters=24, bucket_iters=6)
+    return lambda *args, **more: run(*OPTIONS, *args, **options | more)
 
 
 def test_a_changed_setting_is_refused_with_both_values(begun, tmp_path):
@@ -1022,9 +1004,8 @@ def test_a_changed_setting_is_refused_with_both_values(begun, tmp_path):
             (("--batch-size", 3), "batch-size was 2 and is 3"), (("--r1", 4), "r1 was 3 and is 4"),
             (("--r2", 1), "r2 was 2 and is 1"), (("--lr", 2e-3), "lr was 0.001 and is 0.002"),
             (("--warmup", 0.4), "warmup was 0.5 and is 0.4"),
-            (("--bucket-iters", 7), "bucket-iters was 6 and is 7"), (("--seed", 6), "seed was 5 and is 6"),
-            (("--prompt", "her"), "prompt was a photo of a person and is her"),
-            (("--fresh-identities",), "fresh-identities was False and is True")):
+            (("--seed", 6), "seed was 5 and is 6"),
+            (("--prompt", "her"), "prompt was a photo of a person and is her")):
         assert refused(begun(*args), "run is another run: " + words + ";"), args
     assert refused(begun(resolution="80 64 80"), "resolution was [64] and is [64, 80];")
     assert refused(begun("--r1", 4, "--seed", 9), "r1 was 3 and is 4, seed was 5 and is 9;")
@@ -1077,6 +1058,13 @@ def test_what_a_killed_process_left_half_written_goes(begun):
     assert begun(iters=24)[0] == 0 and not left.exists()
 
 
+def test_a_run_of_an_earlier_version_is_refused_by_name(begun):
+    settings = json.loads(Path("run/settings.json").read_text())
+    del settings["order of a row's numbers"]
+    Path("run/settings.json").write_text(json.dumps(settings | {"bucket-iters": None}))
+    assert refused(begun(), "settings.json lacks the field \"order of a row's numbers\"")
+
+
 @pytest.mark.parametrize("iters", [24, 10])
 def test_a_finished_run_is_left_as_it_is(begun, recorded, iters):
     code, out, _ = begun("--out", "again.safetensors", iters=iters)
@@ -1105,7 +1093,7 @@ def test_a_bank_that_does_not_belong_to_the_checkpoint(begun, recorded, what):
 
 def test_a_bank_that_the_disk_cannot_hold(run, monkeypatch):
     make_people(Path("data"), TWO_BUCKETS)
-    monkeypatch.setattr(meta_train.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(people_files.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     assert refused(run(), "the bank of 5 people needs")
     assert not list(Path("run").rglob("bank*"))
 
@@ -1158,16 +1146,16 @@ def test_the_log_names_phase_and_bucket(recorded):
         assert any(value is not None for value in line["loss_by_t"])
 
 
-def test_personalize_takes_it_for_its_model_alone(recorded, tmp_path):
+def test_stage_2_takes_it_for_its_model_alone(recorded, tmp_path):
     path = recorded.folder / "out.safetensors"
-    lomd, name, untrained = personalize.read_lomd(MODEL, path)
+    lomd, name, untrained = read_lomd(MODEL, path)
     assert name.startswith("sha256 ") and not untrained and lomd.keys() == load_lomd(path)[0].keys()
     other = weak_copy(tmp_path / "other")
-    message = one_line(personalize.read_lomd, other, path)
+    message = one_line(read_lomd, other, path)
     assert str(path) in message and "hub" in message
     assert checkpoints.flux_fingerprint(MODEL) in message and checkpoints.flux_fingerprint(other) in message
     diffusers = hub_copy(tmp_path / "diffusers", without=["flux1-dev.safetensors", "ae.safetensors"])
-    assert personalize.read_lomd(diffusers, path)[1] == name
+    assert read_lomd(diffusers, path)[1] == name
 
 
 def test_the_fingerprint_of_a_model(tmp_path):
@@ -1191,8 +1179,8 @@ def test_the_fingerprint_of_a_model(tmp_path):
 
 @pytest.mark.parametrize("args, words", [
     *((([option, value]), option) for option in (
-        "--iters", "--batch-size", "--r1", "--r2", "--bucket-iters", "--identities-per-bucket",
-        "--save-every", "--log-every", "--resolution") for value in ("0", "-3", "many", "1.5")),
+        "--iters", "--batch-size", "--r1", "--r2", "--identities-per-bucket", "--save-every",
+        "--resolution") for value in ("0", "-3", "many", "1.5")),
     *((([option, value]), option) for option, values in {
         "--lr": ("0", "-1", "nan", "inf", "fast"), "--warmup": ("-0.1", "1", "nan", "long"),
         "--seed": ("-1", str(2 ** 63), "x"), "--preview-every": ("-1", "x"),
@@ -1201,9 +1189,9 @@ def test_the_fingerprint_of_a_model(tmp_path):
     (["--r2", "17"], "--r2"), (["--model", "nowhere"], "nowhere"), (["--model", "data"], "data holds no transformer"),
     (["--out", "lomd.pt"], "lomd.pt"), (["--out", "no/where.safetensors"], "--out"),
     (["--out", "file/x.safetensors"], "--out"), (["--out", "dir.safetensors"], "dir.safetensors"),
-    (["--run", "file"], "--run"), (["--run", "file/run"], "--run"), (["--cache", "file"], "--cache"),
-    (["--cache", "file/x"], "--cache"), (["--run", "data/run"], "--run"),
-    (["--cache", "data/ann/cache"], "--cache"), (["--warm", "0.1"], "--warm"), (["--fast"], "--fast"),
+    (["--run", "file"], "--run"), (["--run", "file/run"], "--run"), (["--run", "data/run"], "--run"),
+    *(([option, "3"], option) for option in ("--cache", "--bucket-iters", "--log-every", "--no-ahead")),
+    (["--warm", "0.1"], "--warm"), (["--fast"], "--fast"),
     (["--prompt"], "--prompt"), (["positional"], "positional"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
 def test_malformed_options(run, capsys, args, words):
@@ -1212,8 +1200,7 @@ def test_malformed_options(run, capsys, args, words):
     Path("dir.safetensors").mkdir()
     before = sorted(Path().rglob("*"))
     given = [*" ".join(args).split()] if args[0] == "--resolution" else args
-    base = ["--data", "data", "--model", str(MODEL), "--iters", "1", "--device", "cpu", "--resolution", "64",
-            ]
+    base = ["--data", "data", "--model", str(MODEL), "--iters", "1", "--device", "cpu", "--resolution", "64"]
     code = meta_train.main(base + given)
     assert refused((code, *capsys.readouterr()), words)
     assert sorted(Path().rglob("*")) == before

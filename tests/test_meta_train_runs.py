@@ -3,14 +3,13 @@
 Most runs are forked from a server that has imported everything, since a start of Python costs more than a run; some are
 the command itself. Every run is bit for bit compared with `reference`, whose state after each iteration is kept.
 """
-import contextlib
 import fnmatch
+import functools
 import hashlib
 import itertools
 import json
 import multiprocessing
 import multiprocessing.forkserver
-import operator
 import os
 import random
 import re
@@ -21,6 +20,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,14 +32,14 @@ import flux_model
 from support.checkpoints import find_targets, load_flux
 import meta_train
 import metalora
-from metalora import IdentityBank
-from support.people import DiskBank
+from metalora import IdentityBank, MetaLoRA
+from support.people import DiskBank, read_people
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "tests" / "golden" / "hub"
 PEOPLE = {"a": (3, 2, 2), "b": (2, 4), "c": (2, 2)}               # pictures of each person of each bucket
-ITERS = 22                                                        # visits a, b, c and a again: 0-6, 6-12, 12-18, 18-22
-VISITS = [(0, 2, 6), (6, 8, 12), (12, 14, 18), (18, 20, 22)]      # first iteration, first joint one, one after the last
+ITERS = 22                                                        # passes over a, b, c and a again: 0-6, 6-12, 12-18, 18-22
+PASSES = [(0, 2, 6), (6, 8, 12), (12, 14, 18), (18, 20, 22)]      # first iteration, first joint one, one after the last
 pytestmark = [pytest.mark.skipif(not MODEL.is_dir(), reason="the small model of golden/hub is not here"),
               pytest.mark.skipif(not hasattr(os, "fork"), reason="kills and forks are POSIX")]
 
@@ -92,12 +92,24 @@ def server():
 
 def arguments(data, *more):
     return [str(a) for a in ("--data", data, "--model", MODEL, "--device", "cpu", "--resolution", 64, "--iters", ITERS,
-                             "--bucket-iters", 6, "--batch-size", 2, "--r1", 4, "--save-every", 4, "--log-every", 1,
-                             "--preview-every", 0, *more)]
+                             "--batch-size", 2, "--r1", 4, "--save-every", 4, "--preview-every", 0, *more)]
 
 
-def command(data, *more):
-    return [sys.executable, ROOT / "meta_train.py", *arguments(data, *more)]
+SHORT = """import sys
+sys.path.insert(0, {root!r})
+import meta_train
+from functools import partial
+meta_train.schedule, meta_train.LOG_EVERY = partial(meta_train.schedule, bucket_iters={bucket_iters}), 1
+if __name__ == "__main__":
+    sys.exit(meta_train.main())
+"""
+
+
+def command(folder, data, *more, bucket_iters=6):
+    """The command itself, but that a bucket has `bucket_iters` iterations and the log a line for each."""
+    script = folder.parent / f"{folder.name}_short.py"
+    script.write_text(SHORT.format(root=str(ROOT), bucket_iters=bucket_iters))
+    return [sys.executable, script, *arguments(data, *more)]
 
 
 def child(folder, argv, name, env, hooks, script):
@@ -106,6 +118,8 @@ def child(folder, argv, name, env, hooks, script):
     for number, stream in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{stream}{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.environ.update(env)
+    meta_train.schedule = functools.partial(meta_train.schedule, bucket_iters=6)
+    meta_train.LOG_EVERY = 1
     for hook, *args in hooks:
         hook(*args)
     sys.exit(script(argv))
@@ -209,17 +223,20 @@ def die_in_step(iteration):
     watched()
 
 
-def die_before(name, count):
-    """At the count-th call of a function that meta_train uses."""
-    owner, _, name = name.rpartition(".")
-    owner = operator.attrgetter(owner)(meta_train)
-    function, calls = getattr(owner, name), itertools.count(1)
+def die_in_fsync(count):
+    """At the count-th time that something is to be on disk."""
+    fsync, calls = os.fsync, itertools.count(1)
+    os.fsync = lambda file: die() if next(calls) == count else fsync(file)
 
-    def hit(*args, **kwargs):
-        if next(calls) == count:
-            die()
-        return function(*args, **kwargs)
-    setattr(owner, name, hit)
+
+def die_in_resume():
+    meta_train.Run.resume = lambda self: die()
+
+
+def die_in_unlink(pattern):
+    """When an old file of that name is to go."""
+    unlink = Path.unlink
+    Path.unlink = lambda self, **options: die() if fnmatch.fnmatch(self.name, pattern) else unlink(self, **options)
 
 
 def watched():
@@ -267,18 +284,17 @@ def not_finite_at(iteration):
 
 
 def keep_states():
-    """Copies of each checkpoint and of the bank at each end of a visit, in states/."""
+    """Copies of each checkpoint and of the bank at each end of a pass, in states/."""
     save, close = meta_train.Run.save, meta_train.Run.close_bucket
     Path("states").mkdir()
 
     def save_and_keep(self):
         save(self)
-        shutil.copy(self.checkpoints()[-1][2], f"states/{self.iteration}.safetensors")
+        shutil.copy(self.checkpoints.found()[-1][2], f"states/{self.iteration}.safetensors")
 
     def close_and_keep(self, *args):
         close(self, *args)
-        if self.disk:
-            shutil.copy(self.folder / "bank", f"states/{self.iteration}.bank")
+        shutil.copy(self.folder / "bank", f"states/{self.iteration}.bank")
     meta_train.Run.save, meta_train.Run.close_bucket = save_and_keep, close_and_keep
 
 
@@ -305,16 +321,40 @@ def count_bytes():
 
 
 def doubled(argv):
-    """One process with the batches of two, on the same draws."""
+    """One adapter with the batches of two processes, on the same draws, in a loop written by hand: the end of LoMD,
+    and of each process's people in a bank of theirs."""
     args = meta_train.parse(argv)
     group = meta_train.Group(args.device)
-    meta_train.check(args, group)
-    buckets, _ = meta_train.read_data(args, group)
-    meta_train.check_settings(args, buckets, group)
-    whole = meta_train.Run(args, buckets, group, shards=[0, 1], num_shards=2)
-    whole.average = None                                          # the adapter's own mean
-    whole.load()
-    whole.train()
+    meta_train.check(args, group.device)
+    people, _ = read_people(args.data, 16, {}, show=False)
+    pair = [SimpleNamespace(rank=rank, size=2, device=group.device) for rank in range(2)]
+    meta_train.check_settings(args, people, pair[0])
+    runs, flux = [meta_train.Run(args, people, each) for each in pair], load_flux(MODEL, "cpu", torch.float32)
+    adapter = MetaLoRA(flux, args.r2, lomd=metalora.random_lomd(find_targets(flux), args.r1, args.seed),
+                       num_identities=0, slots=2 * args.batch_size)
+    for run in runs:
+        run.adapter = SimpleNamespace(new_row=adapter.new_row)
+        run.disk = DiskBank(Path(f"bank{run.group.rank}"), sum(map(len, run.rows)), adapter.size)
+    for number, (bucket, start, joint, stop) in enumerate(runs[0].passes):
+        for run in runs:
+            run.open_bucket(number)
+        count = len(runs[0].adapter.bank.weight)
+        adapter.bank = IdentityBank(*(torch.cat([getattr(run.adapter.bank, part) for run in runs])
+                                      for part in IdentityBank.PARTS))
+        for iteration in range(start, stop):
+            for run in runs:
+                run.iteration = iteration
+            (_, first), (_, second) = (run.draw(iteration - start) for run in runs)
+            second[0] += count                                    # rows of the second process's people
+            ids, *draws = map(torch.cat, zip(first, second))
+            adapter.train_lomd = iteration >= joint
+            adapter.assign(ids)
+            flux_model.flow_matching_loss(flux, *draws, guidance=1.0).sum().backward()
+            adapter.step(args.lr)                                 # by the adapter's own mean
+        for run, rows in zip(runs, (slice(count), slice(count, None))):
+            own = IdentityBank(*(getattr(adapter.bank, part)[rows] for part in IdentityBank.PARTS))
+            run.disk.write(run.rows[bucket], own)
+    save_file({f"lomd.{part}": getattr(adapter.shared, part) for part in IdentityBank.PARTS}, "doubled.safetensors")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -399,7 +439,7 @@ def test_an_undisturbed_run(server, data, reference):
         picture.load()
     lines = log_lines(reference / "run")
     assert [line["iteration"] for line in lines] == list(range(1, ITERS + 1))
-    for start, joint, stop in VISITS:
+    for start, joint, stop in PASSES:
         assert [line["phase"] for line in lines[start:stop]] == (["warm-up"] * (joint - start)
                                                                  + ["joint"] * (stop - joint))
     for line in lines:
@@ -417,44 +457,29 @@ CHAIN = [  # what happens, and the exit code; the same command again after each
     ((die_in_log, 2), -9),
     ((die_at_file, "00000004-*", "torn"), -9),
     ((die_in_step, 4), -9),
-    ((die_at_file, "00000006-*", "after"), -9),                   # a visit ends: saved, and not yet in the bank
+    ((die_at_file, "00000006-*", "after"), -9),                   # a pass ends: saved, and not yet in the bank
     ((die_at_file, "log.jsonl", "torn"), -9),
     ((die_in_bank, 1, 1), -9),                                    # going on closes it again
     ((die_at_file, "lomd.safetensors", "torn"), -9),
     ((signal_at, 6, signal.SIGTERM), 130),
     ((signal_at, 9, signal.SIGINT), 130),
     ((die_at_file, "00000012-*", "before"), -9),
-    ((die_before, "os.fsync", 3), -9),
-    ((die_before, "Path.unlink", 1), -9),
-    ((die_in_bank, 2, 3), -9),                                    # nothing was saved since the visit before
-    ((die_before, "Run.resume", 1), -9),
+    ((die_in_fsync, 7), -9),
+    ((die_in_unlink, "*-*.safetensors"), -9),
+    ((die_in_bank, 2, 3), -9),                                    # nothing was saved since the pass before
+    ((die_in_resume,), -9),
     ((die_at_file, "00000022-*", "torn"), -9),
     ((signal_at, 21, signal.SIGTERM), 130),                       # in the very last iteration
     ((die_at_file, "loss.png", "torn"), -9),
     ((die_at_file, "lomd.safetensors", "torn", 2), -9),
 ]
-FRESH = [
-    ((die_at_file, "00000004-*", "before"), -9),
-    ((die_in_step, 4), -9),
-    ((die_at_file, "00000006-*", "after"), -9),
-    ((signal_at, 9, signal.SIGTERM), 130),
-    ((die_at_file, "00000012-*", "torn"), -9),
-    ((signal_at, 19, signal.SIGINT), 130),
-]
 
 
-@pytest.mark.parametrize("chain", [CHAIN, FRESH], ids=["kept", "fresh"])
-def test_a_run_hit_anywhere_goes_on_bit_for_bit(server, data, reference, tmp_path, tmp_path_factory, chain):
-    argv = arguments(data, *["--fresh-identities"] * (chain == FRESH))
-    if chain == FRESH:
-        kept, reference = reference, start_with_cache(tmp_path_factory.mktemp("fresh"), reference)
-        start_with_cache(tmp_path, kept)
-        assert run(server, reference, [*argv, "--save-every", "1"], (keep_states,))[0] == 0
-        assert contents(reference / "lomd.safetensors") != contents(kept / "lomd.safetensors")
-    at = []
-    for hook, expected in chain:
-        rarely = ["--save-every", "100"] if at and at[-1] >= 12 else []               # then only where a visit ends
-        code, out, err = run(server, tmp_path, [*argv, *rarely], hook, plot=chain == CHAIN)
+def test_a_run_hit_anywhere_goes_on_bit_for_bit(server, data, reference, tmp_path):
+    argv, at = arguments(data), []
+    for hook, expected in CHAIN:
+        rarely = ["--save-every", "100"] if at and at[-1] >= 12 else []               # then only where a pass ends
+        code, out, err = run(server, tmp_path, [*argv, *rarely], hook, plot=True)
         assert code == expected, (hook, code, err)
         saved = list((tmp_path / "run").glob("rank0/*-*.safetensors"))
         at.append(assert_same_state(tmp_path, reference) if saved else 0)
@@ -464,7 +489,7 @@ def test_a_run_hit_anywhere_goes_on_bit_for_bit(server, data, reference, tmp_pat
         else:
             assert err == ""
         assert not (tmp_path / "lomd.safetensors").exists()
-    assert sorted(at) == at and len(set(at)) >= len(chain) / 3   # they were hit all over the run
+    assert sorted(at) == at and len(set(at)) >= len(CHAIN) / 3   # they were hit all over the run
     code, out, err = run(server, tmp_path, argv)
     assert (code, err) == (0, "") and f"going on from iteration {at[-1]}" in out
     assert_same_end(tmp_path, reference)
@@ -481,27 +506,28 @@ def wait_for(process, log, iteration, seconds=300):
     pytest.fail("the run does not get there")
 
 
-def test_the_command_with_a_second_process_that_encodes(data, reference, tmp_path):
-    """Ctrl-C, as the terminal sends it, to both processes, as soon as the second one has been started."""
+def test_the_command_and_ctrl_c(data, reference, tmp_path):
     (tmp_path / "run" / "cache").mkdir(parents=True)              # with the text, which takes seconds to import
     for path in (reference / "run" / "cache").glob("*-text-*"):
         shutil.copy(path, tmp_path / "run" / "cache")
-    process = subprocess.Popen(command(data), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               start_new_session=True)
+    argv = command(tmp_path, data)
+    process = subprocess.Popen(argv, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         wait_for(process, tmp_path / "run" / "log.jsonl", 1)
-        os.killpg(process.pid, signal.SIGINT)
+        process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=300)
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
     assert (process.returncode, err) == (130, stopped(assert_same_state(tmp_path, reference)))
-    done = subprocess.run(command(data), cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert sorted(p.name for p in (tmp_path / "run" / "cache").iterdir()) == sorted(
         p.name for p in (reference / "run" / "cache").iterdir())
     assert_same_end(tmp_path, reference)
     assert (tmp_path / "run" / "loss.png").exists()
+    longer = [sys.executable, ROOT / "meta_train.py", *arguments(data, "--run", "bad", "--r2", "5")]
+    done = subprocess.run(longer, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("meta_train.py: --r2 5") and not done.stdout
 
 
 def test_more_iterations_later_after_a_torn_checkpoint_and_with_previews(server, data, reference, warm):
@@ -526,7 +552,7 @@ def test_more_iterations_later_after_a_torn_checkpoint_and_with_previews(server,
 def test_a_bank_that_is_ahead_of_the_checkpoints_is_refused(server, data, reference, warm):
     argv = arguments(data, "--save-every", 100)
     assert run(server, warm, [*argv, "--iters", "12"])[0] == 0
-    torn = newest(warm / "run" / "rank0")[1]                      # of the end of visit b, whose rows are in the bank
+    torn = newest(warm / "run" / "rank0")[1]                      # of the end of the pass over b, whose rows are in the bank
     os.truncate(torn, 1000)
     code, out, err = run(server, warm, argv)
     assert code == 2 and "rank0/bank does not belong to run/rank0/00000006-00000004.safetensors" in err
@@ -563,7 +589,7 @@ def test_a_loss_that_is_not_finite(server, data, reference, warm, person, phase)
     assert found.groups()[1:] == (picture.parts[-3], f"{person}, {picture}")
     iteration = assert_same_state(warm, reference)
     assert iteration == int(found[1])
-    start, joint, _ = next(visit for visit in VISITS if visit[0] <= iteration < visit[2])
+    start, joint, _ = next(each for each in PASSES if each[0] <= iteration < each[2])
     assert phase == ("joint" if iteration >= joint else "warm-up")
     bank = reference / "states" / f"{start}.bank"
     assert (warm / "run" / "rank0" / "bank").read_bytes() == (bank.read_bytes() if start else
@@ -600,26 +626,22 @@ def bank_of(folder, rank, people):
 
 def test_two_processes_equal_one_with_the_doubled_batch(server, squares, pair, warm_pair):
     assert run(server, warm_pair, arguments(squares), script=doubled)[::2] == (0, "")
-    sizes = [(folder / "run" / "rank0" / "bank").stat().st_size for folder in (pair, warm_pair)]
-    assert 7 * sizes[0] == 4 * sizes[1]
-    one = load_file(newest(warm_pair / "run" / "rank0")[1])
+    one = load_file(warm_pair / "doubled.safetensors")
     for rank in range(2):
         two = load_file(newest(pair / "run" / f"rank{rank}")[1])
         for part in IdentityBank.PARTS[:3]:
             assert_close(two[f"lomd.{part}"], one[f"lomd.{part}"])
-        assert two["lomd.steps"] == one["lomd.steps"] == sum(stop - joint for _, joint, stop in VISITS)
+        assert two["lomd.steps"] == one["lomd.steps"] == sum(stop - joint for _, joint, stop in PASSES)
     start_lomd = torch.cat([lomd.flatten() for lomd in start_of_lomd().values()])
     assert (one["lomd.weight"][0] - start_lomd).norm() > 1e-2 * start_lomd.norm()             # it has learned something
-
-    whole, shards, place, base = bank_of(warm_pair, 0, 7), [bank_of(pair, 0, 4), bank_of(pair, 1, 3)], [0, 0], 0
-    for pictures in PEOPLE.values():                              # in one bank: a bucket's first shard, then its second
-        for rank in range(2):
-            for _ in range(len(pictures[rank::2])):
-                assert whole.steps[base] == shards[rank].steps[place[rank]] > 2
-                for part in IdentityBank.PARTS[:3]:
-                    assert_close(getattr(shards[rank], part)[place[rank]], getattr(whole, part)[base])
-                place[rank], base = place[rank] + 1, base + 1
-    assert (place, base) == ([4, 3], 7)
+    for rank, people in ((0, 4), (1, 3)):
+        found, size = bank_of(pair, rank, people), (pair / "run" / f"rank{rank}" / "bank").stat().st_size
+        expected = IdentityBank(*DiskBank(warm_pair / f"bank{rank}", people, (size // people - 8) // 12).read(
+            range(people), "cpu"))
+        assert torch.equal(found.steps, expected.steps) and found.steps.min() > 2
+        for part in IdentityBank.PARTS[:3]:
+            for row in range(people):
+                assert_close(getattr(found, part)[row], getattr(expected, part)[row])
 
 
 def assert_close(found, expected):
@@ -636,7 +658,7 @@ def start_of_lomd():
 
 def test_two_processes_send_the_gradient_of_lomd_and_nothing_else(pair):
     size = sum(tensor.numel() for tensor in load_file(pair / "lomd.safetensors").values()) * 4
-    expected = [call for _, joint, stop in VISITS for k in range(joint, stop)
+    expected = [call for _, joint, stop in PASSES for k in range(joint, stop)
                 for call in ([k, "all_reduce", size], [k + 1, "all_reduce", 4])]        # and a flag: Ctrl-C or not
     for rank in range(2):
         calls = json.loads((pair / f"calls{rank}").read_text())
@@ -654,7 +676,7 @@ def start_torchrun(folder, squares):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
-    return subprocess.Popen([*torchrun, *command(squares)[1:]], cwd=folder, stdout=subprocess.PIPE,
+    return subprocess.Popen([*torchrun, *command(folder, squares)[1:]], cwd=folder, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, text=True)
 
 
@@ -678,7 +700,7 @@ def test_two_processes_hit_anywhere_go_on_bit_for_bit(server, squares, pair, war
     assert checkpoints(warm_pair) == ["00000004-00000002"] * 2
     code, _, err = run(server, warm_pair, argv)
     assert code == 2 and "processes was 2 and is 1" in err
-    # the last visit ends in its warm-up: one is through, and the other has not saved the end of the visit before
+    # the last pass ends in its warm-up: one is through, and the other has not saved the end of the pass before
     codes, _ = run_pair(server, warm_pair, [*argv, "--iters", "13"], [[], [(die_at_file, "00000012-*", "before")]])
     assert codes[0] != 0 and codes[1] == -9
     assert checkpoints(warm_pair) == ["00000013-00000008", "00000008-00000004"]
@@ -713,7 +735,7 @@ def test_thirty_kills_at_random_moments(data, tmp_path):
     """The command itself on the baby, killed all over the run: mostly while it trains and saves, some while it starts,
     and one while it ends."""
     iters, baby = 60, shutil.copytree(ROOT / "baby" / "checkpoint", tmp_path / "baby")
-    argv = command(data, "--model", baby, "--iters", iters, "--bucket-iters", 10, "--save-every", 3)
+    argv = command(tmp_path, data, "--model", baby, "--iters", iters, "--save-every", 3, bucket_iters=10)
     undisturbed, hit = tmp_path / "undisturbed", tmp_path / "hit"
     undisturbed.mkdir()
     hit.mkdir()

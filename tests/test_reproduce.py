@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "baby"))
 
 import eval_rfacesim  # noqa: E402
+from support import identities  # noqa: E402
 import faces  # noqa: E402
 import personalize  # noqa: E402
 from paper import compare, reproduce  # noqa: E402
@@ -101,7 +102,7 @@ def small(monkeypatch):
     monkeypatch.setattr(reproduce, "SUBSET", dict(
         people=2, choose=2, rates=dict.fromkeys(reproduce.METHODS, (1e-3,)), noises=2, trainings=2, sweep=2, ranks=(1,), iters=(2, 3)))
     monkeypatch.setattr(personalize, "ITERATIONS", {"meta-lora": 2, "lora": 3})
-    monkeypatch.setattr(eval_rfacesim, "read_prompts", lambda words, path: ["a photo of a [man/woman]"])
+    monkeypatch.setattr(identities, "read_prompts", lambda words, path: ["a photo of a [man/woman]"])
     real = compare.sample_latents
     monkeypatch.setattr(compare, "sample_latents", lambda *args, **kwargs: real(*args[:5], 2, *args[6:], **kwargs))
 

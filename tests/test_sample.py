@@ -258,7 +258,7 @@ def test_message_names_what_is_wrong(capsys):
     wide = FluxConfig(**{**vars(config), "hidden_size": 128, "axes_dim": (4, 30, 30)})
     make_lora("deep.safetensors", config=deep, only=["single_transformer_blocks.8.proj_out"])
     make_lora("wide.safetensors", config=wide, only=["transformer_blocks.1.attn.to_add_out"])
-    for words, parts in ((["--width", "1000"], ["--width 1000", "992", "1008"]),
+    for words, parts in ((["--width", "1000"], ["--width", "1000", "992", "1008"]),
                          (["--lora", "x.safetensors:2"], ["x.safetensors"]),
                          (["--lora", "deep.safetensors"], ["deep.safetensors", "single_transformer_blocks.8.proj_out"]),
                          (["--lora", "wide.safetensors"], ["wide.safetensors", "transformer_blocks.1.attn.to_add_out"])):
@@ -271,7 +271,7 @@ def test_command_line():
     """As a user runs it: a fresh interpreter, an error without a traceback, and --help."""
     bad = subprocess.run([sys.executable, ROOT / "sample.py", "--model", HUB, "--width", "40", "a cat"],
                          capture_output=True, text=True)
-    assert bad.returncode == 2 and bad.stderr.startswith("sample.py: --width 40") and bad.stderr.count("\n") == 1
+    assert bad.returncode == 2 and bad.stderr.startswith("sample.py: argument --width: 40") and bad.stderr.count("\n") == 1
     assert sample.parse(["a"]).words == ["a"]
     with pytest.raises(SystemExit) as exit:
         sample.main(["--help"])

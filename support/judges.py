@@ -1,0 +1,85 @@
+"""Networks that tell faces apart: InceptionResnetV1 of facenet-pytorch (VGGFace2), and the baby's own."""
+import hashlib
+import warnings
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+INCEPTION = ("https://github.com/timesler/facenet-pytorch/releases/download/v2.2.9/"
+             "20180402-114759-vggface2.pt")
+
+
+class FaceEmbedder(nn.Module):
+    """The baby's InceptionResnetV1: crops (B, 3, 64, 64), about [-1, 1] -> (B, 128), of norm 1."""
+    SIDE, DIM, WIDTHS = 64, 128, (24, 48, 96, 160)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks, before = nn.ModuleList(), 3
+        for width in self.WIDTHS:                # each halves the sides: 32, 16, 8, 4
+            conv = lambda: nn.Conv2d(width, width, 3, padding=1, bias=False)
+            self.blocks.append(nn.ModuleDict({
+                "skip": nn.Conv2d(before, width, 1, stride=2),
+                "down": nn.Conv2d(before, width, 3, stride=2, padding=1), "norm1": nn.BatchNorm2d(width),
+                "conv1": conv(), "norm2": nn.BatchNorm2d(width), "conv2": conv(),
+                "norm3": nn.BatchNorm2d(width), "conv3": conv()}))
+            before = width
+        self.norm = nn.BatchNorm2d(before)
+        self.last = nn.Linear(before * 16, self.DIM)
+        self.last_norm = nn.BatchNorm1d(self.DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block["skip"](x) + block["conv1"](F.relu(block["norm1"](block["down"](x))))
+            x = x + block["conv3"](F.relu(block["norm3"](block["conv2"](F.relu(block["norm2"](x))))))
+        return F.normalize(self.last_norm(self.last(F.relu(self.norm(x)).flatten(1))), dim=1)
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def find_inception() -> Path:
+    """facenet-pytorch's VGGFace2 weights, in its own cache; downloaded if need be."""
+    from facenet_pytorch.models.inception_resnet_v1 import get_torch_home
+    path = Path(get_torch_home()) / "checkpoints" / INCEPTION.rpartition("/")[2]
+    if not path.is_file():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(INCEPTION, str(path))
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"InceptionResnetV1 is not at {path} and cannot be downloaded ({error}): fetch "
+                             f"{INCEPTION} (107 MB), or name a state dict with --face-weights; "
+                             "--model baby needs neither") from None
+    return path
+
+
+def load_face_embedder(baby: Path | None, weights: Path | None = None) -> tuple[nn.Module, int, str]:
+    """The network, the side of its crops in pixels, its name with a hash. baby: a model with its own judges.
+
+    weights: a state dict, .safetensors or .pt; a pickle of more than tensors is refused, not run. ValueError.
+    """
+    path = weights or (baby / "face_embedder.safetensors" if baby else find_inception())
+    if not path.is_file():
+        raise ValueError(f"no such file of weights: {path}")
+    try:
+        own = path.suffix == ".safetensors"
+        state = load_file(path) if own else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                   # of files that are none, readers raise anything
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} is no file of weights: {reason}") from None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path} is no state dict: it must map names to tensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from facenet_pytorch import InceptionResnetV1
+    model = FaceEmbedder() if baby else InceptionResnetV1(pretrained=None)
+    shapes = lambda tensors: {(name, value.shape) for name, value in tensors.items()
+                              if not name.startswith("logits.") and "num_batches_tracked" not in name}
+    if odd := sorted(name for name, _ in shapes(state) ^ shapes(model.state_dict())):
+        raise ValueError(f"{path} does not fit {type(model).__name__}: the first difference is in {odd[0]}")
+    model.load_state_dict({name: state[name] for name, _ in shapes(state)}, strict=False)
+    return model.eval(), 64 if baby else 160, f"{type(model).__name__} {digest(path.read_bytes())}"
