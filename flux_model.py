@@ -27,7 +27,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-Rope = tuple[Tensor, Tensor]          # cosines and sines of the positions' angles
 
 # ------------------------------------------------------------------------------------------------------------
 # Transformer
@@ -65,25 +64,28 @@ def sinusoidal_embedding(t: Tensor, dim: int = 256) -> Tensor:
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 
-def rope_angles(ids: Tensor, axes_dim: tuple, theta: int) -> Rope:
-    """Positions (B, L, 3) -> cosines and sines, each (B, 1, L, D / 2) fp32: the axes one after the other."""
+def rope_angles(ids: Tensor, axes_dim: tuple, theta: int) -> Tensor:
+    """Positions (B, L, 3) -> their rotations (B, 1, L, D / 2), complex: the axes one after the other."""
     angles = []
     for axis, dim in enumerate(axes_dim):
         omega = theta ** -(torch.arange(0, dim, 2, device=ids.device, dtype=torch.float32) / dim)
         angles.append(ids[..., axis, None].float() * omega)
     angles = torch.cat(angles, dim=-1)[:, None]
-    return angles.cos(), angles.sin()
+    return torch.polar(torch.ones_like(angles), angles)
 
 
-def apply_rope(x: Tensor, rope: Rope) -> Tensor:
-    """Rotates the neighbouring pairs of x (B, H, L, D) by their position's angles, in fp32; same dtype
-    out."""
-    cos, sin = rope
-    x1, x2 = x.float().unflatten(-1, (-1, 2)).unbind(-1)                                      # (B, H, L, D/2)
-    return torch.stack((x1 * cos - x2 * sin, x1 * sin + x2 * cos), dim=-1).flatten(-2).to(x.dtype)
+def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
+    """Rotates neighbouring pairs of x (B, H, L, D) by their position's angles, in fp32; same dtype out."""
+    pairs = x.float().unflatten(-1, (-1, 2))                                               # (B, H, L, D/2, 2)
+    if torch.compiler.is_compiling():                # which fuses real numbers, and leaves complex ones alone
+        (x1, x2), (cos, sin) = pairs.unbind(-1), torch.view_as_real(rope).unbind(-1)
+        pairs = torch.stack((x1 * cos - x2 * sin, x1 * sin + x2 * cos), dim=-1)
+    else:
+        pairs = torch.view_as_real(torch.view_as_complex(pairs) * rope)
+    return pairs.flatten(-2).to(x.dtype)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, rope: Tensor) -> Tensor:
     """Attention of every token to every token. q, k, v (B, H, L, D) -> (B, L, H D)."""
     q, k = apply_rope(q, rope), apply_rope(k, rope)
     return rearrange(F.scaled_dot_product_attention(q, k, v), "B H L D -> B L (H D)")
@@ -105,8 +107,7 @@ class RMSNorm(nn.Module):
         self.scale = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()
-        return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype) * self.scale
+        return F.rms_norm(x, self.scale.shape, self.scale, eps=1e-6)
 
 
 class QKNorm(nn.Module):
@@ -141,7 +142,7 @@ class Modulation(nn.Module):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return (1 + scale) * F.layer_norm(x, x.shape[-1:], eps=1e-6) + shift
+    return torch.addcmul(shift, 1 + scale, F.layer_norm(x, x.shape[-1:], eps=1e-6))
 
 
 class DoubleStreamBlock(nn.Module):
@@ -155,7 +156,7 @@ class DoubleStreamBlock(nn.Module):
             self.add_module(f"{stream}_mlp", nn.Sequential(
                 nn.Linear(hidden, mlp), nn.GELU(approximate="tanh"), nn.Linear(mlp, hidden)))
 
-    def forward(self, img: Tensor, txt: Tensor, vec: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+    def forward(self, img: Tensor, txt: Tensor, vec: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
         img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(vec)
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(vec)
         img_q, img_k, img_v = self.img_attn.project(modulate(img, img_shift1, img_scale1))      # (B, H, I, D)
@@ -163,10 +164,10 @@ class DoubleStreamBlock(nn.Module):
         out = attention(torch.cat((txt_q, img_q), dim=2), torch.cat((txt_k, img_k), dim=2),
                         torch.cat((txt_v, img_v), dim=2), rope)                               # (B, L, hidden)
         txt_out, img_out = out.split((txt.shape[1], img.shape[1]), dim=1)
-        img = img + img_gate1 * self.img_attn.proj(img_out)
-        img = img + img_gate2 * self.img_mlp(modulate(img, img_shift2, img_scale2))
-        txt = txt + txt_gate1 * self.txt_attn.proj(txt_out)
-        txt = txt + txt_gate2 * self.txt_mlp(modulate(txt, txt_shift2, txt_scale2))
+        img = torch.addcmul(img, img_gate1, self.img_attn.proj(img_out))
+        img = torch.addcmul(img, img_gate2, self.img_mlp(modulate(img, img_shift2, img_scale2)))
+        txt = torch.addcmul(txt, txt_gate1, self.txt_attn.proj(txt_out))
+        txt = torch.addcmul(txt, txt_gate2, self.txt_mlp(modulate(txt, txt_shift2, txt_scale2)))
         return img, txt
 
 
@@ -181,12 +182,13 @@ class SingleStreamBlock(nn.Module):
         self.norm = QKNorm(hidden // config.num_heads)
         self.modulation = Modulation(hidden, 3)
 
-    def forward(self, x: Tensor, vec: Tensor, rope: Rope) -> Tensor:
+    def forward(self, x: Tensor, vec: Tensor, rope: Tensor) -> Tensor:
         shift, scale, gate = self.modulation(vec)
         qkv, mlp = self.linear1(modulate(x, shift, scale)).split((3 * x.shape[-1], self.mlp_dim), dim=-1)
         q, k, v = rearrange(qkv, "B L (K H D) -> K B H L D", K=3, H=self.num_heads)
         out = attention(self.norm.query_norm(q), self.norm.key_norm(k), v, rope)              # (B, L, hidden)
-        return x + gate * self.linear2(torch.cat((out, F.gelu(mlp, approximate="tanh")), dim=-1))
+        out = self.linear2(torch.cat((out, F.gelu(mlp, approximate="tanh")), dim=-1))
+        return torch.addcmul(x, gate, out)
 
 
 class LastLayer(nn.Module):
@@ -483,7 +485,8 @@ def velocity(flux: Flux, latent: Tensor, t: Tensor, txt: Tensor, y: Tensor,
     """Velocity, unpacked and in fp32, of latents (B, 16, h, w) at times t (B,); text (B, T, _), y (B, _)."""
     batch, _, height, width = latent.shape
     img_ids, txt_ids = position_ids(batch, height, width, txt.shape[1], latent.device)
-    guidance = torch.as_tensor(guidance, dtype=torch.float32, device=latent.device).expand(batch)
+    if not isinstance(guidance, Tensor):             # a fill: the card is not waited for, as it is for a copy
+        guidance = torch.full((batch,), guidance, device=latent.device)
     return unpack(flux(pack(latent), img_ids, txt, txt_ids, t, y, guidance).float(), height, width)
 
 

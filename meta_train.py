@@ -31,7 +31,7 @@ import flux_model
 from metalora import IdentityBank, MetaLoRA
 from support.checkpoints import (add_speed_options, find_targets, flux_fingerprint, open_flux, take_model)
 from support.common import (Interruption, Parser, check_apart, check_out_file, check_training, count,
-                            free, note, positive, run_script, write_whole)
+                            free, note, positive, run_script, to_device, write_whole)
 from support.lora_files import random_lomd, save_lomd
 from support.people import Buckets, Cache, DiskBank, data_fingerprint, read_buckets
 from support.runs import Checkpoints, Group, Log, compare_settings, draw_preview, locked, plot
@@ -156,7 +156,7 @@ class Run:
         texts = [self.texts[self.args.prompt if p.caption is None else p.caption] for p in pictures]
         txt, y = (torch.stack([text[part] for text in texts]) for part in ("txt", "y"))
         batch = torch.tensor(rows), latent, noise, t, txt, y
-        return list(zip(people, pictures)), [part.to(self.group.device) for part in batch]
+        return list(zip(people, pictures)), [to_device(part, self.group.device) for part in batch]
 
     def step(self, now: BucketPass):
         """One iteration -> losses (B,), times (B,), gradient norms of the rows (n,), of LoMD.

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from support.checkpoints import Target, find_targets
+from support.common import free, to_device
 from support.lora_files import random_lomd
 
 
@@ -98,6 +99,7 @@ def adapt(flux: nn.Module, targets: list[Target], columns: list[int]) -> list[Ad
         own.append((slice(t.start, t.start + t.rows), slice(first, first + count)))
     for name, own in parts.items():
         flux.set_submodule(name, AdaptedLinear(flux.get_submodule(name), own))
+        free(flux.img_in.weight.device)              # the narrow weight, whose place no wide one can take
     return [flux.get_submodule(name) for name in parts]
 
 
@@ -137,16 +139,16 @@ def apply_loras(flux: nn.Module, loras: list[tuple[dict[str, tuple[Tensor, Tenso
 class IdentityBank:
     """One flat fp32 row of weights per identity (N, P), with AdamW moments and a step count of its own."""
     PARTS = "weight", "exp_avg", "exp_avg_sq", "steps"
-
     def __init__(self, weight: Tensor, *state: Tensor):
-        new = *torch.zeros(2, *weight.shape, device=weight.device), weight.new_zeros(len(weight), dtype=int)
-        self.weight, self.exp_avg, self.exp_avg_sq, self.steps = weight, *(state or new)
+        new = *torch.zeros(2, *weight.shape, device=weight.device), torch.zeros(len(weight), dtype=int)
+        self.weight, self.exp_avg, self.exp_avg_sq, steps = weight, *(state or new)
+        self.steps = steps.cpu()                         # counts are numbers: nothing waits for the card
 
     @torch.no_grad()
     def step(self, ids: Tensor, grad: Tensor, lr: float, eps: float = 1e-8, weight_decay: float = 0.01):
         """AdamW (Loshchilov & Hutter 2019), torch's fused kernel, on the rows `ids` (n,) with grad (n, P)."""
         parts = [[part[row] for row in ids.tolist()] for part in (self.weight, self.exp_avg, self.exp_avg_sq)]
-        counts = list(self.steps[ids].float().unbind())                     # the kernel counts on by itself
+        counts = list(to_device(self.steps[ids].float(), grad.device).unbind())      # the kernel counts on
         adamw(parts[0], list(grad.unbind()), *parts[1:], [], counts, fused=True, amsgrad=False, beta1=0.9,
               beta2=0.999, lr=lr, weight_decay=weight_decay, eps=eps, maximize=False)
         self.steps[ids] += 1
@@ -154,8 +156,7 @@ class IdentityBank:
 
 def views(flat: Tensor, shapes: list[tuple[int, ...]]) -> list[Tensor]:
     """(.., P) -> its parts one after the other, (.., *shape) each."""
-    parts = flat.split([math.prod(shape) for shape in shapes], dim=-1)
-    return [part.unflatten(-1, shape) for part, shape in zip(parts, shapes)]
+    return [part.unflatten(-1, s) for part, s in zip(flat.split([*map(math.prod, shapes)], dim=-1), shapes)]
 
 
 class MetaLoRA:
@@ -204,27 +205,26 @@ class MetaLoRA:
             C = down.transpose(0, 1).flatten(1, 2)                         # (targets, slots rank, r1 or d_in)
             C = (C if A is None else C @ A).flatten(0, 1).to(dtype)               # (targets slots rank, d_in)
             Cs += C.split([layer.columns for layer in self.layers if layer.base.in_features == d_in])
-        Us = ups.transpose(0, 1).flatten(1).to(dtype)                               # (all d_outs, slots rank)
+        Us = ups.transpose(0, 1).flatten(1).to(dtype).split([t.rows for t in self.targets])  # (.., slots rank)
         # every image meets its own person's columns (B, slots rank), once for each part of a fused layer
-        mask = F.one_hot(slot, self.slots).repeat_interleave(self.rank, dim=1).repeat(1, 4) if n > 1 else None
-        update(self.layers, Cs, Us.split([t.rows for t in self.targets]), mask if n == 1 else mask.to(Us))
+        mask = F.one_hot(slot, self.slots).repeat_interleave(self.rank, dim=1).repeat(1, 4).to(dtype)
+        update(self.layers, Cs, Us, to_device(mask, self.device) if n > 1 else None)
 
     def step(self, lr: float, clip: float = 1.0, average: Callable[[Tensor], Tensor] | None = None):
         """One AdamW step, after backward of the batch's *summed* losses -> gradient norms: rows (n,), LoMD's.
 
         An identity's gradient is the mean over its own images, LoMD's over the batch (or what `average` makes
-        of the sum), each clipped to norm `clip` by itself: all train as if alone. FloatingPointError, before
-        anything has changed, where one is not finite."""
-        rows = self.rows.grad / self.counts[:, None].to(self.device)
-        norms, lomd_norm = rows.norm(dim=1), 0.0
+        of the sum), each clipped to `clip` alone. FloatingPointError, unchanged, where one is not finite."""
+        rows = self.rows.grad / to_device(self.counts[:, None], self.device)
+        norms, lomd_norm = rows.norm(dim=1), rows.new_zeros(())
         if self.train_lomd:
-            flat = average(self.flat.grad) if average else self.flat.grad / self.counts.sum()
-            lomd_norm = flat.norm().item()
-        if not (norms.isfinite().all() and math.isfinite(lomd_norm)):
+            flat = average(self.flat.grad) if average else self.flat.grad / self.counts.sum().item()
+            lomd_norm = flat.norm()
+        if not (norms.isfinite().all() & lomd_norm.isfinite()):                # the one wait for the card
             raise FloatingPointError("a gradient is not finite")
         self.bank.step(self.present, rows * (clip / (norms + 1e-6)).clamp(max=1.0)[:, None], lr)
         if self.train_lomd:
-            self.shared.step(torch.tensor([0]), flat[None] * min(1.0, clip / (lomd_norm + 1e-6)), lr)
+            self.shared.step(torch.tensor([0]), flat[None] * (clip / (lomd_norm + 1e-6)).clamp(max=1.0), lr)
         return norms, lomd_norm
 
     @property

@@ -30,7 +30,7 @@ from support import photos
 from support.checkpoints import (add_speed_options, is_small, load_autoencoder, load_text_encoders, open_flux,
                                  take_model)
 from support.common import (Interruption, Parser, check_out_file, check_training, check_writable, free, note,
-                            pick_device, positive, run_script, use_threads)
+                            pick_device, positive, run_script, to_device, use_threads)
 from support.lora_files import read_lomd, save_lora
 from support.speed import blocks_of, is_compiled, plan_recompute, recompute_blocks, seconds_compiling
 
@@ -78,10 +78,10 @@ def batches(latents: list[Tensor], weights: list[Tensor],
         for crop in torch.randperm(len(latents), generator=generator).tolist():
             image = torch.randint(len(latents[crop]), (), generator=generator).item()
             mean, deviation = latents[crop][image][:, None]                                    # (1, 16, h, w)
-            latent = mean + deviation * torch.randn(mean.shape, generator=generator).to(device)
-            noise = torch.randn(mean.shape, generator=generator).to(device)
-            t = sample_times(1, generator).to(device)
-            yield crop, latent, noise, weights[crop][image][None].to(device), t
+            draws = [torch.randn(mean.shape, generator=generator) for _ in range(2)]
+            draws += weights[crop][image][None], sample_times(1, generator)
+            own, noise, weight, t = (to_device(draw, device) for draw in draws)
+            yield crop, mean + deviation * own, noise, weight, t
 
 
 def train(flux: Flux, adapter: MetaLoRA, latents: list[Tensor], weights: list[Tensor], txt: Tensor, y: Tensor,

@@ -214,6 +214,13 @@ def use_threads(small: bool) -> None:
         torch.set_num_threads(1)
 
 
+def to_device(tensor: torch.Tensor, device: str | torch.device) -> torch.Tensor:
+    """A small tensor of the CPU on the device, without waiting for what the device still has to do."""
+    if torch.device(device).type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def free(device: str | torch.device) -> None:
     """Gives the memory of models that were just dropped back to the device."""
     if torch.device(device).type in ("cuda", "mps"):

@@ -165,8 +165,9 @@ class Log:
         phase, memory = "joint" if joint else "warm-up", peak_memory(self.group.device)
         loss = losses.mean().item()
         self.smooth = loss if self.smooth is None else 0.98 * self.smooth + 0.02 * loss
-        self.entries.append((iteration, phase, bucket, losses.tolist(), t.tolist(), norms.tolist(), lomd_norm,
-                             time.perf_counter() - self.time, self.group.sent - self.sent, memory))
+        self.entries.append((iteration, phase, bucket, losses.tolist(), t.tolist(), norms.tolist(),
+                             float(lomd_norm), time.perf_counter() - self.time, self.group.sent - self.sent,
+                             memory))
         self.bar.set_postfix_str(f"{phase}, loss {self.smooth:.4f}, peak {memory:.1f} GB", refresh=False)
         self.bar.update()
 

@@ -364,7 +364,7 @@ def plan_recompute(adapter: object, image_tokens: int, text_tokens: int, batch: 
     def kept(block: nn.Module, streams: int, tokens: int) -> int:
         like = dict(dtype=layer.dtype, requires_grad=True)
         x = [torch.randn(1, tokens // streams, heads * size, **like) for _ in range(streams)]
-        rope = (torch.randn(1, 1, tokens, size // 2),) * 2
+        rope = torch.ones(1, 1, tokens, size // 2, dtype=torch.complex64)
         return saved_bytes(lambda: block(*x, torch.randn(1, heads * size, dtype=layer.dtype), rope))
     per_block, tokens = [], batch * (image_tokens + text_tokens)
     for block, streams, count in zip(blocks_of(small), (2, 1), (config.depth, config.depth_single_blocks)):

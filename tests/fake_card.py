@@ -1,0 +1,447 @@
+"""A CUDA card that is not there: full-size runs on tensors that have a shape, a dtype and a device and no numbers.
+
+    with FakeCard(gib=80, capability=(9, 0)) as card:
+        flux = full_size_flux(card)                 # the project's own load_flux, over a checkpoint of shapes
+        ...
+        print(card.report())
+
+What lies on the CPU is real, but for tensors of more than 5 million numbers; what lies on "cuda" is torch's FakeTensor. Found out:
+devices and dtypes that do not go together, ops that do not exist, waits of the CPU for the card with the line of the project, kernel
+launches, bytes moved, FLOPs, pinned memory, and the memory that PyTorch's caching allocator would hold, by a simulation of it that
+raises torch.OutOfMemoryError where the card would be full. Not found out: numbers, speed, a kernel's workspace.
+"""
+import bisect
+import collections
+import contextlib
+import gc
+import itertools
+import math
+import sys
+import weakref
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_flatten
+from torch.utils.weak import WeakIdKeyDictionary
+
+aten, prim = torch.ops.aten, torch.ops.prim
+MIB, GIB = 2 ** 20, 2 ** 30
+BIG = 5_000_000
+
+
+class Allocator:
+    """PyTorch's caching allocator with its default settings, one stream."""
+    def __init__(self, capacity):
+        self.capacity, self.reserved, self.allocated = capacity, 0, 0
+        self.peak_allocated = self.peak_reserved = 0
+        self.free = {"small": [], "large": []}                   # sorted [(size, id)]
+        self.blocks, self.ids = {}, itertools.count()            # id -> [size, pool, segment, prev, next, is_free, whole segment size]
+        self.releases = 0
+
+    def malloc(self, nbytes):
+        size = max(512, -(-nbytes // 512) * 512)
+        pool = "small" if size <= MIB else "large"
+        free = self.free[pool]
+        at = bisect.bisect_left(free, (size, -1))
+        if at < len(free):
+            _, i = free.pop(at)
+        else:
+            segment = 2 * MIB if pool == "small" else 20 * MIB if size < 10 * MIB else -(-size // (2 * MIB)) * 2 * MIB
+            if self.reserved + segment > self.capacity:
+                self.release()
+            if self.reserved + segment > self.capacity:
+                raise torch.OutOfMemoryError(f"simulated: {nbytes / MIB:.0f} MiB wanted, allocated {self.allocated / GIB:.2f}, "
+                                             f"reserved {self.reserved / GIB:.2f} of {self.capacity / GIB:.2f} GiB")
+            self.reserved += segment
+            self.peak_reserved = max(self.peak_reserved, self.reserved)
+            i = next(self.ids)
+            self.blocks[i] = [segment, pool, i, None, None, True]
+        block = self.blocks[i]
+        rest = block[0] - size
+        if rest >= 512 if pool == "small" else rest > MIB:
+            j = next(self.ids)
+            self.blocks[j] = [rest, pool, block[2], i, block[4], True]
+            if block[4] is not None:
+                self.blocks[block[4]][3] = j
+            block[0], block[4] = size, j
+            bisect.insort(free, (rest, j))
+        block[5] = False
+        self.allocated += block[0]
+        self.peak_allocated = max(self.peak_allocated, self.allocated)
+        return i
+
+    def drop(self, i):
+        block = self.blocks[i]
+        self.allocated -= block[0]
+        block[5] = True
+        free = self.free[block[1]]
+        for side in (3, 4):
+            j = block[side]
+            if j is not None and self.blocks[j][5]:
+                other = self.blocks.pop(j)
+                free.pop(bisect.bisect_left(free, (other[0], j)))
+                block[0] += other[0]
+                block[side] = other[side]
+                if other[side] is not None:
+                    self.blocks[other[side]][7 - side] = i
+        bisect.insort(free, (block[0], i))
+
+    def release(self):
+        self.releases += 1
+        for pool, free in self.free.items():
+            for size, i in [entry for entry in free if self.blocks[entry[1]][3] is None and self.blocks[entry[1]][4] is None]:
+                free.remove((size, i))
+                del self.blocks[i]
+                self.reserved -= size
+
+
+VIEWS = {"view", "_unsafe_view", "t", "transpose", "permute", "expand", "slice", "select", "split", "split_with_sizes", "unbind", "detach",
+         "unsqueeze", "squeeze", "alias", "as_strided", "lift_fresh", "chunk", "narrow", "_reshape_alias", "view_as", "diagonal", "unfold",
+         "view_as_complex", "view_as_real"}
+NOTHING = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "is_same_size", "_local_scalar_dense"}
+LAUNCHES = {"constant_pad_nd": 2, "_scaled_dot_product_flash_attention_backward": 3, "_scaled_dot_product_cudnn_attention_backward": 3,
+            "_scaled_dot_product_efficient_attention_backward": 3, "native_group_norm": 3, "_unique2": 8, "var_mean": 2, "repeat_interleave": 2}
+
+
+class FakeCard(TorchDispatchMode):
+    def __init__(self, gib=80.0, capability=(9, 0), context_gib=0.5, attention="flash", project=str(Path(__file__).resolve().parents[1])):
+        super().__init__()
+        self.total = int((gib - context_gib) * GIB)
+        self.memory, self.capability, self.attention, self.project = Allocator(self.total), capability, attention, project
+        self.device = torch.device("cuda:0")
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.in_backward, self.big = False, BIG
+        self.pinned = 0
+        self.phase, self.problems = "other", []
+        self.seen, self.shadows = {}, WeakIdKeyDictionary()
+        self.reset()
+
+    def reset(self):
+        zeros = lambda: collections.defaultdict(float)
+        self.launches, self.bytes, self.flops = collections.Counter(), zeros(), zeros()
+        self.syncs, self.ops, self.times = collections.Counter(), collections.Counter(), []
+        self.by_op = collections.defaultdict(lambda: [0, 0.0, 0.0])
+        self.memory.peak_allocated = self.memory.allocated
+        self.memory.peak_reserved = self.memory.reserved
+
+    # -- where in the project
+
+    def where(self):
+        frame, found = sys._getframe(1), []
+        while frame:
+            name = frame.f_code.co_filename
+            if name.startswith(self.project) and not name.startswith(str(Path(__file__).parent)):
+                found.append(f"{Path(name).name}:{frame.f_lineno}")
+            frame = frame.f_back
+        return found[0] if found else "?"
+
+    def sync(self, what):
+        self.syncs[self.phase, what, self.where()] += 1
+
+    def problem(self, what):
+        entry = f"{what} at {self.where()}"
+        if entry not in self.problems:
+            self.problems.append(entry)
+
+    # -- memory
+
+    def track(self, tensor):
+        if not isinstance(tensor, FakeTensor) or tensor.fake_device.type != "cuda":
+            return
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self.seen:
+            return
+        block = self.memory.malloc(storage.nbytes())
+        self.seen[key] = block
+
+        def gone():
+            self.seen.pop(key, None)
+            self.memory.drop(block)
+        weakref.finalize(storage, gone)
+
+    def transient(self, nbytes):
+        if nbytes:
+            self.memory.drop(self.memory.malloc(int(nbytes)))
+
+    # -- one op
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func is prim.device.default:             # what C++ sees: its autograd engine has no card to look for
+            return torch.device("meta") if args[0].fake_device.type == "cuda" else args[0].fake_device
+        name = func._schema.name.removeprefix("aten::")
+        flat = [a for a in tree_flatten((args, kwargs))[0] if isinstance(a, torch.Tensor)]
+        fakes = [a for a in flat if isinstance(a, FakeTensor)]
+        device = kwargs.get("device")
+        device = torch.device(device) if device is not None else None
+        if device is not None and device.type == "meta" and (fakes or self.in_backward or name == "_to_copy"):  # .to(like)
+            kwargs["device"] = device = self.device
+        if kwargs.pop("pin_memory", False):              # torch's own allocator of pinned memory rounds up
+            self.pinned += 2 ** math.ceil(math.log2(math.prod(args[0]) * kwargs.get("dtype", torch.float32).itemsize))
+        if not fakes and (device is None or device.type != "cuda"):
+            size = math.prod(args[0]) if args and isinstance(args[0], (list, tuple)) and all(isinstance(n, int) for n in args[0]) and not flat else 0
+            if size < self.big or device is not None and device.type == "meta":
+                with _disable_current_modes():
+                    return func(*args, **kwargs)
+        generator = kwargs.get("generator")
+        if generator is not None and device is not None and generator.device.type != device.type:
+            self.problem(f"{name}: a generator on {generator.device} for a tensor on {device}")
+        cuda = [a for a in fakes if a.fake_device.type == "cuda"]
+        if name in ("mm", "addmm", "bmm", "baddbmm", "linear", "convolution", "cat_", "_scaled_dot_product_flash_attention",
+                    "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention"):
+            dtypes = {a.dtype for a in flat if a.dim()}
+            if len(dtypes) > 1:
+                self.problem(f"{name}: dtypes {dtypes}")
+        if name == "index" and not isinstance(args[0], FakeTensor) and cuda:
+            self.problem("index: a CPU tensor indexed by one on the card")
+        if name in ("index", "index_put_", "index_put") and cuda:
+            for index in args[1]:
+                if isinstance(index, torch.Tensor) and not isinstance(index, FakeTensor):
+                    self.sync("index from the CPU (H2D)")
+                elif isinstance(index, torch.Tensor) and index.dtype == torch.bool:
+                    self.sync("boolean mask (nonzero)")
+        # values that only a real card has
+        if name == "_local_scalar_dense" and cuda:
+            self.sync("item / bool (D2H)")
+            shadow = self.shadows.get(args[0])
+            if shadow is not None:
+                with _disable_current_modes():
+                    return shadow.item()
+            return {torch.bool: True}.get(args[0].dtype, 1.0 if args[0].is_floating_point() else 0)
+        if name == "_unique2" and cuda:
+            self.sync("unique (size of the result, D2H)")
+            self.count(name, flat, [], func, args)
+            with _disable_current_modes():
+                real = func(self.shadows[args[0]], *args[1:], **kwargs)
+            return tuple(self.on_card(each) for each in real)
+        if name == "nonzero" and cuda:
+            self.sync("nonzero (D2H)")
+            return self.on_card(torch.zeros(0, args[0].dim(), dtype=torch.long))
+        if name == "_to_copy" and cuda and device is not None and device.type == "cpu":
+            self.sync("copy to the CPU (D2H)")
+            self.bytes[self.phase] += 0
+            with _disable_current_modes():
+                shadow = self.shadows.get(args[0])
+                return shadow.clone() if shadow is not None else torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+        h2d = name == "_to_copy" and not cuda and device is not None and device.type == "cuda" or \
+            name == "copy_" and cuda and len(flat) == 2 and not (isinstance(args[1], FakeTensor) and args[1].fake_device.type == "cuda")
+        if h2d:
+            non_blocking = kwargs.get("non_blocking") or len(args) > 2 and args[2]
+            if not non_blocking:
+                self.sync("copy to the card (H2D, not pinned)")
+        try:
+            out = func(*args, **kwargs)
+        except Exception as error:
+            if type(error).__name__ != "OutOfMemoryError":
+                self.problem(f"{name} failed: {type(error).__name__}: {str(error)[:200]}")
+            raise
+        if name == "_to_copy" and not cuda and h2d and flat[0].dtype in (torch.int64,) and flat[0].numel() <= 4096 and not fakes:
+            with _disable_current_modes():
+                self.shadows[out] = flat[0].clone()
+        outs = [a for a in tree_flatten(out)[0] if isinstance(a, torch.Tensor)]
+        for each in outs:
+            self.track(each)
+        self.count(name, flat, outs, func, args)
+        return out
+
+    def on_card(self, real):
+        with self.fake:
+            out = torch.empty(real.shape, dtype=real.dtype, device=self.device)
+        self.track(out)
+        self.shadows[out] = real
+        return out
+
+    def count(self, name, flat, outs, func, args):
+        tensors = [a for a in (*flat, *outs) if isinstance(a, FakeTensor) and a.fake_device.type == "cuda"]
+        if not tensors or name in VIEWS or name in NOTHING:
+            return
+        launches = LAUNCHES.get(name, 1)
+        sources = {}
+        for a in flat:
+            if isinstance(a, FakeTensor):
+                sources[id(a)] = min(a.numel() * a.itemsize, a.untyped_storage().nbytes())
+        moved = sum(sources.values()) + sum(a.numel() * a.itemsize for a in outs)
+        if name.endswith("_") and outs and name != "copy_":      # in place: the output was counted as an input, too
+            pass
+        if name in ("copy_", "zero_", "fill_"):
+            moved = sum(sources.values()) + (0 if name == "copy_" else 0)
+            if name != "copy_":
+                moved = args[0].numel() * args[0].itemsize
+        flops, extra = 0, 0
+        if name in ("mm", "_scaled_mm"):
+            flops = 2 * args[0].shape[0] * args[0].shape[1] * args[1].shape[1]
+        elif name == "addmm":
+            flops = 2 * args[1].shape[0] * args[1].shape[1] * args[2].shape[1]
+        elif name in ("bmm", "baddbmm"):
+            a, b = args[-2:] if name == "bmm" else args[1:3]
+            flops = 2 * a.shape[0] * a.shape[1] * a.shape[2] * b.shape[2]
+        elif "scaled_dot_product" in name:
+            back = name.endswith("backward")
+            q = args[1] if back else args[0]
+            b, h, l, d = q.shape
+            flops = (10 if back else 4) * b * h * l * args[2 if back else 1].shape[2] * d
+            extra = q.numel() * 4 if back else 0                 # dq is summed up in fp32
+        elif name in ("convolution",):
+            w, o = args[1], outs[0]
+            flops = 2 * o.numel() * w[0].numel()
+            extra = 64 * MIB
+        self.transient(extra)
+        phase = self.phase
+        self.launches[phase] += launches
+        self.bytes[phase] += moved
+        self.flops[phase] += flops
+        self.times.append((phase, name, flops, moved, launches, "fp8" if name == "_scaled_mm" else str(tensors[0].dtype)))
+        entry = self.by_op[phase, name]
+        entry[0], entry[1], entry[2] = entry[0] + launches, entry[1] + moved, entry[2] + flops
+
+    # -- a model of time
+
+    def seconds(self, bf16=790e12, fp8=1400e12, fp32=40e12, attention=None, bandwidth=4.3e12, launch=0.0, phases=None):
+        """Sum over ops of the longer of arithmetic and memory; `attention`: its rate; `launch`: the least an op takes."""
+        total = collections.defaultdict(float)
+        for phase, name, flops, moved, launches, dtype in self.times:
+            rate = (attention or bf16) if "scaled_dot" in name else fp8 if dtype == "fp8" else fp32 if dtype == "torch.float32" else bf16
+            total[phase] += max(flops / rate, moved / bandwidth, launch * launches)
+        return dict(total)
+
+    # -- the pieces of torch that would ask a driver
+
+    def __enter__(self):
+        stack = self.stack = contextlib.ExitStack()
+        card = self
+
+        class Stream:
+            def __init__(self, *a, **k): pass
+            def wait_stream(self, other): pass
+            def wait_event(self, event): pass
+            def synchronize(self): card.sync("stream.synchronize")
+
+        class Event:
+            def __init__(self, *a, **k): pass
+            def record(self, *a): pass
+            def synchronize(self): card.sync("event.synchronize")
+            def elapsed_time(self, other): return 1.0
+        patch = lambda where, name, new: stack.enter_context(mock.patch.object(where, name, new))
+        memory = self.memory
+        for name, new in {
+                "mem_get_info": lambda *a: (card.total - memory.reserved, card.total), "memory_reserved": lambda *a: memory.reserved,
+                "memory_allocated": lambda *a: memory.allocated, "max_memory_allocated": lambda *a: memory.peak_allocated,
+                "reset_peak_memory_stats": lambda *a: None, "empty_cache": lambda: memory.release(), "Stream": Stream, "Event": Event,
+                "current_stream": lambda *a: Stream(), "stream": lambda s: contextlib.nullcontext(),
+                "get_device_capability": lambda *a: card.capability, "synchronize": lambda *a: card.sync("synchronize")}.items():
+            patch(torch.cuda, name, new)
+        tolist, backward, grad = torch.Tensor.tolist, torch.Tensor.backward, torch.autograd.grad
+
+        def fake_tolist(tensor):
+            if not isinstance(tensor, FakeTensor):
+                return tolist(tensor)
+            card.sync("tolist (D2H)")
+            shadow = card.shadows.get(tensor)
+            return shadow.tolist() if shadow is not None else torch.ones(tensor.shape).to(tensor.dtype).tolist()
+
+        def fake_backward(tensor, *a, **k):
+            before, card.phase, card.in_backward = card.phase, "backward", True
+            try:
+                return backward(tensor, *a, **k)
+            finally:
+                card.phase, card.in_backward = before, False
+
+        def sdpa(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+            if q.device.type != "cuda":
+                return real_sdpa(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+            if attn_mask is not None or q.shape[-1] > 256:
+                return aten._scaled_dot_product_efficient_attention(q, k, v, attn_mask, q.requires_grad)[0]
+            if card.attention == "cudnn":
+                return aten._scaled_dot_product_cudnn_attention(q, k, v, None, q.requires_grad)[0]
+            return aten._scaled_dot_product_flash_attention(q, k, v)[0]
+
+        def rms_norm(x, shape, weight=None, eps=None):           # as on a card: one kernel where the dtypes agree
+            if x.device.type != "cuda":
+                return real_norm(x, shape, weight, eps)
+            return aten._fused_rms_norm(x, shape, weight, eps)[0]
+        real_sdpa, real_norm = torch.nn.functional.scaled_dot_product_attention, torch.rms_norm
+        # in C++ it would make its zeros where C++ believes the tensor to be
+        patch(torch.nn.functional, "one_hot", lambda x, n: (x[..., None] == torch.arange(n, device=x.device)).long())
+        patch(torch.Tensor, "tolist", fake_tolist)
+        patch(torch.Tensor, "backward", fake_backward)
+        patch(torch.nn.functional, "scaled_dot_product_attention", sdpa)
+        patch(torch, "rms_norm", rms_norm)
+        patch(torch.Tensor, "pin_memory", lambda tensor: tensor)
+        stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+        stack.enter_context(self.fake)
+        super().__enter__()
+        self.memory.malloc((32 if self.capability >= (9, 0) else 8) * MIB + 128 * 1024)         # cuBLAS's workspace
+        return self
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self.stack.close()
+
+    def phased(self, where, name, phase):
+        """From now on what runs within where.name counts for `phase`."""
+        original = getattr(where, name)
+
+        def wrapped(*a, **k):
+            before, self.phase = self.phase, phase
+            try:
+                return original(*a, **k)
+            finally:
+                self.phase = before
+        self.stack.enter_context(mock.patch.object(where, name, wrapped))
+
+    def report(self, ops=0):
+        lines = [f"memory: now {self.memory.allocated / GIB:.2f}, peak {self.memory.peak_allocated / GIB:.2f} allocated, "
+                 f"{self.memory.peak_reserved / GIB:.2f} reserved GiB of {self.total / GIB:.2f}; cache released {self.memory.releases} times"]
+        for phase in self.launches:
+            lines.append(f"  {phase:<10} {self.launches[phase]:>7} launches {self.bytes[phase] / 1e9:>9.1f} GB {self.flops[phase] / 1e12:>8.2f} TFLOP")
+            for (p, name), (n, moved, flops) in sorted(self.by_op.items(), key=lambda item: -item[1][1])[:10 ** 6] if ops else []:
+                if p == phase and ops and n:
+                    lines.append(f"      {name:<46} {n:>6} {moved / 1e9:>8.2f} GB {flops / 1e12:>8.2f} TFLOP")
+        for (phase, what, where), n in sorted(self.syncs.items()):
+            lines.append(f"  sync {phase:<9} {n:>4} x {what:<36} {where}")
+        lines += [f"  PROBLEM {p}" for p in self.problems]
+        return "\n".join(lines)
+
+
+class Shapes:
+    """What checkpoints.TensorFiles is to a checkpoint, for one that has shapes only."""
+    metadata, path = {}, Path("shapes")
+
+    def __init__(self, model):
+        self.shapes = {name: list(p.shape) for name, p in model.named_parameters()}
+        self.file_of = self.shapes
+
+    def shape(self, name):
+        return self.shapes[name]
+
+    def __getitem__(self, name):
+        return torch.empty(self.shapes[name], dtype=torch.bfloat16)
+
+    def quantized(self, name):
+        rows = self.shapes[name][0]
+        return torch.empty(self.shapes[name], dtype=torch.float8_e4m3fn), torch.empty(rows, 1)
+
+
+def full_size_flux(card, fp8=False, offload=False, config=None):
+    """The project's load_flux over shapes."""
+    import flux_model
+    from support import checkpoints, speed
+    config = config or flux_model.FluxConfig()
+    with _disable_current_modes(), torch.device("meta"):
+        files = Shapes(flux_model.Flux(config))
+    if offload:
+        def fake_place(tensors, flat, fill=False):                  # where they are is all there is to a fake tensor
+            for tensor in tensors:
+                tensor.fake_device = flat.fake_device
+        card.stack.enter_context(mock.patch.object(speed.Offload, "place", staticmethod(fake_place)))
+    card.big = 0 if offload else BIG                             # what moves between the two is fake on either side
+    with mock.patch.object(checkpoints, "flux_files", lambda folder: (files, config, False)):
+        flux = checkpoints.load_flux("shapes", card.device, torch.bfloat16, fp8, offload)
+    card.big = BIG
+    for tensor in itertools.chain(*speed.runners(flux)[0].offload.tensors) if offload else ():
+        card.seen[tensor.untyped_storage()._cdata] = None            # the slots stand for them
+    return flux
