@@ -32,8 +32,7 @@ def product(x: Tensor, S: Tensor, P: Tensor, mask: Tensor | None, bias: Tensor |
     S = [W | U | 0] or [W ; C ; 0]. P is the half of the update that S lacks: C (R, d_in), or U (d_out, R)."""
     if (spare := S.shape[1] - x.shape[-1]) > 0:                                           # [x | m] [W | U]^T
         m = F.linear(x, P) if mask is None else F.linear(x, P) * mask
-        zeros = S[-1, -1].expand(*x.shape[:-1], spare - len(P))
-        return F.linear(torch.cat((x, m, zeros), dim=-1), S, bias), m
+        return F.linear(torch.cat((x, m, S[-1, -1].expand(*x.shape[:-1], spare - len(P))), -1), S, bias), m
     y, m, _ = F.linear(x, S, bias).split((*P.shape, len(S) - sum(P.shape)), dim=-1)   # [y0 | m] = x [W ; C]^T
     m = m.contiguous() if mask is None else m * mask
     return torch.addmm(y.flatten(0, -2), m.flatten(0, -2), P.T).unflatten(0, x.shape[:-1]), m
@@ -78,11 +77,12 @@ class AdaptedLinear(nn.Module):
         if self.S is not None and x.dim() == 3:
             return Adapted.apply(x, self.S, self.bias, mask, self.parts, self.C, *self.U)
         y, m = self.base(x), F.linear(x, self.C) if mask is None else F.linear(x, self.C) * mask
-        if len(self.U[0]) == y.shape[-1]:                # one part, as of a modulation
-            return torch.addmm(y.flatten(0, -2), m.flatten(0, -2), self.U[0].T).unflatten(0, x.shape[:-1])
-        for (rows, columns), U in zip(self.parts, self.U):
-            y.flatten(0, -2)[:, rows].addmm_(m.flatten(0, -2)[:, columns], U.T)
-        return y
+        U = self.U[0]
+        if len(U) < y.shape[-1]:                         # parts of a fused layer: block by block
+            U = y.new_zeros(y.shape[-1], self.columns)
+            for part, own in zip(self.parts, self.U):
+                U[part] = own
+        return torch.addmm(y.flatten(0, -2), m.flatten(0, -2), U.T).unflatten(0, x.shape[:-1])
 
 
 def adapt(flux: nn.Module, targets: list[Target], columns: list[int]) -> list[AdaptedLinear]:
@@ -205,7 +205,7 @@ class MetaLoRA:
             C = down.transpose(0, 1).flatten(1, 2)                         # (targets, slots rank, r1 or d_in)
             C = (C if A is None else C @ A).flatten(0, 1).to(dtype)               # (targets slots rank, d_in)
             Cs += C.split([layer.columns for layer in self.layers if layer.base.in_features == d_in])
-        Us = ups.transpose(0, 1).flatten(1).to(dtype).split([t.rows for t in self.targets])  # (.., slots rank)
+        Us = ups.transpose(0, 1).flatten(1).to(dtype).split([t.rows for t in self.targets])
         # every image meets its own person's columns (B, slots rank), once for each part of a fused layer
         mask = F.one_hot(slot, self.slots).repeat_interleave(self.rank, dim=1).repeat(1, 4).to(dtype)
         update(self.layers, Cs, Us, to_device(mask, self.device) if n > 1 else None)

@@ -41,7 +41,10 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     stay zeros."""
     scale = torch.linalg.vector_norm(x, math.inf, dim=1, keepdim=True).float().clamp(min=1e-12)
     scale /= torch.finfo(E4M3).max
-    return (x / scale if x.dtype == torch.float32 else x.float().div_(scale)).to(E4M3), scale
+    if torch.compiler.is_compiling():
+        return (x.float() / scale).to(E4M3), scale
+    # divided in fp32 and written as 8 bits by one kernel
+    return torch.div(x, scale, out=torch.empty_like(x, dtype=E4M3)), scale
 
 
 def multiplies_fp8(device: torch.device) -> bool:
@@ -67,16 +70,14 @@ class Fp8Product(torch.autograd.Function):
             x8, x_scale = quantize_rows(x)
             return torch._scaled_mm(x8, weight.T, scale_a=x_scale, scale_b=scale.T, bias=bias,
                                     out_dtype=x.dtype, use_fast_accum=True)
-        return F.linear(x, dequantize(weight, scale, x.dtype), bias)
+        # 8 bits are exact in 16; their scales belong to columns of y, which are fewer numbers
+        y, scale = F.linear(x, weight.to(x.dtype)), scale.T.to(x.dtype)
+        return y.mul_(scale) if bias is None else torch.addcmul(bias, y, scale)
 
     @staticmethod
     def backward(ctx, dy):
         weight, scale = ctx.saved_tensors
-        return dy @ dequantize(weight, scale, dy.dtype), None, None, None
-
-
-def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return (weight.float() * scale).to(dtype)
+        return (dy * scale.T.to(dy.dtype)) @ weight.to(dy.dtype), None, None, None
 
 
 class Fp8Linear(nn.Module):

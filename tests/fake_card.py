@@ -264,13 +264,11 @@ class FakeCard(TorchDispatchMode):
         for a in flat:
             if isinstance(a, FakeTensor):
                 sources[id(a)] = min(a.numel() * a.itemsize, a.untyped_storage().nbytes())
+        if name.startswith("new_") or name.endswith("_like"):
+            sources = {}
         moved = sum(sources.values()) + sum(a.numel() * a.itemsize for a in outs)
-        if name.endswith("_") and outs and name != "copy_":      # in place: the output was counted as an input, too
-            pass
         if name in ("copy_", "zero_", "fill_"):
-            moved = sum(sources.values()) + (0 if name == "copy_" else 0)
-            if name != "copy_":
-                moved = args[0].numel() * args[0].itemsize
+            moved = sum(sources.values()) if name == "copy_" else args[0].numel() * args[0].itemsize
         flops, extra = 0, 0
         if name in ("mm", "_scaled_mm"):
             flops = 2 * args[0].shape[0] * args[0].shape[1] * args[1].shape[1]
