@@ -31,7 +31,7 @@ import flux_model
 from metalora import IdentityBank, MetaLoRA
 from support.checkpoints import (add_speed_options, find_targets, flux_fingerprint, open_flux, take_model)
 from support.common import (Interruption, Parser, check_apart, check_out_file, check_training, count,
-                            free, note, positive, run_script, to_device, write_whole)
+                            note, positive, run_script, to_device, write_whole)
 from support.lora_files import random_lomd, save_lomd
 from support.people import Buckets, Cache, DiskBank, data_fingerprint, read_buckets
 from support.runs import Checkpoints, Group, Log, compare_settings, draw_preview, locked, plot
@@ -108,14 +108,18 @@ class Run:
         self.iteration, self.open = 0, None                           # `open`: the pass whose rows are here
 
     def load(self):
-        """The model with its adapter and the bank on disk, as the newest checkpoint has them."""
+        """Encodes all pictures and captions; then the adapted model, as the newest checkpoint has it."""
         args, device = self.args, self.group.device
-        tokens, text = max(args.resolution) ** 2 // 256, 512          # at most: schnell has 256 of text
-        flux = open_flux(args, device, args.iters, tokens + text, training=True)
+        used = {now.bucket: None for now in self.passes}
+        pictures = [picture for bucket in used for *_, own in self.members[bucket] for picture in own]
+        captions = [args.prompt] + [p.caption for p in pictures if p.caption is not None]
+        with self.interruption as stop:          # before the transformer is there: T5 takes 9.5 GB
+            self.cache.fill(pictures, captions, stop.raise_if_asked, show=self.group.rank == 0)
+        flux = open_flux(args, device, args.iters, args.work)
         self.adapter = MetaLoRA(flux, args.r2, lomd=random_lomd(find_targets(flux), args.r1, args.seed),
                                 num_identities=0, slots=args.batch_size)
         if args.recompute is None:
-            args.recompute = plan_recompute(self.adapter, tokens, text, args.batch_size)
+            args.recompute = plan_recompute(self.adapter, args.work.tokens, args.batch_size)
         recompute_blocks(flux, args.recompute)
         self.checkpoints = Checkpoints(self.folder, self.group)
         self.disk = DiskBank(self.folder / "bank", sum(map(len, self.rows)), self.adapter.size)
@@ -127,8 +131,6 @@ class Run:
         members = self.members[now.bucket]
         pictures = [picture for *_, own in members for picture in own]
         captions = {args.prompt: None} | {p.caption: None for p in pictures if p.caption is not None}
-        self.cache.fill(pictures, captions, self.interruption.raise_if_asked, show=self.group.rank == 0)
-        free(self.group.device)
         self.texts = {caption: self.cache.load(self.cache.text_path(caption)) for caption in captions}
         self.shown, shapes = [], [list(self.cache.sizes(picture)) for picture in pictures]
         owners = [(row, name) for row, (_, name, own) in enumerate(members) for _ in own]
@@ -200,10 +202,10 @@ class Run:
             except KeyboardInterrupt:
                 note(f"at iteration {self.iteration} of {self.args.iters}; the same command goes on")
                 raise
-            except FloatingPointError as error:
+            except (FloatingPointError, torch.OutOfMemoryError) as error:
                 self.save()
                 saved = f"the state before it is saved in {self.args.run}"
-                raise FloatingPointError(f"{error}; {saved}") from None
+                raise type(error)(f"{error}; {saved}") from None
 
     def iterate(self, now: BucketPass, log: Log):
         """A step, its line in the log, and, where it is time for one, a preview and a checkpoint."""
@@ -316,7 +318,8 @@ def check(args: argparse.Namespace, device) -> None:
         raise ValueError(f"--warmup is a share from 0 to below 1, not {args.warmup}")
     if args.r2 > args.r1:
         raise ValueError(f"--r2 {args.r2} is more than the --r1 {args.r1} rows of LoMD that it combines")
-    take_model(args, device, "stage 1")
+    take_model(args, device, "stage 1", batch=args.batch_size, rank=args.r2, r1=args.r1,
+               people=args.identities_per_bucket)
     args.resolution = sorted(set(args.resolution))
     if any(r % 16 for r in args.resolution):
         raise ValueError("--resolution takes multiples of 16")

@@ -155,7 +155,7 @@ def check(args: argparse.Namespace) -> None:
     for path in args.photos:
         photos.read_photo(path)
     args.device = pick_device(args.device)
-    take_model(args, args.device, args.method)
+    take_model(args, args.device, args.method, rank=args.rank, r1=16 if args.method == "meta-lora" else 0)
     use_threads(args.device.type == "cpu" and is_small(args.folder))
     args.mirror = args.mirror and not args.no_augment
 
@@ -202,9 +202,9 @@ def prepare(args: argparse.Namespace, lap: Callable[[str], None]) -> tuple:
     del autoencoder
     lap("pictures")
     largest = max(latent[0, 0, 0].numel() // 4 for latent in latents)
-    flux = open_flux(args, args.device, args.iters, largest + txt.shape[1], training=True)
+    flux = open_flux(args, args.device, args.iters, args.work)
     adapter = MetaLoRA(flux, args.rank, lomd, seed=args.seed)
-    blocks = plan_recompute(adapter, largest, txt.shape[1], 1) if args.recompute is None else args.recompute
+    blocks = plan_recompute(adapter, largest + txt.shape[1]) if args.recompute is None else args.recompute
     recompute_blocks(flux, blocks)
     if blocks:
         count = len(blocks_of(flux))

@@ -11,6 +11,7 @@ Source: the defaults are Meta-LoRA's evaluation settings (30 steps, guidance 3.5
 model's defaults.json may name another size and guidance.
 """
 import argparse
+import gc
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ from support.common import (Parser, finite_number, free, note, pick_device, posi
                             run_script, save_png, shorten, side, use_threads)
 from support.lora_files import load_loras, split_lora
 from support.photos import plan_files, to_image
+from support.speed import Work
 
 Embeddings = dict[str, tuple[Tensor, Tensor]]      # {prompt: (txt (1, T, context_in_dim), y (1, vec_in_dim))}
 
@@ -39,6 +41,7 @@ def encode_prompts(folder: str | Path, prompts: list[str], device, dtype: torch.
     encoders = load_text_encoders(folder, device, dtype)
     embeddings = {prompt: tuple(part.cpu() for part in encoders.encode([prompt])) for prompt in prompts}
     del encoders
+    gc.collect()                                             # transformers' models hold reference cycles
     free(device)
     return embeddings
 
@@ -112,7 +115,7 @@ def denoise_all(args: argparse.Namespace, loras: list, embeddings: Embeddings, j
                 **settings) -> tuple[list[Tensor], BaseException | None]:
     """Latents of the jobs, on the CPU, and what stopped them early (Ctrl-C, a value not finite) or None."""
     tokens = settings["width"] * settings["height"] // 256 + next(iter(embeddings.values()))[0].shape[1]
-    flux = open_flux(args, args.device, len(jobs) * settings["steps"], tokens, training=False)
+    flux = open_flux(args, args.device, len(jobs) * settings["steps"], Work(tokens))
     apply_loras(flux, [(lora, strength) for lora, strength in loras if strength])
     latents = []
     try:
@@ -153,7 +156,6 @@ def draw(argv: list[str] | None) -> None:
     config, dtype = flux_files(folder)[1], pick_dtype(device, folder)
     args.dtype = dtype
     use_threads(device.type == "cpu" and is_small(folder))
-    check_fit(args, device)
     loras = load_loras(lora_files, config)
     if args.negative and args.true_cfg == 1.0:
         note("--negative does nothing without --true-cfg")
@@ -162,6 +164,7 @@ def draw(argv: list[str] | None) -> None:
 
     defaults = model_defaults(folder)
     width, height = (size or defaults["resolution"] for size in (args.width, args.height))
+    check_fit(args, device, Work(width * height // 256 + 512))
     settings = {"width": width, "height": height, "steps": args.steps or (30 if config.guidance_embed else 4),
                 "guidance": defaults["guidance"] if args.guidance is None else args.guidance,
                 "true_cfg": args.true_cfg, "negative": args.negative or ""}

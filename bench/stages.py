@@ -248,7 +248,7 @@ def measure_stages(models: SimpleNamespace, resolutions: list[int], text_tokens:
                 adapter.step(1e-4)
             counts = [0, blocks // 2, blocks]
             if people > 1 or is_offloaded(flux):
-                counts = [plan_recompute(adapter, tokens, text_tokens, people)]
+                counts = [plan_recompute(adapter, tokens + text_tokens, people)]
             for twice in counts:
                 recompute_blocks(flux, twice)
                 what = "training step" if people == 1 else "stage 1, 4 pictures of 4 people"
@@ -275,7 +275,7 @@ def whole(models: SimpleNamespace, size: int, text_tokens: int, lomd: dict, rank
     latents, weights = personalize.encode_crops(models.autoencoder, crops)
     lap("encoding")
     adapter = MetaLoRA(flux, rank, lomd=lomd)
-    twice = plan_recompute(adapter, max(part[0, 0, 0].numel() // 4 for part in latents), text_tokens, 1)
+    twice = plan_recompute(adapter, max(part[0, 0, 0].numel() // 4 for part in latents) + text_tokens)
     recompute_blocks(flux, twice)
     personalize.train(flux, adapter, latents, weights, txt, y, personalize.ITERATIONS["meta-lora"], 1e-4)
     lap("training")

@@ -179,7 +179,7 @@ class Run:
             self.autoencoder = load_autoencoder(args.folder, self.device, args.dtype)
             tokens = max(args.size, *args.resolution) ** 2 // 256 + self.captions[0].shape[1]
             steps = max(args.iters or [0]) + args.steps
-            self.flux = open_flux(args, self.device, steps, tokens, training=True)
+            self.flux = open_flux(args, self.device, steps, args.work._replace(tokens=tokens))
             every = 0 if self.small else len(blocks_of(self.flux))
             recompute_blocks(self.flux, every if args.recompute is None else args.recompute)
 

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from flux_model import AutoEncoder, AutoEncoderConfig, Flux, FluxConfig, TextEncoders
 from support.common import JsonFile
-from support.speed import (E4M3, Fp8Linear, TiledDecoder, check_memory, choose_attention, compile_blocks,
-                           offload_blocks, quantize_rows)
+from support.speed import (E4M3, GIB, Fp8Linear, TiledDecoder, Work, adapter_bytes, blocks_of,
+                           blocks_on_device, check_memory, choose_attention, compile_blocks, host_memory,
+                           offload_blocks, quantize_rows, step_bytes)
 
 Place = str | Path
 Device = str | torch.device
@@ -261,20 +262,25 @@ def flux_files(folder: Place) -> tuple[TensorFiles, FluxConfig, bool]:
 
 
 def load_flux(folder: Place, device: Device = "cpu", dtype: torch.dtype = BF16,
-              fp8: bool = False, offload: bool = False) -> Flux:
+              fp8: bool = False, offload: bool = False, stay: int = 0) -> Flux:
     """The transformer of a snapshot folder, frozen, on `device` in `dtype`.
 
-    fp8: the blocks' Linears in 8 bits. offload: the blocks live in CPU memory. ValueError, in one line, where
-    the files are missing, torn or of another model.
+    fp8: the blocks' Linears in 8 bits. offload: the blocks live in CPU memory, but for the first `stay`.
+    ValueError, in one line, where the files are missing, torn or of another model.
     """
     files, config, is_diffusers = flux_files(folder)
     sources = diffusers_flux_names if is_diffusers else lambda name: [name]
     with torch.device("meta"):
         model = Flux(config)
-    place = lambda name: "cpu" if offload and "_blocks." in name else device
-    load_weights(model, files, sources, dtype, place, fp8)
+    away = {id(p) for block in blocks_of(model)[stay:] for p in block.parameters()} if offload else ()
+    away = {name for name, p in model.named_parameters() if id(p) in away}
+    needed = sum(model.get_parameter(name).numel() for name in away) * (1 if fp8 else dtype.itemsize)
+    if needed > host_memory():
+        raise ValueError(f"--offload puts {needed / GIB:.1f} GiB of weights into the CPU's memory, of which "
+                         f"{host_memory() / GIB:.1f} are free")
+    load_weights(model, files, sources, dtype, lambda name: "cpu" if name in away else device, fp8)
     if offload:
-        offload_blocks(model, device)
+        offload_blocks(model, device, stay)
     return model
 
 
@@ -476,27 +482,40 @@ def add_speed_options(add: Callable[..., object], training: bool) -> None:
         add("--recompute", type=int, metavar="N", help="blocks run twice to save memory (default: few)")
 
 
-def check_fit(args: Namespace, device: torch.device) -> None:
-    """Before anything is read: prints its share of the device's memory; ValueError where that is too much."""
+def bytes_beside(folder: Place, dtype: torch.dtype, work: Work) -> tuple[Flux, float]:
+    """A transformer without numbers, and what its run takes beside its weights, at least."""
     with torch.device("meta"):
-        line = check_memory(Flux(flux_files(args.folder)[1]), device, args.dtype, args.fp8, args.offload)
+        flux = Flux(flux_files(folder)[1])
+    return flux, adapter_bytes(find_targets(flux), work, dtype) + step_bytes(flux, work, dtype)
+
+
+def check_fit(args: Namespace, device: torch.device, work: Work) -> None:
+    """Before anything is read: prints its share of the device's memory; ValueError where that is too much."""
+    flux, beside = bytes_beside(args.folder, args.dtype, work)
+    line = check_memory(flux, device, args.dtype, args.fp8, args.offload, beside)
     if device.type != "cpu":
         print(line)
 
 
-def open_flux(args: Namespace, device: torch.device, steps: int, tokens: int, training: bool) -> Flux:
-    """The transformer as `args` wants it, for so many steps of pictures of so many tokens, text included."""
-    flux = load_flux(args.folder, device, args.dtype, args.fp8, args.offload)
+def open_flux(args: Namespace, device: torch.device, steps: int, work: Work) -> Flux:
+    """The transformer as `args` wants it, for so many steps of such work."""
+    stay = 0
+    if args.offload and device.type == "cuda":
+        flux, beside = bytes_beside(args.folder, args.dtype, work)
+        stay = blocks_on_device(flux, device, args.dtype, args.fp8, beside)
+    flux = load_flux(args.folder, device, args.dtype, args.fp8, args.offload, stay)
     pays = device.type == "cuda" and steps >= LONG_RUN and not is_small(args.folder) and find_spec("triton")
     if pays if args.compile is None else args.compile:
         compile_blocks(flux)
     heads, width = flux.config.num_heads, flux.config.hidden_size
-    choose_attention((1, heads, tokens, width // heads), device, args.dtype, training)
+    choose_attention((1, heads, work.tokens, width // heads), device, args.dtype, work.training)
     return flux
 
 
-def take_model(args: Namespace, device: torch.device, use: str) -> None:
-    """args.model -> args.folder (may download) and args.dtype; what is not given is the model's default."""
+def take_model(args: Namespace, device: torch.device, use: str, **work: int) -> None:
+    """args.model -> args.folder (may download) and args.dtype; what is not given is the model's default.
+
+    work: of `Work`, for training; ValueError where that cannot fit into the device's memory."""
     args.folder = find_model(args.model)
     args.dtype = pick_dtype(device, args.folder)
     defaults = model_defaults(args.folder)
@@ -505,4 +524,5 @@ def take_model(args: Namespace, device: torch.device, use: str) -> None:
     for name in ("prompt", "guidance", "warmup", "aspects", "scales", "background", "mirror"):
         if getattr(args, name, None) is None:
             setattr(args, name, defaults[name])
-    check_fit(args, device)
+    args.work = Work(max(args.resolution) ** 2 // 256 + 512, training=True, **work)    # schnell: 256 of text
+    check_fit(args, device, args.work)

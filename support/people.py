@@ -5,6 +5,7 @@ disk.
     cut into buckets
 """
 import collections
+import gc
 import hashlib
 import math
 import shutil
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 from support.checkpoints import (TensorFiles, fingerprint, load_autoencoder, load_text_encoders, locate,
                                  weight_files)
-from support.common import JsonFile, note, whole
+from support.common import JsonFile, free, note, whole
 from support.photos import fit_to_grid, grid_size, image_files, read_photo, to_tensor
 
 MIN_PICTURES = 2          # of one picture M and U would learn the picture, not the person
@@ -230,6 +231,8 @@ class Cache:
                 self.save(self.text_path(caption), {"txt": txt[0], "y": y[0]}, stop)
                 bar.update()
             del encoders
+            gc.collect()                         # transformers' models hold reference cycles
+            free(self.device)
         if pictures:
             autoencoder = load_autoencoder(self.model, self.device, self.dtype)
             for picture in pictures:
@@ -241,6 +244,8 @@ class Cache:
                     posterior = autoencoder.posterior(pixels[None].to(self.device))[0]
                     self.save(self.latent_path(picture, size), {"posterior": posterior.half()}, stop)
                 bar.update()
+            del autoencoder
+            free(self.device)
         bar.close()
 
     def save(self, path: Path, tensors: dict[str, Tensor], stop: Callable[[], object] | None) -> None:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from flux_model import denoise, get_noise
 from support.checkpoints import load_autoencoder, model_defaults
-from support.common import JsonFile, note, pick_device, save_figure, save_png, whole, write_whole
+from support.common import JsonFile, free, note, pick_device, save_figure, save_png, whole, write_whole
 from support.people import Picture
 from support.photos import read_photo, to_image
 
@@ -213,14 +213,16 @@ def draw_preview(adapter: object, pictures: dict[int, Picture], text: dict[str, 
     device, size = next(adapter.flux.parameters()).device, max(args.resolution)
     guidance = model_defaults(args.folder)["guidance"]
     txt, y = (text[part][None].to(device) for part in ("txt", "y"))
-    latents, rows = [], sorted(pictures)[:2]
-    for seed, row in enumerate(rows):
-        adapter.assign(torch.tensor([row]))
-        noise = get_noise(size, size, seed).to(device)
-        latents.append(denoise(adapter.flux, noise, txt, y, 30, guidance))
-    autoencoder = load_autoencoder(args.folder, device, args.dtype)
+    rows = sorted(pictures)[:2]
     sheet = Image.new("RGB", (2 * size, size * len(rows)))
-    for i, (row, latent) in enumerate(zip(rows, latents)):
-        sheet.paste(ImageOps.fit(read_photo(pictures[row].path), (size, size)), (0, size * i))
-        sheet.paste(to_image(autoencoder.decode(latent)[0]), (size, size * i))
-    save_png(sheet, args.run / "previews" / f"{iteration:08d}.png")
+    try:
+        autoencoder = load_autoencoder(args.folder, device, args.dtype)
+        for i, row in enumerate(rows):
+            adapter.assign(torch.tensor([row]))
+            latent = denoise(adapter.flux, get_noise(size, size, i).to(device), txt, y, 30, guidance)
+            sheet.paste(ImageOps.fit(read_photo(pictures[row].path), (size, size)), (0, size * i))
+            sheet.paste(to_image(autoencoder.decode(latent)[0]), (size, size * i))
+        save_png(sheet, args.run / "previews" / f"{iteration:08d}.png")
+    except torch.OutOfMemoryError:               # the plan is for training
+        note(f"no memory for the preview at iteration {iteration}; training goes on")
+    free(device)

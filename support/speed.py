@@ -14,11 +14,12 @@ Deep Nets with Sublinear Memory Cost" (Chen et al. 2016, recomputation).
 """
 import math
 import re
+import weakref
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -122,12 +123,12 @@ class Managed(nn.Module):
     """Mixed into a block's class: it runs compiled or not, wherever its weights live, once or twice. By its
     class, since a `forward` of its own would refer back to the block, and the weights would outlive their
     last use."""
-    index, compiled, offload, recompute = 0, None, None, False
+    index, compiled, offload, place, recompute = 0, None, None, 0, False
 
     def forward(self, *inputs):
         forward = partial(self.compiled, self) if self.compiled else super().forward
         if self.offload:
-            forward = partial(self.offload.run, self.index, forward)
+            forward = partial(self.offload.run, self.place, forward)
         # the backward pass of a block that lives elsewhere needs its weights once more, as running it again
         # does
         if torch.is_grad_enabled() and (self.offload or self.recompute):
@@ -159,6 +160,9 @@ def recompute_blocks(flux: nn.Module, count: int) -> None:
 def compile_blocks(flux: nn.Module) -> None:
     """Compiles the two classes of blocks, and nothing around them: two pieces of code for 57 blocks, and
     another number of tokens is no reason to compile again. Before an adapter is put in."""
+    # each of: one person or several, with gradients or without, double or single, widths of the adapter. The
+    # eight that dynamo allows by itself run out, and the rest would run uncompiled
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for block in managed(flux):
         block.compiled = compiled(super(Managed, block).forward.__func__)
         keep_as_it_is(block)
@@ -169,11 +173,12 @@ def compiled(forward: Callable) -> Callable:
     return torch.compile(forward, dynamic=True)
 
 
-def offload_blocks(flux: nn.Module, device) -> None:
-    """The blocks' weights, loaded on the CPU, stay there and come to the device one block after the other."""
-    offload = Offload(blocks_of(flux), device)
-    for block in managed(flux):
-        block.offload = offload
+def offload_blocks(flux: nn.Module, device, first: int = 0) -> None:
+    """The weights of the blocks from the `first` on, loaded on the CPU, stay there and come to the device one
+    block after the other."""
+    offload = Offload(blocks_of(flux)[first:], device)
+    for index, block in enumerate(managed(flux)[first:]):
+        block.offload, block.place = offload, index
         keep_as_it_is(block)
 
 
@@ -190,7 +195,7 @@ def is_compiled(flux: nn.Module) -> bool:
 
 
 def is_offloaded(flux: nn.Module) -> bool:
-    return managed(flux)[0].offload is not None
+    return any(block.offload for block in managed(flux))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -210,9 +215,11 @@ class Offload:
         self.homes = []
         for tensors in self.tensors:                        # one flat piece for each block: one copy moves it
             size = sum(padded(t.nbytes) for t in tensors)
-            home = torch.empty(size, dtype=torch.uint8, pin_memory=self.cuda)
+            home = torch.empty(size, dtype=torch.uint8)
             self.place(tensors, home, fill=True)
             self.homes.append(home)
+        if self.cuda:
+            pin(self.homes)
         size = max(map(len, self.homes))
         self.slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
         self.held, self.last = [None, None], None               # which block a slot holds; which one ran last
@@ -261,29 +268,40 @@ class Offload:
         return forward(*inputs)
 
 
+def pin(homes: list[Tensor]) -> None:
+    """Page-locks CPU memory where it lies: torch's own allocator of pinned memory would round each up to a
+    power of two."""
+    cudart = torch.cuda.cudart()
+    for home in homes:
+        if int(cudart.cudaHostRegister(home.data_ptr(), home.nbytes, 0)):
+            size = sum(home.nbytes for home in homes) / GIB
+            raise OSError(f"the system does not let --offload lock {size:.0f} GiB of its memory: a higher "
+                          "limit (ulimit -l) or --fp8 helps")
+        weakref.finalize(home.untyped_storage(), cudart.cudaHostUnregister, home.data_ptr())
+
+
 def padded(size: int) -> int:
     """Bytes up to a multiple of 256, where every tensor of a flat piece of memory begins."""
     return -(-size // 256) * 256
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Memory of training
+# Memory
+
+RESERVE = GIB // 2            # what nothing is planned into: holes of torch's allocator, libraries' workspace
+# In inputs of a block: what a double and a single block keep for the backward pass, what a step needs beside,
+# and the peak of one without gradients. Counted by tests/test_full_size.py, which fails where they change.
+KEPT, REPLAY, FORWARD = (24.5, 19.5), 2.5, 21
 
 
-def saved_bytes(function: Callable) -> int:
-    """Bytes that autograd keeps of a call for its backward pass: every storage once, the parameters not
-    counted."""
-    kept = {}
-
-    def pack(tensor):
-        if not isinstance(tensor, nn.Parameter) and not isinstance(tensor._base, nn.Parameter):
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = function()
-    del out
-    return sum(kept.values())
+class Work(NamedTuple):
+    """What a command asks of a device beside the frozen weights."""
+    tokens: int               # of a picture and its text
+    batch: int = 1
+    rank: int = 1             # of the adapter
+    r1: int = 0               # rows of its LoMD; 0: none
+    people: int = 1           # rows of its bank
+    training: bool = False
 
 
 def memory_left(device) -> float:
@@ -295,83 +313,90 @@ def memory_left(device) -> float:
         return torch.cuda.mem_get_info(device)[0] + unused
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return host_memory()
+
+
+def host_memory() -> float:
+    """Bytes of CPU memory that are free for use."""
     try:
         return int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
     except (OSError, TypeError):
         return math.inf                                                            # not Linux: no way to know
 
 
+def block_bytes(flux: nn.Module, dtype: torch.dtype, fp8: bool) -> list[int]:
+    """Of each block's weights."""
+    size = lambda p: p.numel() * (1 if fp8 and p.dim() == 2 else dtype.itemsize)
+    return [sum(map(size, block.parameters())) for block in blocks_of(flux)]
+
+
 def weight_bytes(flux: nn.Module, dtype: torch.dtype, fp8: bool, offload: bool) -> int:
-    """Bytes of a transformer's weights on its device; `flux` may be on meta."""
-    def of(block: nn.Module) -> int:
-        return sum(p.numel() * (1 if fp8 and p.dim() == 2 else dtype.itemsize) for p in block.parameters())
-    blocks = blocks_of(flux)
+    """Bytes of a transformer's weights on its device, at least; `flux` may be on meta."""
     around = sum(p.numel() for name, p in flux.named_parameters() if "_blocks." not in name)
-    return around * dtype.itemsize + (2 * max(map(of, blocks)) if offload else sum(map(of, blocks)))
+    blocks = block_bytes(flux, dtype, fp8)
+    return around * dtype.itemsize + (2 * max(blocks) if offload else sum(blocks))
 
 
-def check_memory(flux: nn.Module, device, dtype: torch.dtype, fp8: bool, offload: bool) -> str:
-    """One line on what the weights take of a device's memory; ValueError where they will not fit, with the
-    switch under which they would. `flux` may be on meta."""
-    free, gib = memory_left(device) / GIB, lambda fp8, offload: weight_bytes(flux, dtype, fp8, offload) / GIB
-    takes = f"the transformer takes {gib(fp8, offload):.1f} GiB of which {free:.1f} are free"
-    if gib(fp8, offload) < free or torch.device(device).type == "cpu":
+def adapter_bytes(targets: list, work: Work, dtype: torch.dtype) -> int:
+    """Bytes of an adapter and its AdamW, with C, U and spare places in weights. targets: of find_targets."""
+    row = sum(work.rank * (t.rows + (work.r1 or t.d_in)) for t in targets)
+    lomd = work.r1 * sum(t.d_in for t in targets)
+    copies = 2 * work.batch * work.rank * sum(t.d_in + t.rows for t in targets)
+    spare = sum((8 + 4 * work.batch * work.rank) * max(t.d_in, t.rows) for t in targets)
+    state = 3 * work.people + 2 * work.batch if work.training else 0
+    return 4 * (row * state + lomd * (6 if work.people > 1 else 4)) + (copies + spare) * dtype.itemsize
+
+
+def step_bytes(flux: nn.Module, work: Work, dtype: torch.dtype, twice: int | None = None) -> float:
+    """Bytes of a step beside weights and adapter, with so many blocks run twice (None: all)."""
+    inputs = work.batch * work.tokens * flux.config.hidden_size * dtype.itemsize
+    largest = max(p.numel() for p in flux.parameters()) * dtype.itemsize      # an 8-bit weight in 16 bits
+    if not work.training:
+        return FORWARD * inputs + largest
+    kept = [KEPT[0]] * len(flux.double_blocks) + [KEPT[1]] * len(flux.single_blocks)
+    twice = len(kept) if twice is None else twice
+    # a block runs again when the ones behind it have given back what they kept
+    peak = max(sum(kept[twice:]), max(kept[:twice], default=0))
+    return inputs * (twice + peak + REPLAY) + largest
+
+
+def check_memory(flux: nn.Module, device, dtype: torch.dtype, fp8: bool, offload: bool, beside: float) -> str:
+    """One line on what a run takes of a device's memory, `beside` bytes of adapter and step included;
+    ValueError where it will not fit, with the switch under which it would. `flux` may be on meta."""
+    free = memory_left(device) / GIB
+    gib = lambda fp8, offload: (weight_bytes(flux, dtype, fp8, offload) + beside + RESERVE) / GIB
+    takes = f"this takes {gib(fp8, offload):.1f} GiB or more, of which {free:.1f} are free"
+    if gib(fp8, offload) <= free or torch.device(device).type == "cpu":
         return takes
     for words, *on in (("--fp8", True, offload), ("--offload", fp8, True), ("--fp8 --offload", True, True)):
-        if gib(*on) < free:
+        if gib(*on) <= free:
             raise ValueError(f"{takes}; with {words} it takes {gib(*on):.1f}")
-    raise ValueError(f"{takes}: no switch makes it fit")
+    raise ValueError(f"{takes}: no switch makes it fit, but a smaller size, --resolution or --batch-size may")
 
 
-def blocks_to_recompute(per_block: list[float], free: float) -> int:
-    """The fewest blocks, counted from the first, that must run twice so that the rest's activations fit into
-    `free` bytes.
+def blocks_on_device(flux: nn.Module, device, dtype: torch.dtype, fp8: bool, beside: float) -> int:
+    """How many blocks, from the first on, can stay on the device when the others are offloaded."""
+    left = memory_left(device) - RESERVE - beside - weight_bytes(flux, dtype, fp8, True)
+    count = 0
+    for size in block_bytes(flux, dtype, fp8):
+        left -= size
+        count += left >= 0
+    return count
 
-    per_block: what autograd keeps of each block. A recomputed one keeps its inputs, about a fifteenth, and
-    while its backward pass runs all of itself, so that there must be room for twice the largest. ValueError
-    where even running all of them twice is not enough.
-    """
-    kept, workspace = sum(per_block), 2 * max(per_block)
-    for count in range(len(per_block) + 1):
-        if kept + workspace <= free:
+
+def plan_recompute(adapter: object, tokens: int, batch: int = 1) -> int:
+    """The fewest blocks, counted from the first, that must run twice so that a training step of an adapted
+    Flux (adapter: a MetaLoRA), of pictures of so many tokens with their text, fits into the memory that is
+    left. ValueError where all of them do not do."""
+    flux, work = adapter.flux, Work(tokens, batch, training=True)
+    every, free = len(blocks_of(flux)), memory_left(adapter.device) - RESERVE
+    for count in range(every if is_offloaded(flux) else 0, every + 1):
+        needed = step_bytes(flux, work, adapter.layers[0].dtype, count)
+        if needed <= free:
             return count
-        if count < len(per_block):
-            kept -= per_block[count] * 14 / 15
-    raise ValueError(f"a training step needs {(kept + workspace) / GIB:.1f} GiB beside the weights, and "
-                     f"{free / GIB:.1f} GiB are free: try --fp8, --offload, a smaller --resolution "
-                     "or --batch-size")
-
-
-def plan_recompute(adapter: object, image_tokens: int, text_tokens: int, batch: int) -> int:
-    """How many blocks of an adapted Flux must run twice for a batch of these sizes to fit into the memory
-    that is left.
-
-    adapter: a MetaLoRA. Counted, not guessed: what autograd keeps of one more token in two blocks of the same
-    classes and proportions, but of few heads, which run on the CPU with an adapter of the same rank in place.
-    It grows with tokens and width. ValueError as of blocks_to_recompute.
-    """
-    flux = adapter.flux
-    if is_offloaded(flux):
-        return len(blocks_of(flux))
-    config, layer = flux.config, adapter.layers[0]
-    heads, size = min(4, config.num_heads), config.hidden_size // config.num_heads
-    narrow = replace(config, hidden_size=heads * size, num_heads=heads, depth=1, depth_single_blocks=1)
-    small = type(flux)(narrow).requires_grad_(False).to(layer.dtype)
-    if layer.S is None:
-        for block in blocks_of(small):
-            keep_as_it_is(block)
-    type(adapter)(small, adapter.rank, slots=adapter.slots).assign(torch.zeros(1, dtype=torch.long))
-
-    def kept(block: nn.Module, streams: int, tokens: int) -> int:
-        like = dict(dtype=layer.dtype, requires_grad=True)
-        x = [torch.randn(1, tokens // streams, heads * size, **like) for _ in range(streams)]
-        rope = torch.ones(1, 1, tokens, size // 2, dtype=torch.complex64)
-        return saved_bytes(lambda: block(*x, torch.randn(1, heads * size, dtype=layer.dtype), rope))
-    per_block, tokens = [], batch * (image_tokens + text_tokens)
-    for block, streams, count in zip(blocks_of(small), (2, 1), (config.depth, config.depth_single_blocks)):
-        a_token = (kept(block, streams, 192) - kept(block, streams, 64)) / 128 * config.num_heads / heads
-        per_block += [a_token * tokens] * count
-    return blocks_to_recompute(per_block, memory_left(adapter.device))
+    raise ValueError(f"a training step needs {needed / GIB:.1f} GiB beside the weights, and "
+                     f"{free / GIB:.1f} GiB are free: try --fp8, --offload, a smaller --resolution or "
+                     "--batch-size")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -458,12 +483,11 @@ KERNELS = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFF
 
 def seconds_of_attention(kernel: SDPBackend, shape: tuple, device: torch.device, dtype: torch.dtype,
                          backward: bool) -> float:
-    """Seconds of a call of one kernel, after warming up; infinite where the card or torch does not have
-    it."""
+    """Seconds of a call of one kernel, after warming up; infinite where the card or torch lacks it."""
     q, k, v = torch.randn(3, *shape, device=device, dtype=dtype, requires_grad=backward).unbind()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     try:
-        with sdpa_kernel(kernel):
+        with sdpa_kernel(kernel), torch.cuda.device(device):
             for i in range(8):
                 if i == 3:
                     start.record()
@@ -478,19 +502,17 @@ def seconds_of_attention(kernel: SDPBackend, shape: tuple, device: torch.device,
 
 
 def choose_attention(shape: tuple, device: torch.device, dtype: torch.dtype, backward: bool) -> str | None:
-    """On CUDA: times every kernel there is for (B, H, L, D) and leaves the fastest one to
-    scaled_dot_product_attention. -> its name, or None where nothing was chosen."""
+    """On CUDA: times every kernel there is for (B, H, L, D) and puts the fastest one first, for this process.
+    -> its name, or None where nothing was chosen."""
     if torch.device(device).type != "cuda":
         return None
     seconds = {kernel: seconds_of_attention(kernel, shape, device, dtype, backward) for kernel in KERNELS}
-    fastest = min(seconds, key=seconds.get)
-    if seconds[fastest] == math.inf:
+    order = sorted(KERNELS, key=seconds.get)
+    if seconds[order[0]] == math.inf:
         return None
-    # cuDNN's and flash go before the memory-efficient one, which must stay: no other takes the autoencoder's
-    # wide head
-    torch.backends.cuda.enable_cudnn_sdp(fastest == SDPBackend.CUDNN_ATTENTION)
-    torch.backends.cuda.enable_flash_sdp(fastest == SDPBackend.FLASH_ATTENTION)
-    return fastest.name
+    # for good: the context is never left. All stay allowed: only one takes the autoencoder's wide head
+    sdpa_kernel([*order, SDPBackend.MATH], set_priority=True).__enter__()
+    return order[0].name
 
 
 def seconds_compiling() -> float:

@@ -428,6 +428,7 @@ def full_size_flux(card, fp8=False, offload=False, config=None):
     """The project's load_flux over shapes."""
     import flux_model
     from support import checkpoints, speed
+    from support.speed import blocks_of
     config = config or flux_model.FluxConfig()
     with _disable_current_modes(), torch.device("meta"):
         files = Shapes(flux_model.Flux(config))
@@ -440,6 +441,6 @@ def full_size_flux(card, fp8=False, offload=False, config=None):
     with mock.patch.object(checkpoints, "flux_files", lambda folder: (files, config, False)):
         flux = checkpoints.load_flux("shapes", card.device, torch.bfloat16, fp8, offload)
     card.big = BIG
-    for tensor in itertools.chain(*speed.runners(flux)[0].offload.tensors) if offload else ():
+    for tensor in itertools.chain(*blocks_of(flux)[0].offload.tensors) if offload else ():
         card.seen[tensor.untyped_storage()._cdata] = None            # the slots stand for them
     return flux

@@ -450,9 +450,9 @@ def test_an_undisturbed_run(server, data, reference):
 
 CHAIN = [  # what happens, and the exit code; the same command again after each
     ((die_at_file, "settings.json", "torn"), -9),
-    ((die_at_file, "bank", "before"), -9),
     ((die_at_file, "*-text-*", "before"), -9),
     ((die_at_file, "*x64-*", "torn", 2), -9),
+    ((die_at_file, "bank", "before"), -9),
     ((signal_at, 0, signal.SIGINT), 130),
     ((die_in_log, 2), -9),
     ((die_at_file, "00000004-*", "torn"), -9),
