@@ -279,7 +279,7 @@ def load_flux(folder: Place, device: Device = "cpu", dtype: torch.dtype = BF16,
         raise ValueError(f"--offload puts {needed / GIB:.1f} GiB of weights into the CPU's memory, of which "
                          f"{host_memory() / GIB:.1f} are free")
     load_weights(model, files, sources, dtype, lambda name: "cpu" if name in away else device, fp8)
-    if offload:
+    if away:
         offload_blocks(model, device, stay)
     return model
 

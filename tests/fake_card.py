@@ -13,7 +13,6 @@ raises torch.OutOfMemoryError where the card would be full. Not found out: numbe
 import bisect
 import collections
 import contextlib
-import gc
 import itertools
 import math
 import sys
@@ -26,6 +25,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten
 from torch.utils.weak import WeakIdKeyDictionary
+
+from flux_model import Flux, FluxConfig
+from support import checkpoints, speed
 
 aten, prim = torch.ops.aten, torch.ops.prim
 MIB, GIB = 2 ** 20, 2 ** 30
@@ -109,7 +111,7 @@ LAUNCHES = {"constant_pad_nd": 2, "_scaled_dot_product_flash_attention_backward"
 class FakeCard(TorchDispatchMode):
     def __init__(self, gib=80.0, capability=(9, 0), context_gib=0.5, attention="flash", project=str(Path(__file__).resolve().parents[1])):
         super().__init__()
-        self.total = int((gib - context_gib) * GIB)
+        self.total, self.context = int((gib - context_gib) * GIB), context_gib
         self.memory, self.capability, self.attention, self.project = Allocator(self.total), capability, attention, project
         self.device = torch.device("cuda:0")
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -361,6 +363,7 @@ class FakeCard(TorchDispatchMode):
             if x.device.type != "cuda":
                 return real_norm(x, shape, weight, eps)
             return aten._fused_rms_norm(x, shape, weight, eps)[0]
+        real_pointer = torch.Tensor.data_ptr
         real_sdpa, real_norm = torch.nn.functional.scaled_dot_product_attention, torch.rms_norm
         # in C++ it would make its zeros where C++ believes the tensor to be
         patch(torch.nn.functional, "one_hot", lambda x, n: (x[..., None] == torch.arange(n, device=x.device)).long())
@@ -369,6 +372,18 @@ class FakeCard(TorchDispatchMode):
         patch(torch.nn.functional, "scaled_dot_product_attention", sdpa)
         patch(torch, "rms_norm", rms_norm)
         patch(torch.Tensor, "pin_memory", lambda tensor: tensor)
+
+        class Cudart:
+            @staticmethod
+            def cudaHostRegister(pointer, size, flags):
+                card.pinned += size
+                return 0
+
+            @staticmethod
+            def cudaHostUnregister(pointer):
+                pass
+        patch(torch.cuda, "cudart", Cudart)
+        patch(torch.Tensor, "data_ptr", lambda tensor: 0 if isinstance(tensor, FakeTensor) else real_pointer(tensor))
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         stack.enter_context(self.fake)
         super().__enter__()
@@ -424,23 +439,22 @@ class Shapes:
         return torch.empty(self.shapes[name], dtype=torch.float8_e4m3fn), torch.empty(rows, 1)
 
 
-def full_size_flux(card, fp8=False, offload=False, config=None):
+def full_size_flux(card, fp8=False, offload=False, stay=0, config=None):
     """The project's load_flux over shapes."""
-    import flux_model
-    from support import checkpoints, speed
-    from support.speed import blocks_of
-    config = config or flux_model.FluxConfig()
+    config = config or FluxConfig()
     with _disable_current_modes(), torch.device("meta"):
-        files = Shapes(flux_model.Flux(config))
+        files = Shapes(Flux(config))
     if offload:
         def fake_place(tensors, flat, fill=False):                  # where they are is all there is to a fake tensor
             for tensor in tensors:
                 tensor.fake_device = flat.fake_device
         card.stack.enter_context(mock.patch.object(speed.Offload, "place", staticmethod(fake_place)))
+        card.stack.enter_context(mock.patch.object(checkpoints, "host_memory", lambda: 64 * GIB))
     card.big = 0 if offload else BIG                             # what moves between the two is fake on either side
     with mock.patch.object(checkpoints, "flux_files", lambda folder: (files, config, False)):
-        flux = checkpoints.load_flux("shapes", card.device, torch.bfloat16, fp8, offload)
+        flux = checkpoints.load_flux("shapes", card.device, torch.bfloat16, fp8, offload, stay)
     card.big = BIG
-    for tensor in itertools.chain(*blocks_of(flux)[0].offload.tensors) if offload else ():
-        card.seen[tensor.untyped_storage()._cdata] = None            # the slots stand for them
+    for block in speed.blocks_of(flux):
+        for tensor in itertools.chain(*block.offload.tensors) if getattr(block, "offload", None) else ():
+            card.seen[tensor.untyped_storage()._cdata] = None            # the slots stand for them
     return flux
