@@ -1,7 +1,7 @@
 """What each stage costs, beside what it must: seconds, share of the machine's own matrix rate, peak memory.
 
     python -m bench.stages                                 # the baby, and a random mid-size model
-    python -m bench.stages --model flux-dev --random       # full size, random weights; needs a large GPU
+    python -m bench.stages --model flux-dev --random   # full size, random weights, on a card: all switches
     python -m bench.stages --model flux-dev --fp8 --offload --resolution 768
 
 First a row for each stage: text, autoencoder, a sampling step, a training step of stage 2 with none, half and
@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,16 +37,36 @@ from tqdm import tqdm
 import personalize
 from flux_model import AutoEncoder, AutoEncoderConfig, Flux, FluxConfig, denoise, flow_matching_loss
 from metalora import MetaLoRA, apply_loras, random_lomd
-from support.checkpoints import (HUB, find_model, find_targets, load_autoencoder, load_flux, load_text_encoders,
-                                 model_defaults, pick_dtype)
-from support.common import Parser, pick_device, run_script
+from support.checkpoints import (
+    HUB,
+    find_model,
+    find_targets,
+    load_autoencoder,
+    load_flux,
+    load_text_encoders,
+    model_defaults,
+    pick_dtype,
+)
+from support.common import Parser, free, pick_device, run_script
 from support.lora_files import save_lora
 from support.photos import load_crops
-from support.speed import (Fp8Linear, blocks_of, compile_blocks, is_offloaded, offload_blocks, plan_recompute,
-                           recompute_blocks)
+from support.speed import (KERNELS, RESERVE, Fp8Linear, Work, adapter_bytes, blocks_of, choose_attention,
+                           compile_blocks, is_offloaded, offload_blocks, plan_recompute, recompute_blocks,
+                           seconds_compiling, seconds_of_attention, step_bytes, weight_bytes)
 
-MODELS = {"mid": (FluxConfig(context_in_dim=768, hidden_size=768, num_heads=6, depth=4, depth_single_blocks=8), 1024, 128)}
 # of random weights: config, image tokens, text tokens
+MODELS = {
+    "mid": (
+        FluxConfig(context_in_dim=768, hidden_size=768, num_heads=6, depth=4, depth_single_blocks=8),
+        1024,
+        128,
+    ),
+    "small": (
+        FluxConfig(context_in_dim=512, hidden_size=512, num_heads=4, depth=2, depth_single_blocks=4),
+        256,
+        64,
+    ),
+}
 R1 = 16                                                                              # rows of the random LoMD
 
 
@@ -125,9 +146,13 @@ def random_inputs(flux: Flux, batch: int, image_tokens: int, text_tokens: int) -
     rows = next(n for n in range(math.isqrt(image_tokens), 0, -1) if image_tokens % n == 0)
     size = (batch, config.in_channels // 4, 2 * rows, 2 * image_tokens // rows)
     like = dict(device=weight.device, dtype=weight.dtype)
-    return (torch.randn(size, device=weight.device), torch.randn(size, device=weight.device),
-            torch.rand(batch, device=weight.device), torch.randn(batch, text_tokens, config.context_in_dim, **like),
-            torch.randn(batch, config.vec_in_dim, **like))
+    return (
+        torch.randn(size, device=weight.device),
+        torch.randn(size, device=weight.device),
+        torch.rand(batch, device=weight.device),
+        torch.randn(batch, text_tokens, config.context_in_dim, **like),
+        torch.randn(batch, config.vec_in_dim, **like),
+    )
 
 
 def measure(base: Flux, image_tokens: int, text_tokens: int, rank: int, seconds: float) -> None:
@@ -177,8 +202,8 @@ def measure_mixing(flux: Flux, image_tokens: int, text_tokens: int, rank: int, s
         adapter.step(1e-4)
 
     flops = 4 * count_flops(flux.config, image_tokens, text_tokens)["step"]
-    report("4 identities, joint step", lambda: step(0, 1, 2, 3), lambda: step(0, 0, 0, 0), flops, flux.img_in.weight, seconds,
-           beside="  4 images of one")
+    report("4 identities, joint step", lambda: step(0, 1, 2, 3), lambda: step(0, 0, 0, 0), flops,
+           flux.img_in.weight, seconds, beside="  4 images of one")
 
 
 def private_memory(device: torch.device) -> float:
@@ -195,69 +220,124 @@ def count(function: Callable) -> float:
     return counter.get_total_flops()
 
 
-def measure_stages(models: SimpleNamespace, resolutions: list[int], text_tokens: int, rank: int, seconds: float) -> None:
+class Rows:
+    """Prints a row for each stage. One that fails has its error in the row, and the next one comes."""
+    def __init__(self, weight: torch.Tensor, seconds: float):
+        self.device, self.seconds = weight.device, seconds
+        self.side = 1024 if weight.device.type == "cpu" else 8192
+        self.matrices = torch.randn(2, self.side, self.side, device=self.device, dtype=weight.dtype).unbind()
+        print(f"  {'stage':<46} {'seconds':>26} {'TFLOP/s':>9} {'of bound':>9}  peak, foreseen")
+
+    def __call__(self, name: str, function: Callable, flops: float | Callable, foreseen: float = 0.0) -> None:
+        """flops: of a call, or what counts them; foreseen: bytes that the plan of memory has for it."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        try:
+            flops = flops() if callable(flops) else flops
+            times, matmuls = interleave([function, lambda: self.matrices[0] @ self.matrices[1]], self.device,
+                                        self.seconds)
+        except Exception as error:                            # whatever it is: it is a result
+            print(f"  {name:<46} {type(error).__name__}: {' '.join(str(error).split())[:150]}", flush=True)
+            return
+        median, rate = statistics.median(times), 2 * self.side ** 3 / statistics.median(matmuls)
+        print(
+            f"  {name:<46} {spread(times, 3):>26} {flops / median / 1e12:>9.3g} "
+            f"{flops / rate / median:>9.1%}  "
+            f"{private_memory(self.device) / 1e3:.1f} GB" + f", {foreseen / 1e9:.1f}" * (foreseen > 0),
+            flush=True,
+        )
+
+
+def measure_stages(models: SimpleNamespace, resolutions: list[int], text_tokens: int, rank: int,
+                   seconds: float) -> None:
     """A row for each stage of the product, at each resolution: models.text (a call) and models.autoencoder
     may be None."""
-    flux = models.flux
-    weight, blocks = flux.img_in.weight, len(blocks_of(flux))
-    device, dtype, side = weight.device, weight.dtype, 1024 if weight.device.type == "cpu" else 8192
-    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    print(f"  {'stage':<50} {'seconds':>26} {'TFLOP/s':>10} {'of bound':>9}  peak")
-
-    def stage(name: str, function, flops: float):
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        try:
-            times, matmuls = interleave([function, lambda: left @ right], device, seconds)
-        except torch.OutOfMemoryError:
-            print(f"  {name:<50} {'does not fit':>26}")
-            return
-        median, rate = statistics.median(times), 2 * side ** 3 / statistics.median(matmuls)
-        print(f"  {name:<50} {spread(times, 3):>26} {flops / median / 1e12:>10.3g} {flops / rate / median:>9.1%}  "
-              f"{private_memory(device) / 1e3:.1f} GB")
-
+    flux, rows = models.flux, Rows(models.flux.img_in.weight, seconds)
     with torch.no_grad():
         if models.text:
-            stage("text, one prompt", models.text, count(models.text))
+            rows("text, one prompt", models.text, partial(count, models.text))
         for size in resolutions if models.autoencoder else []:
-            picture = torch.randn(1, 3, size, size, device=device).clamp(-1, 1)
-            latent = models.autoencoder.encode(picture)
-            for name, call in (("encode", lambda: models.autoencoder.encode(picture)), ("decode", lambda: models.autoencoder.decode(latent))):
-                stage(f"{name} a picture, {size} px", call, count(call))
-    lora = {t.path: (torch.randn(rank, t.d_in) / 100, torch.randn(t.rows, rank) / 100) for t in find_targets(flux)}
+            picture = torch.randn(1, 3, size, size, device=rows.device).clamp(-1, 1)
+            latent = torch.randn(1, 16, size // 8, size // 8, device=rows.device)
+            for name, call in (("encode", partial(models.autoencoder.encode, picture)),
+                               ("decode", partial(models.autoencoder.decode, latent))):
+                rows(f"{name} a picture, {size} px", call, partial(count, call))
+    measure_kernels(flux, resolutions, text_tokens)
+    lora = {t.path: (torch.randn(rank, t.d_in) / 100, torch.randn(t.rows, rank) / 100)
+            for t in find_targets(flux)}
     for applied in (False, True):
         apply_loras(flux, [(lora, 1.0)] if applied else [])
         for size in resolutions:
             tokens = (size // 16) ** 2
             flops = count_flops(flux.config, tokens, text_tokens)
             _, noise, _, txt, y = random_inputs(flux, 1, tokens, text_tokens)
-            stage(f"sampling step, {size} px{', one LoRA' if applied else ''}", lambda: denoise(flux, noise, txt, y, 1, 3.5),
-                  flops["linears"] + flops["attention"])
-    lomd = random_lomd(find_targets(flux), R1)
+            rows(f"sampling step, {size} px{', one LoRA' if applied else ''}",
+                 partial(denoise, flux, noise, txt, y, 1, 3.5), flops["linears"] + flops["attention"],
+                 foreseen(flux, Work(tokens + text_tokens, rank=rank), None))
     for people in (1, 4):
-        adapter = MetaLoRA(flux, rank, lomd=lomd, num_identities=people, slots=people)
-        adapter.bank.weight.add_(1e-2 * torch.randn_like(adapter.bank.weight))
-        adapter.train_lomd = people > 1
-        for size in resolutions:
-            tokens = (size // 16) ** 2
-            inputs, flops = random_inputs(flux, people, tokens, text_tokens), people * count_flops(flux.config, tokens, text_tokens)["step"]
-
-            def step():
-                adapter.assign(torch.arange(people))
-                flow_matching_loss(flux, *inputs).sum().backward()
-                adapter.step(1e-4)
-            counts = [0, blocks // 2, blocks]
-            if people > 1 or is_offloaded(flux):
-                counts = [plan_recompute(adapter, tokens + text_tokens, people)]
-            for twice in counts:
-                recompute_blocks(flux, twice)
-                what = "training step" if people == 1 else "stage 1, 4 pictures of 4 people"
-                stage(f"{what}, {size} px, {twice} of {blocks} twice", step, flops)
-        apply_loras(flux, [])
+        measure_training(rows, flux, people, resolutions, text_tokens, rank)
     recompute_blocks(flux, 0)
-    if models.autoencoder:
-        for size in resolutions:
-            whole(models, size, text_tokens, lomd, rank)
+    for size in resolutions if models.autoencoder else []:
+        try:
+            whole(models, size, text_tokens, random_lomd(find_targets(flux), R1), rank)
+        except Exception as error:
+            print(f"  photo to LoRA, {size} px: {type(error).__name__}: {' '.join(str(error).split())[:150]}")
+        finally:
+            apply_loras(flux, [])
+
+
+def measure_training(rows: Rows, flux: Flux, people: int, resolutions: list[int], text_tokens: int,
+                     rank: int) -> None:
+    """A step of stage 2 with none, half and all of the blocks run twice, or of stage 1 as it is planned."""
+    blocks = len(blocks_of(flux))
+    adapter = MetaLoRA(flux, rank, lomd=random_lomd(find_targets(flux), R1), num_identities=people,
+                       slots=people)
+    adapter.bank.weight.add_(1e-2 * torch.randn_like(adapter.bank.weight))
+    adapter.train_lomd = people > 1
+    for size in resolutions:
+        tokens = (size // 16) ** 2
+        inputs = random_inputs(flux, people, tokens, text_tokens)
+        flops = people * count_flops(flux.config, tokens, text_tokens)["step"]
+
+        def step(twice: int) -> None:
+            recompute_blocks(flux, twice)
+            adapter.assign(torch.arange(people))
+            flow_matching_loss(flux, *inputs).sum().backward()
+            adapter.step(1e-4)
+        counts, work = [0, blocks // 2, blocks], Work(tokens + text_tokens, people, rank, R1, people, True)
+        if people > 1 or is_offloaded(flux):
+            try:
+                counts = [plan_recompute(adapter, tokens + text_tokens, people)]
+            except ValueError as error:
+                print(f"  {people} people, {size} px: {error}")
+                continue
+        for twice in counts:
+            what = "training step" if people == 1 else "stage 1, 4 pictures of 4 people"
+            rows(f"{what}, {size} px, {twice} of {blocks} twice", partial(step, twice), flops,
+                 foreseen(flux, work, twice))
+    apply_loras(flux, [])
+
+
+def foreseen(flux: Flux, work: Work, twice: int | None) -> float:
+    """Bytes that the plan has for a step of `work` on a card, with weights and adapter; 0 elsewhere."""
+    if flux.img_in.weight.device.type != "cuda":
+        return 0.0
+    fp8, dtype = any(isinstance(m, Fp8Linear) for m in flux.modules()), flux.img_in.weight.dtype
+    weights = weight_bytes(flux, dtype, fp8, is_offloaded(flux))
+    beside = adapter_bytes(find_targets(flux), work, dtype) + step_bytes(flux, work, dtype, twice)
+    return weights + beside + RESERVE
+
+
+def measure_kernels(flux: Flux, resolutions: list[int], text_tokens: int) -> None:
+    """Milliseconds of attention forward and backward by each kernel of a card, and the choice."""
+    weight, heads = flux.img_in.weight, flux.config.num_heads
+    for size in resolutions if weight.device.type == "cuda" else []:
+        shape = 1, heads, (size // 16) ** 2 + text_tokens, flux.config.hidden_size // heads
+        seconds = {kernel.name: seconds_of_attention(kernel, shape, weight.device, weight.dtype, True)
+                   for kernel in KERNELS}
+        chosen = choose_attention(shape, weight.device, weight.dtype, True)
+        times = ", ".join(f"{name} {1e3 * s:.2f} ms" for name, s in seconds.items())
+        print(f"  attention, {size} px: {times}; chosen: {chosen}")
 
 
 def whole(models: SimpleNamespace, size: int, text_tokens: int, lomd: dict, rank: int) -> None:
@@ -281,24 +361,37 @@ def whole(models: SimpleNamespace, size: int, text_tokens: int, lomd: dict, rank
     lap("training")
     with tempfile.TemporaryDirectory() as folder:
         save_lora(Path(folder) / "lora.safetensors", adapter.collapse())
-    apply_loras(flux, [])
     lap("saving")
     print(f"  photo to LoRA, {size} px, {len(crops)} crops, {twice} of {len(blocks_of(flux))} twice: "
           f"{sum(laps.values()):.1f} s ({', '.join(f'{name} {value:.1f}' for name, value in laps.items())})")
 
 
-def random_models(config: FluxConfig, device: torch.device, dtype: torch.dtype, text_tokens: int) -> SimpleNamespace:
+def random_models(
+    config: FluxConfig, device: torch.device, dtype: torch.dtype, text_tokens: int
+) -> SimpleNamespace:
     """FLUX.1's four networks with random weights, made on the device; the text encoders at their published
     sizes."""
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
-    t5_config = T5Config(vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu")
-    clip_config = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
-    flux, autoencoder, t5, clip = (random_weights(kind, config_, device, dtype) for kind, config_ in (
-        (Flux, config), (AutoEncoder, AutoEncoderConfig()), (T5EncoderModel, t5_config), (CLIPTextModel, clip_config)))
+    t5_config = T5Config(vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
+                         feed_forward_proj="gated-gelu")
+    clip_config = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
+                                 num_attention_heads=12)
+    flux, autoencoder, t5, clip = (
+        random_weights(kind, config_, device, dtype)
+        for kind, config_ in (
+            (Flux, config),
+            (AutoEncoder, AutoEncoderConfig()),
+            (T5EncoderModel, t5_config),
+            (CLIPTextModel, clip_config),
+        )
+    )
     words, few = (torch.randint(2, 10_000, (1, length), device=device) for length in (text_tokens, 77))
     autoencoder = autoencoder.to(memory_format=torch.channels_last) if device.type == "cuda" else autoencoder
-    return SimpleNamespace(flux=flux, autoencoder=autoencoder,
-                           text=torch.no_grad()(lambda: (t5(words).last_hidden_state, clip(few).pooler_output)))
+    return SimpleNamespace(
+        flux=flux,
+        autoencoder=autoencoder,
+        text=torch.no_grad()(lambda: (t5(words).last_hidden_state, clip(few).pooler_output)),
+    )
 
 
 def random_weights(kind: type, config: object, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -308,7 +401,9 @@ def random_weights(kind: type, config: object, device: torch.device, dtype: torc
         model = kind(config).to(dtype)
     model = model.to_empty(device=device).requires_grad_(False).eval()
     for name, p in model.named_parameters():
-        torch.nn.init.normal_(p, mean=float("norm" in name and p.dim() == 1), std=0.02 if p.dim() == 1 else p[0].numel() ** -0.5)
+        torch.nn.init.normal_(
+            p, mean=float("norm" in name and p.dim() == 1), std=0.02 if p.dim() == 1 else p[0].numel() ** -0.5
+        )
     for name, buffer in model.named_buffers():                           # CLIP's and T5's counts of positions
         buffer.copy_(torch.arange(buffer.shape[-1], device=device).expand_as(buffer))
     return model
@@ -319,11 +414,17 @@ def choose(args: argparse.Namespace, name: str, device: torch.device) -> tuple:
     dtype = args.dtype and getattr(torch, args.dtype)
     if args.random and name in HUB or name in MODELS:
         dtype = dtype or (torch.float32 if device.type == "cpu" and name in MODELS else torch.bfloat16)
-        config, *tokens = MODELS.get(name) or (FluxConfig(guidance_embed=name == "flux-dev"), 4096, 512 if name == "flux-dev" else 256)
+        config, *tokens = MODELS.get(name) or (
+            FluxConfig(guidance_embed=name == "flux-dev"),
+            4096,
+            512 if name == "flux-dev" else 256,
+        )
         if name in HUB:
             models = random_models(config, device, dtype, tokens[1])
         else:
-            models = SimpleNamespace(flux=Flux(config).requires_grad_(False).to(device, dtype), autoencoder=None, text=None)
+            models = SimpleNamespace(
+                flux=Flux(config).requires_grad_(False).to(device, dtype), autoencoder=None, text=None
+            )
         switch(models.flux, args)
         return models, *tokens, "random weights"
     folder = find_model(name)
@@ -333,7 +434,12 @@ def choose(args: argparse.Namespace, name: str, device: torch.device) -> tuple:
     prompt, tokens = [model_defaults(folder)["prompt"]], (model_defaults(folder)["resolution"] // 16) ** 2
     if args.compile:
         compile_blocks(flux)
-    return SimpleNamespace(flux=flux, autoencoder=autoencoder, text=lambda: encoders.encode(prompt)), tokens, encoders.max_length, "its own weights"
+    return (
+        SimpleNamespace(flux=flux, autoencoder=autoencoder, text=lambda: encoders.encode(prompt)),
+        tokens,
+        encoders.max_length,
+        "its own weights",
+    )
 
 
 def switch(flux: Flux, args: argparse.Namespace) -> None:
@@ -361,9 +467,19 @@ def options(prog: str, description: str) -> Parser:
     parser = Parser(prog=prog, allow_abbrev=False, description=description)
     add = parser.add_argument
     add("--model", help="baby, mid (random weights), flux-dev, flux-schnell, a folder (default: baby, mid)")
-    add("--random", action="store_true", help="flux-dev or flux-schnell with random weights, made on the device")
-    add("--seconds", type=positive(float), default=10.0, help="time for each row (default: 10)")
-    add("--resolution", type=positive(int), nargs="+", metavar="PIXELS", help="sides of pictures (default: the model's; flux: 512 768 1024)")
+    add(
+        "--random",
+        action="store_true",
+        help="flux-dev or flux-schnell with random weights, made on the device",
+    )
+    add("--seconds", type=positive(float), help="time for each row (default: 10; of all of a card's rows: 1)")
+    add(
+        "--resolution",
+        type=positive(int),
+        nargs="+",
+        metavar="PIXELS",
+        help="sides of pictures (default: the model's; flux: 512 768 1024)",
+    )
     add("--text-tokens", type=positive(int), help="text tokens (default: the model's usual)")
     add("--rank", type=positive(int), default=1, help="rank of the adapter (default: 1)")
     add("--fp8", action="store_true", help="weights of the blocks in 8 bits")
@@ -375,26 +491,52 @@ def options(prog: str, description: str) -> Parser:
     return parser
 
 
+VARIANTS = "", "compile", "fp8", "fp8 compile", "offload", "fp8 offload"        # a card's, in one command
+
+
+def bench_one(args: argparse.Namespace, name: str, device: torch.device) -> None:
+    """All rows of one model with the switches of args."""
+    models, image_tokens, text_tokens, weights = choose(args, name, device)
+    flux, text_tokens = models.flux, args.text_tokens or text_tokens
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    switches = "".join(f", {word}" for word in ("fp8", "offload", "compile") if getattr(args, word))
+    print(f"{name}, {weights}: torch {torch.__version__}, {where}, {torch.get_num_threads()} threads, "
+          f"{str(flux.img_in.weight.dtype)[6:]}{switches}", flush=True)
+    resolutions = args.resolution or (
+        [512, 768, 1024] if image_tokens == 4096 else [16 * math.isqrt(image_tokens)]
+    )
+    measure_stages(models, resolutions, text_tokens, args.rank, args.seconds)
+    if args.compile:
+        print(f"  {seconds_compiling():.0f} s went into compiling so far")
+    if not (args.fp8 or args.offload or args.compile or device.type == "cuda"):   # beside plain Linears
+        tokens = (resolutions[-1] // 16) ** 2, text_tokens
+        measure(flux, *tokens, args.rank, args.seconds)
+        measure_mixing(flux, *tokens, args.rank, args.seconds)
+
+
 def bench(argv: list[str] | None = None) -> None:
-    args = options("bench.stages", "Time every stage against what it must compute, and training and sampling steps "
-                   "against the frozen base alone.").parse_args(argv)
+    args = options("bench.stages", "Time every stage against what it must compute, and training and sampling "
+                   "steps against the frozen base alone.").parse_args(argv)
     device = pick_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    for name in [args.model] if args.model else ["baby", *MODELS]:
-        models, image_tokens, text_tokens, weights = choose(args, name, device)
-        flux, text_tokens = models.flux, args.text_tokens or text_tokens
-        where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        switches = "".join(f", {word}" for word in ("fp8", "offload", "compile") if getattr(args, word))
-        print(f"{name}, {weights}: torch {torch.__version__}, {where}, {torch.get_num_threads()} threads, "
-              f"{str(flux.img_in.weight.dtype)[6:]}{switches}")
-        resolutions = args.resolution or ([512, 768, 1024] if image_tokens == 4096 else [16 * math.isqrt(image_tokens)])
-        measure_stages(models, resolutions, text_tokens, args.rank, args.seconds)
-        if not (args.fp8 or args.offload or args.compile):               # beside a base of plain Linears only
-            tokens = (resolutions[-1] // 16) ** 2, text_tokens
-            measure(flux, *tokens, args.rank, args.seconds)
-            measure_mixing(flux, *tokens, args.rank, args.seconds)
+    every = args.random and device.type == "cuda" and not (args.fp8 or args.offload or args.compile)
+    args.seconds = args.seconds or (1.0 if every else 10.0)
+    for name in [args.model] if args.model else ["baby", "mid"]:
+        for variant in VARIANTS if every else [None]:
+            for word in ("fp8", "offload", "compile") if every else ():
+                setattr(args, word, word in variant.split())
+            try:
+                bench_one(args, name, device)
+            except (RuntimeError, OSError) as error:
+                if not every:
+                    raise
+                print(
+                    f"{name}, {variant}: {type(error).__name__}: {' '.join(str(error).split())[:300]}",
+                    flush=True,
+                )
+            free(device)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -87,14 +87,22 @@ def test_bad_input_is_one_line(words, capsys):
     assert out == "" and err.startswith("bench.stages: ") and err.count("\n") == 1
 
 
-def test_against_peft(monkeypatch, capsys):
-    """With peft its numbers stand beside ours; without, one line says what is missing."""
-    monkeypatch.setitem(stages.MODELS, "mid", (TINY, 16, 7))
-    words = ["--model", "mid", "--device", "cpu", "--seconds", "0.001", "--dtype", "bfloat16"]
+def test_against_diffusers_and_peft(monkeypatch, capsys):
+    """With them their numbers stand beside ours; without, one line says what is missing."""
+    monkeypatch.setitem(stages.MODELS, "small", (TINY, 16, 7))
+    words = ["--device", "cpu", "--seconds", "0.001"]
     try:
-        import peft
+        import diffusers, peft  # noqa: E401, F401
         assert peer.main(words) == 0
         out = capsys.readouterr().out
-        assert f"peft {peft.__version__}" in out and "bfloat16" in out and "step, ours / peft" in out and "cost over the base" in out
+        assert "training step" in out and "sampling step, one LoRA" in out and out.count("ratio") == 2
     except ImportError:
-        assert peer.main(words) == 2 and "pip install peft" in capsys.readouterr().err
+        assert peer.main(words) == 2 and "pip install diffusers peft" in capsys.readouterr().err
+
+
+def test_a_stage_that_fails_is_a_row(capsys):
+    rows = stages.Rows(torch.zeros(1), 0.001)
+    rows("broken", lambda: 1 / 0, 1.0)
+    rows("sound", lambda: None, 1.0)
+    broken, sound = capsys.readouterr().out.splitlines()[1:]
+    assert "ZeroDivisionError" in broken and "GB" in sound
