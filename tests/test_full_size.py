@@ -131,6 +131,53 @@ def test_sampling_on_every_path(gib, capability, switches):
         assert held(card) <= foreseen <= 1.1 * held(card) or switches.get("offload") and held(card) <= gib
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("what, gib, launches", [("encode", 12, 250), ("decode", 12, 300), ("tiles", 12, 2000)])
+def test_the_autoencoder(what, gib, launches):
+    """Both ways at 1024 px, and 2048 px in tiles, within 12 GB."""
+    with FakeCard(gib, (8, 6)) as card, torch.no_grad():
+        with _disable_current_modes(), torch.device("meta"):
+            model = flux_model.AutoEncoder(flux_model.AutoEncoderConfig())
+        for name, p in list(model.named_parameters()):
+            weight = torch.empty(p.shape, dtype=BF16, device="cuda")
+            owner, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, torch.nn.Parameter(weight, requires_grad=False))
+        model.decoder.__class__ = speed.TiledDecoder
+        card.reset()
+        if what == "encode":
+            out = model.posterior(torch.randn(2, 3, 1024, 1024, device="cuda"))
+            assert out.shape == (2, 2, 16, 128, 128)
+        else:
+            side = 128 if what == "decode" else 256
+            assert model.decode(torch.randn(1, 16, side, side, device="cuda")).shape == (1, 3, 8 * side, 8 * side)
+        assert not card.problems and sum(card.launches.values()) < launches, card.report()
+
+
+@pytest.mark.slow
+def test_text_encoders():
+    """CLIP and T5 of the true shapes: 10 GB of weights, and one prompt."""
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+    with _disable_current_modes(), torch.device("meta"):
+        t5 = T5EncoderModel(T5Config(vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
+                                     feed_forward_proj="gated-gelu"))
+        clip = CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12))
+    with FakeCard(16, (8, 6)) as card, torch.no_grad():
+        for model in (t5, clip):
+            for name, p in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
+                owner, _, attribute = name.rpartition(".")
+                if p.is_floating_point():
+                    weight = torch.nn.Parameter(torch.empty(p.shape, dtype=BF16, device="cuda"), requires_grad=False)
+                else:
+                    weight = torch.zeros(p.shape, dtype=p.dtype, device="cuda")
+                setattr(model.get_submodule(owner), attribute, weight)
+        ids = torch.zeros(1, 512, dtype=torch.long, device="cuda")
+        encoders = flux_model.TextEncoders(clip, None, t5, None, 512)
+        with mock.patch.object(flux_model.TextEncoders, "tokenize", lambda self, prompts: (ids[:, :77], ids)):
+            txt, y = encoders.encode(["a"])
+        assert txt.shape == (1, 512, 4096) and y.shape == (1, 768) and not card.problems, card.report()
+        assert 8.5 < card.memory.peak_allocated / GIB < 11
+
+
 FAULTS = {
     "a mask of the CPU": (lambda x: x * torch.ones(4, 4), "device"),
     "16 bits by 32": (lambda x: x.bfloat16() @ x, "dtype"),
