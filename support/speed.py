@@ -12,6 +12,7 @@ computed by more than rounding, but for fp8, whose distance tests/test_speed.py 
 Sources: "FP8 Formats for Deep Learning" (Micikevicius et al. 2022, e4m3 and its largest number), "Training
 Deep Nets with Sublinear Memory Cost" (Chen et al. 2016, recomputation).
 """
+import logging
 import math
 import re
 import weakref
@@ -29,6 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from flux_model import Decoder
+from support.common import note
 
 E4M3 = torch.float8_e4m3fn
 GIB = 2 ** 30
@@ -157,12 +159,21 @@ def recompute_blocks(flux: nn.Module, count: int) -> None:
         block.recompute = block.index < count
 
 
+class GivenUp(logging.Handler):
+    """Says aloud what dynamo only logs: that it compiles no further variant of a block."""
+    def emit(self, record: logging.LogRecord) -> None:
+        if "recompile_limit" in record.getMessage():
+            note("torch gave up compiling further variants of the blocks; these run slower, as written")
+
+
 def compile_blocks(flux: nn.Module) -> None:
     """Compiles the two classes of blocks, and nothing around them: two pieces of code for 57 blocks, and
     another number of tokens is no reason to compile again. Before an adapter is put in."""
     # each of: one person or several, with gradients or without, double or single, widths of the adapter. The
     # eight that dynamo allows by itself run out, and the rest would run uncompiled
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    logger = logging.getLogger("torch._dynamo.convert_frame")
+    logger.handlers = [h for h in logger.handlers if not isinstance(h, GivenUp)] + [GivenUp()]
     for block in managed(flux):
         block.compiled = compiled(super(Managed, block).forward.__func__)
         keep_as_it_is(block)

@@ -316,6 +316,15 @@ def test_switches_of_the_scripts(tmp_path, monkeypatch, capsys):
     assert "--recompute" in capsys.readouterr().err
 
 
+def test_where_compilation_is_given_up_it_is_said(capsys):
+    import logging
+    speed.compile_blocks(load_flux(BABY, dtype=torch.float32))
+    speed.compile_blocks(load_flux(BABY, dtype=torch.float32))
+    assert torch._dynamo.config.recompile_limit >= 64
+    logging.getLogger("torch._dynamo.convert_frame").warning("torch._dynamo hit config.%s (%s)", "recompile_limit", 64)
+    assert capsys.readouterr().err.count("note: torch gave up compiling") == 1
+
+
 def test_a_small_model_is_not_compiled_unless_asked(monkeypatch):
     from types import SimpleNamespace
     asked = []
