@@ -435,6 +435,41 @@ def to_original(lora: Lora, mlp_ratio: float) -> Lora:
     return fused
 
 
+def write_tensors(path: Place, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """A safetensors file, whole or absent, of the same bytes for the same content.
+
+    save_file writes the metadata in another order each time: they are put in order afterwards.
+    """
+    with whole(path) as part:
+        save_file(tensors, part, metadata=metadata)
+        with open(part, "rb+") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+            header["__metadata__"] = dict(sorted(metadata.items()))
+            text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+            assert len(text) <= size, "the same header takes the same room"
+            file.seek(8)
+            file.write(text.ljust(size))
+
+
+def standard_metadata(lora: Lora, metadata: dict[str, str]) -> dict[str, str]:
+    """What other programs show and search: the model (modelspec), rank and alpha (kohya's), trained words.
+
+    No title from the path and no date: equal runs give equal bytes.
+    """
+    rank, words = max(len(A) for A, _ in lora.values()), metadata.get("prompt")
+    kind = "schnell" if "schnell" in metadata.get("model", "") else "dev"
+    facts = {"modelspec.sai_model_spec": "1.0.1", "modelspec.architecture": f"flux-1-{kind}/lora",
+             "modelspec.implementation": "https://github.com/black-forest-labs/flux",
+             "modelspec.title": words or "LoRA", "ss_base_model_version": "flux1",
+             "ss_network_module": "networks.lora_flux"}
+    if words:
+        facts |= {"modelspec.trigger_phrase": words, "ss_tag_frequency": json.dumps({"": {words: 1}})}
+    # last, what is true of this file, whatever metadata came along: the scale is in B, so alpha is the rank
+    own = {"ss_network_dim": str(rank), "ss_network_alpha": str(float(rank)), "format": "pt"}
+    return facts | metadata | own
+
+
 def save_lora(path: Place, lora: Lora, format: str = "diffusers", metadata: dict[str, str] | None = None,
               dtype: torch.dtype = torch.float16, mlp_ratio: float = FluxConfig.mlp_ratio) -> None:
     """Writes {diffusers module path: (A (r, in), B (out, r))} in one of FORMATS; the file is whole or absent.
@@ -448,7 +483,7 @@ def save_lora(path: Place, lora: Lora, format: str = "diffusers", metadata: dict
         raise ValueError(f"{path} is a folder" if path.is_dir() else f"there is no folder {path.parent}")
     metadata = {key: text for key, text in (metadata or {}).items() if key != PEFT_METADATA}  # now it is in B
     if not all(isinstance(text, str) for text in (*metadata, *metadata.values())):
-        raise ValueError("the metadata of a LoRA must be text, str to str")
+        raise ValueError(f"{path}: the metadata of a LoRA must be text, str to str")
     if not lora:
         raise ValueError(f"{path}: there is no LoRA to save")
     if unknown := [name for name in lora if split_number(name)[0] not in ORIGINAL_OF]:
@@ -463,8 +498,7 @@ def save_lora(path: Place, lora: Lora, format: str = "diffusers", metadata: dict
         tensors[name + down], tensors[name + up] = A.clone().contiguous(), B.clone().contiguous()
         if format == "kohya":
             tensors[f"{name}.alpha"] = torch.tensor(float(len(A)))        # the rank: scale 1
-    with whole(path) as part:
-        save_file(tensors, part, metadata=metadata | {"format": "pt"})
+    write_tensors(path, tensors, standard_metadata(lora, metadata))
 
 # LoMD -------------------------------------------------------------------------------------------------------
 
@@ -492,8 +526,7 @@ def check_lomd(lomd: dict[str, Tensor], targets: list[Target]) -> None:
 def save_lomd(path: Place, lomd: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Writes {diffusers path: (r1, d_in)} as <path>.lomd, in fp32; the file is whole or absent."""
     r1 = len(next(iter(lomd.values())))
-    with whole(path) as part:
-        save_file({f"{k}.lomd": v.detach().float().cpu().contiguous() for k, v in lomd.items()}, part,
+    write_tensors(path, {f"{k}.lomd": v.detach().float().cpu().contiguous() for k, v in lomd.items()},
                   {"format": "pt", "r1": str(r1), "targets": str(len(lomd))} | metadata)
 
 
