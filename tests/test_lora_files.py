@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from flux_model import Flux, FluxConfig
-from support.checkpoints import FLUX_LINEARS
+from support.checkpoints import FLUX_LINEARS, find_targets
 from support.lora_files import FORMATS, NAMES, ORIGINAL_OF, load_lora, parse_key, read_metadata, save_lora, split_number
 
 LAYOUTS = Path(__file__).parents[2] / "shared" / "golden" / "checkpoint_layouts.json"
@@ -742,3 +742,67 @@ def test_metadata_and_inputs_of_any_kind(tmp_path):
     assert read_metadata(path).items() >= {"prompt": "é", "format": "pt", "rank": "2"}.items()
     assert load_lora(str(path)).keys() == lora.keys() and list(tmp_path.iterdir()) == [path]
     assert read_metadata(write(path, pair())) == {}
+
+
+# the same through diffusers
+
+def diffusers_updates(path, config) -> dict:
+    """What diffusers adds to each weight of a transformer of this config, after it has loaded a file."""
+    diffusers = pytest.importorskip("diffusers")
+    pytest.importorskip("peft")
+    transformer = diffusers.FluxTransformer2DModel(
+        patch_size=1, in_channels=config.in_channels, out_channels=config.out_channels, num_layers=config.depth,
+        num_single_layers=config.depth_single_blocks, attention_head_dim=8, num_attention_heads=config.num_heads,
+        joint_attention_dim=config.context_in_dim, pooled_projection_dim=config.vec_in_dim, guidance_embeds=True,
+        axes_dims_rope=config.axes_dim)
+    pipeline = diffusers.FluxPipeline
+    state, alphas, metadata = pipeline.lora_state_dict(str(path), return_alphas=True, return_lora_metadata=True)
+    pipeline.load_lora_into_transformer(state, alphas, transformer, adapter_name="me", metadata=metadata)
+    return {name: module.get_delta_weight("me").detach() for name, module in transformer.named_modules()
+            if "me" in getattr(module, "lora_A", {})}
+
+
+def xlabs(lora) -> dict:
+    """Attention alone, and of its single blocks none: one A for q, k and v."""
+    tensors = {}
+    for number in range(2):
+        for i, (proj, *qkv) in enumerate((("to_out.0", "to_q", "to_k", "to_v"),
+                                          ("to_add_out", "add_q_proj", "add_k_proj", "add_v_proj")), 1):
+            pairs = [lora[f"transformer_blocks.{number}.attn.{part}"] for part in qkv]
+            name = f"double_blocks.{number}.processor.{{}}_lora{i}.{{}}.weight"
+            tensors |= {name.format("qkv", "down"): pairs[0][0], name.format("qkv", "up"): torch.cat([B for _, B in pairs])}
+            A, B = lora[f"transformer_blocks.{number}.attn.{proj}"]
+            tensors |= {name.format("proj", "down"): A, name.format("proj", "up"): B}
+    return tensors
+
+
+@pytest.mark.parametrize("kind", ["diffusers", "kohya", "kohya with alpha", "lora.down", "underscores",
+                                  "alpha", "PEFT", "rsLoRA", "xlabs"])
+def test_diffusers_reads_the_same(tmp_path, kind):
+    pytest.importorskip("diffusers")
+    config = FluxConfig(**{**vars(CONFIG), "mlp_ratio": 4.0})                     # diffusers knows no other
+    with torch.device("meta"):
+        targets = find_targets(Flux(config))
+    path, g = tmp_path / "a.safetensors", torch.Generator().manual_seed(3)
+    lora = {t.path: (torch.randn(2, t.d_in, generator=g), torch.randn(t.rows, 2, generator=g)) for t in targets
+            if not (kind.startswith("kohya") and t.module.endswith("linear1"))}   # there it knows 3072 only
+    save_lora(path, lora, "kohya" if kind.startswith("kohya") else "diffusers", dtype=torch.float32)
+    if kind == "kohya with alpha":
+        write(path, {key: tensor / 4 if key.endswith("alpha") else tensor for key, tensor in load_file(path).items()})
+    elif kind == "lora.down":
+        write(path, renamed("transformer.", ".lora.down.weight", ".lora.up.weight")(lora)[0])
+    elif kind == "underscores":
+        tensors, _ = renamed("lora_transformer_", ".lora_down.weight", ".lora_up.weight", underscores=True)(lora)
+        write(path, tensors | {f"lora_transformer_{name.replace('.', '_')}.alpha": torch.tensor(3.0) for name in lora})
+    elif kind == "alpha":
+        write(path, load_file(path) | {f"transformer.{name}.alpha": torch.tensor(3.0) for name in lora})
+    elif kind in ("PEFT", "rsLoRA"):
+        settings = {"r": 2, "lora_alpha": 6, "target_modules": list(lora), "use_rslora": kind == "rsLoRA",
+                    "alpha_pattern": {"transformer_blocks.1.attn.to_k": 5, "proj_mlp": 1}}
+        write(path, load_file(path), {"lora_adapter_metadata": json.dumps({f"transformer.{k}": v for k, v in settings.items()})})
+    elif kind == "xlabs":
+        write(path, xlabs(lora))
+    theirs, ours = diffusers_updates(path, config), load_lora(path, config)
+    assert theirs.keys() == ours.keys() and len(ours) == (16 if kind == "xlabs" else len(lora))
+    for name, (A, B) in ours.items():
+        assert torch.allclose(B @ A, theirs[name], rtol=1e-5, atol=1e-6), name
