@@ -154,6 +154,7 @@ def fuse(pairs: list[Pair | None], sizes: list[int]) -> Pair:
 # marks in keys that are not recognised -> the kind of file, in the order in which they are looked for
 UNSUPPORTED = {r"(qkv|to_q|linear1|proj_mlp)\.weight$": "whole model", r"lokr_": "LoKr", r"hada_": "LoHa",
                r"dora|magnitude": "DoRA", r"[._]b?oft[._]": "OFT", r"vera_": "VeRA",
+               r"\.lora_(down|up)$": "LoRA in nunchaku's layout",
                r"lora_mid": "LoCon with a core", r"\.on_input$": "IA3", r"\.[ab][12]\.": "GLoRA",
                r"norm\.scale$|norm_(added_)?[qk]\.weight$|\.(reshape|set)_weight$": "control LoRA",
                r"ip_adapter": "IP-Adapter", r"controlnet": "ControlNet"}
@@ -195,7 +196,8 @@ def check_kind(path: Place, keys: list[str], unknown: list[str], metadata: dict[
     """ValueError that says what a file is that is not wholly a LoRA of FLUX.1."""
     kind, found = first_match(UNSUPPORTED, unknown)
     if kind:
-        raise ValueError(f"{path} is a {kind} ({named(found)}), which is not supported: plain LoRA only")
+        raise ValueError(f"{path} is {'an' if kind[0] in 'IO' else 'a'} {kind} ({named(found)}), which is not "
+                         "supported: plain LoRA only")
     said = [metadata.get(field, "") for field in ("modelspec.architecture", "ss_base_model_version")]
     model, found = first_match(OTHER_MODELS, unknown)
     if model or (model := first_match(BY_METADATA, said)[0]):
@@ -282,7 +284,7 @@ def sort_keys(path: Place, file: safe_open) -> tuple[list[str], list[str]]:
         if found:
             names = f": {named(found)}" if kind == "embeddings" else ""
             warnings.warn(f"{path}: {len(found)} tensors of {kind} are not used{names}", stacklevel=4)
-    return pairs, [key for key in changes if file.get_tensor(key).any()]
+    return pairs, [key for key in changes if file.get_tensor(key).float().any()]
 
 
 def group_keys(keys: list[str]) -> Iterator[tuple[str, str, tuple[str, ...], dict[str, list[str]]]]:
@@ -360,12 +362,12 @@ def read_changes(path: Place, file: safe_open, keys: list[str]) -> Iterator[tupl
                       stacklevel=4)
 
 
-def same_update(one: Pair, other: Pair) -> bool:
-    """Do two pairs make the same update, up to the rounding of fp32?"""
-    if all(map(torch.equal, one, other)):
+def same_update(one: Pair | None, other: Pair | None) -> bool:
+    """Do two pairs (None: no update) make the same update, up to the rounding of fp32?"""
+    if one and other and all(map(torch.equal, one, other)):
         return True
-    a, b = one[1] @ one[0], other[1] @ other[0]
-    return a.shape == b.shape and bool((a - b).norm() <= 1e-5 * a.norm())
+    a, b = (pair[1] @ pair[0] if pair else torch.zeros(()) for pair in (one, other))
+    return (a.shape == b.shape or not (one and other)) and bool((a - b).norm() <= 1e-5 * a.norm())
 
 
 def check_model(path: Place, lora: Lora, config: FluxConfig) -> None:
@@ -408,10 +410,10 @@ def load_lora(path: Place, config: FluxConfig | None = None) -> Lora:
         if module == FINAL:
             B = B.roll(len(B) // 2, 0)
         for part, pair in zip(parts, unfuse(A, B, sizes)):
-            if pair and part in lora and not same_update(lora[part], pair):
+            if part in lora and not same_update(lora[part], pair):
                 raise ValueError(f"{path}: {part} is there twice, under two names, and they differ ({name})")
-            if pair:
-                lora.setdefault(part, pair)
+            lora[part] = lora.get(part) or pair
+    lora = {part: pair for part, pair in lora.items() if pair}
     if config:
         check_model(path, lora, config)
     return lora
