@@ -196,8 +196,8 @@ def check_kind(path: Place, keys: list[str], unknown: list[str], metadata: dict[
     """ValueError that says what a file is that is not wholly a LoRA of FLUX.1."""
     kind, found = first_match(UNSUPPORTED, unknown)
     if kind:
-        raise ValueError(f"{path} is {'an' if kind[0] in 'IO' else 'a'} {kind} ({named(found)}), which is not "
-                         "supported: plain LoRA only")
+        kind = f"an {kind}" if kind[0] in "IO" else f"a {kind}"
+        raise ValueError(f"{path} is {kind} ({named(found)}), which is not supported: plain LoRA only")
     said = [metadata.get(field, "") for field in ("modelspec.architecture", "ss_base_model_version")]
     model, found = first_match(OTHER_MODELS, unknown)
     if model or (model := first_match(BY_METADATA, said)[0]):
@@ -212,8 +212,11 @@ def guess_model(lora: Lora) -> str:
     numbers = list(map(split_number, lora))
     blocks = [max((int(number) + 1 for template, number in numbers if template.startswith(kind)), default=0)
               for kind in ("transformer_", "single_transformer_")]
-    widths = {A.shape[1] for path, (A, _) in lora.items() if ".to_q" in path}
-    other = BY_BLOCKS.get(tuple(blocks)) or next((BY_WIDTH[w] for w in widths if w in BY_WIDTH), None)
+    widths = {A.shape[1] for path, (A, _) in lora.items() if ".attn." in path}
+    gated = any(path.endswith(("proj_mlp", ".ff.net.0.proj")) and len(B) == 6 * A.shape[1]
+                for path, (A, B) in lora.items())                   # twice 3 times the width; FLUX.1's is 4
+    other = "FLUX.2" if gated else BY_BLOCKS.get(tuple(blocks)) or next(
+        (BY_WIDTH[width] for width in widths if width in BY_WIDTH), None)
     return f" (it looks like a LoRA of {other})" if other else ""
 
 # Reading ----------------------------------------------------------------------------------------------------
