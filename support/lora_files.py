@@ -162,8 +162,8 @@ OTHER_MODELS = {
     r"(double|single)_stream_modulation|to_qkv_mlp|[._]linear_(in|out)\b|time_guidance_embed|"
     r"single_transformer_blocks[._]\d+[._]attn[._]to_out[._]lora": "FLUX.2",
     r"(img|txt)_mlp[._]net[._]|(img|txt)_mod[._]1\b": "Qwen-Image",
-    r"(img|txt)_attn_(qkv|proj|q|k|v)\b|(img|txt)_mlp[._]fc[12]|(img|txt)_mod[._]linear|modulation[._]linear|"
-    r"token_refiner": "HunyuanVideo",
+    r"\.(img|txt)_attn_(qkv|proj|q|k|v)\b|(img|txt)_mlp[._]fc[12]|(img|txt)_mod[._]linear|"
+    r"modulation[._]linear|token_refiner": "HunyuanVideo",
     r"distilled_guidance_layer": "Chroma",
     r"joint_transformer_blocks|(double|single)_layers[._]": "AuraFlow",
     r"joint_blocks|context_block|x_block": "SD3 or SD3.5",
@@ -178,7 +178,8 @@ OTHER_MODELS = {
     r"layers[._]\d+[._](attention|feed_forward)|(noise|context)_refiner": "Z-Image or Lumina"}
 # where all names are FLUX.1's: (double, single) blocks, the width of the blocks, and what the metadata say
 BY_BLOCKS = {(60, 0): "Qwen-Image", (20, 40): "HunyuanVideo", (8, 48): "FLUX.2", (8, 24): "FLUX.2 [klein]",
-             (5, 20): "FLUX.2 [klein]", (38, 0): "SD3.5 large", (24, 0): "SD3 or SD3.5 medium"}
+             (5, 20): "FLUX.2 [klein]", (19, 38): "FLUX.1 in full size",
+             (38, 0): "SD3.5 large", (24, 0): "SD3 or SD3.5 medium"}
 BY_WIDTH = {6144: "FLUX.2", 4096: "FLUX.2 [klein]", 2432: "SD3.5 large", 1536: "SD3 or SD3.5 medium"}
 BY_METADATA = {r"flux[-_. ]?2": "FLUX.2", "qwen": "Qwen-Image", "hunyuan": "HunyuanVideo",
                r"sd[-_]?3|stable-diffusion-3": "SD3 or SD3.5"}
@@ -199,12 +200,13 @@ def check_kind(path: Place, keys: list[str], unknown: list[str], metadata: dict[
         kind = f"an {kind}" if kind[0] in "IO" else f"a {kind}"
         raise ValueError(f"{path} is {kind} ({named(found)}), which is not supported: plain LoRA only")
     said = [metadata.get(field, "") for field in ("modelspec.architecture", "ss_base_model_version")]
-    model, found = first_match(OTHER_MODELS, unknown)
-    if model or (model := first_match(BY_METADATA, said)[0]):
-        why = named(found) if found else f"its metadata say {next(filter(None, said))!r}"
-        raise ValueError(f"{path} is a LoRA of {model}, not of FLUX.1 ({why})")
+    for model, found in first_match(OTHER_MODELS, unknown), first_match(BY_METADATA, said):
+        if model:
+            raise ValueError(f"{path} is a LoRA of {model}, not of FLUX.1 (it has {named(found)})")
     if unknown:
-        raise ValueError(f"{path}: {len(unknown)} of {len(keys)} keys are of no FLUX LoRA: {named(unknown)}")
+        hint = "".join(f"; its metadata say {text!r}" for text in filter(None, said[:1]))
+        raise ValueError(f"{path}: {len(unknown)} of {len(keys)} keys are of no FLUX LoRA: "
+                         f"{named(unknown)}{hint}")
 
 
 def guess_model(lora: Lora) -> str:

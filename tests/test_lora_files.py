@@ -621,6 +621,8 @@ def test_metadata_that_name_another_model(tmp_path, metadata, model):
     path = write(tmp_path / "foreign.safetensors", pair(), metadata)
     with pytest.raises(ValueError, match=f"{path} is a LoRA of {model}, not of FLUX.1"):
         load_lora(path, CONFIG)
+    with pytest.raises(ValueError, match="of no FLUX LoRA: 'foo'; its metadata say 'krea-2/lora'"):
+        load_lora(write(path, pair() | {"foo": torch.ones(1)}, {"modelspec.architecture": "krea-2/lora"}))
     load_lora(write(path, pair(), {"modelspec.architecture": "flux-1-dev/lora", "ss_base_model_version": "flux1"}), CONFIG)
 
 
