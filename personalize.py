@@ -116,7 +116,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("photos", nargs="+", metavar="photo", help="photos of one person")
     add("--model", default="flux-dev", help="flux-dev (default), flux-schnell, baby, or a folder like these")
     add("--out", type=Path, default=Path("out.safetensors"), help="file to write (default: out.safetensors)")
-    add("--format", choices=("diffusers", "kohya", "original"), default="diffusers", help="names in it")
+    add("--format", choices=("diffusers", "kohya", "original"), default="diffusers", help="names in it; who "
+        "reads them: diffusers, ComfyUI, nunchaku | every program | ComfyUI, Forge, InvokeAI, not diffusers")
     add("--method", choices=tuple(ITERATIONS), default="meta-lora", help="lora is the paper's baseline")
     add("--lomd", help="weights of stage 1 (default: lomd.safetensors of the model's folder, else here)")
     add("--rank", type=positive, default=1, help="rank of the LoRA (default: 1)")

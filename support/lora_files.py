@@ -1,4 +1,4 @@
-"""LoRA names and files: read diffusers, kohya and original keys; write any of them.
+"""LoRA names and files: read what the usual programs write; write any of three formats.
 
     lora = load_lora("person.safetensors")                 # {diffusers module path: (A, B)}, update = B A
     save_lora("person_kohya.safetensors", lora, "kohya")
@@ -8,63 +8,106 @@
     kohya      lora_unet_<original path, dots as _>.lora_down.weight, .lora_up.weight, .alpha
     original   diffusion_model.<original path>.lora_A.weight, .lora_B.weight        (ComfyUI)
 
+Also read: .lora.down.weight, .lora_A.<adapter>.weight, prefixes in any mixture, XLabs' and USO's processors,
+OneTrainer's parts of fused layers, ComfyUI's .diff. The same LoRA under two names counts once.
+
 The original layout fuses q, k, v (and the MLP's input) into one Linear. Its LoRA gives every part the same A
 and rows of B of its own. LoRAs of the parts become one by stacking: A above A, B block-diagonal, all padded
 with zeros to the largest rank; a part without a LoRA is all padding. Reading undoes either, bit for bit.
 
 The scale is alpha / rank, or 1 without alpha. PEFT keeps its alpha in diffusers' metadata or in
-adapter_config.json. Differs from other loaders: a key that nobody recognises is an error. LoKr, LoHa and
-DoRA are no pairs (A, B) and are refused. Only safetensors is loaded, no pickle.
+adapter_config.json. Differs from other loaders: a key that nobody recognises is an error. What is no pair
+(A, B), as LoKr or DoRA, and what is of another model is refused by name. Only safetensors, no pickle.
 """
 import hashlib
 import json
 import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from flux_model import Flux, FluxConfig
-from support.checkpoints import (FLUX_LINEARS, Place, Target, TensorFiles, find_targets, flux_files,
-                                 flux_fingerprint, part_sizes, split_number)
+from support.checkpoints import (FLUX_LINEARS, FLUX_NAMES, Place, Target, TensorFiles, find_targets,
+                                 flux_files, flux_fingerprint, part_sizes, split_number)
 from support.common import finite_number, note, JsonFile, whole
 
 Pair = tuple[Tensor, Tensor]                     # A (r, in) and B (out, r); the update of a weight is B A
 Lora = dict[str, Pair]                           # by diffusers module paths
+Layer = tuple[str, tuple[str, ...]]              # a module, and the diffusers paths its rows are of
 WRITTEN = {"diffusers": ("transformer.", ".lora_A.weight", ".lora_B.weight"),
            "kohya": ("lora_unet_", ".lora_down.weight", ".lora_up.weight"),
            "original": ("diffusion_model.", ".lora_A.weight", ".lora_B.weight")}
 FORMATS = tuple(WRITTEN)
-READ = {".lora_A.weight": "A", ".lora_A.default.weight": "A", ".lora_down.weight": "A", ".alpha": "alpha",
-        ".lora_B.weight": "B", ".lora_B.default.weight": "B", ".lora_up.weight": "B"}
-PREFIX = re.compile(r"(base_model\.model\.)?(transformer\.|diffusion_model\.|lora_unet_|lora_transformer_)?")
-TEXT_ENCODER = re.compile(r"(base_model\.model\.)?(text_encoders?(_\d)?\.|lora_te\d?_)")
-UNSUPPORTED = {"lokr_": "LoKr", "hada_": "LoHa", "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA"}
+PREFIX = re.compile(r"(base_model\.model\.)?(model\.)?"
+                    r"(transformer\.|diffusion_model\.|lora_unet_|lora_transformer_|lycoris_)?")
+# .lora_A.weight, .lora_down.weight, .lora.down.weight, .lora_A.<adapter>.weight; XLabs: .down.weight
+ENDING = re.compile(r"\.(?:(?:lora(?:_linear_layer)?[._])?(down|up)|lora_(A|B))(?:\.[^.]+)?\.weight$"
+                    r"|\.(alpha)$")
+KINDS = {"down": "A", "A": "A", "up": "B", "B": "B", "alpha": "alpha"}
+CHANGE = re.compile(r"(?:\.scale)?\.(?:diff(?:_b)?|[wb]_norm|lora_(?:B|up)\.bias)$")  # of a whole tensor
+TEXT_ENCODER = re.compile(r"(base_model\.model\.)?"
+                          r"(text_encoders?(_\d)?\.|lora_te\d?_|(clip_[lg]|t5(xxl)?)\.)")
+EMBEDDING = re.compile(r"bundle_emb\.|emb_params|.*string_to_param|(clip_[lg]|t5(xxl)?|text_encoders_\d)$")
 FINAL = "final_layer.adaLN_modulation.1"                    # diffusers swaps its halves: scale before shift
 PEFT_METADATA = "lora_adapter_metadata"
 ORIGINAL_OF = {part: original for original, parts in FLUX_LINEARS.items() for part in parts}
 
 # Names ------------------------------------------------------------------------------------------------------
 
+def spellings(layers: dict[str, Layer]) -> dict[str, Layer]:
+    """{spelling: layer} with dots, and with underscores."""
+    return layers | {name.replace(".", "_"): layer for name, layer in layers.items()}
+
+
 # every spelling of a module -> its template, and the diffusers templates whose rows, in turn, are its rows
-NAMES = {spelling: (template, meaning)
-         for original, parts in FLUX_LINEARS.items()
-         for template, meaning in [(original, parts)] + [(part, (part,)) for part in parts]
-         for spelling in (template, template.replace(".", "_"))}
+NAMES = spellings({original: (original, parts) for original, parts in FLUX_LINEARS.items()}
+                  | {part: (part, (part,)) for part in ORIGINAL_OF})
+SINGLE_QKV = ("single_blocks.{}.linear1_qkv", FLUX_LINEARS["single_blocks.{}.linear1"][:3])
+# those of single programs: OneTrainer numbers the parts of a fused layer; XLabs and USO name processors
+MORE_NAMES = spellings(
+    {f"{original}.{i}": (part, (part,)) for original, parts in FLUX_LINEARS.items() if len(parts) > 1
+     for i, part in enumerate(parts)}
+    | {"img_in.proj": NAMES["img_in"], SINGLE_QKV[0]: SINGLE_QKV,
+       "single_blocks.{}.processor.qkv_lora": SINGLE_QKV,
+       "single_blocks.{}.processor.proj_lora": NAMES["single_blocks.{}.linear2"]}
+    | {f"double_blocks.{{}}.processor.{layer}_lora{i}": NAMES[f"double_blocks.{{}}.{stream}_attn.{layer}"]
+       for i, stream in ((1, "img"), (2, "txt")) for layer in ("qkv", "proj")})
+NORMS = spellings({name: (name, ()) for original, parts in FLUX_NAMES.items() if original not in FLUX_LINEARS
+                   for name in (original, *parts)})
+LINEARS = NAMES | MORE_NAMES
+
+
+def bare(name: str) -> str:
+    """A module's name without the prefix of its program."""
+    return name[PREFIX.match(name).end():]
+
+
+def find_layer(name: str, names: dict[str, Layer]) -> Layer | None:
+    spelling, number = split_number(bare(name))
+    template, parts = names.get(spelling, (None, ()))
+    return template and (template.replace("{}", number), tuple(part.format(number) for part in parts))
 
 
 def parse_key(key: str) -> tuple[str, str, tuple[str, ...], str] | None:
-    """Key -> (key without suffix, template, diffusers paths, "A" | "B" | "alpha"); None: not recognised."""
-    suffix = next((suffix for suffix in READ if key.endswith(suffix)), "")
-    name = key.removesuffix(suffix)
-    spelling, number = split_number(name[PREFIX.match(name).end():])
-    if not suffix or spelling not in NAMES:
+    """Key -> (key without its ending, module, diffusers paths, "A" | "B" | "alpha"); None: not recognised."""
+    ending = ENDING.search(key)
+    name = key[:ending.start()] if ending else key
+    layer = find_layer(name, LINEARS) if ending else None
+    if not layer or ending[0] in (".down.weight", ".up.weight") and ".processor." not in name:
         return None
-    template, parts = NAMES[spelling]
-    return name, template, tuple(part.format(number) for part in parts), READ[suffix]
+    return name, *layer, KINDS[next(filter(None, ending.groups()))]
+
+
+def is_change(key: str) -> bool:
+    """Is it a whole tensor that is added to a weight, a bias or a norm of FLUX, as ComfyUI writes it?"""
+    ending = CHANGE.search(key)
+    return bool(ending and find_layer(key[:ending.start()], LINEARS | NORMS))
 
 
 def named(names: list[str]) -> str:
@@ -106,58 +149,174 @@ def fuse(pairs: list[Pair | None], sizes: list[int]) -> Pair:
     return (torch.cat([F.pad(A, (0, 0, 0, rank - len(A))) for A, _ in pairs]),
             torch.block_diag(*(F.pad(B, (0, rank - B.shape[1])) for _, B in pairs)))
 
+# What is no LoRA of FLUX.1 ----------------------------------------------------------------------------------
+
+# marks in keys that are not recognised -> the kind of file, in the order in which they are looked for
+UNSUPPORTED = {r"(qkv|to_q|linear1|proj_mlp)\.weight$": "whole model", r"lokr_": "LoKr", r"hada_": "LoHa",
+               r"dora|magnitude": "DoRA", r"[._]b?oft[._]": "OFT", r"vera_": "VeRA",
+               r"\.lora_(down|up)$": "LoRA in nunchaku's layout",
+               r"lora_mid": "LoCon with a core", r"\.on_input$": "IA3", r"\.[ab][12]\.": "GLoRA",
+               r"norm\.scale$|norm_(added_)?[qk]\.weight$|\.(reshape|set)_weight$": "control LoRA",
+               r"ip_adapter": "IP-Adapter", r"controlnet": "ControlNet"}
+OTHER_MODELS = {
+    r"(double|single)_stream_modulation|to_qkv_mlp|[._]linear_(in|out)\b|time_guidance_embed|"
+    r"single_transformer_blocks[._]\d+[._]attn[._]to_out[._]lora": "FLUX.2",
+    r"(img|txt)_mlp[._]net[._]|(img|txt)_mod[._]1\b": "Qwen-Image",
+    r"\.(img|txt)_attn_(qkv|proj|q|k|v)\b|(img|txt)_mlp[._]fc[12]|(img|txt)_mod[._]linear|"
+    r"modulation[._]linear|token_refiner": "HunyuanVideo",
+    r"distilled_guidance_layer": "Chroma",
+    r"joint_transformer_blocks|(double|single)_layers[._]": "AuraFlow",
+    r"joint_blocks|context_block|x_block": "SD3 or SD3.5",
+    r"down_blocks[._]0[._]att|up_blocks[._]3[._]att": "Stable Diffusion 1.5 or 2",
+    r"(in|out)put_blocks|middle_block|mid_block_attentions_0_transformer_blocks_[1-9]|"
+    r"down_blocks[._]2[._]attentions[._]\d[._]transformer_blocks[._][1-9]": "SDXL",
+    r"(down|mid|up)_blocks?[._]": "SDXL or Stable Diffusion 1.5",
+    r"(double|single)_stream_blocks": "HiDream",
+    r"transformer_blocks[._]\d+[._]attn1": "LTX-Video, CogVideoX, PixArt or Sana",
+    r"transformer_blocks[._]\d+[._]attn2": "SD3.5",
+    r"\bblocks[._]\d+[._](self|cross)_attn|unet_blocks_": "Wan or Cosmos",
+    r"layers[._]\d+[._](attention|feed_forward)|(noise|context)_refiner": "Z-Image or Lumina"}
+# where all names are FLUX.1's: (double, single) blocks, the width of the blocks, and what the metadata say
+BY_BLOCKS = {(60, 0): "Qwen-Image", (20, 40): "HunyuanVideo", (8, 48): "FLUX.2", (8, 24): "FLUX.2 [klein]",
+             (5, 20): "FLUX.2 [klein]", (19, 38): "FLUX.1 in full size",
+             (38, 0): "SD3.5 large", (24, 0): "SD3 or SD3.5 medium"}
+BY_WIDTH = {6144: "FLUX.2", 4096: "FLUX.2 [klein]", 2432: "SD3.5 large", 1536: "SD3 or SD3.5 medium"}
+BY_METADATA = {r"flux[-_. ]?2": "FLUX.2", "qwen": "Qwen-Image", "hunyuan": "HunyuanVideo",
+               r"sd[-_]?3|stable-diffusion-3": "SD3 or SD3.5"}
+
+
+def first_match(patterns: dict[str, str], keys: list[str]) -> tuple[str, list[str]]:
+    """The meaning of the first pattern that is found, and the keys with it."""
+    for pattern, meaning in patterns.items():
+        if found := [key for key in keys if re.search(pattern, key, re.IGNORECASE)]:
+            return meaning, found
+    return "", []
+
+
+def check_kind(path: Place, keys: list[str], unknown: list[str], metadata: dict[str, str]) -> None:
+    """ValueError that says what a file is that is not wholly a LoRA of FLUX.1."""
+    kind, found = first_match(UNSUPPORTED, unknown)
+    if kind:
+        kind = f"an {kind}" if kind[0] in "IO" else f"a {kind}"
+        raise ValueError(f"{path} is {kind} ({named(found)}), which is not supported: plain LoRA only")
+    said = [metadata.get(field, "") for field in ("modelspec.architecture", "ss_base_model_version")]
+    for model, found in first_match(OTHER_MODELS, unknown), first_match(BY_METADATA, said):
+        if model:
+            raise ValueError(f"{path} is a LoRA of {model}, not of FLUX.1 (it has {named(found)})")
+    if unknown:
+        hint = "".join(f"; its metadata say {text!r}" for text in filter(None, said[:1]))
+        raise ValueError(f"{path}: {len(unknown)} of {len(keys)} keys are of no FLUX LoRA: "
+                         f"{named(unknown)}{hint}")
+
+
+def guess_model(lora: Lora) -> str:
+    """What a LoRA that does not fit may be of: " (...)", or nothing."""
+    numbers = list(map(split_number, lora))
+    blocks = [max((int(number) + 1 for template, number in numbers if template.startswith(kind)), default=0)
+              for kind in ("transformer_", "single_transformer_")]
+    widths = {A.shape[1] for path, (A, _) in lora.items() if ".attn." in path}
+    gated = any(path.endswith(("proj_mlp", ".ff.net.0.proj")) and len(B) == 6 * A.shape[1]
+                for path, (A, B) in lora.items())                   # twice 3 times the width; FLUX.1's is 4
+    other = "FLUX.2" if gated else BY_BLOCKS.get(tuple(blocks)) or next(
+        (BY_WIDTH[width] for width in widths if width in BY_WIDTH), None)
+    return f" (it looks like a LoRA of {other})" if other else ""
+
 # Reading ----------------------------------------------------------------------------------------------------
 
-def open_lora(path: Place) -> TensorFiles:
+def open_lora(path: Place) -> safe_open:
     """Names, metadata and (when asked for) tensors of a safetensors file; ValueError where it is not one."""
     if not Path(path).is_file():
         raise ValueError(f"there is no LoRA file {path}")
     try:
-        return TensorFiles([Path(path)])
-    except ValueError as error:
-        raise ValueError(f"{error} (and a .pt, .ckpt or .bin is a pickle, which is never loaded)") from None
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as a safetensors file: {error} (and a .pt, .ckpt or .bin is "
+                         "a pickle, which is never loaded)") from None
 
 
 def read_metadata(path: Place) -> dict[str, str]:
     """The metadata of a LoRA file, {} where it has none. ValueError where it is no safetensors file."""
-    return open_lora(path).metadata
+    return open_lora(path).metadata() or {}
 
 
-def peft_alpha(path: Path, metadata: dict[str, str]) -> float | None:
-    """PEFT's alpha, for tensors without one of their own; None (scale 1) where there are no settings."""
+def peft_settings(path: Path, metadata: dict[str, str]) -> dict:
+    """PEFT's settings, of diffusers' metadata or the adapter_config.json beside; {} where there are none."""
     beside = path.with_name("adapter_config.json")
-    if PEFT_METADATA not in metadata and not (path.name == "adapter_model.safetensors" and beside.is_file()):
-        return None
-    settings = json.loads(metadata[PEFT_METADATA]) if metadata.get(PEFT_METADATA) else JsonFile(beside)
-    settings = {key.removeprefix("transformer."): value for key, value in settings.items()}
-    for name in ("alpha_pattern", "use_rslora", "use_dora"):
-        if settings.get(name):
-            raise ValueError(f"{path} was made with PEFT's {name}, which is not supported")
-    return settings.get("lora_alpha")
+    try:
+        if metadata.get(PEFT_METADATA):
+            settings = dict(json.loads(metadata[PEFT_METADATA]))
+        elif path.name == "adapter_model.safetensors" and beside.is_file():
+            settings, path = JsonFile(beside), beside
+        else:
+            return {}
+        settings = {key.removeprefix("transformer."): value for key, value in settings.items()}
+        settings["alpha_pattern"] = {re.compile(rf"(.*\.)?({pattern})$"): float(alpha) for pattern, alpha
+                                     in (settings.get("alpha_pattern") or {}).items()}
+        if settings.get("lora_alpha") is not None:
+            settings["lora_alpha"] = float(settings["lora_alpha"])
+    except (AttributeError, TypeError, ValueError, re.error) as error:
+        if str(path) in str(error):
+            raise
+        raise ValueError(f"{path}: PEFT's settings cannot be used: {error}") from None
+    if settings.get("use_dora") or settings.get("peft_type", "LORA") != "LORA":
+        kind = "DoRA" if settings.get("use_dora") else settings["peft_type"]
+        raise ValueError(f"{path}: its LoRA is a {kind}, which is not supported: plain LoRA only")
+    return settings
 
 
-def group_keys(path: Place, all_keys: list[str]) -> dict[tuple, dict[str, str]]:
-    """The keys of a file by module, {(name, template, parts): {A, B, alpha}}. What is no LoRA is refused."""
-    keys = [key for key in all_keys if not TEXT_ENCODER.match(key)]
-    unused = len(all_keys) - len(keys)
+def peft_alpha(settings: dict, name: str, rank: int) -> float | None:
+    """The alpha of a module without one of its own, as its scale is alpha / rank; None: the scale is 1."""
+    alpha = settings.get("lora_alpha")
+    found = (own for pattern, own in settings.get("alpha_pattern", {}).items() if pattern.match(bare(name)))
+    alpha = next(found, alpha)
+    return alpha * rank ** 0.5 if settings.get("use_rslora") and alpha is not None else alpha
+
+
+def sort_keys(path: Place, file: safe_open) -> tuple[list[str], list[str]]:
+    """The keys of pairs, and those of whole changes that are not zero. ValueError for what is no LoRA."""
+    all_keys, unused = sorted(file.keys()), {}
+    for kind, pattern in (("text encoders", TEXT_ENCODER), ("embeddings", EMBEDDING)):
+        unused[kind] = [key for key in all_keys if pattern.match(key)]
+    keys = [key for key in all_keys if not any(key in found for found in unused.values())]
     if not keys:
-        raise ValueError(f"{path} holds no LoRA of the transformer: it has {unused or 'no'} tensors"
-                         + (", all of text encoders, which are not used" if unused else ""))
-    for mark, kind in UNSUPPORTED.items():
-        if found := [key for key in keys if mark in key]:
-            raise ValueError(f"{path} is a {kind} ({named(found)}), which is not supported: plain LoRA only")
-    if unknown := [key for key in keys if parse_key(key) is None]:
-        raise ValueError(f"{path}: {len(unknown)} of {len(keys)} keys are of no FLUX LoRA: {named(unknown)}")
-    layers = {}
+        what = " and ".join(kind for kind in unused if unused[kind])
+        raise ValueError(f"{path} holds no LoRA of the transformer: it has {len(all_keys) or 'no'} tensors"
+                         + (f", all of {what}, which are not used" if what else ""))
+    pairs = [key for key in keys if parse_key(key)]
+    changes = [key for key in keys if is_change(key)]
+    check_kind(path, keys, sorted({*keys} - {*pairs, *changes}), file.metadata() or {})
+    for kind, found in unused.items():
+        if found:
+            names = f": {named(found)}" if kind == "embeddings" else ""
+            warnings.warn(f"{path}: {len(found)} tensors of {kind} are not used{names}", stacklevel=4)
+    return pairs, [key for key in changes if file.get_tensor(key).float().any()]
+
+
+def group_keys(keys: list[str]) -> Iterator[tuple[str, str, tuple[str, ...], dict[str, list[str]]]]:
+    """Yields (name, module, parts, {"A" | "B" | "alpha": keys}) of each LoRA of a module.
+
+    A module may have several, under several prefixes. Where one of them is not whole, they are one: a prefix
+    is a single key's.
+    """
+    modules = {}
     for key in keys:
-        *layer, kind = parse_key(key)
-        entry = layers.setdefault(tuple(layer), {})
-        if kind in entry:
-            raise ValueError(f"{path}: {key!r} is there twice, with two endings")
-        entry[kind] = key
-    if unused:
-        warnings.warn(f"{path}: {unused} tensors of text encoders are not used", stacklevel=3)
-    return layers
+        name, *layer, kind = parse_key(key)
+        modules.setdefault(tuple(layer), {}).setdefault(name, {}).setdefault(kind, []).append(key)
+    for layer, loras in modules.items():
+        if not all({"A", "B"} <= lora.keys() for lora in loras.values()):
+            together = {kind: sum((lora.get(kind, []) for lora in loras.values()), [])
+                        for kind in ("A", "B", "alpha")}
+            loras = {next(iter(loras)): {kind: found for kind, found in together.items() if found}}
+        yield from ((name, *layer, lora) for name, lora in loras.items())
+
+
+def read_one(path: Place, file: safe_open, keys: list[str]) -> Tensor:
+    """The tensor that all these keys hold."""
+    first, *others = map(file.get_tensor, keys)
+    if not all(first.shape == other.shape and torch.equal(first.float(), other.float()) for other in others):
+        raise ValueError(f"{path}: {keys[0]!r} is there twice, with two endings or prefixes ({keys[1]!r}), "
+                         "and they differ")
+    return first
 
 
 def check_pair(where: str, A: Tensor, B: Tensor) -> None:
@@ -167,20 +326,53 @@ def check_pair(where: str, A: Tensor, B: Tensor) -> None:
         raise ValueError(f"{where} holds values that are not finite (in {A.dtype})")
 
 
-def read_pair(where: str, entry: dict[str, Tensor], alpha: float | None) -> Pair:
-    """A (r, in) and B (out, r), fp32, the scale folded into B. `alpha`: where the entry has none itself."""
+def read_pair(path: Place, name: str, entry: dict[str, Tensor], settings: dict) -> Pair:
+    """A (r, in) and B (out, r), fp32, the scale folded into B; `settings`: PEFT's."""
+    where = f"{path}: {name}"
     if missing := sorted({"A", "B"} - set(entry)):
         raise ValueError(f"{where} has {' and '.join(sorted(entry))} but no {' and no '.join(missing)}")
+    if integers := [x.dtype for x in (entry["A"], entry["B"]) if not x.is_floating_point()]:
+        raise ValueError(f"{where} is in {integers[0]}: quantised LoRAs are not supported")
+    A, B = entry["A"].float(), entry["B"].float()
+    check_pair(where, A, B)
+    alpha = peft_alpha(settings, name, len(A))
     if "alpha" in entry:
         if entry["alpha"].numel() != 1:
             raise ValueError(f"{where}: its alpha is {list(entry['alpha'].shape)}, not one number")
         alpha = float(entry["alpha"])
-    A, B = entry["A"].float(), entry["B"].float()
-    check_pair(where, A, B)
     if alpha is not None:
         B = B * (alpha / len(A))
         check_pair(f"{where}, scaled by its alpha {alpha},", A, B)
     return A, B
+
+
+def read_changes(path: Place, file: safe_open, keys: list[str]) -> Iterator[tuple[str, str, tuple, Pair]]:
+    """Yields (name, module, parts, pair) of whole changes of weights; warns of those of biases and norms."""
+    rest = []
+    for key in keys:
+        name = key[:CHANGE.search(key).start()]
+        layer, change = find_layer(name, LINEARS), file.get_tensor(key).float()
+        if not layer or change.dim() != 2 or not key.endswith(".diff"):
+            rest.append(key)
+            continue
+        unit = torch.eye(min(change.shape))
+        pair = (change, unit) if len(change) < change.shape[1] else (unit, change)
+        check_pair(f"{path}: {key}", *pair)
+        yield name, *layer, pair
+    if biased := [key for key in rest if key.endswith(".bias")]:
+        raise ValueError(f"{path} is a control LoRA, or another with biases ({named(biased)}), which is not "
+                         "supported: plain LoRA only")
+    if rest:
+        warnings.warn(f"{path}: {len(rest)} changes of biases and norms are not used: {named(rest)}",
+                      stacklevel=4)
+
+
+def same_update(one: Pair | None, other: Pair | None) -> bool:
+    """Do two pairs (None: no update) make the same update, up to the rounding of fp32?"""
+    if one and other and all(map(torch.equal, one, other)):
+        return True
+    a, b = (pair[1] @ pair[0] if pair else torch.zeros(()) for pair in (one, other))
+    return (a.shape == b.shape or not (one and other)) and bool((a - b).norm() <= 1e-5 * a.norm())
 
 
 def check_model(path: Place, lora: Lora, config: FluxConfig) -> None:
@@ -191,31 +383,42 @@ def check_model(path: Place, lora: Lora, config: FluxConfig) -> None:
     for part, (A, B) in lora.items():
         shape = [len(B), A.shape[1]]
         if part not in shapes:
-            raise ValueError(f"{path}: {part} is not in this model, which has {blocks}")
+            raise ValueError(f"{path}: {part} is not in this model, which has {blocks}{guess_model(lora)}")
+        if part == "x_embedder" and shape[1] > config.in_channels:
+            raise ValueError(f"{path} is a control LoRA ({part} of {shape[1]} channels instead of "
+                             f"{config.in_channels}), which is not supported: plain LoRA only")
         if shapes[part] != shape:
-            raise ValueError(f"{path}: {part} is {shape}, but {shapes[part]} in this model")
+            raise ValueError(f"{path}: {part} is {shape}, but {shapes[part]} in this model"
+                             f"{guess_model(lora)}")
 
 
 def load_lora(path: Place, config: FluxConfig | None = None) -> Lora:
     """LoRA file of any format -> {diffusers module path: (A (r, in), B (out, r))}, fp32, update = B A.
 
-    `config`: the model that it must fit. Entries of text encoders are not used, and a warning says so.
-    ValueError, in one line, for anything that is not wholly understood.
+    `config`: the model that it must fit. What is not used (text encoders, embeddings, changes of biases and
+    norms) is named in a warning. ValueError, in one line, for anything that is not wholly understood.
     """
-    files = open_lora(path)
-    alpha, lora = peft_alpha(Path(path), files.metadata), {}
-    for (name, template, parts), keys in group_keys(path, list(files.file_of)).items():
-        A, B = read_pair(f"{path}: {name}", {kind: files[key] for kind, key in keys.items()}, alpha)
+    file, lora = open_lora(path), {}
+    settings = peft_settings(Path(path), file.metadata() or {})
+    pairs, changes = sort_keys(path, file)
+    layers = []
+    for name, module, parts, entry in group_keys(pairs):
+        tensors = {kind: read_one(path, file, keys) for kind, keys in entry.items()}
+        layers.append((name, module, parts, read_pair(path, name, tensors, settings)))
+    layers += read_changes(path, file, changes)
+    if not layers:
+        raise ValueError(f"{path} holds no LoRA of the transformer: it changes at most biases and norms")
+    for name, module, parts, (A, B) in layers:
         sizes = part_sizes(len(parts), len(B), A.shape[1])
-        if sum(sizes) != len(B) or min(sizes) < 1 or (template == FINAL and len(B) % 2):
+        if sum(sizes) != len(B) or min(sizes) < 1 or (module == FINAL and len(B) % 2):
             raise ValueError(f"{path}: {name} cannot be [{len(B)}, {A.shape[1]}]")
-        if template == FINAL:
+        if module == FINAL:
             B = B.roll(len(B) // 2, 0)
         for part, pair in zip(parts, unfuse(A, B, sizes)):
-            if part in lora:
-                raise ValueError(f"{path}: {part} is there twice, under two names")
-            if pair:
-                lora[part] = pair
+            if part in lora and not same_update(lora[part], pair):
+                raise ValueError(f"{path}: {part} is there twice, under two names, and they differ ({name})")
+            lora[part] = lora.get(part) or pair
+    lora = {part: pair for part, pair in lora.items() if pair}
     if config:
         check_model(path, lora, config)
     return lora
@@ -239,6 +442,41 @@ def to_original(lora: Lora, mlp_ratio: float) -> Lora:
     return fused
 
 
+def write_tensors(path: Place, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """A safetensors file, whole or absent, of the same bytes for the same content.
+
+    save_file writes the metadata in another order each time: they are put in order afterwards.
+    """
+    with whole(path) as part:
+        save_file(tensors, part, metadata=metadata)
+        with open(part, "rb+") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+            header["__metadata__"] = dict(sorted(metadata.items()))
+            text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+            assert len(text) <= size, "the same header takes the same room"
+            file.seek(8)
+            file.write(text.ljust(size))
+
+
+def standard_metadata(lora: Lora, metadata: dict[str, str]) -> dict[str, str]:
+    """What other programs show and search: the model (modelspec), rank and alpha (kohya's), trained words.
+
+    No title from the path and no date: equal runs give equal bytes.
+    """
+    rank, words = max(len(A) for A, _ in lora.values()), metadata.get("prompt")
+    kind = "schnell" if "schnell" in metadata.get("model", "") else "dev"
+    facts = {"modelspec.sai_model_spec": "1.0.1", "modelspec.architecture": f"flux-1-{kind}/lora",
+             "modelspec.implementation": "https://github.com/black-forest-labs/flux",
+             "modelspec.title": words or "LoRA", "ss_base_model_version": "flux1",
+             "ss_network_module": "networks.lora_flux"}
+    if words:
+        facts |= {"modelspec.trigger_phrase": words, "ss_tag_frequency": json.dumps({"": {words: 1}})}
+    # last, what is true of this file, whatever metadata came along: the scale is in B, so alpha is the rank
+    own = {"ss_network_dim": str(rank), "ss_network_alpha": str(float(rank)), "format": "pt"}
+    return facts | metadata | own
+
+
 def save_lora(path: Place, lora: Lora, format: str = "diffusers", metadata: dict[str, str] | None = None,
               dtype: torch.dtype = torch.float16, mlp_ratio: float = FluxConfig.mlp_ratio) -> None:
     """Writes {diffusers module path: (A (r, in), B (out, r))} in one of FORMATS; the file is whole or absent.
@@ -252,7 +490,7 @@ def save_lora(path: Place, lora: Lora, format: str = "diffusers", metadata: dict
         raise ValueError(f"{path} is a folder" if path.is_dir() else f"there is no folder {path.parent}")
     metadata = {key: text for key, text in (metadata or {}).items() if key != PEFT_METADATA}  # now it is in B
     if not all(isinstance(text, str) for text in (*metadata, *metadata.values())):
-        raise ValueError("the metadata of a LoRA must be text, str to str")
+        raise ValueError(f"{path}: the metadata of a LoRA must be text, str to str")
     if not lora:
         raise ValueError(f"{path}: there is no LoRA to save")
     if unknown := [name for name in lora if split_number(name)[0] not in ORIGINAL_OF]:
@@ -267,8 +505,7 @@ def save_lora(path: Place, lora: Lora, format: str = "diffusers", metadata: dict
         tensors[name + down], tensors[name + up] = A.clone().contiguous(), B.clone().contiguous()
         if format == "kohya":
             tensors[f"{name}.alpha"] = torch.tensor(float(len(A)))        # the rank: scale 1
-    with whole(path) as part:
-        save_file(tensors, part, metadata=metadata | {"format": "pt"})
+    write_tensors(path, tensors, standard_metadata(lora, metadata))
 
 # LoMD -------------------------------------------------------------------------------------------------------
 
@@ -296,8 +533,7 @@ def check_lomd(lomd: dict[str, Tensor], targets: list[Target]) -> None:
 def save_lomd(path: Place, lomd: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Writes {diffusers path: (r1, d_in)} as <path>.lomd, in fp32; the file is whole or absent."""
     r1 = len(next(iter(lomd.values())))
-    with whole(path) as part:
-        save_file({f"{k}.lomd": v.detach().float().cpu().contiguous() for k, v in lomd.items()}, part,
+    write_tensors(path, {f"{k}.lomd": v.detach().float().cpu().contiguous() for k, v in lomd.items()},
                   {"format": "pt", "r1": str(r1), "targets": str(len(lomd))} | metadata)
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from flux_model import Flux, FluxConfig
-from support.checkpoints import FLUX_LINEARS
+from support.checkpoints import FLUX_LINEARS, find_targets
 from support.lora_files import FORMATS, NAMES, ORIGINAL_OF, load_lora, parse_key, read_metadata, save_lora, split_number
 
 LAYOUTS = Path(__file__).parents[2] / "shared" / "golden" / "checkpoint_layouts.json"
@@ -133,7 +133,8 @@ def test_spellings_people_have(key, parts, kind):
     "transformer.transformer_blocks.0.attn.to_q.weight",
     "transformer.transformer_blocks.0.attn.to_z.lora_A.weight",
     "transformer.transformer_blocks.01.attn.to_q.lora_A.weight", "lora_unet_double_blocks_x_img_mlp_0.alpha",
-    "double_blocks.0.processor.qkv_lora1.down.weight", "lora_unet_down_blocks_0_attentions_0_proj_in.alpha",
+    "double_blocks.0.processor.qkv_lora3.down.weight", "double_blocks.0.img_attn.qkv.down.weight",
+    "double_blocks.0.img_attn.qkv.3.lora_A.weight", "lora_unet_down_blocks_0_attentions_0_proj_in.alpha",
     "transformer.transformer_blocks.0.attn.to_q.lora_B.bias",
     "xlora_unet_img_in.alpha", ".alpha", "",
 ])
@@ -307,6 +308,10 @@ def nan(tensors):
     return tensors
 
 
+def doubled(tensors):
+    return {key: 2 * tensor for key, tensor in tensors.items()}
+
+
 LINEAR1 = "single_blocks.1.linear1"
 REFUSED = [
     (pair("transformer_blocks.0.attn.to_z") | pair("foo") | pair(),
@@ -332,9 +337,9 @@ REFUSED = [
     (pair() | {f"transformer.{Q}.alpha": torch.tensor(float("inf"))},
      r"scaled by its alpha inf, holds values that are not finite"),
     (pair() | {f"transformer.{Q}.alpha": torch.ones(2)}, r"its alpha is \[2\], not one number"),
-    (pair() | pair(names=(".lora_down.weight", ".lora_up.weight")), "is there twice, with two endings"),
-    (pair() | pair(prefix=""), f"{Q} is there twice, under two names"),
-    (pair() | pair("double_blocks.0.img_attn.qkv", rows=3 * H, prefix=""),
+    (pair() | doubled(pair(names=(".lora_down.weight", ".lora_up.weight"))), "is there twice, with two endings"),
+    (pair() | doubled(pair(prefix="")), f"{Q} is there twice, under two names"),
+    (pair() | doubled(pair("double_blocks.0.img_attn.qkv", rows=3 * H, prefix="")),
      f"{Q} is there twice, under two names"),
     ({"lora_unet_img_in.lokr_w1": torch.ones(2, 2), "lora_unet_img_in.lokr_w2": torch.ones(2, 2)},
      r"is a LoKr \('lora_unet_img_in.lokr_w1' and 1 more\), which is not supported"),
@@ -354,11 +359,282 @@ def test_refused(tmp_path, tensors, message):
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("setting", [{"use_rslora": True}, {"alpha_pattern": {"to_q": 4}}])
-def test_peft_settings_that_change_the_scale_are_refused(tmp_path, setting):
-    metadata = {"lora_adapter_metadata": json.dumps({"lora_alpha": 2} | setting)}
-    path = write(tmp_path / "a.safetensors", pair(), metadata)
-    with pytest.raises(ValueError, match=f"PEFT's {next(iter(setting))}, which is not supported"):
+# what other programs write
+
+def by_module(lora) -> list[tuple[str, list]]:
+    """(original module, its pairs) of a whole LoRA, the parts of fused layers in turn."""
+    return [(name, [lora[part] for part, _ in parts_of(name, rows)]) for name, (rows, _) in original_linears().items()]
+
+
+def halves(lora, down, up, rename=lambda path: path) -> dict:
+    """{rename(path) + down: A, rename(path) + up: B}"""
+    return {rename(path) + end: tensor for path, both in lora.items() for end, tensor in zip((down, up), both)}
+
+
+def onetrainer(lora, prefix="transformer.", underscores=False) -> tuple[dict, float]:
+    """Its parts of fused layers have numbers, each pair an alpha; its final layer is the original's."""
+    tensors = {}
+    for name, pairs in by_module(lora):
+        for i, (A, B) in enumerate(pairs):
+            key = f"{'img_in.proj' if name == 'img_in' else name}{f'.{i}' if len(pairs) > 1 else ''}"
+            key = prefix + (key.replace(".", "_") if underscores else key)
+            B = B.roll(H, 0) if name.startswith("final_layer.ada") else B
+            tensors |= {f"{key}.lora_down.weight": A, f"{key}.lora_up.weight": B, f"{key}.alpha": torch.tensor(1.0)}
+    return tensors, 0.5
+
+
+def renamed(prefix="transformer.", down=".lora_A.weight", up=".lora_B.weight", underscores=False):
+    rename = lambda path: prefix + (path.replace(".", "_") if underscores else path)
+    return lambda lora: (halves(lora, down, up, rename), 1.0)
+
+
+def mixed(lora) -> tuple[dict, float]:
+    """Every key has a prefix and an ending of its own."""
+    prefixes = ["", "transformer.", "diffusion_model.", "model.diffusion_model.", "base_model.model.transformer."]
+    endings = [(".lora_A.weight", ".lora_B.weight"), (".lora_down.weight", ".lora_up.weight"),
+               (".lora.down.weight", ".lora.up.weight"), (".lora_A.me.weight", ".lora_B.me.weight")]
+    tensors = {}
+    for i, (path, both) in enumerate(lora.items()):
+        for j, tensor in enumerate(both):
+            tensors[f"{prefixes[(i + j) % 5]}{path}{endings[i % 4][j]}"] = tensor
+    return tensors, 1.0
+
+
+WRITERS = {
+    "lora.down": renamed("", ".lora.down.weight", ".lora.up.weight"),
+    "diffusers lora.down": renamed("transformer.", ".lora.down.weight", ".lora.up.weight"),
+    "lora_linear_layer": renamed("transformer.", ".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
+    "named adapter": renamed("transformer.", ".lora_A.my_style.weight", ".lora_B.my_style.weight"),
+    "named adapter of peft": renamed("base_model.model.", ".lora_A.default_0.weight", ".lora_B.default_0.weight"),
+    "lycoris": renamed("lycoris_", ".lora_down.weight", ".lora_up.weight", underscores=True),
+    "model.diffusion_model": renamed("model.diffusion_model."),
+    "onetrainer": onetrainer, "onetrainer, diffusion_model": lambda lora: onetrainer(lora, "diffusion_model."),
+    "onetrainer, underscores": lambda lora: onetrainer(lora, "lora_unet_", underscores=True), "mixed": mixed,
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_what_other_programs_write_is_read(tmp_path, writer):
+    lora = whole_lora()
+    tensors, scale = WRITERS[writer](lora)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read = load_lora(write(tmp_path / "a.safetensors", tensors), CONFIG)
+    assert_same(read, {path: (A, scale * B) for path, (A, B) in lora.items()})
+
+
+@pytest.mark.parametrize("prefix", ["", "diffusion_model.", "transformer.", "model.diffusion_model."])
+def test_processors_of_xlabs_and_uso(tmp_path, prefix):
+    """lora1 is of the picture's stream, lora2 of the text's; a single block's qkv has no rows of the MLP."""
+    g, tensors, expected = torch.Generator().manual_seed(1), {}, {}
+    layers = {("double_blocks.1", "qkv_lora1", H, 3 * H): ["transformer_blocks.1.attn.to_" + x for x in "qkv"],
+              ("double_blocks.1", "qkv_lora2", H, 3 * H): [f"transformer_blocks.1.attn.add_{x}_proj" for x in "qkv"],
+              ("double_blocks.1", "proj_lora1", H, H): ["transformer_blocks.1.attn.to_out.0"],
+              ("double_blocks.1", "proj_lora2", H, H): ["transformer_blocks.1.attn.to_add_out"],
+              ("single_blocks.2", "qkv_lora", H, 3 * H): [f"single_transformer_blocks.2.attn.to_{x}" for x in "qkv"],
+              ("single_blocks.2", "proj_lora", H + MLP, H): ["single_transformer_blocks.2.proj_out"]}
+    for (block, layer, width, rows), parts in layers.items():
+        A, B = torch.randn(4, width, generator=g), torch.randn(rows, 4, generator=g)
+        tensors |= {f"{prefix}{block}.processor.{layer}.down.weight": A, f"{prefix}{block}.processor.{layer}.up.weight": B}
+        expected |= {part: B[i * H:(i + 1) * H] @ A for i, part in enumerate(parts)}
+    lora = load_lora(write(tmp_path / "a.safetensors", tensors), CONFIG)
+    assert lora.keys() == expected.keys()
+    for part, (A, B) in lora.items():
+        assert torch.allclose(B @ A, expected[part], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("prefix", ["model.diffusion_model.", "transformer.", "diffusion_model.", "base_model.model."])
+def test_a_prefix_is_one_keys(tmp_path, prefix):
+    """Whichever key has another prefix, all modules are read."""
+    path, lora = tmp_path / "a.safetensors", whole_lora()
+    save_lora(path, lora, "original", mlp_ratio=3.0)
+    tensors = {key.removeprefix("diffusion_model."): tensor for key, tensor in load_file(path).items()}
+    for key in list(tensors)[::7]:
+        one = {prefix + k if k == key else k: tensor for k, tensor in tensors.items()}
+        assert_same(load_lora(write(path, one), CONFIG), lora)
+    alpha = pair() | {f"{prefix}{Q}.alpha": torch.tensor(4.0)}
+    assert torch.equal(load_lora(write(path, alpha))[Q][1], torch.full((H, 2), 2.0))
+
+
+def test_the_same_lora_twice_counts_once(tmp_path):
+    lora = whole_lora()
+    for format in FORMATS:
+        save_lora(tmp_path / f"{format}.safetensors", lora, format)
+    tensors = {key: tensor for format in FORMATS for key, tensor in load_file(tmp_path / f"{format}.safetensors").items()}
+    assert_same(load_lora(write(tmp_path / "a.safetensors", tensors), CONFIG), lora)
+    some = {path: both for path, both in lora.items() if path not in SINGLE[1:]}
+    save_lora(tmp_path / "some.safetensors", some, "kohya", mlp_ratio=3.0)
+    tensors = load_file(tmp_path / "diffusers.safetensors") | load_file(tmp_path / "some.safetensors")
+    with pytest.raises(ValueError, match=f"{SINGLE[1]} is there twice, under two names, and they differ"):
+        load_lora(write(tmp_path / "a.safetensors", tensors))                     # a fused layer without some parts
+    scaled = pair() | pair(prefix="") | {f"{Q}.alpha": torch.tensor(4.0)}
+    with pytest.raises(ValueError, match=f"{Q} is there twice, under two names, and they differ"):
+        load_lora(write(tmp_path / "a.safetensors", scaled))
+    two = pair(names=(".lora_A.me.weight", ".lora_B.me.weight")) | doubled(pair(names=(".lora_A.you.weight", ".lora_B.you.weight")))
+    with pytest.raises(ValueError, match="is there twice, with two endings"):
+        load_lora(write(tmp_path / "a.safetensors", two))
+
+
+K, FF = "transformer_blocks.1.attn.to_k", "single_transformer_blocks.0.proj_mlp"
+
+
+@pytest.mark.parametrize("where", ["metadata", "adapter_config.json"])
+@pytest.mark.parametrize("settings, alphas", [
+    ({"use_rslora": True}, (4 / 2 ** 0.5, 4 / 3 ** 0.5, 4.0)),
+    ({"alpha_pattern": {"to_q": 8, "transformer_blocks.1.attn.to_k": 3}, "rank_pattern": {"to_k": 3, "proj_mlp": 1}},
+     (4.0, 1.0, 4.0)),
+    ({"alpha_pattern": {r"^transformer_blocks\.\d\.attn\.to_[qk]": 6}, "use_rslora": True},
+     (6 / 2 ** 0.5, 6 / 3 ** 0.5, 4.0)),
+    ({"alpha_pattern": {"blocks.0.attn.to_q": 9, "0.attn.to_q": 6, "to_q": 1}}, (3.0, 4 / 3, 4.0)),
+    ({"alpha_pattern": None, "use_rslora": False}, (2.0, 4 / 3, 4.0)),
+])
+def test_scales_of_peft(tmp_path, where, settings, alphas):
+    """alpha / rank, or with rsLoRA alpha / sqrt(rank); the first pattern that ends a name gives its alpha."""
+    settings, metadata = {"lora_alpha": 4, "r": 2, "peft_type": "LORA"} | settings, {}
+    prefix = "transformer." if where == "metadata" else "base_model.model."
+    tensors = pair(prefix=prefix) | pair(K, rank=3, prefix=prefix) | pair(FF, rank=1, rows=MLP, prefix=prefix)
+    if where == "metadata":
+        metadata["lora_adapter_metadata"] = json.dumps({f"transformer.{key}": value for key, value in settings.items()})
+    else:
+        (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    lora = load_lora(write(tmp_path / "adapter_model.safetensors", tensors, metadata), CONFIG)
+    for path, scale in zip((Q, K, FF), alphas):
+        assert torch.allclose(lora[path][1], torch.tensor(scale), rtol=1e-6), path
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "null", '{"lora_alpha": "x"}', '{"alpha_pattern": {"(": 2}}',
+                                  '{"alpha_pattern": [1]}', '{"peft_type": "LOHA"}', '{"use_dora": true}'])
+def test_settings_that_cannot_be_used_name_their_file(tmp_path, text):
+    path = write(tmp_path / "adapter_model.safetensors", pair(), {"lora_adapter_metadata": text})
+    with pytest.raises(ValueError, match="adapter_model.safetensors") as error:
+        load_lora(path)
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(ValueError, match="adapter_config.json") as error:
+        load_lora(write(path, pair()))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("keys", [
+    ["bundle_emb.me.clip_l", "bundle_emb.me.t5_out"], ["bundle_emb.me.string_to_param.*"], ["clip_l", "t5"], ["emb_params"]])
+def test_embeddings_beside_a_lora_are_noted(tmp_path, keys):
+    path = write(tmp_path / "a.safetensors", pair() | {key: torch.ones(3, 8) for key in keys})
+    with pytest.warns(UserWarning, match=rf"{path}: {len(keys)} tensors of embeddings are not used: '{re.escape(keys[0])}'"):
+        assert load_lora(path, CONFIG).keys() == {Q}
+    with pytest.raises(ValueError, match=f"no LoRA of the transformer: it has {len(keys)} tensors, all of embeddings"):
+        load_lora(write(path, {key: torch.ones(3, 8) for key in keys}))
+
+
+NORM = "double_blocks.0.img_attn.norm.query_norm"
+
+
+def test_zero_changes_are_dropped_in_silence(tmp_path):
+    zeros = {f"{name}{end}": torch.zeros(shape) for name, end, shape in (
+        ("diffusion_model.double_blocks.0.img_attn.qkv", ".diff_b", 3 * H), (f"diffusion_model.{NORM}", ".diff", 8),
+        ("diffusion_model.img_in", ".diff", (H, 12)), ("transformer.x_embedder", ".lora_B.bias", H))}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_lora(write(tmp_path / "a.safetensors", pair() | zeros), CONFIG).keys() == {Q}
+
+
+def test_changes_of_biases_and_norms_are_noted_and_those_of_weights_applied(tmp_path):
+    g, path, lora = torch.Generator().manual_seed(2), tmp_path / "a.safetensors", whole_lora()
+    save_lora(path, lora, "original", dtype=torch.float32)
+    tensors = load_file(path)
+    for name in ("double_blocks.1.img_attn.qkv", "single_blocks.0.linear2", "final_layer.adaLN_modulation.1"):
+        pairs = tensors.pop(f"diffusion_model.{name}.lora_A.weight"), tensors.pop(f"diffusion_model.{name}.lora_B.weight")
+        tensors[f"diffusion_model.{name}.diff"] = pairs[1] @ pairs[0]
+    tensors |= {"diffusion_model.img_in.diff_b": torch.randn(H, generator=g),
+                f"diffusion_model.{NORM}.diff": torch.randn(8, generator=g)}
+    with pytest.warns(UserWarning, match=rf"{path}: 2 changes of biases and norms are not used: '\S+' and 1 more") as seen:
+        read = load_lora(write(path, tensors), CONFIG)
+    assert len(seen) == 1
+    updates, expected = dense_original(read), dense_original(lora)
+    for name in expected:
+        assert torch.allclose(updates[name], expected[name], rtol=1e-5, atol=1e-5), name
+    with pytest.warns(UserWarning, match="not used"), pytest.raises(ValueError, match=f"{path} holds no LoRA"):
+        load_lora(write(path, {"diffusion_model.img_in.diff_b": torch.ones(H)}))
+
+
+SD = "lora_unet_down_blocks_{}_attentions_0_transformer_blocks_{}_attn1_to_q"
+
+
+@pytest.mark.parametrize("keys, kind", [
+    (["diffusion_model.img_in.lokr_w1", "diffusion_model.img_in.lokr_w2", "diffusion_model.img_in.alpha"], "LoKr"),
+    (["lycoris_transformer_blocks_0_attn_to_q.lokr_w1_a", "lycoris_transformer_blocks_0_attn_to_q.lokr_w1_b"], "LoKr"),
+    (["base_model.model.x_embedder.hada_w1_a.default", "base_model.model.x_embedder.hada_w1_b.default"], "LoHa"),
+    (["lora_unet_img_in.dora_scale"], "DoRA"), ([f"transformer.{Q}.lora_magnitude_vector.weight"], "DoRA"),
+    ([f"base_model.model.{Q}.lora_magnitude_vector"], "DoRA"), ([f"transformer.{Q}.lora_magnitude_vector.me.weight"], "DoRA"),
+    (["lora_unet_img_in.magnitude"], "DoRA"), (["lora_unet_img_in.DoRA_scale"], "DoRA"),
+    (["transformer_blocks.0.qkv_proj.lora_down", "transformer_blocks.0.qkv_proj.lora_up"], "LoRA in nunchaku's layout"),
+    (["lora_unet_img_in.oft_blocks"], "OFT"), (["lora_unet_img_in.lora_mid.weight"], "LoCon"),
+    (["double_blocks.0.img_attn.norm.key_norm.scale", "img_in.lora_A.weight", "img_in.lora_B.bias"], "control LoRA"),
+    (["diffusion_model.img_in.reshape_weight"], "control LoRA"), (["img_in.lora_B.bias"], "control LoRA"),
+    (["double_blocks.0.processor.ip_adapter_double_stream_k_proj.weight"], "IP-Adapter"),
+    (["double_blocks.0.img_attn.qkv.weight", "double_blocks.0.img_attn.norm.key_norm.scale"], "whole model"),
+    (["transformer.transformer_blocks.0.ff.linear_in.lora_A.weight"], r"LoRA of FLUX\.2"),
+    (["diffusion_model.double_stream_modulation_img.lin.lora_A.weight"], r"LoRA of FLUX\.2"),
+    (["transformer.single_transformer_blocks.0.attn.to_qkv_mlp_proj.lora_A.weight"], r"LoRA of FLUX\.2"),
+    (["transformer.transformer_blocks.0.img_mlp.net.0.proj.lora_A.weight"], "LoRA of Qwen-Image"),
+    (["lora_unet_transformer_blocks_0_img_mod_1.lora_down.weight"], "LoRA of Qwen-Image"),
+    (["diffusion_model.joint_blocks.0.x_block.attn.qkv.lora_A.weight"], r"LoRA of SD3 or SD3\.5"),
+    (["lora_unet_joint_blocks_0_context_block_attn_qkv.lora_down.weight"], r"LoRA of SD3 or SD3\.5"),
+    (["transformer.transformer_blocks.0.attn2.to_q.lora_A.weight"], r"LoRA of SD3\.5"),
+    (["transformer.double_blocks.0.img_attn_qkv.lora_A.weight"], "LoRA of HunyuanVideo"),
+    (["lora_unet_double_blocks_0_img_mlp_fc1.lora_down.weight"], "LoRA of HunyuanVideo"),
+    (["transformer.context_embedder.token_refiner.refiner_blocks.0.attn.to_q.lora_A.weight"], "LoRA of HunyuanVideo"),
+    ([SD.format(1, 0) + ".lora_down.weight"], "LoRA of SDXL"), ([SD.format(2, 9) + ".lora_down.weight"], "LoRA of SDXL"),
+    (["lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.lora_down.weight"], "LoRA of SDXL"),
+    ([SD.format(0, 0) + ".lora_down.weight"], r"LoRA of Stable Diffusion 1\.5 or 2"),
+    (["unet.up_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.lora_A.weight"], "LoRA of SDXL"),
+    (["diffusion_model.blocks.0.self_attn.q.lora_A.weight"], "LoRA of Wan"),
+    (["lora_unet_blocks_0_cross_attn_k.lora_down.weight"], "LoRA of Wan"),
+    (["diffusion_model.layers.0.attention.qkv.lora_A.weight"], "LoRA of Z-Image"),
+    (["diffusion_model.distilled_guidance_layer.layers.0.in_layer.lora_A.weight"], "LoRA of Chroma"),
+    (["transformer.transformer_blocks.0.attn1.to_q.lora_A.weight"], "LoRA of LTX-Video"),
+])
+def test_other_kinds_and_other_models_are_named(tmp_path, keys, kind):
+    """Alone, and beside keys that FLUX.1 has too."""
+    tensors = {key: torch.ones(2, 2) for key in keys}
+    for beside in ({}, pair()):
+        path = write(tmp_path / "foreign.safetensors", tensors | beside)
+        with pytest.raises(ValueError, match=rf"{path} is an? {kind}") as error:
+            load_lora(path, CONFIG)
+        assert "\n" not in str(error.value) and keys[0].partition(".")[0] in str(error.value)
+
+
+@pytest.mark.parametrize("tensors, model", [
+    (pair("transformer_blocks.59.attn.to_q"), "Qwen-Image"), (pair("transformer_blocks.37.attn.add_k_proj"), "SD3.5 large"),
+    (pair("transformer_blocks.19.attn.to_q") | pair("single_transformer_blocks.39.attn.to_q"), "HunyuanVideo"),
+    (pair("double_blocks.7.img_attn.proj", prefix="") | pair("single_blocks.47.linear2", prefix="", width=64), "FLUX.2"),
+    (pair("single_blocks.1.linear1", rows=9 * H, prefix="diffusion_model."), "FLUX.2"),
+    (pair("double_blocks.1.img_mlp.0", rows=6 * H, prefix=""), "FLUX.2"),
+    (pair(width=6144, rows=6144), "FLUX.2"), (pair(width=2432, rows=2432), "SD3.5 large")])
+def test_other_models_with_the_names_of_flux_are_guessed(tmp_path, tensors, model):
+    path = write(tmp_path / "foreign.safetensors", tensors)
+    with pytest.raises(ValueError, match=rf"^{path}: .* in this model.* \(it looks like a LoRA of {re.escape(model)}\)$"):
+        load_lora(path, CONFIG)
+
+
+@pytest.mark.parametrize("metadata, model", [({"modelspec.architecture": "flux-2-dev/lora"}, r"FLUX\.2"),
+                                             ({"ss_base_model_version": "qwen_image"}, "Qwen-Image")])
+def test_metadata_that_name_another_model(tmp_path, metadata, model):
+    path = write(tmp_path / "foreign.safetensors", pair(), metadata)
+    with pytest.raises(ValueError, match=f"{path} is a LoRA of {model}, not of FLUX.1"):
+        load_lora(path, CONFIG)
+    with pytest.raises(ValueError, match="of no FLUX LoRA: 'foo'; its metadata say 'krea-2/lora'"):
+        load_lora(write(path, pair() | {"foo": torch.ones(1)}, {"modelspec.architecture": "krea-2/lora"}))
+    load_lora(write(path, pair(), {"modelspec.architecture": "flux-1-dev/lora", "ss_base_model_version": "flux1"}), CONFIG)
+
+
+def test_control_loras_are_known_by_their_channels_too(tmp_path):
+    path = write(tmp_path / "a.safetensors", pair("x_embedder", width=24))
+    with pytest.raises(ValueError, match=rf"{path} is a control LoRA \(x_embedder of 24 channels instead of 12\)"):
+        load_lora(path, CONFIG)
+
+
+def test_quantised_loras_are_refused(tmp_path):
+    path = write(tmp_path / "a.safetensors", {key: tensor.to(torch.int8) for key, tensor in pair().items()})
+    with pytest.raises(ValueError, match=rf"{path}: .* is in torch.int8: quantised LoRAs are not supported"):
         load_lora(path)
 
 
@@ -444,10 +720,100 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_usual_metadata_in_every_file(tmp_path, format):
+    """What ComfyUI's and kohya's users look for; nothing of it depends on the day or on the file's name."""
+    path, lora = tmp_path / "a.safetensors", whole_lora(ranks=(2, 3))
+    save_lora(path, lora, format, {"model": "flux-dev", "prompt": "a photo of a person", "ss_network_alpha": "99"})
+    found = read_metadata(path)
+    assert found["modelspec.architecture"] == "flux-1-dev/lora" and found["modelspec.sai_model_spec"] == "1.0.1"
+    assert found["ss_network_dim"] == "3" and found["ss_network_alpha"] == "3.0"
+    assert found["modelspec.trigger_phrase"] == "a photo of a person" and found["ss_base_model_version"] == "flux1"
+    assert json.loads(found["ss_tag_frequency"]) == {"": {"a photo of a person": 1}}
+    save_lora(path, lora, format, {"model": "flux-schnell"})
+    assert read_metadata(path)["modelspec.architecture"] == "flux-1-schnell/lora"
+    assert "modelspec.trigger_phrase" not in read_metadata(path)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_equal_loras_give_equal_bytes(tmp_path, format):
+    lora, metadata = whole_lora(), {f"é{i}": f'"\u007f\n\\ü{i}' for i in range(20)}
+    for i in range(4):
+        save_lora(tmp_path / f"{i}.safetensors", lora, format, dict(list(metadata.items())[i:] + list(metadata.items())[:i]))
+    assert len({(tmp_path / f"{i}.safetensors").read_bytes() for i in range(4)}) == 1
+    assert read_metadata(tmp_path / "0.safetensors").items() >= metadata.items()
+    assert_same(load_lora(tmp_path / "0.safetensors", CONFIG), lora)
+
+
 def test_metadata_and_inputs_of_any_kind(tmp_path):
     path, A = tmp_path / "Müller.safetensors", torch.ones(H, 2, requires_grad=True)
     lora = {p: (A.t(), torch.ones(H, 2, dtype=torch.float64)) for p in (Q, Q[:-1] + "v")}  # one A
     save_lora(path, lora, metadata={"prompt": "é", "format": "kohya", "rank": "2"}, dtype=torch.float32)
-    assert read_metadata(path) == {"prompt": "é", "format": "pt", "rank": "2"}
+    assert read_metadata(path).items() >= {"prompt": "é", "format": "pt", "rank": "2"}.items()
     assert load_lora(str(path)).keys() == lora.keys() and list(tmp_path.iterdir()) == [path]
     assert read_metadata(write(path, pair())) == {}
+
+
+# the same through diffusers
+
+def diffusers_updates(path, config) -> dict:
+    """What diffusers adds to each weight of a transformer of this config, after it has loaded a file."""
+    diffusers = pytest.importorskip("diffusers")
+    pytest.importorskip("peft")
+    transformer = diffusers.FluxTransformer2DModel(
+        patch_size=1, in_channels=config.in_channels, out_channels=config.out_channels, num_layers=config.depth,
+        num_single_layers=config.depth_single_blocks, attention_head_dim=8, num_attention_heads=config.num_heads,
+        joint_attention_dim=config.context_in_dim, pooled_projection_dim=config.vec_in_dim, guidance_embeds=True,
+        axes_dims_rope=config.axes_dim)
+    pipeline = diffusers.FluxPipeline
+    state, alphas, metadata = pipeline.lora_state_dict(str(path), return_alphas=True, return_lora_metadata=True)
+    pipeline.load_lora_into_transformer(state, alphas, transformer, adapter_name="me", metadata=metadata)
+    return {name: module.get_delta_weight("me").detach() for name, module in transformer.named_modules()
+            if "me" in getattr(module, "lora_A", {})}
+
+
+def xlabs(lora) -> dict:
+    """Attention alone, and of its single blocks none: one A for q, k and v."""
+    tensors = {}
+    for number in range(2):
+        for i, (proj, *qkv) in enumerate((("to_out.0", "to_q", "to_k", "to_v"),
+                                          ("to_add_out", "add_q_proj", "add_k_proj", "add_v_proj")), 1):
+            pairs = [lora[f"transformer_blocks.{number}.attn.{part}"] for part in qkv]
+            name = f"double_blocks.{number}.processor.{{}}_lora{i}.{{}}.weight"
+            tensors |= {name.format("qkv", "down"): pairs[0][0], name.format("qkv", "up"): torch.cat([B for _, B in pairs])}
+            A, B = lora[f"transformer_blocks.{number}.attn.{proj}"]
+            tensors |= {name.format("proj", "down"): A, name.format("proj", "up"): B}
+    return tensors
+
+
+@pytest.mark.parametrize("kind", ["diffusers", "kohya", "kohya with alpha", "lora.down", "underscores",
+                                  "alpha", "PEFT", "rsLoRA", "xlabs"])
+def test_diffusers_reads_the_same(tmp_path, kind):
+    pytest.importorskip("diffusers")
+    config = FluxConfig(**{**vars(CONFIG), "mlp_ratio": 4.0})                     # diffusers knows no other
+    with torch.device("meta"):
+        targets = find_targets(Flux(config))
+    path, g = tmp_path / "a.safetensors", torch.Generator().manual_seed(3)
+    lora = {t.path: (torch.randn(2, t.d_in, generator=g), torch.randn(t.rows, 2, generator=g)) for t in targets
+            if not (kind.startswith("kohya") and t.module.endswith("linear1"))    # there it knows 3072 only,
+            and not (kind == "underscores" and ".attn." not in t.path)}           # and here attention only
+    save_lora(path, lora, "kohya" if kind.startswith("kohya") else "diffusers", dtype=torch.float32)
+    if kind == "kohya with alpha":
+        write(path, {key: tensor / 4 if key.endswith("alpha") else tensor for key, tensor in load_file(path).items()})
+    elif kind == "lora.down":
+        write(path, renamed("transformer.", ".lora.down.weight", ".lora.up.weight")(lora)[0])
+    elif kind == "underscores":
+        tensors, _ = renamed("lora_transformer_", ".lora_down.weight", ".lora_up.weight", underscores=True)(lora)
+        write(path, tensors | {f"lora_transformer_{name.replace('.', '_')}.alpha": torch.tensor(3.0) for name in lora})
+    elif kind == "alpha":
+        write(path, load_file(path) | {f"transformer.{name}.alpha": torch.tensor(3.0) for name in lora})
+    elif kind in ("PEFT", "rsLoRA"):
+        settings = {"r": 2, "lora_alpha": 6, "target_modules": list(lora), "use_rslora": kind == "rsLoRA",
+                    "alpha_pattern": {"transformer_blocks.1.attn.to_k": 5, "proj_mlp": 1}}
+        write(path, load_file(path), {"lora_adapter_metadata": json.dumps({f"transformer.{k}": v for k, v in settings.items()})})
+    elif kind == "xlabs":
+        write(path, xlabs(lora))
+    theirs, ours = diffusers_updates(path, config), load_lora(path, config)
+    assert theirs.keys() == ours.keys() and len(ours) == (16 if kind == "xlabs" else len(lora))
+    for name, (A, B) in ours.items():
+        assert torch.allclose(B @ A, theirs[name], rtol=1e-5, atol=1e-6), name

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import sample
 from flux_model import Flux, FluxConfig, denoise, get_noise
@@ -162,6 +163,26 @@ def test_loras_and_strengths():
     assert all(np.any(a != b) for i, a in enumerate(different) for b in different[:i])
     assert Image.open("both.png").text["loras"] == "a:0.5.safetensors:0.5, b.safetensors:-0.5"
     assert Image.open("a.png").text["loras"] == "a:0.5.safetensors:1"
+
+
+def test_lora_as_another_program_writes_it(capsys):
+    """Other endings, one key with a prefix of its own, embeddings beside: the same picture, and a note."""
+    make_lora("a.safetensors")
+    tensors = {key.removeprefix("transformer.").replace("lora_A", "lora.down").replace("lora_B", "lora.up"): tensor
+               for key, tensor in load_file("a.safetensors").items()}
+    key = next(iter(tensors))
+    tensors[f"model.diffusion_model.{key}"] = tensors.pop(key)
+    save_file(tensors | {"bundle_emb.me.t5": torch.ones(2, 4)}, "b.safetensors")
+    for name in "ab":
+        assert run("a cat", "--lora", f"{name}.safetensors", "--out", f"{name}.png") == 0
+    assert np.array_equal(pixels("a.png"), pixels("b.png"))
+    assert "note: b.safetensors: 1 tensors of embeddings are not used: 'bundle_emb.me.t5'\n" in capsys.readouterr().err
+    for key, kind in (("lora_unet_img_in.lokr_w1", "LoKr"), ("transformer.x_embedder.lora_magnitude_vector", "DoRA"),
+                      ("transformer.transformer_blocks.0.ff.linear_in.lora_A.weight", "FLUX.2")):
+        save_file({key: torch.ones(2, 2)}, "c.safetensors")
+        assert run("a cat", "--lora", "c.safetensors") == 2
+        error = capsys.readouterr().err
+        assert "c.safetensors is a" in error and kind in error and error.count("\n") == 1, error
 
 
 def test_lora_names_with_colons():
