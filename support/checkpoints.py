@@ -492,7 +492,7 @@ def bytes_beside(folder: Place, dtype: torch.dtype, work: Work) -> tuple[Flux, f
 def check_fit(args: Namespace, device: torch.device, work: Work) -> None:
     """Before anything is read: prints its share of the device's memory; ValueError where that is too much."""
     if args.fp8 and device.type == "mps":
-        raise ValueError("--fp8 does not work on mps, which has no 8-bit floats; --offload saves memory there")
+        raise ValueError("--fp8 does not work on mps, which has no 8-bit floats: try --offload")
     flux, beside = bytes_beside(args.folder, args.dtype, work)
     line = check_memory(flux, device, args.dtype, args.fp8, args.offload, beside)
     if device.type != "cpu":
