@@ -157,12 +157,13 @@ class TensorFiles:
         scale = self.raw[self.scales[name]].get_tensor(self.prefix + self.scales[name]).float()
         return scale.view(-1, 1) if scale.numel() > 1 else scale.view(1)
 
-    def quantized(self, name: str) -> tuple[Tensor, Tensor]:
-        """A weight (d_out, d_in) as float8_e4m3 with scales (d_out, 1); one in 8 bits stays as it is."""
+    def quantized(self, name: str, device: Device = "cpu") -> tuple[Tensor, Tensor]:
+        """A weight (d_out, d_in) as float8_e4m3 with scales (d_out, 1), computed on `device`; one that has 8
+        bits stays as it is."""
         tensor = self.file_of[name].get_tensor(self.prefix + name)
         if tensor.dtype == E4M3:
             return tensor, self.scale(name).expand(len(tensor), 1)
-        return quantize_rows(self[name])
+        return quantize_rows(self[name].to(device))
 
 
 def weight_files(folder: Path, stem: str = "diffusion_pytorch_model") -> list[Path]:
@@ -220,7 +221,8 @@ def load_weights(model: nn.Module, files: TensorFiles, sources: Callable[[str], 
         in_8_bits = isinstance(layer, Fp8Linear) and attribute == "weight"
         weight = layer.weight if in_8_bits else torch.empty(parameter.shape, dtype=dtype, device=device)
         for part in plan[name]:
-            tensor, scale = files.quantized(part) if in_8_bits else (files[part], None)
+            # in 8 bits where the other weights go: a card takes seconds for what costs a CPU minutes
+            tensor, scale = files.quantized(part, place("img_in")) if in_8_bits else (files[part], None)
             rows = slice(row, row + len(tensor))
             weight[rows].copy_(tensor.view(tensor.shape + (1,) * (weight.dim() - tensor.dim())))
             if in_8_bits:

@@ -434,7 +434,7 @@ class Shapes:
     def __getitem__(self, name):
         return torch.empty(self.shapes[name], dtype=torch.bfloat16)
 
-    def quantized(self, name):
+    def quantized(self, name, device):
         rows = self.shapes[name][0]
         return torch.empty(self.shapes[name], dtype=torch.float8_e4m3fn), torch.empty(rows, 1)
 
