@@ -4,22 +4,29 @@
 
 Sources: Meta-LoRA, section "Stage-2: Test-time ID Personalization" (the crops); MTCNN as packaged by
 facenet-pytorch, weights included. Deviations: the paper does not say what "face centred" means beside a
-border. Here a crop keeps its size and moves, see `face_crops`. Embedded colour profiles are ignored.
+border. Here a crop keeps its size and moves, see `face_crops`.
 """
 import functools
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageChops, ImageCms, ImageOps, PngImagePlugin
 from torch import Tensor, nn
 
 from support.common import check_writable, note, save_png
 
 SUFFIXES = set(".avif .bmp .gif .jfif .jp2 .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split())
+LARGEST = 16384 * 12288                          # pixels; the largest sensors of phones, 200 megapixels
+HALVED = 2 ** 26                                 # pixels from which a picture is read at half its sides
+HEIF_BRANDS = b"heic heix heim heis hevc hevx hevm hevs mif1 msf1".split()       # at byte 8, after "ftyp"
+HEIF_SUFFIXES = {".heic", ".heif", ".hif"}
 MIN_SIDE = 16                                    # pixels; one image token
 ASPECTS = {"16:9": 16 / 9, "4:3": 4 / 3, "1:1": 1, "3:4": 3 / 4, "9:16": 9 / 16}    # of crops, width / height
 FACE_SCALES = (1.5, 2, 2.5, 3.5, 4.5)            # shorter side of a crop / longer side of the face
@@ -38,29 +45,32 @@ def image_files(folder: str | Path) -> list[Path]:
 
 
 def read_photo(path: str | Path) -> Image.Image:
-    """Any picture that Pillow reads -> PIL image, mode RGB, upright by its EXIF orientation.
+    """Any picture that Pillow reads -> PIL image, mode RGB in sRGB, upright by its EXIF orientation.
 
-    The first frame of an animation, transparency on white. ValueError, one line naming the file: no whole
-    picture, under 16 pixels a side, or over some 179 megapixels.
+    The first frame of an animation, transparency on white; over 67 megapixels at half its sides, which
+    info["reduced"] then says. ValueError, one line naming the file: no whole picture, under 16 pixels a
+    side, or over 200 megapixels. A JPEG without its last bytes is read, with a note.
     """
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder, not a picture")
     if not path.is_file():
-        raise ValueError(f"no such picture: {path}")
+        raise ValueError(f"{path} is a dead link" if path.is_symlink() else f"no such picture: {path}")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")      # phones do take the 90 megapixels that Pillow warns about
-            with Image.open(path) as image:
-                image.load()
-                image = to_rgb(ImageOps.exif_transpose(image))
+        with open(path, "rb") as file, generous_limits():
+            head = file.read(12)
+            if is_heif := head[4:8] == b"ftyp" and head[8:] in HEIF_BRANDS:
+                can_read_heif()
+            image = decode(path)
     except Image.UnidentifiedImageError as error:
-        hint = "; convert HEIC to JPEG or PNG first" if path.suffix.lower() in (".heic", ".heif") else ""
+        hint = ""
+        if is_heif or path.suffix.lower() in HEIF_SUFFIXES:
+            hint = " as HEIC" if can_read_heif() else "; HEIC is read after: pip install pillow-heif"
         raise ValueError(f"{path} is not a picture that can be read{hint}") from error
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{path} is too large: over {2 * Image.MAX_IMAGE_PIXELS:,} pixels") from error
+    except Image.DecompressionBombError:
+        raise ValueError(f"{path} is too large: over {LARGEST:,} pixels") from None
     except Exception as error:                   # on broken files the decoders raise whatever they stumble on
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path} is damaged or cannot be read: {reason}") from error
@@ -70,16 +80,99 @@ def read_photo(path: str | Path) -> Image.Image:
     return image
 
 
+@contextmanager
+def generous_limits() -> Iterator[None]:
+    """Pillow's guards against bombs, raised to what sound pictures hold: editors write megabytes of text."""
+    png = PngImagePlugin
+    before = Image.MAX_IMAGE_PIXELS, png.MAX_TEXT_CHUNK, png.MAX_TEXT_MEMORY
+    Image.MAX_IMAGE_PIXELS, png.MAX_TEXT_CHUNK, png.MAX_TEXT_MEMORY = LARGEST / 2, 2 ** 28, 2 ** 29
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")      # Pillow warns from half of its limit on
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS, png.MAX_TEXT_CHUNK, png.MAX_TEXT_MEMORY = before
+
+
+@functools.cache
+def can_read_heif() -> bool:
+    """Teaches Pillow to read HEIC, where pillow-heif is installed."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return False
+    register_heif_opener()
+    return True
+
+
+def decode(path: Path) -> Image.Image:
+    """An image file -> RGB, upright, half as large in each direction where it is huge."""
+    with Image.open(path) as image:
+        reduced = 1 + (image.width * image.height > HALVED)
+        size = image.width // reduced, image.height // reduced
+        image.draft(None, size)                  # of JPEG alone: scaled while it is decoded
+        try:
+            image.load()
+        except OSError:
+            if image.format not in ("JPEG", "MPO"):
+                raise
+            image = mend_jpeg(path, size)
+        image = to_rgb(ImageOps.exif_transpose(image))
+    if image.width * image.height > HALVED:
+        image = image.reduce(reduced)
+    image.info["reduced"] = reduced
+    return image
+
+
+def mend_jpeg(path: Path, size: tuple[int, int]) -> Image.Image:
+    """A JPEG that lacks its end, with a note. OSError where more than a fiftieth of the picture is lost."""
+    data = path.read_bytes().rstrip(b"\xff")     # half a marker
+
+    def finish(filler: bytes) -> Image.Image:    # with an end marker the decoder makes up what is missing
+        image = Image.open(BytesIO(data + filler + b"\xff\xd9"))
+        image.draft(None, size)
+        image.load()
+        return image
+
+    image = finish(b"")
+    # what depends on the bytes that follow was not in the file
+    other = finish(b"\x55" * (image.width * image.height // 8 + 1000))
+    lost = np.asarray(ImageChops.difference(image, other)).reshape(image.height, image.width, -1).any(-1).mean()
+    if lost > 0.02:
+        raise OSError("its end is missing")
+    note(f"{path} lacks its last bytes; the rest is used")
+    return image
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
-    """PIL image of any mode -> mode RGB. Pillow's own conversion clips 16 bits and drops transparency."""
+    """PIL image of any mode -> mode RGB, sRGB. Pillow's own conversion clips 16 bits, drops transparency."""
+    profile, alpha = image.info.get("icc_profile"), None
     if image.mode.startswith("I") or image.mode == "F":    # no white point is stated: the first that fits
         values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0, neginf=0)
         whites = (1, 255) if image.mode == "F" else (65535,)
         white = next((w for w in whites if values.max() <= w), values.max())
         image = Image.fromarray((values / white * 255).clip(0, 255).round().astype(np.uint8))
     elif image.has_transparency_data:
+        kind = "L" if image.mode.startswith("L") else "RGB"
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image, alpha = image.convert(kind), image.getchannel("A")
+    elif image.mode == "P":
+        image = image.convert("RGB")
+    image = to_srgb(image, profile)
+    if alpha:
+        image.putalpha(alpha)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image
+
+
+def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """The colours that the profile gives the numbers; without one, or with a broken one, they are sRGB's."""
+    try:
+        own = ImageCms.ImageCmsProfile(BytesIO(profile)) if profile else None
+        if own and not ImageCms.getProfileDescription(own).startswith("sRGB"):
+            return ImageCms.profileToProfile(image, own, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        pass                                     # viewers do the same
     return image.convert("RGB")
 
 
