@@ -126,6 +126,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "this side; several: every crop at each (default: the model's; 1024 for FLUX.1)")
     add("--prompt", help="what every crop is called (default: the model's; 'a photo of a person' for FLUX.1)")
     add("--no-augment", action="store_true", help="the whole photo instead of crops and mirror images")
+    add("--box", type=int, nargs=4, metavar=("X0", "Y0", "X1", "Y1"), help="the subject, if it is no face")
     add("--seed", type=int, default=0, help="one CPU and one seed: the same weights to the bit (default: 0)")
     add("--save-at", type=positive, nargs="+", default=[], metavar="N",
         help="also write out-00000N.safetensors after N steps, and so on")
@@ -152,8 +153,7 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"no such LoMD: {args.lomd}")
     if args.lomd and args.out.exists() and args.out.samefile(args.lomd):
         raise ValueError(f"--out would overwrite the LoMD {args.lomd}")
-    for path in args.photos:
-        photos.read_photo(path)
+    photos.check_photos(args.photos, args.box, not args.no_augment)
     args.device = pick_device(args.device)
     take_model(args, args.device, args.method)
     use_threads(args.device.type == "cpu" and is_small(args.folder))
@@ -183,7 +183,8 @@ def prepare(args: argparse.Namespace, lap: Callable[[str], None]) -> tuple:
         lomd, lomd_name, untrained = read_lomd(args.folder, args.lomd)
         if args.rank > (r1 := len(next(iter(lomd.values())))):
             note(f"over a LoMD of {r1} rows --rank {args.rank} can do no more than {r1}")
-    crops = photos.load_crops(args.photos, args.resolution, not args.no_augment, args.aspects, args.scales)
+    crops = photos.load_crops(args.photos, args.resolution, not args.no_augment, args.aspects, args.scales,
+                              args.box)
     if args.save_crops:
         photos.save_crops(crops, args.save_crops)
     if untrained:

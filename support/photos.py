@@ -137,8 +137,8 @@ def mend_jpeg(path: Path, size: tuple[int, int]) -> Image.Image:
     image = finish(b"")
     # what depends on the bytes that follow was not in the file
     other = finish(b"\x55" * (image.width * image.height // 8 + 1000))
-    lost = np.asarray(ImageChops.difference(image, other)).reshape(image.height, image.width, -1).any(-1).mean()
-    if lost > 0.02:
+    lost = np.asarray(ImageChops.difference(image, other)) > 0
+    if lost.reshape(image.height, image.width, -1).any(-1).mean() > 0.02:
         raise OSError("its end is missing")
     note(f"{path} lacks its last bytes; the rest is used")
     return image
@@ -299,30 +299,91 @@ def to_sizes(picture: Image.Image, resolutions: list[int]) -> list[Image.Image]:
     return list(sized.values())
 
 
+def check_photos(paths: list[str], box: list[int] | None, augment: bool) -> None:
+    """ValueError for a photo that cannot be read, and for a --box that does not fit."""
+    if box and (len(paths) > 1 or not augment):
+        raise ValueError("--box is for one photo and its crops: "
+                         + ("leave out --no-augment" if not augment else f"{len(paths)} photos are given"))
+    for path in paths:
+        photo = read_photo(path)
+        if box:
+            width, height = (length * photo.info["reduced"] for length in photo.size)
+            x0, y0, x1, y1 = box
+            if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
+                raise ValueError(f"--box {x0} {y0} {x1} {y1} must be X0 < X1 and Y0 < Y1 within {path}, "
+                                 f"which is {width} x {height} pixels")
+
+
+def parts_of(image: Image.Image, number: int) -> list[Box]:
+    """Boxes of 1 / number of the sides that overlap by half, so that each small thing is whole in one."""
+    w, h = image.width / number, image.height / number
+    return [(round(x * w / 2), round(y * h / 2), round(x * w / 2 + w), round(y * h / 2 + h))
+            for y in range(2 * number - 1) for x in range(2 * number - 1)]
+
+
+def find_anywhere(image: Image.Image, path: Path) -> tuple[Image.Image, list[Face]]:
+    """A picture -> itself, or turned with a note, and the faces in it, found in parts of it if need be.
+
+    As it is, turned, then in parts: an upright face of any size counts before a lying one among details.
+    """
+    turn = Image.Transpose
+    turned = {0: image} | {angle: image.transpose(way) for angle, way in
+                           ((90, turn.ROTATE_90), (180, turn.ROTATE_180), (270, turn.ROTATE_270))}
+    others = [90, 180, 270]
+    # the detector sees at most 1024 x 1024; a part of a small picture is a handful of pixels
+    parts = [([0], 2), ([0], 4), (others, 2)] if image.width * image.height > FLOOR ** 2 else []
+    for angles, number in [([0], 1), (others, 1), *parts]:
+        best = []
+        for angle in angles:
+            view = turned[angle]
+            for x, y, x1, y1 in parts_of(view, number):
+                faces = find_faces(view.crop((x, y, x1, y1)) if number > 1 else view)
+                # many looks at little: more is asked for
+                sure = [f for f in faces if number == 1 or f[4] > 0.99]
+                here = [(f[0] + x, f[1] + y, f[2] + x, f[3] + y, f[4]) for f in sure]
+                if here and (not best or here[0][4] > best[1][0][4]):
+                    best = [angle, here]
+        if best:
+            angle, faces = best
+            if angle:
+                note(f"no face in {path} as it is; it is taken turned by {angle} degrees to the left")
+            if number > 1:
+                x0, y0, x1, y1 = map(round, faces[0][:4])
+                note(f"the face in {path} is small: {x1 - x0} x {y1 - y0} pixels at ({x0}, {y0})")
+            return turned[angle], faces
+    raise ValueError(f"no face found in {path}, turned or enlarged: --box X0 Y0 X1 Y1 says where the subject is, "
+                     "in pixels, and --no-augment takes whole photos")
+
+
 def load_crops(paths: list[str | Path], resolutions: list[int], augment: bool = True,
-               aspects: list[str] | None = None, scales: list[float] | None = None) -> list[Crop]:
+               aspects: list[str] | None = None, scales: list[float] | None = None,
+               box: list[int] | None = None) -> list[Crop]:
     """Photos of one person -> the crops of all of them; without `augment` each photo as a whole.
 
-    Of several faces the largest counts. ValueError names a photo that cannot be read or shows no face.
+    box: where the subject is (x0, y0, x1, y1), in pixels of the one photo; else its face is looked for. Of
+    several faces the largest counts. ValueError names a photo that cannot be read or shows no face.
     """
     crops = []
     for path in map(Path, paths):
         photo = read_photo(path)
         boxes, head = [(0, 0, *photo.size)], None
-        if augment:
-            faces = find_faces(photo)            # on the CPU, so that crops are the same on any device
-            if not faces:
-                raise ValueError(f"no face found in {path}; --no-augment takes whole photos, faces or not")
+        if augment and box:
+            subject = tuple(round(edge / photo.info["reduced"]) for edge in box)
+            inner = subject
+        elif augment:
+            photo, faces = find_anywhere(photo, path)    # on the CPU: the same crops on any device
             if len(faces) > 1:
                 x, y, x1, y1 = map(round, faces[0][:4])
                 largest = f"{x1 - x} x {y1 - y} pixels at ({x}, {y})"
                 note(f"{len(faces)} faces in {path}; taking the largest, {largest}")
-            boxes, head = face_crops(*photo.size, faces[0], aspects, scales), Image.new("L", photo.size)
-            head.paste(255, head_box(faces[0]))
-        for box in boxes:
-            pictures = to_sizes(photo.crop(box), resolutions)
-            heads = to_sizes(head.crop(box), resolutions) if head else [None] * len(pictures)
-            crops += [Crop(picture, path, box, own) for picture, own in zip(pictures, heads)]
+            subject, inner = faces[0], head_box(faces[0])
+        if augment:
+            boxes, head = face_crops(*photo.size, subject, aspects, scales), Image.new("L", photo.size)
+            head.paste(255, inner)
+        for place in boxes:
+            pictures = to_sizes(photo.crop(place), resolutions)
+            heads = to_sizes(head.crop(place), resolutions) if head else [None] * len(pictures)
+            crops += [Crop(picture, path, place, own) for picture, own in zip(pictures, heads)]
     return crops
 
 

@@ -396,6 +396,52 @@ def test_ctrl_c_saves_what_there_is(run, head, monkeypatch):
     assert not list(Path().glob("none*"))
 
 
+# where the subject is
+
+def test_a_box_is_enough_where_there_is_no_face(run):
+    drawing = Image.new("RGB", (300, 200), "white")
+    ImageDraw.Draw(drawing).rectangle((140, 60, 200, 120), fill="red")
+    drawing.save("pet.png")
+    result = run("pet.png")
+    assert refused(result, "no face found in pet.png") and "--box" in result[2]
+    code, _, err = run("pet.png", "--box", 140, 60, 200, 120, "--save-crops", "crops", "--out", "pet.safetensors")
+    assert code == 0 and err.count("\n") == 1 and "LoMD is random" in err and Path("pet.safetensors").exists()
+    crops = photos.load_crops(["pet.png"], [64], box=[140, 60, 200, 120])
+    assert [c.box for c in crops] == photos.face_crops(300, 200, (140, 60, 200, 120))
+    assert len(list(Path("crops").iterdir())) == len(crops)
+    for crop in crops:
+        red = np.asarray(crop.picture)[..., 1] < 128
+        assert (red == (np.asarray(crop.head) > 128)).mean() > 0.9                     # what counts is the subject
+
+
+def test_a_box_of_a_huge_photo_is_in_its_own_pixels(tmp_path, monkeypatch):
+    path = tmp_path / "huge.png"
+    Image.new("RGB", (600, 400)).save(path)
+    plain = photos.load_crops([path], [64], box=[200, 100, 300, 200])
+    monkeypatch.setattr(photos, "HALVED", 200_000)
+    photos.check_photos([path], [500, 300, 600, 400], True)
+    half = photos.load_crops([path], [64], box=[200, 100, 300, 200])
+    assert [c.box for c in half] == photos.face_crops(300, 200, (100, 50, 150, 100)) and len(half) == len(plain)
+
+
+@pytest.mark.parametrize("args, word", [
+    ([ASTRONAUT, "--box", 10, 10, 10, 90], "512 x 512"), ([ASTRONAUT, "--box", 10, 10, 90, 513], "512 x 512"),
+    ([ASTRONAUT, "--box", -1, 10, 90, 90], "--box"), ([ASTRONAUT, "--box", 1, 2, 3], "--box"),
+    ([ASTRONAUT, "--box", 1, 2, 30, "nan"], "--box"),
+    ([ASTRONAUT, ASTRONAUT, "--box", 1, 2, 30, 40], "2 photos"),
+    ([ASTRONAUT, "--no-augment", "--box", 1, 2, 30, 40], "--no-augment"),
+])
+def test_boxes_that_do_not_fit(run, args, word):
+    assert refused(run(*args), word) and not list(Path().iterdir())
+
+
+def test_a_lying_photo_trains_as_the_upright_one(run, head):
+    Image.open(head).transpose(Image.Transpose.ROTATE_90).save("lying.png")
+    assert run(head, "--out", "upright.safetensors")[0] == 0
+    code, _, err = run("lying.png", "--out", "lying.safetensors")
+    assert code == 0 and "note: no face in lying.png as it is" in err and same("lying", "upright")
+
+
 # what it refuses
 
 def make_bad_photos():

@@ -400,6 +400,25 @@ def test_no_face():
         assert photos.find_faces(image) == []
 
 
+@pytest.mark.parametrize("way, angle", [(2, 270), (3, 180), (4, 90)])
+def test_a_turned_photo_is_turned_back(capsys, way, angle):
+    image = photos.read_photo(ASTRONAUT)
+    found, faces = photos.find_anywhere(image.transpose(way), Path("lying.jpg"))
+    assert np.array_equal(np.asarray(found), np.asarray(image)) and faces == photos.find_faces(image)
+    assert capsys.readouterr().err == f"note: no face in lying.jpg as it is; it is taken turned by {angle} degrees to the left\n"
+    assert photos.find_anywhere(image, Path("up.jpg"))[0] is image and capsys.readouterr().err == ""
+
+
+def test_a_small_face_is_found_in_a_part(capsys):
+    face = photos.read_photo(ASTRONAUT).resize((200, 200), Image.BICUBIC)              # its face is 34 pixels wide
+    scene = texture(4000, 3000).resize((1, 1)).resize((4000, 3000))
+    scene.paste(face, (2300, 1500))
+    assert not photos.find_faces(scene)
+    (box,) = photos.find_anywhere(scene, Path("far.jpg"))[1]
+    assert overlap(box, [place + v * 200 / 512 for place, v in zip((2300, 1500) * 2, (180, 61, 268, 172))]) > 0.7
+    assert capsys.readouterr().err.startswith("note: the face in far.jpg is small: 3")
+
+
 def test_importing_photos_does_not_import_the_detector():
     code = "import sys; from support import photos; sys.exit('facenet_pytorch' in sys.modules or 'torchvision' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
