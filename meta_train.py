@@ -4,7 +4,7 @@
     python meta_train.py --data faces/ --model baby               # the same on a laptop
     torchrun --nproc-per-node 8 meta_train.py --data buckets/     # each GPU its own share of the people
 
-buckets/<bucket>/<person>/<pictures, captions as .txt>; a flat faces/<person>/ is cut into buckets. The same
+buckets/<bucket>/<person>/<pictures and captions>; a flat faces/<person>/ is cut into buckets. The same
 command goes on where the last one ended, however it ended: the run's state is its checkpoints and the bank of
 people in --run. Every random number depends on the seed and on where the run is, nothing else.
 
@@ -33,7 +33,7 @@ from support.checkpoints import (add_speed_options, find_targets, flux_fingerpri
 from support.common import (Interruption, Parser, check_apart, check_out_file, check_training, count,
                             free, note, positive, run_script, write_whole)
 from support.lora_files import random_lomd, save_lomd
-from support.people import Buckets, Cache, DiskBank, data_fingerprint, read_buckets
+from support.people import Buckets, Cache, DiskBank, data_fingerprint, read_buckets, tell_bare
 from support.runs import Checkpoints, Group, Log, compare_settings, draw_preview, locked, plot
 from support.speed import plan_recompute, recompute_blocks
 
@@ -361,6 +361,7 @@ def meta_train(argv: list[str] | None) -> None:
                 print(f"{args.people} people, {pictures} pictures, {len(buckets)} buckets; "
                       f"{args.iters} iterations, {len(run.passes)} passes over a bucket"
                       + (f"; going on from iteration {run.iteration}" if run.iteration else ""))
+                tell_bare(buckets)
                 if len(run.passes) < len(buckets):
                     note(f"{len(buckets) - len(run.passes)} buckets are never used; raise --iters")
             run.train()

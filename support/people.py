@@ -1,7 +1,7 @@
 """Stage 1's data: folders of people, captions, buckets; latents and text encoded once; everybody's rows on
 disk.
 
-    buckets/<bucket>/<person>/<pictures, captions beside them as .txt>, or faces/<person>/<pictures>, which is
+    buckets/<bucket>/<person>/<pictures, captions as folders.py says>, or faces/<person>/<pictures>, which is
     cut into buckets
 """
 import collections
@@ -23,7 +23,8 @@ from tqdm import tqdm
 from support.checkpoints import (TensorFiles, fingerprint, load_autoencoder, load_text_encoders, locate,
                                  weight_files)
 from support.common import JsonFile, note, whole
-from support.photos import fit_to_grid, grid_size, image_files, read_photo, to_tensor
+from support.folders import Captions, unused
+from support.photos import fit_to_grid, grid_size, image_files, read_photo, subfolders, to_tensor, visible
 
 MIN_PICTURES = 2          # of one picture M and U would learn the picture, not the person
 PARTS = "weight", "exp_avg", "exp_avg_sq", "steps"                         # of an IdentityBank (metalora.py)
@@ -45,20 +46,19 @@ Buckets = dict[str, dict[str, list[Picture]]]            # {bucket: {person: pic
 
 def find_people(data: Path) -> tuple[dict[str, dict[str, Path]], list[str]]:
     """Folder -> ({bucket: {person: folder}}, problems). A flat folder of people is one bucket, named ""."""
-    def folders(parent):
-        return [p for p in sorted(parent.iterdir()) if p.is_dir() and not p.name.startswith(".")]
-
     people, flat, problems = {}, {}, []
     if image_files(data):
         problems.append(f"{image_files(data)[0]} is in nobody's folder")
-    for folder in folders(data):
-        loose, inner = image_files(folder), folders(folder)
+    problems += dead_links(data)
+    for folder in subfolders(data):
+        loose, inner = image_files(folder), subfolders(folder)
         if loose and not any(map(image_files, inner)):    # a person, although somebody made folders in theirs
             problems += [f"{odd} is a folder inside a person's" for odd in inner]
             inner = []
         if inner and loose:
             problems.append(f"{folder} holds people and also loose pictures, such as {loose[0].name}")
         if inner:
+            problems += dead_links(folder)
             people[folder.name] = {person.name: person for person in inner}
         else:
             flat[folder.name] = folder
@@ -67,22 +67,14 @@ def find_people(data: Path) -> tuple[dict[str, dict[str, Path]], list[str]]:
     for folder in flat.values():
         problems.append(f"{folder} is no bucket as the others are: it holds no people")
     for folder in (person for bucket in people.values() for person in bucket.values()):
-        problems += [f"{inner} is a folder inside a person's" for inner in folders(folder)]
+        problems += [f"{inner} is a folder inside a person's" for inner in subfolders(folder)]
     return people, problems
 
 
-def read_caption(path: Path) -> str | None:
-    """Text of the .txt beside a picture, None where there is none."""
-    path = path.with_suffix(".txt")
-    if not path.is_file():
-        return None
-    try:
-        caption = " ".join(path.read_text("utf-8-sig").split())
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not text in UTF-8") from None
-    if not caption:
-        raise ValueError(f"{path} is empty")
-    return caption
+def dead_links(folder: Path) -> list[str]:
+    """A line for each link to somebody's folder that is gone."""
+    return [f"{path} is a dead link" for path in visible(folder)
+            if path.is_symlink() and not path.exists() and path not in image_files(folder)]
 
 
 def read_people(data: Path, smallest: int, known: dict, show: bool = True) -> tuple[Buckets, list[str]]:
@@ -92,9 +84,12 @@ def read_people(data: Path, smallest: int, known: dict, show: bool = True) -> tu
     height]} of pictures that were decoded before; filled in.
     """
     people, problems = find_people(data)
+    captions = Captions(data)
 
     def examine(path):
         try:
+            if not path.is_file():
+                read_photo(path)                 # says what it is
             status = path.stat()
             found = known.get(str(path), [])
             if found[:2] != [status.st_size, status.st_mtime_ns]:
@@ -104,18 +99,19 @@ def read_people(data: Path, smallest: int, known: dict, show: bool = True) -> tu
             if min(found[3:]) < smallest:
                 raise ValueError(f"{path} is {found[3]} x {found[4]} pixels; "
                                  f"its sides must be {smallest} or more")
-            return Picture(path, *found[2:], read_caption(path))
+            return Picture(path, *found[2:], captions.of(path))
         except (ValueError, OSError) as error:
             return str(error)
 
     everyone = [(bucket, person, folder) for bucket in people for person, folder in people[bucket].items()]
-    # HEIC is looked at although it cannot be read: phones make it, and it would be missed in silence
-    files = {folder: sorted({*image_files(folder), *folder.glob("[!.]*.[hH][eE][iI][cCfF]")})
-             for _, _, folder in everyone}
+    files = {folder: image_files(folder) for _, _, folder in everyone}
     paths = [path for folder in files for path in files[folder]]
     bar = tqdm(paths, "checking pictures", disable=None if show else True, leave=False)
     found = {path: examine(path) for path in bar}
-    problems += [result for result in found.values() if isinstance(result, str)]
+    # a damaged metadata.jsonl is the problem of many pictures
+    problems += dict.fromkeys(result for result in found.values() if isinstance(result, str))
+    for line in filter(None, (unused(folder, captions) for folder in files)) if show else ():
+        note(line)
 
     owners = collections.defaultdict(list)
     for folder, pictures in files.items():
@@ -175,6 +171,14 @@ def read_buckets(data: Path, listing: Path, smallest: int, skip_bad: bool, size:
     if not people:
         raise ValueError(f"{data} holds no people with pictures")
     return make_buckets(people, size, seed), known
+
+
+def tell_bare(buckets: Buckets) -> None:
+    """Notes how many pictures have no caption, where others have one."""
+    pictures = [picture for members in buckets.values() for own in members.values() for picture in own]
+    bare = sum(picture.caption is None for picture in pictures)
+    if 0 < bare < len(pictures):
+        note(f"{bare} of {len(pictures)} pictures have no caption of their own, and take that of --prompt")
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -22,11 +22,15 @@ from torch import Tensor, nn
 
 from support.common import check_writable, note, save_png
 
-SUFFIXES = set(".avif .bmp .gif .jfif .jp2 .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split())
+HEIF_SUFFIXES = {".heic", ".heif", ".hif"}
+NO_PICTURES = {"BUFR", "GRIB", "HDF5", "MPEG"}   # Pillow knows these, and decodes none
+SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items()
+            if (kind in Image.OPEN or kind == "MPO") and kind not in NO_PICTURES} | HEIF_SUFFIXES
+LITTER = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir", "$recycle.bin",
+          "system volume information", "lost+found"}           # of operating systems, beside hidden files
 LARGEST = 16384 * 12288                          # pixels; the largest sensors of phones, 200 megapixels
 HALVED = 2 ** 26                                 # pixels from which a picture is read at half its sides
 HEIF_BRANDS = b"heic heix heim heis hevc hevx hevm hevs mif1 msf1".split()       # at byte 8, after "ftyp"
-HEIF_SUFFIXES = {".heic", ".heif", ".hif"}
 MIN_SIDE = 16                                    # pixels; one image token
 ASPECTS = {"16:9": 16 / 9, "4:3": 4 / 3, "1:1": 1, "3:4": 3 / 4, "9:16": 9 / 16}    # of crops, width / height
 FACE_SCALES = (1.5, 2, 2.5, 3.5, 4.5)            # shorter side of a crop / longer side of the face
@@ -35,13 +39,22 @@ Box = tuple[int, int, int, int]                  # x0, y0, x1, y1
 FLOOR = 512                                      # pixels; FLUX.1 was not made for less
 
 
-def image_files(folder: str | Path) -> list[Path]:
-    """Sorted paths of the pictures directly inside `folder`, by suffix, none hidden (as `._face.jpg` is)."""
+def visible(folder: str | Path) -> list[Path]:
+    """Sorted paths of what is directly inside `folder`, without hidden files and litter of systems."""
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"no such folder: {folder}")
-    return sorted(p for p in folder.iterdir()
-                  if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file())
+    return sorted(p for p in folder.iterdir() if not p.name.startswith(".") and p.name.lower() not in LITTER)
+
+
+def subfolders(folder: str | Path) -> list[Path]:
+    """Sorted paths of the visible folders directly inside `folder`."""
+    return [path for path in visible(folder) if path.is_dir()]
+
+
+def image_files(folder: str | Path) -> list[Path]:
+    """Sorted paths of the pictures directly inside `folder`, by suffix; dead links too, to be named."""
+    return [path for path in visible(folder) if path.suffix.lower() in SUFFIXES and not path.is_dir()]
 
 
 def read_photo(path: str | Path) -> Image.Image:
@@ -351,8 +364,8 @@ def find_anywhere(image: Image.Image, path: Path) -> tuple[Image.Image, list[Fac
                 x0, y0, x1, y1 = map(round, faces[0][:4])
                 note(f"the face in {path} is small: {x1 - x0} x {y1 - y0} pixels at ({x0}, {y0})")
             return turned[angle], faces
-    raise ValueError(f"no face found in {path}, turned or enlarged: --box X0 Y0 X1 Y1 says where the subject is, "
-                     "in pixels, and --no-augment takes whole photos")
+    raise ValueError(f"no face found in {path}, turned or enlarged: --box X0 Y0 X1 Y1 says where the subject "
+                     "is, in pixels, and --no-augment takes whole photos")
 
 
 def load_crops(paths: list[str | Path], resolutions: list[int], augment: bool = True,

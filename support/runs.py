@@ -23,7 +23,7 @@ from flux_model import denoise, get_noise
 from support.checkpoints import load_autoencoder, model_defaults
 from support.common import JsonFile, note, pick_device, save_figure, save_png, whole, write_whole
 from support.people import Picture
-from support.photos import read_photo, to_image
+from support.photos import read_photo, to_image, visible
 
 try:
     import fcntl
@@ -57,7 +57,7 @@ def compare_settings(run: Path, settings: dict) -> None:
             raise ValueError(f"{run} is another run: {', '.join(changed)}; "
                              "go on with its settings, or name a new --run")
     elif run.exists() and any(not p.name.startswith(("pictures.json", "settings.json", "lock", "cache"))
-                                   for p in run.iterdir()):      # those, if killed early
+                              for p in visible(run)):            # those, if killed early
         raise ValueError(f"--run {run} holds other files: name a new folder")
 
 
