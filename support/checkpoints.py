@@ -25,6 +25,7 @@ from flux_model import AutoEncoder, AutoEncoderConfig, Flux, FluxConfig, TextEnc
 from support.common import JsonFile
 from support.speed import (E4M3, Fp8Linear, TiledDecoder, check_memory, choose_attention, compile_blocks,
                            offload_blocks, quantize_rows)
+from support.text import LoudTextEncoders
 
 Place = str | Path
 Device = str | torch.device
@@ -360,8 +361,8 @@ def load_text_encoders(folder: Place, device: Device = "cpu", dtype: torch.dtype
             from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
             clip = load_transformers_model(CLIPTextModel, folder / "text_encoder", dtype).to(device)
             t5 = load_transformers_model(T5EncoderModel, folder / "text_encoder_2", dtype).to(device)
-            return TextEncoders(clip, CLIPTokenizer.from_pretrained(folder / "tokenizer"), t5,
-                                T5Tokenizer.from_pretrained(folder / "tokenizer_2"), max_length)
+            return LoudTextEncoders(clip, CLIPTokenizer.from_pretrained(folder / "tokenizer"), t5,
+                                    T5Tokenizer.from_pretrained(folder / "tokenizer_2"), max_length)
     except (OSError, SafetensorError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{folder}: the text encoders cannot be loaded: {reason}") from None

@@ -336,6 +336,15 @@ def test_every_file_of_a_persons_folder_is_used_or_named(run):
     assert line.endswith(": 0.caption, 0.json, 9.txt, film.mp4, gone.md (a dead link), notes.md")
 
 
+def test_a_caption_that_t5_cannot_hold_is_cut_aloud(run, monkeypatch):
+    monkeypatch.setattr(people_files, "load_text_encoders", people_files.load_text_encoders.__wrapped__)
+    make_people(Path("data"), {"ann": 2, "bob": 2})
+    for name in ("ann/0", "bob/1"):
+        Path(f"data/{name}.txt").write_text("a photo of a man, " * 100 + "smiling")
+    code, _, err = run("--batch-size", 2, iters=1)
+    assert code == 0 and err.count("T5 sees 512 tokens") == 1 and "smiling'\n" in err
+
+
 def test_dead_links_are_named(run):
     make_people(Path("data"), {"a/ann": 2, "a/bob": 2})
     Path("data/a/ann/gone.jpg").symlink_to("nowhere.jpg")

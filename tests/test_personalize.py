@@ -396,6 +396,11 @@ def test_ctrl_c_saves_what_there_is(run, head, monkeypatch):
     assert not list(Path().glob("none*"))
 
 
+def test_a_prompt_that_t5_cannot_hold_is_cut_aloud(run, head):
+    code, _, err = run(head, "--prompt", "a photo of a man, " * 100 + "smiling")
+    assert code == 0 and err.count("T5 sees 512 tokens") == 1 and "smiling'\n" in err
+
+
 # where the subject is
 
 def test_a_box_is_enough_where_there_is_no_face(run):

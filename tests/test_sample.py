@@ -296,6 +296,21 @@ def interrupt():
     raise KeyboardInterrupt
 
 
+def test_words_that_t5_cannot_hold_are_named_once_for_each_prompt(capsys, one_load):
+    long = " ".join(f"w{i}" for i in range(300))
+    assert run(long, "a cat", "--num", "2", "--out", "some") == 0
+    line, = (line for line in capsys.readouterr().err.splitlines() if "T5" in line)
+    seen, lost = one_load.t5_tokenizer, line.split(" is ")[-1].strip("'").split()
+    kept = long[:long.index(lost[0])].strip()
+    assert long == f"{kept} {' '.join(lost)}" and "T5 sees 512 tokens" in line
+    assert len(seen(kept).input_ids) <= 512 < len(seen(f"{kept} {lost[0]}").input_ids)
+    assert all(torch.equal(a, b) for a, b in zip(one_load.encode([kept + " " + lost[0]])[0], one_load.encode([long])[0]))
+    fits = load_text_encoders(HUB, "cpu", torch.float32, 256)
+    capsys.readouterr()
+    fits.encode([kept]), fits.encode([kept, "a cat"])                                    # schnell's
+    assert capsys.readouterr().err.count("T5 sees 256 tokens") == 1
+
+
 def test_ctrl_c_saves_what_is_finished(monkeypatch, capsys):
     stop_at_second(monkeypatch, interrupt)
     assert run("a cat", "--num", "3") == 130
