@@ -29,8 +29,8 @@ from metalora import MetaLoRA
 from support import photos
 from support.checkpoints import (add_speed_options, is_small, load_autoencoder, load_text_encoders, open_flux,
                                  take_model)
-from support.common import (Interruption, Parser, check_out_file, check_training, check_writable, free, note,
-                            pick_device, positive, run_script, use_threads)
+from support.common import (Interruption, Parser, check_file, check_out_file, check_training, check_writable,
+                            free, note, pick_device, positive, run_script, use_threads)
 from support.lora_files import read_lomd, save_lora
 from support.speed import blocks_of, is_compiled, plan_recompute, recompute_blocks, seconds_compiling
 
@@ -149,8 +149,8 @@ def check(args: argparse.Namespace) -> None:
     check_training(args)
     if args.lomd and args.method == "lora":
         raise ValueError("--method lora trains its own A and takes no --lomd")
-    if args.lomd and not Path(args.lomd).is_file():
-        raise ValueError(f"no such LoMD: {args.lomd}")
+    if args.lomd:
+        check_file(args.lomd, "LoMD")
     if args.lomd and args.out.exists() and args.out.samefile(args.lomd):
         raise ValueError(f"--out would overwrite the LoMD {args.lomd}")
     photos.check_photos(args.photos, args.box, not args.no_augment)

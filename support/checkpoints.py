@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from flux_model import AutoEncoder, AutoEncoderConfig, Flux, FluxConfig, TextEncoders
-from support.common import JsonFile
+from support.common import JsonFile, not_content
 from support.speed import (E4M3, Fp8Linear, TiledDecoder, check_memory, choose_attention, compile_blocks,
                            offload_blocks, quantize_rows)
 from support.text import LoudTextEncoders
@@ -132,7 +132,8 @@ class TensorFiles:
             try:
                 file = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
-                raise ValueError(f"{path} cannot be read as a safetensors file: {error}") from None
+                why = not_content(path) or f"{error}; if it is torn, download it again"
+                raise ValueError(f"{path} cannot be read as a safetensors file: {why}") from None
             self.metadata |= file.metadata() or {}
             found |= dict.fromkeys(file.keys(), file)
         self.path = files[0] if len(files) == 1 else files[0].parent
@@ -170,11 +171,20 @@ def weight_files(folder: Path, stem: str = "diffusion_pytorch_model") -> list[Pa
     index = folder / f"{stem}.safetensors.index.json"
     names, why = [f"{stem}.safetensors"], ""
     if index.exists():
-        names, why = sorted(set(JsonFile(index)["weight_map"].values())), f", which {index.name} lists"
+        if not isinstance(listed := JsonFile(index)["weight_map"], dict):
+            raise ValueError(f"{index} is no index of weights: its weight_map is no object")
+        names, why = sorted(set(listed.values())), f", which {index.name} lists"
     for name in names:
         if not (folder / name).is_file():
             raise ValueError(f"{folder} lacks {name}{why}: complete the download")
+        check_content(folder / name)
     return [folder / name for name in names]
+
+
+def check_content(path: Path) -> None:
+    """ValueError where a pointer, a web page or nothing stands in the place of a file's content."""
+    if why := not_content(path):
+        raise ValueError(f"{path} cannot be read: {why}")
 
 
 def read_config(kind: type, text: str, path: Path) -> Any:
@@ -341,9 +351,12 @@ def check_text_files(folder: Path) -> None:
         if "tokenizer.json" not in there and not there.issuperset(names):
             needed = f"tokenizer.json or {' and '.join(names)}"
             raise ValueError(f"{folder} holds no whole {part}/: it needs {needed}")
+        for name in there & {"tokenizer.json", *names}:
+            check_content(folder / part / name)
     for part in ("text_encoder", "text_encoder_2"):
         if not (folder / part / "config.json").is_file():
             raise ValueError(f"{folder} holds no whole {part}/: it needs config.json and the weights")
+        JsonFile(folder / part / "config.json")
         weight_files(folder / part, "model")
 
 

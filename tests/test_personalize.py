@@ -492,6 +492,60 @@ def test_malformed_model_resolution_and_lomd(run):
     assert not list(Path().iterdir())
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+ANNEX = b"/annex/objects/SHA256E-s3--aa.safetensors\n"
+
+
+def broken_hub(path, content):
+    """The small model by links, with `content` in the place of one of its files; None: a folder."""
+    for part in MODEL.iterdir():
+        if part.is_dir() and part.name == path.partition("/")[0]:
+            Path("hub", part.name).mkdir(parents=True)
+            for file in part.iterdir():
+                Path("hub", part.name, file.name).symlink_to(file)
+        else:
+            Path("hub").mkdir(exist_ok=True)
+            Path("hub", part.name).symlink_to(part)
+    place = Path("hub", path)
+    place.unlink(missing_ok=True)
+    place.mkdir() if content is None else place.write_bytes(content)
+
+
+@pytest.mark.parametrize("path", ["flux1-dev.safetensors", "ae.safetensors", "text_encoder/model.safetensors",
+                                  "text_encoder_2/model.safetensors"])
+@pytest.mark.parametrize("content, words", [
+    (POINTER, "git lfs pull"), (ANNEX, "git annex get"), (b"<!DOCTYPE html><html>", "web page"), (b"", "empty"),
+    (b"\xff\0\0\0\0\0\0\0{", "")])
+def test_what_stands_in_the_place_of_weights_is_named(run, monkeypatch, path, content, words):
+    monkeypatch.setattr(personalize, "load_text_encoders", load_text_encoders)
+    broken_hub(path, content)
+    result = run(ASTRONAUT, model="hub", method="lora")
+    assert refused(result, f"hub/{path}" if words else "hub") and words in result[2]
+
+
+@pytest.mark.parametrize("path", ["text_encoder/config.json", "text_encoder_2/config.json", "defaults.json",
+                                  "text_encoder_2/model.safetensors.index.json"])
+@pytest.mark.parametrize("content, words", [
+    (POINTER, "git lfs pull"), (b'{"learning_rate": ', "torn"), (b"[1, 2]", "another file"), (b"[[1, 2]]", "another file"),
+    (b"[" * 100_000, "torn"), (b"<html>", "web page"), ("ü".encode("latin-1"), "torn")])
+def test_what_stands_in_the_place_of_settings_is_named(run, path, content, words):
+    broken_hub(path, content)
+    result = run(ASTRONAUT, model="hub", method="lora")
+    assert refused(result, f"hub/{path}") and words in result[2]
+
+
+def test_a_lomd_that_is_none(run, lomd):
+    Path("folder").mkdir()
+    assert refused(run(ASTRONAUT, "--lomd", "folder"), "empty folder")
+    Path("folder/lomd.safetensors").write_bytes(POINTER)
+    assert refused(run(ASTRONAUT, "--lomd", "folder"), "name a file in it (lomd.safetensors")
+    assert refused(run(ASTRONAUT, "--lomd", "folder/lomd.safetensors"), "git lfs pull")
+    Path("gone.safetensors").symlink_to("nowhere")
+    assert refused(run(ASTRONAUT, "--lomd", "gone.safetensors"), "dead link")
+    Path("torn.safetensors").write_bytes(lomd.read_bytes()[:3000])
+    assert refused(run(ASTRONAUT, "--lomd", "torn.safetensors"), "download it again")
+
+
 def test_a_lomd_of_another_model(run, lomd, targets):
     shared, metadata = load_lomd(lomd)
     assert metadata["random"] == "true"

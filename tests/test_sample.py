@@ -296,6 +296,15 @@ def interrupt():
     raise KeyboardInterrupt
 
 
+def test_a_lora_that_is_a_folder_or_a_pointer(capsys):
+    Path("loras").mkdir()
+    Path("loras/a.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    for name, words in (("loras", "name a file in it (a.safetensors"), ("loras/a.safetensors", "git lfs pull")):
+        assert run("a cat", "--lora", name) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and name in err and words in err
+
+
 def test_words_that_t5_cannot_hold_are_named_once_for_each_prompt(capsys, one_load):
     long = " ".join(f"w{i}" for i in range(300))
     assert run(long, "a cat", "--num", "2", "--out", "some") == 0
