@@ -33,7 +33,7 @@ from support.checkpoints import (add_speed_options, find_targets, flux_fingerpri
 from support.common import (Interruption, Parser, check_apart, check_out_file, check_training, count,
                             free, note, positive, run_script, write_whole)
 from support.lora_files import random_lomd, save_lomd
-from support.people import Buckets, Cache, DiskBank, data_fingerprint, read_buckets, tell_bare
+from support.people import Buckets, Cache, DiskBank, data_fingerprint, read_buckets, room_for, tell_bare
 from support.runs import Checkpoints, Group, Log, compare_settings, draw_preview, locked, plot
 from support.speed import plan_recompute, recompute_blocks
 
@@ -118,7 +118,8 @@ class Run:
             args.recompute = plan_recompute(self.adapter, tokens, text, args.batch_size)
         recompute_blocks(flux, args.recompute)
         self.checkpoints = Checkpoints(self.folder, self.group)
-        self.disk = DiskBank(self.folder / "bank", sum(map(len, self.rows)), self.adapter.size)
+        more = room_for(self.cache, self.members, args.prompt, self.adapter)
+        self.disk = DiskBank(self.folder / "bank", sum(map(len, self.rows)), self.adapter.size, more)
         self.resume()
 
     def open_bucket(self, number: int):

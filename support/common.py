@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -32,7 +32,17 @@ def whole(path: str | Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         raise OSError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from None
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):                  # a disk that is gone, or became read-only
+            part.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError that came of writing to an open file names the file, as it does not by itself."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
 def write_whole(path: str | Path, data: bytes) -> None:
@@ -89,7 +99,7 @@ class JsonFile(dict):
             if not isinstance(found, dict):
                 raise ValueError("it holds no object, {...}, and so is another file")
         except (OSError, ValueError, RecursionError) as error:
-            why = not_content(path) or f"{error}; if it is torn, download it again or put it back"
+            why = not_content(path) or f"{error}; if it is torn, put a whole one in its place"
             raise ValueError(f"{path} cannot be read as JSON: {why}") from None
         super().__init__(found)
         self.path = path

@@ -7,11 +7,12 @@ disk.
 import collections
 import hashlib
 import math
+import os
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 from support.checkpoints import (TensorFiles, fingerprint, load_autoencoder, load_text_encoders, locate,
                                  weight_files)
-from support.common import JsonFile, note, whole
+from support.common import JsonFile, naming, note, whole
 from support.folders import Captions, unused
 from support.photos import fit_to_grid, grid_size, image_files, read_photo, subfolders, to_tensor, visible
 
@@ -264,27 +265,59 @@ class Cache:
 # The rows of people
 
 
+def take_room(file: BinaryIO, size: int) -> None:
+    """Makes an open file `size` bytes long and gives it all its blocks; what is in it stays. OSError."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
+    else:                                        # macOS, Windows: zeros, where there is nothing yet
+        file.seek(0, os.SEEK_END)
+        while (missing := size - file.tell()) > 0:
+            file.write(bytes(min(missing, 2 ** 24)))
+
+
+def room_for(cache: Cache, members: list[list[tuple]], prompt: str, adapter: object) -> dict[str, int]:
+    """{"checkpoints", "cache": bytes} that a process is going to write, besides its bank.
+
+    members: [(number, name, pictures)] of each bucket. Two checkpoints are kept while a third is written.
+    """
+    rows = max(map(len, members)) * adapter.size + adapter.shared.weight.numel()
+    pictures = [picture for bucket in members for *_, own in bucket for picture in own]
+    captions = [prompt, *(picture.caption for picture in pictures if picture.caption is not None)]
+    pictures, captions = cache.missing(pictures, captions)
+    # 2 x 16 numbers of 2 bytes for 8 x 8 pixels: a byte for each pixel
+    latents = sum(width * height for picture in pictures for width, height in cache.sizes(picture))
+    text = len(captions) * 512 * adapter.flux.config.context_in_dim * cache.dtype.itemsize
+    return {"checkpoints": 3 * 12 * rows, "cache": latents + text}
+
+
 class DiskBank:
     """Rows of any number of identities in one memory-mapped file: step count, weights and both moments of
     each, in turn.
 
-    Only the rows that are asked for are read. The file starts sparse, and a row whose step count is 0 holds
-    no weights yet. ValueError where the file has another size, or the disk has no room for it.
+    Only the rows that are asked for are read. A row whose step count is 0 holds no weights yet. The file has
+    all its room from the start: to a mapped file with holes, a full disk is a bus error and no exception.
+    more: what else will be written there, {name: bytes}. ValueError where the file has another size, or the
+    disk has no room for all.
     """
     @staticmethod
     def bytes(count: int, size: int) -> int:
         return count * (8 + 12 * size)
 
-    def __init__(self, path: Path, count: int, size: int):
+    def __init__(self, path: Path, count: int, size: int, more: dict[str, int] | None = None) -> None:
         layout = np.dtype([("steps", "<i8"), *((part, "<f4", (size,)) for part in PARTS[:3])])
+        self.path, needed = path, self.bytes(count, size)
         if not path.exists():
-            if (needed := self.bytes(count, size)) > (free := shutil.disk_usage(path.parent).free):
-                raise ValueError(f"the bank of {count} people needs {needed / 1e9:.0f} GB in {path.parent}, "
-                                 f"and {free / 1e9:.0f} GB are free")
+            more = more or {}
+            others = "".join(f", {name} {number / 1e9:.3g} GB" for name, number in more.items())
+            if needed + sum(more.values()) > (free := shutil.disk_usage(path.parent).free):
+                raise ValueError(f"the bank of {count} people needs {needed / 1e9:.3g} GB{others} in "
+                                 f"{path.parent}, and {free / 1e9:.3g} GB are free")
             with whole(path) as part, open(part, "wb") as file:
-                file.truncate(needed)
+                take_room(file, needed)
         if path.stat().st_size != self.bytes(count, size):
             raise ValueError(f"{path} is {path.stat().st_size} bytes, not {count} rows of {layout.itemsize}")
+        with naming(path), open(path, "rb+") as file:         # one of an earlier version is sparse
+            take_room(file, needed)
         self.rows = np.memmap(path, layout, "r+", shape=(count,))
 
     def steps(self) -> Tensor:
@@ -299,4 +332,5 @@ class DiskBank:
         """Puts the rows back, and waits for the disk."""
         for part in PARTS:
             self.rows[part][ids] = getattr(bank, part).cpu().numpy()
-        self.rows.flush()
+        with naming(self.path):
+            self.rows.flush()

@@ -31,6 +31,7 @@ LITTER = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@ead
 LARGEST = 16384 * 12288                          # pixels; the largest sensors of phones, 200 megapixels
 HALVED = 2 ** 26                                 # pixels from which a picture is read at half its sides
 HEIF_BRANDS = b"heic heix heim heis hevc hevx hevm hevs mif1 msf1".split()       # at byte 8, after "ftyp"
+MENDED: set[tuple[Path, int]] = set()            # pictures without their end, with their times: noted once
 MIN_SIDE = 16                                    # pixels; one image token
 ASPECTS = {"16:9": 16 / 9, "4:3": 4 / 3, "1:1": 1, "3:4": 3 / 4, "9:16": 9 / 16}    # of crops, width / height
 FACE_SCALES = (1.5, 2, 2.5, 3.5, 4.5)            # shorter side of a crop / longer side of the face
@@ -153,7 +154,9 @@ def mend_jpeg(path: Path, size: tuple[int, int]) -> Image.Image:
     lost = np.asarray(ImageChops.difference(image, other)) > 0
     if lost.reshape(image.height, image.width, -1).any(-1).mean() > 0.02:
         raise OSError("its end is missing")
-    note(f"{path} lacks its last bytes; the rest is used")
+    if (this := (path.resolve(), path.stat().st_mtime_ns)) not in MENDED:
+        note(f"{path} lacks its last bytes; the rest is used")
+        MENDED.add(this)
     return image
 
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from flux_model import denoise, get_noise
 from support.checkpoints import load_autoencoder, model_defaults
-from support.common import JsonFile, note, pick_device, save_figure, save_png, whole, write_whole
+from support.common import JsonFile, naming, note, pick_device, save_figure, save_png, whole, write_whole
 from support.people import Picture
 from support.photos import read_photo, to_image, visible
 
@@ -179,7 +179,7 @@ class Log:
                 "loss_by_t": [losses[bins == b].mean() if (bins == b).any() else None for b in range(T_BINS)],
                 "seconds": np.mean(seconds), "bytes_sent": int(np.mean(sent)), "peak_gb": memory[-1]}
         rounded = json.loads(json.dumps(line, default=float), parse_float=lambda x: float(f"{float(x):.5g}"))
-        with open(self.path, "a") as file:
+        with naming(self.path), open(self.path, "a") as file:
             file.write(json.dumps(rounded) + "\n")
         self.entries = []
 

@@ -888,18 +888,31 @@ def test_disk_bank_of_another_size_is_refused(tmp_path):
     assert str(6 * (8 + 12 * 11) - 1) in one_line(DiskBank, tmp_path / "bank", 6, 11)
 
 
-def test_a_bank_beyond_all_memory(tmp_path):
-    """67 GB, rows of about a quarter of FLUX.1-dev's: sparse, and only what is asked for is touched."""
-    bank = DiskBank(tmp_path / "bank", 4000, 1_400_000)
-    assert (tmp_path / "bank").stat().st_size == 4000 * (8 + 12 * 1_400_000)
-    some = IdentityBank(*bank.read([3999, 17], "cpu"))
+def test_a_bank_has_all_its_room_from_the_start(tmp_path):
+    """Rows of about a quarter of FLUX.1-dev's: no hole in the file, which a full disk would make a bus error."""
+    size = 20 * (8 + 12 * 1_400_000)
+    bank = DiskBank(tmp_path / "bank", 20, 1_400_000)
+    assert (tmp_path / "bank").stat().st_size == size
+    some = IdentityBank(*bank.read([19, 17], "cpu"))
     some.weight.fill_(2)
     some.steps += 1
-    bank.write([3999, 17], some)
+    bank.write([19, 17], some)
     again = IdentityBank(*bank.read([17], "cpu"))
     assert again.weight.eq(2).all() and again.steps.tolist() == [1] and not again.exp_avg.any()
     if hasattr(Path().stat(), "st_blocks"):
-        assert 512 * (tmp_path / "bank").stat().st_blocks < 3 * (8 + 12 * 1_400_000)
+        assert 512 * (tmp_path / "bank").stat().st_blocks >= size
+        with open(tmp_path / "sparse", "wb") as file:                                    # of an earlier version
+            file.truncate(size)
+        DiskBank(tmp_path / "sparse", 20, 1_400_000)
+        assert 512 * (tmp_path / "sparse").stat().st_blocks >= size
+
+
+def test_a_bank_where_there_is_no_fallocate(tmp_path, monkeypatch):
+    monkeypatch.delattr(people_files.os, "posix_fallocate", raising=False)
+    bank = DiskBank(tmp_path / "bank", 3, 11)
+    bank.write([1], random_bank(1, 11))
+    before = (tmp_path / "bank").read_bytes()
+    assert DiskBank(tmp_path / "bank", 3, 11).steps()[1] and (tmp_path / "bank").read_bytes() == before
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1174,6 +1187,21 @@ def test_a_bank_that_the_disk_cannot_hold(run, monkeypatch):
     monkeypatch.setattr(people_files.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     assert refused(run(), "the bank of 5 people needs")
     assert not list(Path("run").rglob("bank*"))
+
+
+def test_checkpoints_and_cache_count_before_the_start(run, monkeypatch):
+    make_people(Path("data"), TWO_BUCKETS)
+    assert run(iters=24)[0] == 0
+    files = {path: path.stat().st_size for path in Path("run").rglob("*.safetensors")}
+    bank = Path("run/rank0/bank").stat().st_size
+    shutil.rmtree("run")
+    free = bank + sum(size for path, size in files.items() if path.parent.name == "cache")
+    monkeypatch.setattr(people_files.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    assert refused(run(iters=24), "checkpoints", "cache") and not list(Path("run").rglob("bank*"))
+    free += 2 * max(size for path, size in files.items() if path.parent.name == "rank0")
+    # 3 checkpoints of 2 are counted, but of captions and latents that are all that there will be
+    monkeypatch.setattr(people_files.shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * free))
+    assert run(iters=24)[0] == 0
 
 
 def test_a_bank_without_its_checkpoints(begun):
