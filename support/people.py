@@ -175,11 +175,11 @@ def read_buckets(data: Path, listing: Path, smallest: int, skip_bad: bool, size:
 
 
 def tell_bare(buckets: Buckets) -> None:
-    """Notes how many pictures have no caption, where others have one."""
+    """Says how many pictures have no caption, where others have one."""
     pictures = [picture for members in buckets.values() for own in members.values() for picture in own]
     bare = sum(picture.caption is None for picture in pictures)
     if 0 < bare < len(pictures):
-        note(f"{bare} of {len(pictures)} pictures have no caption of their own, and take that of --prompt")
+        print(f"{bare} of {len(pictures)} pictures have no caption of their own, and take that of --prompt")
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -308,9 +308,9 @@ def test_a_damaged_metadata_file_is_named_once(run, content, words):
 
 def test_pictures_without_a_caption_are_counted_where_others_have_one(run):
     make_people(Path("data"), {"ann": 2, "bob": 2})
-    assert "caption" not in run("--batch-size", 2, iters=1)[2]
+    assert "caption" not in run("--batch-size", 2, iters=1)[1]
     Path("data/ann/0.caption").write_text("her")
-    assert "note: 3 of 4 pictures have no caption of their own" in run("--batch-size", 2, "--run", "other", iters=1)[2]
+    assert "3 of 4 pictures have no caption of their own" in run("--batch-size", 2, "--run", "other", iters=1)[1]
 
 
 def test_every_file_of_a_persons_folder_is_used_or_named(run):
