@@ -460,8 +460,15 @@ def model_defaults(folder: Place) -> dict:
     """
     path = Path(folder) / "defaults.json"
     own = JsonFile(path) if path.is_file() else {}
-    return dict(resolution=1024, learning_rate=4e-4, prompt="a photo of a person", guidance=3.5, warmup=0.4,
-                aspects=None, scales=None, background=1.0, mirror=True) | own
+    defaults = dict(resolution=1024, learning_rate=4e-4, prompt="a photo of a person", guidance=3.5,
+                    warmup=0.4, aspects=None, scales=None, background=1.0, mirror=True)
+    kinds = dict(prompt=str, mirror=bool, aspects=list | None, scales=list | None,
+                 learning_rate=float | int | dict)
+    for name, value in own.items():
+        if name not in defaults or not isinstance(value, kinds.get(name, float | int)):
+            raise ValueError(f"{path}: {name}, {value!r:.60}, is no default of a model: they are "
+                             f"{', '.join(defaults)}")
+    return defaults | own
 
 
 def learning_rate(folder: Place, use: str) -> float:

@@ -87,13 +87,23 @@ def read_metadata(path: Path) -> dict[str, str | None]:
             except (ValueError, TypeError, KeyError, AttributeError):
                 raise ValueError(f'{path}, line {number}, is not {{"file_name": ..., "text": ...}}') from None
             table[posixpath.normpath(name)] = text
+    if table and not any(table.values()):
+        raise ValueError(f'{path} has no captions: they are its fields "text", and it has {", ".join(row)}')
     return table
 
 
-def unused(folder: Path, captions: Captions) -> str | None:
-    """A line that names all files of a folder that are neither pictures nor the caption of one."""
+def dead_links(folder: Path) -> list[str]:
+    """A line for each link in `folder` to what is gone; not of pictures, which readers of theirs name."""
+    pictures = image_files(folder)
+    return [f"{path} is a dead link" for path in visible(folder)
+            if path.is_symlink() and not path.exists() and path not in pictures]
+
+
+def unused(folder: Path, captions: Captions, folders: bool = False) -> str | None:
+    """A line that names all files (and folders) in one that are neither pictures nor a caption of one."""
     seen = {*image_files(folder), *captions.used}
-    names = [path.name + " (a dead link)" * (path.is_symlink() and not path.exists())
-             for path in visible(folder) if not path.is_dir() and path not in seen]
+    dead = [path for path in visible(folder) if path.is_symlink() and not path.exists()]
+    names = [path.name + " (a dead link)" * (path in dead) + "/" * path.is_dir()
+             for path in visible(folder) if path not in seen and (folders or not path.is_dir())]
     return f"{folder}: not used, since neither a picture nor the caption of one: {', '.join(names)}" \
         if names else None

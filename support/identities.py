@@ -7,7 +7,7 @@ from typing import NamedTuple
 from support import photos
 from support.checkpoints import HUB, find_model
 from support.common import note, read_prompts
-from support.folders import Captions, unused
+from support.folders import Captions, dead_links, unused
 from support.judges import digest
 from support.photos import subfolders, visible
 
@@ -63,6 +63,7 @@ def read_people(folders: list[Path], reference: str = "first", gender: str | Non
             raise ValueError(f"{folder} holds {sexes[0].name}/ and others: sort all by gender, or none")
         for place in sexes or [folder]:
             people, loose = subfolders(place), photos.image_files(place)
+            problems += dead_links(place)
             if bool(people) == bool(loose):
                 raise ValueError(f"{place} must hold a folder for each person, or one picture for each: it "
                                  f"holds {'both' if people else 'neither'}")
@@ -87,7 +88,7 @@ def read_people(folders: list[Path], reference: str = "first", gender: str | Non
             persons.append(Person(label, name, sex, own, tests, more))
     for folder, captions in {path.parent: captions for *_, paths, captions in found.values()
                              for path in paths}.items():
-        if line := unused(folder, captions):
+        if line := unused(folder, captions, folders=True):
             note(line)
     complain(problems)
     return persons
@@ -144,7 +145,8 @@ def prompts_for(people: list[Person], own: Path | None,
 
 def find_pictures(root: Path, prompts: dict[str, list[str | None]]) -> tuple[list[Picture], list[str]]:
     """Pictures of <root>/<method>/<identity>/<prompt>_<seed>.<suffix>; a line for each thing that is none."""
-    pictures, odd = [], {path: "it is not in a method's folder" for path in visible(root) if path.is_file()}
+    pictures, loose = [], [path for path in visible(root) if not path.is_dir()]
+    odd = dict.fromkeys(loose, "it is not in a method's folder")
     for folder in [path for method in subfolders(root) for path in visible(method)]:
         if folder.name not in prompts or not folder.is_dir():
             odd[folder] = "no identity of that name in --data"

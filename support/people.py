@@ -24,8 +24,8 @@ from tqdm import tqdm
 from support.checkpoints import (TensorFiles, fingerprint, load_autoencoder, load_text_encoders, locate,
                                  weight_files)
 from support.common import JsonFile, naming, note, whole
-from support.folders import Captions, unused
-from support.photos import fit_to_grid, grid_size, image_files, read_photo, subfolders, to_tensor, visible
+from support.folders import Captions, dead_links, unused
+from support.photos import fit_to_grid, grid_size, image_files, read_photo, subfolders, to_tensor
 
 MIN_PICTURES = 2          # of one picture M and U would learn the picture, not the person
 PARTS = "weight", "exp_avg", "exp_avg_sq", "steps"                         # of an IdentityBank (metalora.py)
@@ -70,12 +70,6 @@ def find_people(data: Path) -> tuple[dict[str, dict[str, Path]], list[str]]:
     for folder in (person for bucket in people.values() for person in bucket.values()):
         problems += [f"{inner} is a folder inside a person's" for inner in subfolders(folder)]
     return people, problems
-
-
-def dead_links(folder: Path) -> list[str]:
-    """A line for each link to somebody's folder that is gone."""
-    return [f"{path} is a dead link" for path in visible(folder)
-            if path.is_symlink() and not path.exists() and path not in image_files(folder)]
 
 
 def read_people(data: Path, smallest: int, known: dict, show: bool = True) -> tuple[Buckets, list[str]]:

@@ -124,7 +124,8 @@ def decode(path: Path) -> Image.Image:
     with Image.open(path) as image:
         reduced = 1 + (image.width * image.height > HALVED)
         size = image.width // reduced, image.height // reduced
-        image.draft(None, size)                  # of JPEG alone: scaled while it is decoded
+        if reduced > 1:
+            image.draft(None, size)              # of JPEG alone: scaled while it is decoded
         try:
             image.load()
         except OSError:

@@ -297,7 +297,7 @@ def test_captions_of_the_hubs_metadata(tmp_path, place, prefix):
 
 @pytest.mark.parametrize("content, words", [
     (b'{"file_name": "0.png", "text": "a"}\n{"file_name"', "line 2"), (b"[1]\n", "line 1"), (b'{"text": "a"}', "line 1"),
-    (b'{"file_name": "0.png", "text": 7}', "line 1"), ("größer".encode("latin-1"), "UTF-8"),
+    (b'{"file_name": "0.png", "text": 7}', "line 1"), (b'{"file_name": "0.png", "caption": "a"}', "it has file_name, caption"), ("größer".encode("latin-1"), "UTF-8"),
     ('{"file_name": "0.png", "text": "a"}'.encode("utf-16-le"), "UTF-8")])
 def test_a_damaged_metadata_file_is_named_once(run, content, words):
     make_people(Path("data"), {"ann": 2, "bob": 2})

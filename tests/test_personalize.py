@@ -534,6 +534,12 @@ def test_what_stands_in_the_place_of_settings_is_named(run, path, content, words
     assert refused(result, f"hub/{path}") and words in result[2]
 
 
+@pytest.mark.parametrize("content", [b'{"model_type": "t5"}', b'{"learning_rate": "fast"}', b'{"mirror": [1]}', b'{"resolution": "1024"}'])
+def test_foreign_settings_are_named(run, content):
+    broken_hub("defaults.json", content)
+    assert refused(run(ASTRONAUT, model="hub", method="lora"), "hub/defaults.json")
+
+
 def test_a_lomd_that_is_none(run, lomd):
     Path("folder").mkdir()
     assert refused(run(ASTRONAUT, "--lomd", "folder"), "empty folder")
