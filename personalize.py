@@ -163,7 +163,7 @@ def check(args: argparse.Namespace) -> None:
 def metadata(args: argparse.Namespace, done: int, lomd: str) -> dict[str, str]:
     """What the LoRA's file says of how it was made."""
     words = lambda values: " ".join(map(str, values))
-    own = "method", "rank", "seed", "prompt", "background", "mirror"
+    own = ["method", "rank", "seed", "prompt", "background", "mirror"] + ["box"] * bool(args.box)
     facts = {name: getattr(args, name) for name in own}
     facts |= {"iterations": done, "learning_rate": f"{args.lr:g}", "resolution": words(args.resolution),
               "augment": not args.no_augment,

@@ -135,7 +135,7 @@ def decode(path: Path) -> Image.Image:
         image = to_rgb(ImageOps.exif_transpose(image))
     if image.width * image.height > HALVED:
         image = image.reduce(reduced)
-    image.info["reduced"] = reduced
+    image.info = {"reduced": reduced}            # a profile would be saved with crops, whose colours are sRGB
     return image
 
 

@@ -411,6 +411,7 @@ def test_a_box_is_enough_where_there_is_no_face(run):
     assert refused(result, "no face found in pet.png") and "--box" in result[2]
     code, _, err = run("pet.png", "--box", 140, 60, 200, 120, "--save-crops", "crops", "--out", "pet.safetensors")
     assert code == 0 and err.count("\n") == 1 and "LoMD is random" in err and Path("pet.safetensors").exists()
+    assert read_metadata("pet.safetensors")["box"] == "[140, 60, 200, 120]"
     crops = photos.load_crops(["pet.png"], [64], box=[140, 60, 200, 120])
     assert [c.box for c in crops] == photos.face_crops(300, 200, (140, 60, 200, 120))
     assert len(list(Path("crops").iterdir())) == len(crops)
