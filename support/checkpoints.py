@@ -356,8 +356,10 @@ def check_text_files(folder: Path) -> None:
     for part in ("text_encoder", "text_encoder_2"):
         if not (folder / part / "config.json").is_file():
             raise ValueError(f"{folder} holds no whole {part}/: it needs config.json and the weights")
-        JsonFile(folder / part / "config.json")
         weight_files(folder / part, "model")
+    for part in ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2"):
+        for path in (folder / part).glob("*.json"):
+            JsonFile(path)                       # of a torn one transformers would not say which it is
 
 
 def load_text_encoders(folder: Place, device: Device = "cpu", dtype: torch.dtype = BF16,
@@ -376,7 +378,9 @@ def load_text_encoders(folder: Place, device: Device = "cpu", dtype: torch.dtype
             t5 = load_transformers_model(T5EncoderModel, folder / "text_encoder_2", dtype).to(device)
             return LoudTextEncoders(clip, CLIPTokenizer.from_pretrained(folder / "tokenizer"), t5,
                                     T5Tokenizer.from_pretrained(folder / "tokenizer_2"), max_length)
-    except (OSError, SafetensorError, ValueError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:                   # of foreign files transformers raises anything
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{folder}: the text encoders cannot be loaded: {reason}") from None
 

@@ -525,7 +525,7 @@ def test_what_stands_in_the_place_of_weights_is_named(run, monkeypatch, path, co
 
 
 @pytest.mark.parametrize("path", ["text_encoder/config.json", "text_encoder_2/config.json", "defaults.json",
-                                  "text_encoder_2/model.safetensors.index.json"])
+                                  "tokenizer/vocab.json", "tokenizer_2/tokenizer_config.json", "text_encoder_2/model.safetensors.index.json"])
 @pytest.mark.parametrize("content, words", [
     (POINTER, "git lfs pull"), (b'{"learning_rate": ', "torn"), (b"[1, 2]", "another file"), (b"[[1, 2]]", "another file"),
     (b"[" * 100_000, "torn"), (b"<html>", "web page"), ("ü".encode("latin-1"), "torn")])
