@@ -441,6 +441,19 @@ def test_boxes_that_do_not_fit(run, args, word):
     assert refused(run(*args), word) and not list(Path().iterdir())
 
 
+def test_a_photo_without_its_last_bytes_is_noted_once(run, head):
+    Image.open(head).resize((640, 640)).save("whole.jpg", quality=90)
+    Path("cut.jpg").write_bytes(Path("whole.jpg").read_bytes()[:-9])
+    code, _, err = run("cut.jpg")
+    assert code == 0 and err.count("cut.jpg lacks its last bytes") == 1
+
+
+def test_heic_without_its_package_says_what_to_install(run, monkeypatch):
+    monkeypatch.setattr(photos, "can_read_heif", lambda: False)
+    Path("photo.jpg").write_bytes(b"\0\0\0\x18ftypheic" + bytes(200))
+    assert refused(run("photo.jpg"), "pip install pillow-heif")
+
+
 def test_a_lying_photo_trains_as_the_upright_one(run, head):
     Image.open(head).transpose(Image.Transpose.ROTATE_90).save("lying.png")
     assert run(head, "--out", "upright.safetensors")[0] == 0
