@@ -4,7 +4,7 @@
     python meta_train.py --data faces/ --model baby               # the same on a laptop
     torchrun --nproc-per-node 8 meta_train.py --data buckets/     # each GPU its own share of the people
 
-buckets/<bucket>/<person>/<pictures, captions as .txt>; a flat faces/<person>/ is cut into buckets. The same
+buckets/<bucket>/<person>/<pictures and captions>; a flat faces/<person>/ is cut into buckets. The same
 command goes on where the last one ended, however it ended: the run's state is its checkpoints and the bank of
 people in --run. Every random number depends on the seed and on where the run is, nothing else.
 
@@ -33,7 +33,7 @@ from support.checkpoints import (add_speed_options, find_targets, flux_fingerpri
 from support.common import (Interruption, Parser, check_apart, check_out_file, check_training, count,
                             note, positive, run_script, to_device, write_whole)
 from support.lora_files import random_lomd, save_lomd
-from support.people import Buckets, Cache, DiskBank, data_fingerprint, read_buckets
+from support.people import Buckets, Cache, DiskBank, data_fingerprint, read_buckets, room_for, tell_bare
 from support.runs import Checkpoints, Group, Log, compare_settings, draw_preview, locked, plot
 from support.speed import plan_recompute, recompute_blocks
 
@@ -109,20 +109,19 @@ class Run:
 
     def load(self):
         """Encodes all pictures and captions; then the adapted model, as the newest checkpoint has it."""
-        args, device = self.args, self.group.device
+        args = self.args
         used = {now.bucket: None for now in self.passes}
         pictures = [picture for bucket in used for *_, own in self.members[bucket] for picture in own]
         captions = [args.prompt] + [p.caption for p in pictures if p.caption is not None]
         with self.interruption as stop:          # before the transformer is there: T5 takes 9.5 GB
             self.cache.fill(pictures, captions, stop.raise_if_asked, show=self.group.rank == 0)
-        flux = open_flux(args, device, args.iters, args.work)
+        flux = open_flux(args, self.group.device, args.iters, args.work)
         self.adapter = MetaLoRA(flux, args.r2, lomd=random_lomd(find_targets(flux), args.r1, args.seed),
                                 num_identities=0, slots=args.batch_size)
-        if args.recompute is None:
-            args.recompute = plan_recompute(self.adapter, args.work.tokens, args.batch_size)
-        recompute_blocks(flux, args.recompute)
+        recompute_blocks(flux, plan_recompute(self.adapter, args.work.tokens, args.batch_size, args.recompute))
         self.checkpoints = Checkpoints(self.folder, self.group)
-        self.disk = DiskBank(self.folder / "bank", sum(map(len, self.rows)), self.adapter.size)
+        more = room_for(self.cache, self.members, args.prompt, self.adapter)
+        self.disk = DiskBank(self.folder / "bank", sum(map(len, self.rows)), self.adapter.size, more)
         self.resume()
 
     def open_bucket(self, number: int):
@@ -364,6 +363,7 @@ def meta_train(argv: list[str] | None) -> None:
                 print(f"{args.people} people, {pictures} pictures, {len(buckets)} buckets; "
                       f"{args.iters} iterations, {len(run.passes)} passes over a bucket"
                       + (f"; going on from iteration {run.iteration}" if run.iteration else ""))
+                tell_bare(buckets)
                 if len(run.passes) < len(buckets):
                     note(f"{len(buckets) - len(run.passes)} buckets are never used; raise --iters")
             run.train()

@@ -28,9 +28,9 @@ from flux_model import AutoEncoder, Flux, flow_matching_loss, sample_times
 from metalora import MetaLoRA
 from support import photos
 from support.checkpoints import (add_speed_options, is_small, load_autoencoder, load_text_encoders, open_flux,
-                                 take_model)
-from support.common import (Interruption, Parser, check_out_file, check_training, check_writable, free, note,
-                            pick_device, positive, run_script, to_device, use_threads)
+                                 take_model, text_device)
+from support.common import (Interruption, Parser, check_file, check_out_file, check_training, check_writable,
+                            free, note, pick_device, positive, run_script, to_device, use_threads)
 from support.lora_files import read_lomd, save_lora
 from support.speed import blocks_of, is_compiled, plan_recompute, recompute_blocks, seconds_compiling
 
@@ -127,6 +127,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "this side; several: every crop at each (default: the model's; 1024 for FLUX.1)")
     add("--prompt", help="what every crop is called (default: the model's; 'a photo of a person' for FLUX.1)")
     add("--no-augment", action="store_true", help="the whole photo instead of crops and mirror images")
+    add("--box", type=int, nargs=4, metavar=("X0", "Y0", "X1", "Y1"), help="the subject, if it is no face")
     add("--seed", type=int, default=0, help="one CPU and one seed: the same weights to the bit (default: 0)")
     add("--save-at", type=positive, nargs="+", default=[], metavar="N",
         help="also write out-00000N.safetensors after N steps, and so on")
@@ -149,12 +150,11 @@ def check(args: argparse.Namespace) -> None:
     check_training(args)
     if args.lomd and args.method == "lora":
         raise ValueError("--method lora trains its own A and takes no --lomd")
-    if args.lomd and not Path(args.lomd).is_file():
-        raise ValueError(f"no such LoMD: {args.lomd}")
+    if args.lomd:
+        check_file(args.lomd, "LoMD")
     if args.lomd and args.out.exists() and args.out.samefile(args.lomd):
         raise ValueError(f"--out would overwrite the LoMD {args.lomd}")
-    for path in args.photos:
-        photos.read_photo(path)
+    photos.check_photos(args.photos, args.box, not args.no_augment)
     args.device = pick_device(args.device)
     take_model(args, args.device, args.method, rank=args.rank, r1=16 if args.method == "meta-lora" else 0)
     use_threads(args.device.type == "cpu" and is_small(args.folder))
@@ -164,7 +164,7 @@ def check(args: argparse.Namespace) -> None:
 def metadata(args: argparse.Namespace, done: int, lomd: str) -> dict[str, str]:
     """What the LoRA's file says of how it was made."""
     words = lambda values: " ".join(map(str, values))
-    own = "method", "rank", "seed", "prompt", "background", "mirror"
+    own = ["method", "rank", "seed", "prompt", "background", "mirror"] + ["box"] * bool(args.box)
     facts = {name: getattr(args, name) for name in own}
     facts |= {"iterations": done, "learning_rate": f"{args.lr:g}", "resolution": words(args.resolution),
               "augment": not args.no_augment,
@@ -184,15 +184,15 @@ def prepare(args: argparse.Namespace, lap: Callable[[str], None]) -> tuple:
         lomd, lomd_name, untrained = read_lomd(args.folder, args.lomd)
         if args.rank > (r1 := len(next(iter(lomd.values())))):
             note(f"over a LoMD of {r1} rows --rank {args.rank} can do no more than {r1}")
-    crops = photos.load_crops(args.photos, args.resolution, not args.no_augment, args.aspects, args.scales)
+    crops = photos.load_crops(args.photos, args.resolution, not args.no_augment, args.aspects, args.scales,
+                              args.box)
     if args.save_crops:
         photos.save_crops(crops, args.save_crops)
     if untrained:
         lomd_name = f"random, {lomd_name}"
         note("this LoMD is random and was never trained")
     lap("photos")
-    # where the transformer has no room on the device, T5 has none either
-    encoders = load_text_encoders(args.folder, "cpu" if args.offload else args.device, args.dtype)
+    encoders = load_text_encoders(args.folder, text_device(args, args.device), args.dtype)
     txt, y = (part.to(args.device) for part in encoders.encode([args.prompt]))
     del encoders
     gc.collect()                                     # transformers' models hold reference cycles
@@ -205,7 +205,7 @@ def prepare(args: argparse.Namespace, lap: Callable[[str], None]) -> tuple:
     largest = max(latent[0, 0, 0].numel() // 4 for latent in latents)
     flux = open_flux(args, args.device, args.iters, args.work)
     adapter = MetaLoRA(flux, args.rank, lomd, seed=args.seed)
-    blocks = plan_recompute(adapter, largest + txt.shape[1]) if args.recompute is None else args.recompute
+    blocks = plan_recompute(adapter, largest + txt.shape[1], 1, args.recompute)
     recompute_blocks(flux, blocks)
     if blocks:
         count = len(blocks_of(flux))

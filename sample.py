@@ -26,7 +26,8 @@ from tqdm import tqdm
 from flux_model import AutoEncoder, Flux, denoise, get_noise
 from metalora import apply_loras
 from support.checkpoints import (add_speed_options, check_fit, find_model, flux_files, is_small,
-                                 load_autoencoder, load_text_encoders, model_defaults, open_flux, pick_dtype)
+                                 load_autoencoder, load_text_encoders, model_defaults, open_flux, pick_dtype,
+                                 text_device)
 from support.common import (Parser, finite_number, free, note, pick_device, positive, read_prompts,
                             run_script, save_png, shorten, side, use_threads)
 from support.lora_files import load_loras, split_lora
@@ -174,8 +175,7 @@ def draw(argv: list[str] | None) -> None:
     print(f"{args.model} on {device}, {width} x {height}, {settings['steps']} steps, pictures: {len(jobs)}")
     start = time.perf_counter()
     negative = [settings["negative"]] if args.true_cfg != 1.0 else []
-    # where the transformer has no room on the device, T5 has none either
-    embeddings = encode_prompts(folder, prompts + negative, "cpu" if args.offload else device, dtype)
+    embeddings = encode_prompts(folder, prompts + negative, text_device(args, device), dtype)
     latents, stopped = denoise_all(args, loras, embeddings, jobs, **settings)
     free(device)
     if stopped and latents:

@@ -22,10 +22,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from flux_model import AutoEncoder, AutoEncoderConfig, Flux, FluxConfig, TextEncoders
-from support.common import JsonFile
+from support.common import JsonFile, not_content
 from support.speed import (E4M3, GIB, Fp8Linear, TiledDecoder, Work, adapter_bytes, blocks_of,
                            blocks_on_device, check_memory, choose_attention, compile_blocks, host_memory,
-                           offload_blocks, quantize_rows, step_bytes)
+                           memory_left, offload_blocks, quantize_rows, step_bytes)
+from support.text import LoudTextEncoders
 
 Place = str | Path
 Device = str | torch.device
@@ -132,7 +133,8 @@ class TensorFiles:
             try:
                 file = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
-                raise ValueError(f"{path} cannot be read as a safetensors file: {error}") from None
+                why = not_content(path) or f"{error}; if it is torn, download it again"
+                raise ValueError(f"{path} cannot be read as a safetensors file: {why}") from None
             self.metadata |= file.metadata() or {}
             found |= dict.fromkeys(file.keys(), file)
         self.path = files[0] if len(files) == 1 else files[0].parent
@@ -171,11 +173,20 @@ def weight_files(folder: Path, stem: str = "diffusion_pytorch_model") -> list[Pa
     index = folder / f"{stem}.safetensors.index.json"
     names, why = [f"{stem}.safetensors"], ""
     if index.exists():
-        names, why = sorted(set(JsonFile(index)["weight_map"].values())), f", which {index.name} lists"
+        if not isinstance(listed := JsonFile(index)["weight_map"], dict):
+            raise ValueError(f"{index} is no index of weights: its weight_map is no object")
+        names, why = sorted(set(listed.values())), f", which {index.name} lists"
     for name in names:
         if not (folder / name).is_file():
             raise ValueError(f"{folder} lacks {name}{why}: complete the download")
+        check_content(folder / name)
     return [folder / name for name in names]
+
+
+def check_content(path: Path) -> None:
+    """ValueError where a pointer, a web page or nothing stands in the place of a file's content."""
+    if why := not_content(path):
+        raise ValueError(f"{path} cannot be read: {why}")
 
 
 def read_config(kind: type, text: str, path: Path) -> Any:
@@ -348,10 +359,15 @@ def check_text_files(folder: Path) -> None:
         if "tokenizer.json" not in there and not there.issuperset(names):
             needed = f"tokenizer.json or {' and '.join(names)}"
             raise ValueError(f"{folder} holds no whole {part}/: it needs {needed}")
+        for name in there & {"tokenizer.json", *names}:
+            check_content(folder / part / name)
     for part in ("text_encoder", "text_encoder_2"):
         if not (folder / part / "config.json").is_file():
             raise ValueError(f"{folder} holds no whole {part}/: it needs config.json and the weights")
         weight_files(folder / part, "model")
+    for part in ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2"):
+        for path in (folder / part).glob("*.json"):
+            JsonFile(path)                       # of a torn one transformers would not say which it is
 
 
 def load_text_encoders(folder: Place, device: Device = "cpu", dtype: torch.dtype = BF16,
@@ -368,9 +384,11 @@ def load_text_encoders(folder: Place, device: Device = "cpu", dtype: torch.dtype
             from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
             clip = load_transformers_model(CLIPTextModel, folder / "text_encoder", dtype).to(device)
             t5 = load_transformers_model(T5EncoderModel, folder / "text_encoder_2", dtype).to(device)
-            return TextEncoders(clip, CLIPTokenizer.from_pretrained(folder / "tokenizer"), t5,
-                                T5Tokenizer.from_pretrained(folder / "tokenizer_2"), max_length)
-    except (OSError, SafetensorError, ValueError) as error:
+            return LoudTextEncoders(clip, CLIPTokenizer.from_pretrained(folder / "tokenizer"), t5,
+                                    T5Tokenizer.from_pretrained(folder / "tokenizer_2"), max_length)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:                   # of foreign files transformers raises anything
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{folder}: the text encoders cannot be loaded: {reason}") from None
 
@@ -454,8 +472,15 @@ def model_defaults(folder: Place) -> dict:
     """
     path = Path(folder) / "defaults.json"
     own = JsonFile(path) if path.is_file() else {}
-    return dict(resolution=1024, learning_rate=4e-4, prompt="a photo of a person", guidance=3.5, warmup=0.4,
-                aspects=None, scales=None, background=1.0, mirror=True) | own
+    defaults = dict(resolution=1024, learning_rate=4e-4, prompt="a photo of a person", guidance=3.5,
+                    warmup=0.4, aspects=None, scales=None, background=1.0, mirror=True)
+    kinds = dict(prompt=str, mirror=bool, aspects=list | None, scales=list | None,
+                 learning_rate=float | int | dict)
+    for name, value in own.items():
+        if name not in defaults or not isinstance(value, kinds.get(name, float | int)):
+            raise ValueError(f"{path}: {name}, {value!r:.60}, is no default of a model: they are "
+                             f"{', '.join(defaults)}")
+    return defaults | own
 
 
 def learning_rate(folder: Place, use: str) -> float:
@@ -489,6 +514,11 @@ def bytes_beside(folder: Place, dtype: torch.dtype, work: Work) -> tuple[Flux, f
     with torch.device("meta"):
         flux = Flux(flux_files(folder)[1])
     return flux, adapter_bytes(find_targets(flux), work, dtype) + step_bytes(flux, work, dtype)
+
+
+def text_device(args: Namespace, device: torch.device) -> str | torch.device:
+    """Where text is encoded: with --offload on the CPU, unless FLUX.1's T5, of 9.5 GB, fits on the device."""
+    return "cpu" if args.offload and memory_left(device) < 11 * GIB else device
 
 
 def check_fit(args: Namespace, device: torch.device, work: Work) -> None:

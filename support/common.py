@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -32,7 +32,17 @@ def whole(path: str | Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         raise OSError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from None
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):                  # a disk that is gone, or became read-only
+            part.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError that came of writing to an open file names the file, as it does not by itself."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
 def write_whole(path: str | Path, data: bytes) -> None:
@@ -56,13 +66,42 @@ def save_figure(figure: object, path: Path) -> None:
         figure.savefig(part, format="png", dpi=120)
 
 
+def not_content(path: str | Path) -> str | None:
+    """What stands where a file's content is expected, and the way out; None where nothing is known of it."""
+    path = Path(path)
+    if path.is_dir():
+        inside = ", ".join(sorted(p.name for p in path.iterdir())[:3])
+        return f"it is a folder: name a file in it ({inside}, ...)" if inside else "it is an empty folder"
+    if not path.is_file():
+        return "it is a dead link" if path.is_symlink() else None
+    with open(path, "rb") as file:
+        head = file.read(100)
+    if head.startswith(b"version https://git-lfs"):
+        return f"it is a pointer of git-lfs, not the content: `git lfs pull` in {path.parent} brings that"
+    if b"annex/objects/" in head:
+        return f"it is a pointer of git-annex, not the content: `git annex get` in {path.parent} brings that"
+    if head.lstrip()[:5].lower() in (b"<!doc", b"<html", b"<?xml"):
+        return "it is a web page that was saved in its place: download the file itself"
+    return None if head else "it is empty: download it again"
+
+
+def check_file(path: str | Path, what: str) -> None:
+    """ValueError unless there is such a file; a folder is named as one."""
+    if not Path(path).is_file():
+        raise ValueError(f"no such {what}: {path}" + (f", {why}" if (why := not_content(path)) else ""))
+
+
 class JsonFile(dict):
     """A JSON object on disk. ValueError, in one line: it cannot be read, or lacks the field in [...]."""
     def __init__(self, path: Path) -> None:
         try:
-            super().__init__(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} cannot be read as JSON: {error}") from None
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(found, dict):
+                raise ValueError("it holds no object, {...}, and so is another file")
+        except (OSError, ValueError, RecursionError) as error:
+            why = not_content(path) or f"{error}; if it is torn, put a whole one in its place"
+            raise ValueError(f"{path} cannot be read as JSON: {why}") from None
+        super().__init__(found)
         self.path = path
 
     def __missing__(self, field: str) -> None:

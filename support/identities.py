@@ -6,8 +6,10 @@ from typing import NamedTuple
 
 from support import photos
 from support.checkpoints import HUB, find_model
-from support.common import read_prompts
+from support.common import note, read_prompts
+from support.folders import Captions, dead_links, unused
 from support.judges import digest
+from support.photos import subfolders, visible
 
 META_PHD = Path(__file__).resolve().parents[1] / "paper" / "meta_phd"
 GENDERS = dict(man="man", men="man", male="man", woman="woman", women="woman", female="woman")
@@ -39,12 +41,6 @@ def complain(problems: list[str]) -> None:
         raise ValueError(problems[-1])
 
 
-def subfolders(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise ValueError(f"no such folder: {folder}")
-    return sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
-
-
 def own_folder(model: str) -> Path | None:
     """The folder of a model that may bring judges and prompts of its own."""
     return None if model in HUB else find_model(model)
@@ -54,19 +50,20 @@ def read_people(folders: list[Path], reference: str = "first", gender: str | Non
                 count: int = 1) -> list[Person]:
     """Identities of the folders, in order. reference: "first" by name (or the one called reference.*), or
     "all", each in turn; the count - 1 after it by name are shown to the method too. Gender: of the folder
-    above, else as a caption (.txt) of a picture says, else `gender`.
+    above, else as a picture's caption says, else `gender`.
 
     ValueError, after a line for each problem: an unreadable picture, the same picture twice, too few pictures
     of an identity, two identities of one name.
     """
     found, problems, persons = {}, [], []
     for folder in folders:
-        inside = subfolders(folder)
+        inside, captions = subfolders(folder), Captions(folder)
         sexes = [f for f in inside if f.name.lower() in GENDERS]
         if sexes and (len(sexes) < len(inside) or photos.image_files(folder)):
             raise ValueError(f"{folder} holds {sexes[0].name}/ and others: sort all by gender, or none")
         for place in sexes or [folder]:
             people, loose = subfolders(place), photos.image_files(place)
+            problems += dead_links(place)
             if bool(people) == bool(loose):
                 raise ValueError(f"{place} must hold a folder for each person, or one picture for each: it "
                                  f"holds {'both' if people else 'neither'}")
@@ -77,10 +74,11 @@ def read_people(folders: list[Path], reference: str = "first", gender: str | Non
                 if people and len(paths) <= count:
                     problems.append(f"{place / name} has {len(paths)} pictures: R-FaceSim needs {count} as "
                                     "reference and at least one other")
-                found[name] = GENDERS.get(place.name.lower()) if sexes else None, paths
-    for name, (sex, paths) in found.items():
-        problems += faults(paths)
-        sex = sex or gender_in_captions(paths) or gender
+                found[name] = GENDERS.get(place.name.lower()) if sexes else None, paths, captions
+    for name, (sex, paths, captions) in found.items():
+        told, unreadable = gender_in_captions(paths, captions)
+        problems += faults(paths) + unreadable
+        sex = sex or told or gender
         named = [path for path in paths if path.stem == "reference"]
         first = [paths.index(named[0]) if named else 0][:len(paths)]
         for i in range(len(paths)) if reference == "all" else first:
@@ -88,6 +86,10 @@ def read_people(folders: list[Path], reference: str = "first", gender: str | Non
             own, *others = paths[i:] + paths[:i]
             tests, more = tuple(sorted(others[count - 1:])), tuple(others[:count - 1])
             persons.append(Person(label, name, sex, own, tests, more))
+    for folder, captions in {path.parent: captions for *_, paths, captions in found.values()
+                             for path in paths}.items():
+        if line := unused(folder, captions, folders=True):
+            note(line)
     complain(problems)
     return persons
 
@@ -105,12 +107,18 @@ def faults(paths: list[Path]) -> list[str]:
     return problems
 
 
-def gender_in_captions(paths: list[Path]) -> str | None:
-    for caption in (path.with_suffix(".txt") for path in paths):
-        text = caption.read_text("utf-8").lower() if caption.is_file() else ""
-        if len(words := set(re.findall(r"[a-z]+", text)) & set(GENDERS)) == 1:
-            return GENDERS[words.pop()]
-    return None
+def gender_in_captions(paths: list[Path], captions: Captions) -> tuple[str | None, list[str]]:
+    """The gender that the first caption with one word for it tells, and a line for each unreadable one."""
+    told, problems = [], []
+    for path in paths:
+        try:
+            words = re.findall(r"[a-z]+", (captions.of(path) or "").lower())
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        if len(words := set(words) & set(GENDERS)) == 1:
+            told.append(GENDERS[words.pop()])
+    return told[0] if told else None, list(dict.fromkeys(problems))
 
 
 def fill(prompt: str, gender: str | None) -> str | None:
@@ -137,14 +145,14 @@ def prompts_for(people: list[Person], own: Path | None,
 
 def find_pictures(root: Path, prompts: dict[str, list[str | None]]) -> tuple[list[Picture], list[str]]:
     """Pictures of <root>/<method>/<identity>/<prompt>_<seed>.<suffix>; a line for each thing that is none."""
-    inside = lambda folder: sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    pictures, odd = [], {path: "it is not in a method's folder" for path in inside(root) if path.is_file()}
-    for folder in [path for method in subfolders(root) for path in inside(method)]:
+    pictures, loose = [], [path for path in visible(root) if not path.is_dir()]
+    odd = dict.fromkeys(loose, "it is not in a method's folder")
+    for folder in [path for method in subfolders(root) for path in visible(method)]:
         if folder.name not in prompts or not folder.is_dir():
             odd[folder] = "no identity of that name in --data"
             continue
         texts = dict(enumerate(prompts[folder.name]))
-        for path in inside(folder):
+        for path in visible(folder):
             match = re.fullmatch(r"(.+)_([0-9]+)", path.stem)
             if path.suffix.lower() not in photos.SUFFIXES or not match:
                 odd[path] = "its name is not <prompt>_<seed>.png"

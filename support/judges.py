@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from support.common import check_file, not_content
+
 INCEPTION = ("https://github.com/timesler/facenet-pytorch/releases/download/v2.2.9/"
              "20180402-114759-vggface2.pt")
 
@@ -63,13 +65,12 @@ def load_face_embedder(baby: Path | None, weights: Path | None = None) -> tuple[
     weights: a state dict, .safetensors or .pt; a pickle of more than tensors is refused, not run. ValueError.
     """
     path = weights or (baby / "face_embedder.safetensors" if baby else find_inception())
-    if not path.is_file():
-        raise ValueError(f"no such file of weights: {path}")
+    check_file(path, "file of weights")
     try:
         own = path.suffix == ".safetensors"
         state = load_file(path) if own else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                   # of files that are none, readers raise anything
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = not_content(path) or (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} is no file of weights: {reason}") from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} is no state dict: it must map names to tensors")

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from flux_model import Flux, FluxConfig
 from support.checkpoints import (FLUX_LINEARS, FLUX_NAMES, Place, Target, TensorFiles, find_targets,
                                  flux_files, flux_fingerprint, part_sizes, split_number)
-from support.common import finite_number, note, JsonFile, whole
+from support.common import finite_number, not_content, note, JsonFile, whole
 
 Pair = tuple[Tensor, Tensor]                     # A (r, in) and B (out, r); the update of a weight is B A
 Lora = dict[str, Pair]                           # by diffusers module paths
@@ -226,7 +226,8 @@ def guess_model(lora: Lora) -> str:
 def open_lora(path: Place) -> safe_open:
     """Names, metadata and (when asked for) tensors of a safetensors file; ValueError where it is not one."""
     if not Path(path).is_file():
-        raise ValueError(f"there is no LoRA file {path}")
+        why = not_content(path)
+        raise ValueError(f"there is no LoRA file {path}" + (f", {why}" if why else ""))
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -578,7 +579,7 @@ def split_lora(text: str) -> tuple[str, float]:
     if not Path(path).is_file() or Path(text).is_file():
         path, strength = text, "1"
     if not Path(path).is_file():
-        raise ValueError(f"--lora {text}: there is no such file")
+        raise ValueError(f"--lora {text}: {not_content(path) or 'there is no such file'}")
     try:
         return path, finite_number(strength)
     except ValueError:

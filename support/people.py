@@ -1,18 +1,19 @@
 """Stage 1's data: folders of people, captions, buckets; latents and text encoded once; everybody's rows on
 disk.
 
-    buckets/<bucket>/<person>/<pictures, captions beside them as .txt>, or faces/<person>/<pictures>, which is
+    buckets/<bucket>/<person>/<pictures, captions as folders.py says>, or faces/<person>/<pictures>, which is
     cut into buckets
 """
 import collections
 import gc
 import hashlib
 import math
+import os
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -23,8 +24,9 @@ from tqdm import tqdm
 
 from support.checkpoints import (TensorFiles, fingerprint, load_autoencoder, load_text_encoders, locate,
                                  weight_files)
-from support.common import JsonFile, free, note, whole
-from support.photos import fit_to_grid, grid_size, image_files, read_photo, to_tensor
+from support.common import JsonFile, free, naming, note, whole
+from support.folders import Captions, dead_links, unused
+from support.photos import fit_to_grid, grid_size, image_files, read_photo, subfolders, to_tensor
 
 MIN_PICTURES = 2          # of one picture M and U would learn the picture, not the person
 PARTS = "weight", "exp_avg", "exp_avg_sq", "steps"                         # of an IdentityBank (metalora.py)
@@ -46,20 +48,19 @@ Buckets = dict[str, dict[str, list[Picture]]]            # {bucket: {person: pic
 
 def find_people(data: Path) -> tuple[dict[str, dict[str, Path]], list[str]]:
     """Folder -> ({bucket: {person: folder}}, problems). A flat folder of people is one bucket, named ""."""
-    def folders(parent):
-        return [p for p in sorted(parent.iterdir()) if p.is_dir() and not p.name.startswith(".")]
-
     people, flat, problems = {}, {}, []
     if image_files(data):
         problems.append(f"{image_files(data)[0]} is in nobody's folder")
-    for folder in folders(data):
-        loose, inner = image_files(folder), folders(folder)
+    problems += dead_links(data)
+    for folder in subfolders(data):
+        loose, inner = image_files(folder), subfolders(folder)
         if loose and not any(map(image_files, inner)):    # a person, although somebody made folders in theirs
             problems += [f"{odd} is a folder inside a person's" for odd in inner]
             inner = []
         if inner and loose:
             problems.append(f"{folder} holds people and also loose pictures, such as {loose[0].name}")
         if inner:
+            problems += dead_links(folder)
             people[folder.name] = {person.name: person for person in inner}
         else:
             flat[folder.name] = folder
@@ -68,22 +69,8 @@ def find_people(data: Path) -> tuple[dict[str, dict[str, Path]], list[str]]:
     for folder in flat.values():
         problems.append(f"{folder} is no bucket as the others are: it holds no people")
     for folder in (person for bucket in people.values() for person in bucket.values()):
-        problems += [f"{inner} is a folder inside a person's" for inner in folders(folder)]
+        problems += [f"{inner} is a folder inside a person's" for inner in subfolders(folder)]
     return people, problems
-
-
-def read_caption(path: Path) -> str | None:
-    """Text of the .txt beside a picture, None where there is none."""
-    path = path.with_suffix(".txt")
-    if not path.is_file():
-        return None
-    try:
-        caption = " ".join(path.read_text("utf-8-sig").split())
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not text in UTF-8") from None
-    if not caption:
-        raise ValueError(f"{path} is empty")
-    return caption
 
 
 def read_people(data: Path, smallest: int, known: dict, show: bool = True) -> tuple[Buckets, list[str]]:
@@ -93,9 +80,12 @@ def read_people(data: Path, smallest: int, known: dict, show: bool = True) -> tu
     height]} of pictures that were decoded before; filled in.
     """
     people, problems = find_people(data)
+    captions = Captions(data)
 
     def examine(path):
         try:
+            if not path.is_file():
+                read_photo(path)                 # says what it is
             status = path.stat()
             found = known.get(str(path), [])
             if found[:2] != [status.st_size, status.st_mtime_ns]:
@@ -105,18 +95,19 @@ def read_people(data: Path, smallest: int, known: dict, show: bool = True) -> tu
             if min(found[3:]) < smallest:
                 raise ValueError(f"{path} is {found[3]} x {found[4]} pixels; "
                                  f"its sides must be {smallest} or more")
-            return Picture(path, *found[2:], read_caption(path))
+            return Picture(path, *found[2:], captions.of(path))
         except (ValueError, OSError) as error:
             return str(error)
 
     everyone = [(bucket, person, folder) for bucket in people for person, folder in people[bucket].items()]
-    # HEIC is looked at although it cannot be read: phones make it, and it would be missed in silence
-    files = {folder: sorted({*image_files(folder), *folder.glob("[!.]*.[hH][eE][iI][cCfF]")})
-             for _, _, folder in everyone}
+    files = {folder: image_files(folder) for _, _, folder in everyone}
     paths = [path for folder in files for path in files[folder]]
     bar = tqdm(paths, "checking pictures", disable=None if show else True, leave=False)
     found = {path: examine(path) for path in bar}
-    problems += [result for result in found.values() if isinstance(result, str)]
+    # a damaged metadata.jsonl is the problem of many pictures
+    problems += dict.fromkeys(result for result in found.values() if isinstance(result, str))
+    for line in filter(None, (unused(folder, captions) for folder in files)) if show else ():
+        note(line)
 
     owners = collections.defaultdict(list)
     for folder, pictures in files.items():
@@ -176,6 +167,14 @@ def read_buckets(data: Path, listing: Path, smallest: int, skip_bad: bool, size:
     if not people:
         raise ValueError(f"{data} holds no people with pictures")
     return make_buckets(people, size, seed), known
+
+
+def tell_bare(buckets: Buckets) -> None:
+    """Says how many pictures have no caption, where others have one."""
+    pictures = [picture for members in buckets.values() for own in members.values() for picture in own]
+    bare = sum(picture.caption is None for picture in pictures)
+    if 0 < bare < len(pictures):
+        print(f"{bare} of {len(pictures)} pictures have no caption of their own, and take that of --prompt")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -265,27 +264,59 @@ class Cache:
 # The rows of people
 
 
+def take_room(file: BinaryIO, size: int) -> None:
+    """Makes an open file `size` bytes long and gives it all its blocks; what is in it stays. OSError."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
+    else:                                        # macOS, Windows: zeros, where there is nothing yet
+        file.seek(0, os.SEEK_END)
+        while (missing := size - file.tell()) > 0:
+            file.write(bytes(min(missing, 2 ** 24)))
+
+
+def room_for(cache: Cache, members: list[list[tuple]], prompt: str, adapter: object) -> dict[str, int]:
+    """{"checkpoints", "cache": bytes} that a process is going to write, besides its bank.
+
+    members: [(number, name, pictures)] of each bucket. Two checkpoints are kept while a third is written.
+    """
+    rows = max(map(len, members)) * adapter.size + adapter.shared.weight.numel()
+    pictures = [picture for bucket in members for *_, own in bucket for picture in own]
+    captions = [prompt, *(picture.caption for picture in pictures if picture.caption is not None)]
+    pictures, captions = cache.missing(pictures, captions)
+    # 2 x 16 numbers of 2 bytes for 8 x 8 pixels: a byte for each pixel
+    latents = sum(width * height for picture in pictures for width, height in cache.sizes(picture))
+    text = len(captions) * 512 * adapter.flux.config.context_in_dim * cache.dtype.itemsize
+    return {"checkpoints": 3 * 12 * rows, "cache": latents + text}
+
+
 class DiskBank:
     """Rows of any number of identities in one memory-mapped file: step count, weights and both moments of
     each, in turn.
 
-    Only the rows that are asked for are read. The file starts sparse, and a row whose step count is 0 holds
-    no weights yet. ValueError where the file has another size, or the disk has no room for it.
+    Only the rows that are asked for are read. A row whose step count is 0 holds no weights yet. The file has
+    all its room from the start: to a mapped file with holes, a full disk is a bus error and no exception.
+    more: what else will be written there, {name: bytes}. ValueError where the file has another size, or the
+    disk has no room for all.
     """
     @staticmethod
     def bytes(count: int, size: int) -> int:
         return count * (8 + 12 * size)
 
-    def __init__(self, path: Path, count: int, size: int):
+    def __init__(self, path: Path, count: int, size: int, more: dict[str, int] | None = None) -> None:
         layout = np.dtype([("steps", "<i8"), *((part, "<f4", (size,)) for part in PARTS[:3])])
+        self.path, needed = path, self.bytes(count, size)
         if not path.exists():
-            if (needed := self.bytes(count, size)) > (free := shutil.disk_usage(path.parent).free):
-                raise ValueError(f"the bank of {count} people needs {needed / 1e9:.0f} GB in {path.parent}, "
-                                 f"and {free / 1e9:.0f} GB are free")
+            more = more or {}
+            others = "".join(f", {name} {number / 1e9:.3g} GB" for name, number in more.items())
+            if needed + sum(more.values()) > (free := shutil.disk_usage(path.parent).free):
+                raise ValueError(f"the bank of {count} people needs {needed / 1e9:.3g} GB{others} in "
+                                 f"{path.parent}, and {free / 1e9:.3g} GB are free")
             with whole(path) as part, open(part, "wb") as file:
-                file.truncate(needed)
+                take_room(file, needed)
         if path.stat().st_size != self.bytes(count, size):
             raise ValueError(f"{path} is {path.stat().st_size} bytes, not {count} rows of {layout.itemsize}")
+        with naming(path), open(path, "rb+") as file:         # one of an earlier version is sparse
+            take_room(file, needed)
         self.rows = np.memmap(path, layout, "r+", shape=(count,))
 
     def steps(self) -> Tensor:
@@ -300,4 +331,5 @@ class DiskBank:
         """Puts the rows back, and waits for the disk."""
         for part in PARTS:
             self.rows[part][ids] = getattr(bank, part).cpu().numpy()
-        self.rows.flush()
+        with naming(self.path):
+            self.rows.flush()

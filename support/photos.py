@@ -4,22 +4,34 @@
 
 Sources: Meta-LoRA, section "Stage-2: Test-time ID Personalization" (the crops); MTCNN as packaged by
 facenet-pytorch, weights included. Deviations: the paper does not say what "face centred" means beside a
-border. Here a crop keeps its size and moves, see `face_crops`. Embedded colour profiles are ignored.
+border. Here a crop keeps its size and moves, see `face_crops`.
 """
 import functools
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageChops, ImageCms, ImageOps, PngImagePlugin
 from torch import Tensor, nn
 
 from support.common import check_writable, note, save_png
 
-SUFFIXES = set(".avif .bmp .gif .jfif .jp2 .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split())
+HEIF_SUFFIXES = {".heic", ".heif", ".hif"}
+NO_PICTURES = {"BUFR", "GRIB", "HDF5", "MPEG"}   # Pillow knows these, and decodes none
+SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items()
+            if (kind in Image.OPEN or kind == "MPO") and kind not in NO_PICTURES} | HEIF_SUFFIXES
+LITTER = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir", "$recycle.bin",
+          "system volume information", "lost+found"}           # of operating systems, beside hidden files
+LARGEST = 16384 * 12288                          # pixels; the largest sensors of phones, 200 megapixels
+HALVED = 2 ** 26                                 # pixels from which a picture is read at half its sides
+HEIF_BRANDS = b"heic heix heim heis hevc hevx hevm hevs mif1 msf1".split()       # at byte 8, after "ftyp"
+MENDED: set[tuple[Path, int]] = set()            # pictures without their end, with their times: noted once
 MIN_SIDE = 16                                    # pixels; one image token
 ASPECTS = {"16:9": 16 / 9, "4:3": 4 / 3, "1:1": 1, "3:4": 3 / 4, "9:16": 9 / 16}    # of crops, width / height
 FACE_SCALES = (1.5, 2, 2.5, 3.5, 4.5)            # shorter side of a crop / longer side of the face
@@ -28,39 +40,51 @@ Box = tuple[int, int, int, int]                  # x0, y0, x1, y1
 FLOOR = 512                                      # pixels; FLUX.1 was not made for less
 
 
-def image_files(folder: str | Path) -> list[Path]:
-    """Sorted paths of the pictures directly inside `folder`, by suffix, none hidden (as `._face.jpg` is)."""
+def visible(folder: str | Path) -> list[Path]:
+    """Sorted paths of what is directly inside `folder`, without hidden files and litter of systems."""
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"no such folder: {folder}")
-    return sorted(p for p in folder.iterdir()
-                  if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file())
+    return sorted(p for p in folder.iterdir() if not p.name.startswith(".") and p.name.lower() not in LITTER)
+
+
+def subfolders(folder: str | Path) -> list[Path]:
+    """Sorted paths of the visible folders directly inside `folder`."""
+    return [path for path in visible(folder) if path.is_dir()]
+
+
+def image_files(folder: str | Path) -> list[Path]:
+    """Sorted paths of the pictures directly inside `folder`, by suffix; dead links too, to be named."""
+    return [path for path in visible(folder) if path.suffix.lower() in SUFFIXES and not path.is_dir()]
 
 
 def read_photo(path: str | Path) -> Image.Image:
-    """Any picture that Pillow reads -> PIL image, mode RGB, upright by its EXIF orientation.
+    """Any picture that Pillow reads -> PIL image, mode RGB in sRGB, upright by its EXIF orientation.
 
-    The first frame of an animation, transparency on white. ValueError, one line naming the file: no whole
-    picture, under 16 pixels a side, or over some 179 megapixels.
+    The first frame of an animation, transparency on white; over 67 megapixels at half its sides, which
+    info["reduced"] then says. ValueError, one line naming the file: no whole picture, under 16 pixels a
+    side, or over 200 megapixels. A JPEG without its last bytes is read, with a note.
     """
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder, not a picture")
     if not path.is_file():
-        raise ValueError(f"no such picture: {path}")
+        raise ValueError(f"{path} is a dead link" if path.is_symlink() else f"no such picture: {path}")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")      # phones do take the 90 megapixels that Pillow warns about
-            with Image.open(path) as image:
-                image.load()
-                image = to_rgb(ImageOps.exif_transpose(image))
+        with open(path, "rb") as file, generous_limits():
+            head = file.read(12)
+            if is_heif := head[4:8] == b"ftyp" and head[8:] in HEIF_BRANDS:
+                can_read_heif()
+            image = decode(path)
     except Image.UnidentifiedImageError as error:
-        hint = "; convert HEIC to JPEG or PNG first" if path.suffix.lower() in (".heic", ".heif") else ""
+        hint = ""
+        if is_heif or path.suffix.lower() in HEIF_SUFFIXES:
+            hint = " as HEIC" if can_read_heif() else "; HEIC is read after: pip install pillow-heif"
         raise ValueError(f"{path} is not a picture that can be read{hint}") from error
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{path} is too large: over {2 * Image.MAX_IMAGE_PIXELS:,} pixels") from error
+    except Image.DecompressionBombError:
+        raise ValueError(f"{path} is too large: over {LARGEST:,} pixels") from None
     except Exception as error:                   # on broken files the decoders raise whatever they stumble on
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path} is damaged or cannot be read: {reason}") from error
@@ -70,16 +94,102 @@ def read_photo(path: str | Path) -> Image.Image:
     return image
 
 
+@contextmanager
+def generous_limits() -> Iterator[None]:
+    """Pillow's guards against bombs, raised to what sound pictures hold: editors write megabytes of text."""
+    png = PngImagePlugin
+    before = Image.MAX_IMAGE_PIXELS, png.MAX_TEXT_CHUNK, png.MAX_TEXT_MEMORY
+    Image.MAX_IMAGE_PIXELS, png.MAX_TEXT_CHUNK, png.MAX_TEXT_MEMORY = LARGEST / 2, 2 ** 28, 2 ** 29
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")      # Pillow warns from half of its limit on
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS, png.MAX_TEXT_CHUNK, png.MAX_TEXT_MEMORY = before
+
+
+@functools.cache
+def can_read_heif() -> bool:
+    """Teaches Pillow to read HEIC, where pillow-heif is installed."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return False
+    register_heif_opener()
+    return True
+
+
+def decode(path: Path) -> Image.Image:
+    """An image file -> RGB, upright, half as large in each direction where it is huge."""
+    with Image.open(path) as image:
+        reduced = 1 + (image.width * image.height > HALVED)
+        size = image.width // reduced, image.height // reduced
+        if reduced > 1:
+            image.draft(None, size)              # of JPEG alone: scaled while it is decoded
+        try:
+            image.load()
+        except OSError:
+            if image.format not in ("JPEG", "MPO"):
+                raise
+            image = mend_jpeg(path, size)
+        image = to_rgb(ImageOps.exif_transpose(image))
+    if image.width * image.height > HALVED:
+        image = image.reduce(reduced)
+    image.info = {"reduced": reduced}            # a profile would be saved with crops, whose colours are sRGB
+    return image
+
+
+def mend_jpeg(path: Path, size: tuple[int, int]) -> Image.Image:
+    """A JPEG that lacks its end, with a note. OSError where more than a fiftieth of the picture is lost."""
+    data = path.read_bytes().rstrip(b"\xff")     # half a marker
+
+    def finish(filler: bytes) -> Image.Image:    # with an end marker the decoder makes up what is missing
+        image = Image.open(BytesIO(data + filler + b"\xff\xd9"))
+        image.draft(None, size)
+        image.load()
+        return image
+
+    image = finish(b"")
+    # what depends on the bytes that follow was not in the file
+    other = finish(b"\x55" * (image.width * image.height // 8 + 1000))
+    lost = np.asarray(ImageChops.difference(image, other)) > 0
+    if lost.reshape(image.height, image.width, -1).any(-1).mean() > 0.02:
+        raise OSError("its end is missing")
+    if (this := (path.resolve(), path.stat().st_mtime_ns)) not in MENDED:
+        note(f"{path} lacks its last bytes; the rest is used")
+        MENDED.add(this)
+    return image
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
-    """PIL image of any mode -> mode RGB. Pillow's own conversion clips 16 bits and drops transparency."""
+    """PIL image of any mode -> mode RGB, sRGB. Pillow's own conversion clips 16 bits, drops transparency."""
+    profile, alpha = image.info.get("icc_profile"), None
     if image.mode.startswith("I") or image.mode == "F":    # no white point is stated: the first that fits
         values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0, neginf=0)
         whites = (1, 255) if image.mode == "F" else (65535,)
         white = next((w for w in whites if values.max() <= w), values.max())
         image = Image.fromarray((values / white * 255).clip(0, 255).round().astype(np.uint8))
     elif image.has_transparency_data:
+        kind = "L" if image.mode.startswith("L") else "RGB"
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image, alpha = image.convert(kind), image.getchannel("A")
+    elif image.mode == "P":
+        image = image.convert("RGB")
+    image = to_srgb(image, profile)
+    if alpha:
+        image.putalpha(alpha)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image
+
+
+def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """The colours that the profile gives the numbers; without one, or with a broken one, they are sRGB's."""
+    try:
+        own = ImageCms.ImageCmsProfile(BytesIO(profile)) if profile else None
+        if own and not ImageCms.getProfileDescription(own).startswith("sRGB"):
+            return ImageCms.profileToProfile(image, own, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        pass                                     # viewers do the same
     return image.convert("RGB")
 
 
@@ -206,30 +316,91 @@ def to_sizes(picture: Image.Image, resolutions: list[int]) -> list[Image.Image]:
     return list(sized.values())
 
 
+def check_photos(paths: list[str], box: list[int] | None, augment: bool) -> None:
+    """ValueError for a photo that cannot be read, and for a --box that does not fit."""
+    if box and (len(paths) > 1 or not augment):
+        raise ValueError("--box is for one photo and its crops: "
+                         + ("leave out --no-augment" if not augment else f"{len(paths)} photos are given"))
+    for path in paths:
+        photo = read_photo(path)
+        if box:
+            width, height = (length * photo.info["reduced"] for length in photo.size)
+            x0, y0, x1, y1 = box
+            if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
+                raise ValueError(f"--box {x0} {y0} {x1} {y1} must be X0 < X1 and Y0 < Y1 within {path}, "
+                                 f"which is {width} x {height} pixels")
+
+
+def parts_of(image: Image.Image, number: int) -> list[Box]:
+    """Boxes of 1 / number of the sides that overlap by half, so that each small thing is whole in one."""
+    w, h = image.width / number, image.height / number
+    return [(round(x * w / 2), round(y * h / 2), round(x * w / 2 + w), round(y * h / 2 + h))
+            for y in range(2 * number - 1) for x in range(2 * number - 1)]
+
+
+def find_anywhere(image: Image.Image, path: Path) -> tuple[Image.Image, list[Face]]:
+    """A picture -> itself, or turned with a note, and the faces in it, found in parts of it if need be.
+
+    As it is, turned, then in parts: an upright face of any size counts before a lying one among details.
+    """
+    turn = Image.Transpose
+    turned = {0: image} | {angle: image.transpose(way) for angle, way in
+                           ((90, turn.ROTATE_90), (180, turn.ROTATE_180), (270, turn.ROTATE_270))}
+    others = [90, 180, 270]
+    # the detector sees at most 1024 x 1024; a part of a small picture is a handful of pixels
+    parts = [([0], 2), ([0], 4), (others, 2)] if image.width * image.height > FLOOR ** 2 else []
+    for angles, number in [([0], 1), (others, 1), *parts]:
+        best = []
+        for angle in angles:
+            view = turned[angle]
+            for x, y, x1, y1 in parts_of(view, number):
+                faces = find_faces(view.crop((x, y, x1, y1)) if number > 1 else view)
+                # many looks at little: more is asked for
+                sure = [f for f in faces if number == 1 or f[4] > 0.99]
+                here = [(f[0] + x, f[1] + y, f[2] + x, f[3] + y, f[4]) for f in sure]
+                if here and (not best or here[0][4] > best[1][0][4]):
+                    best = [angle, here]
+        if best:
+            angle, faces = best
+            if angle:
+                note(f"no face in {path} as it is; it is taken turned by {angle} degrees to the left")
+            if number > 1:
+                x0, y0, x1, y1 = map(round, faces[0][:4])
+                note(f"the face in {path} is small: {x1 - x0} x {y1 - y0} pixels at ({x0}, {y0})")
+            return turned[angle], faces
+    raise ValueError(f"no face found in {path}, turned or enlarged: --box X0 Y0 X1 Y1 says where the subject "
+                     "is, in pixels, and --no-augment takes whole photos")
+
+
 def load_crops(paths: list[str | Path], resolutions: list[int], augment: bool = True,
-               aspects: list[str] | None = None, scales: list[float] | None = None) -> list[Crop]:
+               aspects: list[str] | None = None, scales: list[float] | None = None,
+               box: list[int] | None = None) -> list[Crop]:
     """Photos of one person -> the crops of all of them; without `augment` each photo as a whole.
 
-    Of several faces the largest counts. ValueError names a photo that cannot be read or shows no face.
+    box: where the subject is (x0, y0, x1, y1), in pixels of the one photo; else its face is looked for. Of
+    several faces the largest counts. ValueError names a photo that cannot be read or shows no face.
     """
     crops = []
     for path in map(Path, paths):
         photo = read_photo(path)
         boxes, head = [(0, 0, *photo.size)], None
-        if augment:
-            faces = find_faces(photo)            # on the CPU, so that crops are the same on any device
-            if not faces:
-                raise ValueError(f"no face found in {path}; --no-augment takes whole photos, faces or not")
+        if augment and box:
+            subject = tuple(round(edge / photo.info["reduced"]) for edge in box)
+            inner = subject
+        elif augment:
+            photo, faces = find_anywhere(photo, path)    # on the CPU: the same crops on any device
             if len(faces) > 1:
                 x, y, x1, y1 = map(round, faces[0][:4])
                 largest = f"{x1 - x} x {y1 - y} pixels at ({x}, {y})"
                 note(f"{len(faces)} faces in {path}; taking the largest, {largest}")
-            boxes, head = face_crops(*photo.size, faces[0], aspects, scales), Image.new("L", photo.size)
-            head.paste(255, head_box(faces[0]))
-        for box in boxes:
-            pictures = to_sizes(photo.crop(box), resolutions)
-            heads = to_sizes(head.crop(box), resolutions) if head else [None] * len(pictures)
-            crops += [Crop(picture, path, box, own) for picture, own in zip(pictures, heads)]
+            subject, inner = faces[0], head_box(faces[0])
+        if augment:
+            boxes, head = face_crops(*photo.size, subject, aspects, scales), Image.new("L", photo.size)
+            head.paste(255, inner)
+        for place in boxes:
+            pictures = to_sizes(photo.crop(place), resolutions)
+            heads = to_sizes(head.crop(place), resolutions) if head else [None] * len(pictures)
+            crops += [Crop(picture, path, place, own) for picture, own in zip(pictures, heads)]
     return crops
 
 

@@ -21,9 +21,10 @@ from tqdm import tqdm
 
 from flux_model import denoise, get_noise
 from support.checkpoints import load_autoencoder, model_defaults
-from support.common import JsonFile, free, note, pick_device, save_figure, save_png, whole, write_whole
+from support.common import (JsonFile, free, naming, note, pick_device, save_figure, save_png, whole,
+                            write_whole)
 from support.people import Picture
-from support.photos import read_photo, to_image
+from support.photos import read_photo, to_image, visible
 
 try:
     import fcntl
@@ -57,7 +58,7 @@ def compare_settings(run: Path, settings: dict) -> None:
             raise ValueError(f"{run} is another run: {', '.join(changed)}; "
                              "go on with its settings, or name a new --run")
     elif run.exists() and any(not p.name.startswith(("pictures.json", "settings.json", "lock", "cache"))
-                                   for p in run.iterdir()):      # those, if killed early
+                              for p in visible(run)):            # those, if killed early
         raise ValueError(f"--run {run} holds other files: name a new folder")
 
 
@@ -180,7 +181,7 @@ class Log:
                 "loss_by_t": [losses[bins == b].mean() if (bins == b).any() else None for b in range(T_BINS)],
                 "seconds": np.mean(seconds), "bytes_sent": int(np.mean(sent)), "peak_gb": memory[-1]}
         rounded = json.loads(json.dumps(line, default=float), parse_float=lambda x: float(f"{float(x):.5g}"))
-        with open(self.path, "a") as file:
+        with naming(self.path), open(self.path, "a") as file:
             file.write(json.dumps(rounded) + "\n")
         self.entries = []
 

@@ -193,6 +193,31 @@ def test_meta_phd_is_the_papers_tables():
     assert quoted["table 4"][-1] == {"method": "Meta-LoRA", "base": "FLUX.1-dev", "facesim": 79.45, "r_facesim": 77.16, "difference": -2.9}
 
 
+def test_captions_of_all_kinds_litter_and_unused_files(tmp_path, capsys):
+    for i in range(2):
+        paint(tmp_path / "data" / "anna" / f"{i}.png", (i, 0, 0))
+    for litter in ("__MACOSX/anna/0.png", "anna/__MACOSX/0.png", "__MACOSX/._x.png"):
+        paint(tmp_path / "data" / litter, "red")
+    for name in (".DS_Store", "anna/Thumbs.db", "Desktop.ini"):
+        (tmp_path / "data" / name).write_text("x")
+    for name, text in (("anna/1.png.TXT", "a woman"), ("anna/1.CAPTION", "a woman"),
+                       ("metadata.jsonl", '{"file_name": "anna/0.png", "text": "a woman"}')):
+        (tmp_path / "data" / name).write_text(text)
+        person, = ev.read_people([tmp_path / "data"])
+        assert (person.name, person.gender, len(person.tests)) == ("anna", "woman", 1) and capsys.readouterr().err == ""
+        (tmp_path / "data" / name).unlink()
+    (tmp_path / "data/anna/film.mp4").write_text("x")
+    paint(tmp_path / "data/anna/raw/0.png", "red")
+    ev.read_people([tmp_path / "data"])
+    assert capsys.readouterr().err.endswith("nor the caption of one: film.mp4, raw/\n")
+    (tmp_path / "data/anna/1.txt").write_bytes("größer".encode("latin-1"))
+    (tmp_path / "data/anna/gone.jpg").symlink_to("nowhere")
+    (tmp_path / "data/bob").symlink_to("nowhere")
+    assert ev.main(["--data", str(tmp_path / "data"), "--images", str(tmp_path), "--model", "baby", "--out", str(tmp_path / "r")]) == 2
+    err = capsys.readouterr().err
+    assert "gone.jpg is a dead link" in err and "bob is a dead link" in err and "1.txt is not text in UTF-8" in err and "Traceback" not in err
+
+
 def test_captions_tell_the_gender_and_a_slot_without_one_is_refused(tmp_path):
     for i in range(2):
         paint(tmp_path / "anna" / f"{i}.png", (i, 0, 0))

@@ -276,6 +276,84 @@ def test_captions(tmp_path):
         "a photo of a woman", "in two lines here", "größer, 写真", None, "a. b"]
 
 
+@pytest.mark.parametrize("name", ["0.TXT", "0.caption", "0.Caption", "0.png.txt", "0.png.TXT", "0.png.caption"])
+def test_captions_where_other_trainers_look(tmp_path, name):
+    make_people(tmp_path, {"ann": 2})
+    (tmp_path / "ann" / name).write_text("her", "utf-8-sig")
+    people, problems = read(tmp_path)
+    assert not problems and [p.caption for p in people[""]["ann"]] == ["her", None]
+
+
+@pytest.mark.parametrize("place, prefix", [("ann", ""), ("ann", "./"), ("", "ann/")])
+def test_captions_of_the_hubs_metadata(tmp_path, place, prefix):
+    make_people(tmp_path, {"ann": 3, "bob": 2})
+    rows = [{"file_name": f"{prefix}0.png", "text": "größer\u2028 her"}, {"file_name": f"{prefix}2.png", "text": "other", "size": 3}]
+    (tmp_path / place / "metadata.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n", "utf-8")
+    (tmp_path / "ann" / "2.txt").write_text("nearer")
+    people, problems = read(tmp_path)
+    assert not problems and [p.caption for p in people[""]["ann"]] == ["größer her", None, "nearer"]
+    assert [p.caption for p in people[""]["bob"]] == [None, None]
+
+
+@pytest.mark.parametrize("content, words", [
+    (b'{"file_name": "0.png", "text": "a"}\n{"file_name"', "line 2"), (b"[1]\n", "line 1"), (b'{"text": "a"}', "line 1"),
+    (b'{"file_name": "0.png", "text": 7}', "line 1"), (b'{"file_name": "0.png", "caption": "a"}', "it has file_name, caption"), ("größer".encode("latin-1"), "UTF-8"),
+    ('{"file_name": "0.png", "text": "a"}'.encode("utf-16-le"), "UTF-8")])
+def test_a_damaged_metadata_file_is_named_once(run, content, words):
+    make_people(Path("data"), {"ann": 2, "bob": 2})
+    Path("data/metadata.jsonl").write_bytes(content)
+    code, _, err = run()
+    assert code == 2 and err.count("data/metadata.jsonl") == 1 and words in err.splitlines()[0]
+
+
+def test_pictures_without_a_caption_are_counted_where_others_have_one(run):
+    make_people(Path("data"), {"ann": 2, "bob": 2})
+    assert "caption" not in run("--batch-size", 2, iters=1)[1]
+    Path("data/ann/0.caption").write_text("her")
+    assert "3 of 4 pictures have no caption of their own" in run("--batch-size", 2, "--run", "other", iters=1)[1]
+
+
+def test_every_file_of_a_persons_folder_is_used_or_named(run):
+    make_people(Path("data"), {"ann": 2, "bob": 2})
+    for suffix in ("TIFF", "ppm", "tga", "jpe", "mpo", "jp2", "ico"):
+        picture(Path(f"data/ann/a.{suffix}"), hash(suffix) % 1000, format={"tga": "TGA", "mpo": "JPEG", "jpe": "JPEG"}.get(suffix))
+    people, problems = read(Path("data"))
+    assert not problems and len(people[""]["ann"]) == 9
+    for name in ("film.mp4", "notes.md", "9.txt", "0.json", "0.caption"):
+        Path("data/ann", name).write_text("x")
+    Path("data/ann/0.txt").write_text("her")
+    Path("data/ann/gone.md").symlink_to("nowhere")
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini", "._0.png", "Icon\r"):
+        for folder in ("data", "data/ann"):
+            Path(folder, name).write_text("x")
+    picture(Path("data/__MACOSX/ann/0.png"), 0)
+    picture(Path("data/ann/__MACOSX/0.png"), 0)
+    Path("run").mkdir()
+    Path("run/.DS_Store").write_text("x")
+    code, out, err = run("--batch-size", 2, iters=1)
+    line, = (line for line in err.splitlines() if "not used" in line)
+    assert code == 0 and "2 people, 11 pictures" in out
+    assert line.endswith(": 0.caption, 0.json, 9.txt, film.mp4, gone.md (a dead link), notes.md")
+
+
+def test_a_caption_that_t5_cannot_hold_is_cut_aloud(run, monkeypatch):
+    monkeypatch.setattr(people_files, "load_text_encoders", people_files.load_text_encoders.__wrapped__)
+    make_people(Path("data"), {"ann": 2, "bob": 2})
+    for name in ("ann/0", "bob/1"):
+        Path(f"data/{name}.txt").write_text("a photo of a man, " * 100 + "smiling")
+    code, _, err = run("--batch-size", 2, iters=1)
+    assert code == 0 and err.count("T5 sees 512 tokens") == 1 and "smiling'\n" in err
+
+
+def test_dead_links_are_named(run):
+    make_people(Path("data"), {"a/ann": 2, "a/bob": 2})
+    Path("data/a/ann/gone.jpg").symlink_to("nowhere.jpg")
+    Path("data/a/cy").symlink_to("/nowhere/cy")
+    Path("data/b").symlink_to("/nowhere/b")
+    code, _, err = run()
+    assert code == 2 and sorted(err.splitlines()) == [f"meta_train.py: data/{name} is a dead link" for name in ("a/ann/gone.jpg", "a/cy", "b")]
+
+
 def found_problems(tmp_path, make, smallest=16):
     """What is said of ann, who has two good pictures, after make(her folder); and names of what is left."""
     make_people(tmp_path, {"ann": 2, "bob": 2})
@@ -810,18 +888,31 @@ def test_disk_bank_of_another_size_is_refused(tmp_path):
     assert str(6 * (8 + 12 * 11) - 1) in one_line(DiskBank, tmp_path / "bank", 6, 11)
 
 
-def test_a_bank_beyond_all_memory(tmp_path):
-    """67 GB, rows of about a quarter of FLUX.1-dev's: sparse, and only what is asked for is touched."""
-    bank = DiskBank(tmp_path / "bank", 4000, 1_400_000)
-    assert (tmp_path / "bank").stat().st_size == 4000 * (8 + 12 * 1_400_000)
-    some = IdentityBank(*bank.read([3999, 17], "cpu"))
+def test_a_bank_has_all_its_room_from_the_start(tmp_path):
+    """Rows of about a quarter of FLUX.1-dev's: no hole in the file, which a full disk would make a bus error."""
+    size = 20 * (8 + 12 * 1_400_000)
+    bank = DiskBank(tmp_path / "bank", 20, 1_400_000)
+    assert (tmp_path / "bank").stat().st_size == size
+    some = IdentityBank(*bank.read([19, 17], "cpu"))
     some.weight.fill_(2)
     some.steps += 1
-    bank.write([3999, 17], some)
+    bank.write([19, 17], some)
     again = IdentityBank(*bank.read([17], "cpu"))
     assert again.weight.eq(2).all() and again.steps.tolist() == [1] and not again.exp_avg.any()
     if hasattr(Path().stat(), "st_blocks"):
-        assert 512 * (tmp_path / "bank").stat().st_blocks < 3 * (8 + 12 * 1_400_000)
+        assert 512 * (tmp_path / "bank").stat().st_blocks >= size
+        with open(tmp_path / "sparse", "wb") as file:                                    # of an earlier version
+            file.truncate(size)
+        DiskBank(tmp_path / "sparse", 20, 1_400_000)
+        assert 512 * (tmp_path / "sparse").stat().st_blocks >= size
+
+
+def test_a_bank_where_there_is_no_fallocate(tmp_path, monkeypatch):
+    monkeypatch.delattr(people_files.os, "posix_fallocate", raising=False)
+    bank = DiskBank(tmp_path / "bank", 3, 11)
+    bank.write([1], random_bank(1, 11))
+    before = (tmp_path / "bank").read_bytes()
+    assert DiskBank(tmp_path / "bank", 3, 11).steps()[1] and (tmp_path / "bank").read_bytes() == before
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1096,6 +1187,21 @@ def test_a_bank_that_the_disk_cannot_hold(run, monkeypatch):
     monkeypatch.setattr(people_files.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     assert refused(run(), "the bank of 5 people needs")
     assert not list(Path("run").rglob("bank*"))
+
+
+def test_checkpoints_and_cache_count_before_the_start(run, monkeypatch):
+    make_people(Path("data"), TWO_BUCKETS)
+    assert run(iters=24)[0] == 0
+    files = {path: path.stat().st_size for path in Path("run").rglob("*.safetensors")}
+    bank = Path("run/rank0/bank").stat().st_size
+    shutil.rmtree("run")
+    free = bank + sum(size for path, size in files.items() if path.parent.name == "cache")
+    monkeypatch.setattr(people_files.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    assert refused(run(iters=24), "checkpoints", "cache") and not list(Path("run").rglob("bank*"))
+    free += 2 * max(size for path, size in files.items() if path.parent.name == "rank0")
+    # 3 checkpoints of 2 are counted, but of captions and latents that are all that there will be
+    monkeypatch.setattr(people_files.shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * free))
+    assert run(iters=24)[0] == 0
 
 
 def test_a_bank_without_its_checkpoints(begun):

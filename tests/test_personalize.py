@@ -396,6 +396,71 @@ def test_ctrl_c_saves_what_there_is(run, head, monkeypatch):
     assert not list(Path().glob("none*"))
 
 
+def test_a_prompt_that_t5_cannot_hold_is_cut_aloud(run, head):
+    code, _, err = run(head, "--prompt", "a photo of a man, " * 100 + "smiling")
+    assert code == 0 and err.count("T5 sees 512 tokens") == 1 and "smiling'\n" in err
+
+
+# where the subject is
+
+def test_a_box_is_enough_where_there_is_no_face(run):
+    drawing = Image.new("RGB", (300, 200), "white")
+    ImageDraw.Draw(drawing).rectangle((140, 60, 200, 120), fill="red")
+    drawing.save("pet.png")
+    result = run("pet.png")
+    assert refused(result, "no face found in pet.png") and "--box" in result[2]
+    code, _, err = run("pet.png", "--box", 140, 60, 200, 120, "--save-crops", "crops", "--out", "pet.safetensors")
+    assert code == 0 and err.count("\n") == 1 and "LoMD is random" in err and Path("pet.safetensors").exists()
+    assert read_metadata("pet.safetensors")["box"] == "[140, 60, 200, 120]"
+    crops = photos.load_crops(["pet.png"], [64], box=[140, 60, 200, 120])
+    assert [c.box for c in crops] == photos.face_crops(300, 200, (140, 60, 200, 120))
+    assert len(list(Path("crops").iterdir())) == len(crops)
+    for crop in crops:
+        red = np.asarray(crop.picture)[..., 1] < 128
+        assert (red == (np.asarray(crop.head) > 128)).mean() > 0.9                     # what counts is the subject
+
+
+def test_a_box_of_a_huge_photo_is_in_its_own_pixels(tmp_path, monkeypatch):
+    path = tmp_path / "huge.png"
+    Image.new("RGB", (600, 400)).save(path)
+    plain = photos.load_crops([path], [64], box=[200, 100, 300, 200])
+    monkeypatch.setattr(photos, "HALVED", 200_000)
+    photos.check_photos([path], [500, 300, 600, 400], True)
+    half = photos.load_crops([path], [64], box=[200, 100, 300, 200])
+    assert [c.box for c in half] == photos.face_crops(300, 200, (100, 50, 150, 100)) and len(half) == len(plain)
+
+
+@pytest.mark.parametrize("args, word", [
+    ([ASTRONAUT, "--box", 10, 10, 10, 90], "512 x 512"), ([ASTRONAUT, "--box", 10, 10, 90, 513], "512 x 512"),
+    ([ASTRONAUT, "--box", -1, 10, 90, 90], "--box"), ([ASTRONAUT, "--box", 1, 2, 3], "--box"),
+    ([ASTRONAUT, "--box", 1, 2, 30, "nan"], "--box"),
+    ([ASTRONAUT, ASTRONAUT, "--box", 1, 2, 30, 40], "2 photos"),
+    ([ASTRONAUT, "--no-augment", "--box", 1, 2, 30, 40], "--no-augment"),
+])
+def test_boxes_that_do_not_fit(run, args, word):
+    assert refused(run(*args), word) and not list(Path().iterdir())
+
+
+def test_a_photo_without_its_last_bytes_is_noted_once(run, head):
+    Image.open(head).resize((640, 640)).save("whole.jpg", quality=90)
+    Path("cut.jpg").write_bytes(Path("whole.jpg").read_bytes()[:-9])
+    code, _, err = run("cut.jpg")
+    assert code == 0 and err.count("cut.jpg lacks its last bytes") == 1
+
+
+def test_heic_without_its_package_says_what_to_install(run, monkeypatch):
+    monkeypatch.setattr(photos, "can_read_heif", lambda: False)
+    Path("photo.jpg").write_bytes(b"\0\0\0\x18ftypheic" + bytes(200))
+    assert refused(run("photo.jpg"), "pip install pillow-heif")
+
+
+def test_a_lying_photo_trains_as_the_upright_one(run, head):
+    Image.open(head).transpose(Image.Transpose.ROTATE_90).save("lying.png")
+    assert run(head, "--out", "upright.safetensors")[0] == 0
+    code, _, err = run("lying.png", "--out", "lying.safetensors")
+    assert code == 0 and "note: no face in lying.png as it is" in err and same("lying", "upright")
+
+
 # what it refuses
 
 def make_bad_photos():
@@ -439,6 +504,66 @@ def test_malformed_model_resolution_and_lomd(run):
     assert refused(run(ASTRONAUT, iters=0), "--iters")
     assert refused(run(ASTRONAUT, "--lomd", "any.safetensors", method="lora"), "--lomd")
     assert not list(Path().iterdir())
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+ANNEX = b"/annex/objects/SHA256E-s3--aa.safetensors\n"
+
+
+def broken_hub(path, content):
+    """The small model by links, with `content` in the place of one of its files; None: a folder."""
+    for part in MODEL.iterdir():
+        if part.is_dir() and part.name == path.partition("/")[0]:
+            Path("hub", part.name).mkdir(parents=True)
+            for file in part.iterdir():
+                Path("hub", part.name, file.name).symlink_to(file)
+        else:
+            Path("hub").mkdir(exist_ok=True)
+            Path("hub", part.name).symlink_to(part)
+    place = Path("hub", path)
+    place.unlink(missing_ok=True)
+    place.mkdir() if content is None else place.write_bytes(content)
+
+
+@pytest.mark.parametrize("path", ["flux1-dev.safetensors", "ae.safetensors", "text_encoder/model.safetensors",
+                                  "text_encoder_2/model.safetensors"])
+@pytest.mark.parametrize("content, words", [
+    (POINTER, "git lfs pull"), (ANNEX, "git annex get"), (b"<!DOCTYPE html><html>", "web page"), (b"", "empty"),
+    (b"\xff\0\0\0\0\0\0\0{", "")])
+def test_what_stands_in_the_place_of_weights_is_named(run, monkeypatch, path, content, words):
+    monkeypatch.setattr(personalize, "load_text_encoders", load_text_encoders)
+    broken_hub(path, content)
+    result = run(ASTRONAUT, model="hub", method="lora")
+    assert refused(result, f"hub/{path}" if words else "hub") and words in result[2]
+
+
+@pytest.mark.parametrize("path", ["text_encoder/config.json", "text_encoder_2/config.json", "defaults.json",
+                                  "tokenizer/vocab.json", "tokenizer_2/tokenizer_config.json", "text_encoder_2/model.safetensors.index.json"])
+@pytest.mark.parametrize("content, words", [
+    (POINTER, "git lfs pull"), (b'{"learning_rate": ', "torn"), (b"[1, 2]", "another file"), (b"[[1, 2]]", "another file"),
+    (b"[" * 100_000, "torn"), (b"<html>", "web page"), ("ü".encode("latin-1"), "torn")])
+def test_what_stands_in_the_place_of_settings_is_named(run, path, content, words):
+    broken_hub(path, content)
+    result = run(ASTRONAUT, model="hub", method="lora")
+    assert refused(result, f"hub/{path}") and words in result[2]
+
+
+@pytest.mark.parametrize("content", [b'{"model_type": "t5"}', b'{"learning_rate": "fast"}', b'{"mirror": [1]}', b'{"resolution": "1024"}'])
+def test_foreign_settings_are_named(run, content):
+    broken_hub("defaults.json", content)
+    assert refused(run(ASTRONAUT, model="hub", method="lora"), "hub/defaults.json")
+
+
+def test_a_lomd_that_is_none(run, lomd):
+    Path("folder").mkdir()
+    assert refused(run(ASTRONAUT, "--lomd", "folder"), "empty folder")
+    Path("folder/lomd.safetensors").write_bytes(POINTER)
+    assert refused(run(ASTRONAUT, "--lomd", "folder"), "name a file in it (lomd.safetensors")
+    assert refused(run(ASTRONAUT, "--lomd", "folder/lomd.safetensors"), "git lfs pull")
+    Path("gone.safetensors").symlink_to("nowhere")
+    assert refused(run(ASTRONAUT, "--lomd", "gone.safetensors"), "dead link")
+    Path("torn.safetensors").write_bytes(lomd.read_bytes()[:3000])
+    assert refused(run(ASTRONAUT, "--lomd", "torn.safetensors"), "download it again")
 
 
 def test_a_lomd_of_another_model(run, lomd, targets):

@@ -210,6 +210,133 @@ def test_image_files(tmp_path):
         photos.image_files(tmp_path / "nowhere")
 
 
+def texture(width=512, height=512, seed=0):
+    """Smooth noise with edges, as a photo has them."""
+    small = np.random.default_rng(seed).integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.BICUBIC)
+
+
+def test_a_png_with_megabytes_of_text_or_profile(tmp_path):
+    from PIL.PngImagePlugin import MAX_TEXT_CHUNK, PngInfo
+    image, text = texture(64, 64), PngInfo()
+    text.add_text("workflow", "node " * 600_000, zip=True)
+    text.add_itxt("prompt", "größer " * 600_000)
+    for options in ({"pnginfo": text}, {"icc_profile": wide_profile() + bytes(3 * 2 ** 20)}):
+        image.save(tmp_path / "a.png", **options)
+        assert photos.read_photo(tmp_path / "a.png").size == (64, 64)
+    from PIL import PngImagePlugin
+    assert PngImagePlugin.MAX_TEXT_CHUNK == MAX_TEXT_CHUNK                     # others keep their guards
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("lost", [1, 2, 20, 200])
+def test_a_jpeg_without_its_last_bytes(tmp_path, capsys, lost, progressive):
+    texture().save(tmp_path / "whole.jpg", quality=90, progressive=progressive)
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:-lost])
+    whole, cut = (np.asarray(photos.read_photo(tmp_path / f"{name}.jpg")).astype(int) for name in ("whole", "cut"))
+    assert (np.abs(whole - cut).max(-1) > 40).mean() < 0.02
+    assert capsys.readouterr().err == f"note: {tmp_path / 'cut.jpg'} lacks its last bytes; the rest is used\n"
+    photos.read_photo(tmp_path / "cut.jpg")
+    assert capsys.readouterr().err == ""                                                        # said once
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_jpeg_that_lacks_more_is_refused(tmp_path, share, flat):
+    image = Image.new("RGB", (512, 512), (90, 120, 30)) if flat else texture()
+    image.save(tmp_path / "a.jpg")
+    data = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "a.jpg").write_bytes(data[:int(len(data) * share)])
+    refused(tmp_path / "a.jpg")
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_huge_pictures_are_read_at_half_their_sides(tmp_path, monkeypatch, suffix):
+    monkeypatch.setattr(photos, "HALVED", 90_000)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    whole, path = texture(480, 320), tmp_path / f"a.{suffix}"
+    whole.save(path, exif=exif)
+    image = photos.read_photo(path)
+    assert image.size == (160, 240) and image.info["reduced"] == 2
+    expected = np.asarray(whole.reduce(2).transpose(Image.Transpose.ROTATE_270)).astype(int)
+    assert np.abs(np.asarray(image) - expected).mean() < 8                      # a JPEG loses some
+    assert read_back(texture(64, 64), path).info["reduced"] == 1
+
+
+def test_200_megapixels_are_read_and_more_refused(tmp_path):
+    Image.new("L", (16320, 12240), 128).save(tmp_path / "a.jpg")
+    image = photos.read_photo(tmp_path / "a.jpg")
+    assert image.size == (8160, 6120) and pixel(image) == (128, 128, 128)
+    assert "too large" in refused(bad_png(tmp_path / "b.png", 16384, 12289))
+
+
+def wide_profile(gamma=2.2, grey=False):
+    """An ICC profile of Adobe RGB's primaries, or of grey, from the format's definition."""
+    def fixed(*values):
+        return b"".join(round(v * 65536).to_bytes(4, "big", signed=True) for v in values)
+    curve = b"curv" + bytes(4) + (1).to_bytes(4, "big") + round(gamma * 256).to_bytes(2, "big") + bytes(2)
+    name = b"desc" + bytes(4) + (5).to_bytes(4, "big") + b"Wide\0" + bytes(78)
+    tags = {b"desc": name, b"wtpt": b"XYZ " + bytes(4) + fixed(0.9642, 1, 0.8249)}
+    if grey:
+        tags[b"kTRC"] = curve
+    else:
+        for letter, colour in zip("rgb", ((0.6097, 0.3111, 0.0195), (0.2053, 0.6257, 0.0609), (0.1492, 0.0632, 0.7446))):
+            tags[f"{letter}XYZ".encode()] = b"XYZ " + bytes(4) + fixed(*colour)
+            tags[f"{letter}TRC".encode()] = curve
+    table, data, start = b"", b"", 128 + 4 + 12 * len(tags)
+    for tag, value in tags.items():
+        value += bytes(-len(value) % 4)
+        table += tag + (start + len(data)).to_bytes(4, "big") + len(value).to_bytes(4, "big")
+        data += value
+    head = bytes(4) + b"lcms" + bytes([2, 16, 0, 0]) + b"mntr" + (b"GRAY" if grey else b"RGB ") + b"XYZ "
+    head += bytes(12) + b"acsp" + bytes(28) + fixed(0.9642, 1, 0.8249)
+    body = head.ljust(128, b"\0") + len(tags).to_bytes(4, "big") + table + data
+    return (len(body)).to_bytes(4, "big") + body[4:]
+
+
+def test_embedded_profiles_are_converted_to_srgb(tmp_path):
+    # Adobe RGB (100, 150, 100) by its definition: linear, to sRGB's primaries, sRGB's curve
+    linear = np.array([[1.3984, -0.3984, 0], [0, 1, 0], [0, -0.0429, 1.0429]]) @ (np.array([100, 150, 100]) / 255) ** 2.2
+    expected = 255 * (1.055 * linear ** (1 / 2.4) - 0.055)
+    for name in ("a.png", "a.tif", "a.webp", "a.jpg"):
+        options = {"lossless": True} if name == "a.webp" else {"quality": 100} if name == "a.jpg" else {}
+        seen = pixel(read_back(Image.new("RGB", (32, 32), (100, 150, 100)), tmp_path / name, icc_profile=wide_profile(), **options))
+        assert np.allclose(seen, expected, atol=2), (name, seen, expected)
+    clear = read_back(Image.new("RGBA", (32, 32), (100, 150, 100, 255)), tmp_path / "b.png", icc_profile=wide_profile())
+    assert np.allclose(pixel(clear), expected, atol=2)
+    palette = Image.new("RGB", (32, 32), (100, 150, 100)).convert("P", palette=Image.Palette.ADAPTIVE)
+    assert np.allclose(pixel(read_back(palette, tmp_path / "c.png", icc_profile=wide_profile())), expected, atol=3)
+    grey = 255 * (1.055 * (100 / 255) ** (1 / 2.4) - 0.055)
+    for mode, colour in (("L", 100), ("LA", (100, 255)), ("I;16", 257 * 100)):
+        seen = pixel(read_back(Image.new(mode, (32, 32), colour), tmp_path / "d.png", icc_profile=wide_profile(1, grey=True)))
+        assert np.allclose(seen, grey, atol=2), (mode, seen)
+
+
+def test_profiles_that_change_nothing(tmp_path):
+    from PIL import ImageCms
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for profile in (srgb, b"broken", wide_profile(grey=True)):                      # the last is not of this kind
+        assert pixel(read_back(Image.new("RGB", (32, 32), (100, 150, 100)), tmp_path / "a.png",
+                               icc_profile=profile)) == (100, 150, 100)
+
+
+def test_heic_is_known_by_its_content(tmp_path, monkeypatch):
+    monkeypatch.setattr(photos, "can_read_heif", lambda: False)
+    for brand in (b"heic", b"mif1"):
+        (tmp_path / "phone.jpg").write_bytes(b"\0\0\0\x18ftyp" + brand + bytes(500))
+        assert "pip install pillow-heif" in refused(tmp_path / "phone.jpg")
+
+
+def test_heic_is_read_where_the_package_is(tmp_path):
+    heif = pytest.importorskip("pillow_heif")
+    for name in ("a.heic", "a.HIF", "a.jpg"):
+        heif.from_pillow(Image.new("RGB", (64, 48), (200, 40, 90))).save(tmp_path / "made.heic", quality=95)
+        (tmp_path / "made.heic").rename(tmp_path / name)
+        image = photos.read_photo(tmp_path / name)
+        assert image.size == (64, 48) and np.allclose(pixel(image), (200, 40, 90), atol=6)
+
+
 # finding faces
 
 def overlap(a, b):
@@ -273,6 +400,25 @@ def test_no_face():
     blank = Image.new("RGB", (16, 16)), Image.new("L", (16, 3000), 200)
     for image in (noise, noise.resize((700, 40)), *blank):
         assert photos.find_faces(image) == []
+
+
+@pytest.mark.parametrize("way, angle", [(2, 270), (3, 180), (4, 90)])
+def test_a_turned_photo_is_turned_back(capsys, way, angle):
+    image = photos.read_photo(ASTRONAUT)
+    found, faces = photos.find_anywhere(image.transpose(way), Path("lying.jpg"))
+    assert np.array_equal(np.asarray(found), np.asarray(image)) and faces == photos.find_faces(image)
+    assert capsys.readouterr().err == f"note: no face in lying.jpg as it is; it is taken turned by {angle} degrees to the left\n"
+    assert photos.find_anywhere(image, Path("up.jpg"))[0] is image and capsys.readouterr().err == ""
+
+
+def test_a_small_face_is_found_in_a_part(capsys):
+    face = photos.read_photo(ASTRONAUT).resize((200, 200), Image.BICUBIC)              # its face is 34 pixels wide
+    scene = texture(4000, 3000).resize((1, 1)).resize((4000, 3000))
+    scene.paste(face, (2300, 1500))
+    assert not photos.find_faces(scene)
+    (box,) = photos.find_anywhere(scene, Path("far.jpg"))[1]
+    assert overlap(box, [place + v * 200 / 512 for place, v in zip((2300, 1500) * 2, (180, 61, 268, 172))]) > 0.7
+    assert capsys.readouterr().err.startswith("note: the face in far.jpg is small: 3")
 
 
 def test_importing_photos_does_not_import_the_detector():

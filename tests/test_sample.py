@@ -317,6 +317,30 @@ def interrupt():
     raise KeyboardInterrupt
 
 
+def test_a_lora_that_is_a_folder_or_a_pointer(capsys):
+    Path("loras").mkdir()
+    Path("loras/a.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    for name, words in (("loras", "name a file in it (a.safetensors"), ("loras/a.safetensors", "git lfs pull")):
+        assert run("a cat", "--lora", name) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and name in err and words in err
+
+
+def test_words_that_t5_cannot_hold_are_named_once_for_each_prompt(capsys, one_load):
+    long = " ".join(f"w{i}" for i in range(300))
+    assert run(long, "a cat", "--num", "2", "--out", "some") == 0
+    line, = (line for line in capsys.readouterr().err.splitlines() if "T5" in line)
+    seen, lost = one_load.t5_tokenizer, line.split(" is ")[-1].strip("'").split()
+    kept = long[:long.index(lost[0])].strip()
+    assert long == f"{kept} {' '.join(lost)}" and "T5 sees 512 tokens" in line
+    assert len(seen(kept).input_ids) <= 512 < len(seen(f"{kept} {lost[0]}").input_ids)
+    assert all(torch.equal(a, b) for a, b in zip(one_load.encode([kept + " " + lost[0]])[0], one_load.encode([long])[0]))
+    fits = load_text_encoders(HUB, "cpu", torch.float32, 256)
+    capsys.readouterr()
+    fits.encode([kept]), fits.encode([kept, "a cat"])                                    # schnell's
+    assert capsys.readouterr().err.count("T5 sees 256 tokens") == 1
+
+
 def test_ctrl_c_saves_what_is_finished(monkeypatch, capsys):
     stop_at_second(monkeypatch, interrupt)
     assert run("a cat", "--num", "3") == 130
