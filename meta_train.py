@@ -118,7 +118,7 @@ class Run:
         flux = open_flux(args, self.group.device, args.iters, args.work)
         self.adapter = MetaLoRA(flux, args.r2, lomd=random_lomd(find_targets(flux), args.r1, args.seed),
                                 num_identities=0, slots=args.batch_size)
-        recompute_blocks(flux, plan_recompute(self.adapter, args.work.tokens, args.batch_size, args.recompute))
+        recompute_blocks(flux, plan_recompute(self.adapter, args.work.tokens, args.recompute))
         self.checkpoints = Checkpoints(self.folder, self.group)
         more = room_for(self.cache, self.members, args.prompt, self.adapter)
         self.disk = DiskBank(self.folder / "bank", sum(map(len, self.rows)), self.adapter.size, more)

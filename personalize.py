@@ -205,7 +205,7 @@ def prepare(args: argparse.Namespace, lap: Callable[[str], None]) -> tuple:
     largest = max(latent[0, 0, 0].numel() // 4 for latent in latents)
     flux = open_flux(args, args.device, args.iters, args.work)
     adapter = MetaLoRA(flux, args.rank, lomd, seed=args.seed)
-    blocks = plan_recompute(adapter, largest + txt.shape[1], 1, args.recompute)
+    blocks = plan_recompute(adapter, largest + txt.shape[1], args.recompute)
     recompute_blocks(flux, blocks)
     if blocks:
         count = len(blocks_of(flux))

@@ -307,7 +307,7 @@ def measure_training(rows: Rows, flux: Flux, people: int, resolutions: list[int]
         counts, work = [0, blocks // 2, blocks], Work(tokens + text_tokens, people, rank, R1, people, True)
         if people > 1 or is_offloaded(flux):
             try:
-                counts = [plan_recompute(adapter, tokens + text_tokens, people)]
+                counts = [plan_recompute(adapter, tokens + text_tokens)]
             except ValueError as error:
                 print(f"  {people} people, {size} px: {error}")
                 continue

@@ -231,7 +231,8 @@ def open_lora(path: Place) -> safe_open:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as a safetensors file: {error} (and a .pt, .ckpt or .bin is "
+        why = not_content(path) or error
+        raise ValueError(f"{path} cannot be read as a safetensors file: {why} (and a .pt, .ckpt or .bin is "
                          "a pickle, which is never loaded)") from None
 
 

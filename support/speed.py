@@ -396,13 +396,13 @@ def blocks_on_device(flux: nn.Module, device, dtype: torch.dtype, fp8: bool, bes
     return count
 
 
-def plan_recompute(adapter: object, tokens: int, batch: int = 1, wanted: int | None = None) -> int:
+def plan_recompute(adapter: object, tokens: int, wanted: int | None = None) -> int:
     """The fewest blocks, counted from the first, that must run twice so that a training step of an adapted
-    Flux (adapter: a MetaLoRA), of pictures of so many tokens with their text, fits into the memory that is
-    left; or as many as are `wanted`. ValueError where all of them do not do."""
+    Flux (adapter: a MetaLoRA, with a slot for each picture), of so many tokens with their text, fits into the
+    memory that is left; or as many as are `wanted`. ValueError where all of them do not do."""
     if wanted is not None:
         return wanted
-    flux, work = adapter.flux, Work(tokens, batch, training=True)
+    flux, work = adapter.flux, Work(tokens, adapter.slots, training=True)
     every, free = len(blocks_of(flux)), memory_left(adapter.device) - RESERVE
     for count in range(every if is_offloaded(flux) else 0, every + 1):
         needed = step_bytes(flux, work, adapter.layers[0].dtype, count)

@@ -42,7 +42,7 @@ def training(card, px=512, fp8=False, offload=False, twice=None, people=1, check
     adapter = MetaLoRA(flux, 1, lomd=random_lomd(find_targets(flux), 16), num_identities=people, slots=batch)
     adapter.train_lomd = people > 1
     if twice is None:
-        twice = speed.plan_recompute(adapter, tokens, batch)
+        twice = speed.plan_recompute(adapter, tokens)
     speed.recompute_blocks(flux, twice)
     foreseen = (card.memory.allocated + speed.step_bytes(flux, work, BF16, twice) + speed.RESERVE) / GIB
     card.phased(MetaLoRA, "assign", "assign")
