@@ -18,7 +18,8 @@ import eval_rfacesim
 import meta_train
 import personalize
 import sample
-from support import people as people_files
+from flux_model import denoise
+from support import people as people_files, runs
 from support.checkpoints import load_text_encoders
 
 resource = pytest.importorskip("resource")                                              # not on Windows
@@ -37,6 +38,7 @@ def remembered():
         for module in (people_files, personalize, sample):
             patch.setattr(module, "load_text_encoders", load)
         patch.setattr(meta_train, "plot", lambda log, path: None)
+        patch.setattr(runs, "denoise", lambda flux, noise, txt, y, steps, guidance: denoise(flux, noise, txt, y, 2, guidance))
         yield
 
 
