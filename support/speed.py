@@ -17,6 +17,7 @@ import math
 import re
 import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
@@ -492,6 +493,7 @@ def tiles(size: int) -> list[slice]:
 # ------------------------------------------------------------------------------------------------------------
 # Attention and compilation
 
+ORDER = ExitStack()                                         # of the kernels of attention, once it was chosen
 KERNELS = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION
 
 
@@ -524,8 +526,9 @@ def choose_attention(shape: tuple, device: torch.device, dtype: torch.dtype, bac
     order = sorted(KERNELS, key=seconds.get)
     if seconds[order[0]] == math.inf:
         return None
-    # for good: the context is never left. All stay allowed: only one takes the autoencoder's wide head
-    sdpa_kernel([*order, SDPBackend.MATH], set_priority=True).__enter__()
+    # for good: never left, and kept, since a context that is collected is left. All stay allowed: only one
+    # takes the autoencoder's wide head
+    ORDER.enter_context(sdpa_kernel([*order, SDPBackend.MATH], set_priority=True))
     return order[0].name
 
 

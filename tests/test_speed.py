@@ -278,6 +278,21 @@ def test_as_many_blocks_as_fit_stay_on_the_device(monkeypatch):
     assert [stay(free) for free in (2, 3.5, 12, 80)] == [0, 1, 14, 57]
 
 
+def test_the_order_of_attention_lasts(monkeypatch):
+    """Until the process ends: a context that nobody keeps is left when it is collected."""
+    import gc
+    cudnn, flash, efficient = speed.KERNELS
+    monkeypatch.setattr(speed, "seconds_of_attention", lambda kernel, *rest: {cudnn: 3.0, flash: 2.0, efficient: 1.0}[kernel])
+    with speed.ExitStack() as stack:
+        monkeypatch.setattr(speed, "ORDER", stack)
+        before = torch._C._get_sdp_priority_order()
+        speed.choose_attention((1, 2, 3, 4), torch.device("cuda"), torch.bfloat16, True)
+        gc.collect()
+        order = torch._C._get_sdp_priority_order()
+        assert [int(kernel) for kernel in order[:3]] == [int(kernel) for kernel in (efficient, flash, cudnn)]
+    assert torch._C._get_sdp_priority_order() == before
+
+
 def test_the_fastest_attention_is_chosen(monkeypatch):
     """The kernels in the order of their times, and all of them allowed; on another device nothing changes."""
     cudnn, flash, efficient = speed.KERNELS
@@ -289,6 +304,9 @@ def test_the_fastest_attention_is_chosen(monkeypatch):
             assert set_priority
 
         def __enter__(self):
+            pass
+
+        def __exit__(self, *error):
             pass
     monkeypatch.setattr(speed, "seconds_of_attention", lambda kernel, *rest: times[kernel])
     monkeypatch.setattr(speed, "sdpa_kernel", Order)
