@@ -31,7 +31,8 @@ from support.checkpoints import (add_speed_options, is_small, load_autoencoder, 
                                  take_model)
 from support.common import (Interruption, Parser, check_out_file, check_training, check_writable, free, note,
                             pick_device, positive, run_script, to_device, use_threads)
-from support.lora_files import read_lomd, save_lora
+from support.finding import HUB, home_of
+from support.lora_files import find_lomd, read_lomd, save_lora
 from support.speed import blocks_of, is_compiled, plan_recompute, recompute_blocks, seconds_compiling
 
 ITERATIONS = {"meta-lora": 375, "lora": 625}     # the paper's
@@ -114,7 +115,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                     description="Turns one photo of a person, or a few, into a LoRA.", allow_abbrev=False)
     add = parser.add_argument
     add("photos", nargs="+", metavar="photo", help="photos of one person")
-    add("--model", default="flux-dev", help="flux-dev (default), flux-schnell, baby, or a folder like these")
+    add("--model", default="flux-dev", help="flux-dev (default), flux-schnell, baby, a folder or a file")
     add("--out", type=Path, default=Path("out.safetensors"), help="file to write (default: out.safetensors)")
     add("--format", choices=("diffusers", "kohya", "original"), default="diffusers", help="names in it")
     add("--method", choices=tuple(ITERATIONS), default="meta-lora", help="lora is the paper's baseline")
@@ -148,8 +149,8 @@ def check(args: argparse.Namespace) -> None:
     check_training(args)
     if args.lomd and args.method == "lora":
         raise ValueError("--method lora trains its own A and takes no --lomd")
-    if args.lomd and not Path(args.lomd).is_file():
-        raise ValueError(f"no such LoMD: {args.lomd}")
+    if args.method == "meta-lora" and (args.lomd or args.model in HUB):      # before a download of the model
+        find_lomd(home_of(args.model), args.lomd)
     if args.lomd and args.out.exists() and args.out.samefile(args.lomd):
         raise ValueError(f"--out would overwrite the LoMD {args.lomd}")
     for path in args.photos:

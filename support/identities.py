@@ -47,7 +47,7 @@ def subfolders(folder: Path) -> list[Path]:
 
 def own_folder(model: str) -> Path | None:
     """The folder of a model that may bring judges and prompts of its own."""
-    return None if model in HUB else find_model(model)
+    return None if model in HUB else Path(find_model(model))
 
 
 def read_people(folders: list[Path], reference: str = "first", gender: str | None = None,
