@@ -31,7 +31,7 @@ from support.checkpoints import (add_speed_options, is_small, load_autoencoder, 
                                  take_model)
 from support.common import (Interruption, Parser, check_out_file, check_training, check_writable, free, note,
                             pick_device, positive, run_script, to_device, use_threads)
-from support.finding import HUB, home_of
+from support.finding import HUB, home_of, model_words
 from support.lora_files import find_lomd, read_lomd, save_lora
 from support.speed import blocks_of, is_compiled, plan_recompute, recompute_blocks, seconds_compiling
 
@@ -262,8 +262,8 @@ def personalize(argv: list[str] | None) -> None:
         print(f"of training {seconds_compiling():.1f} s went into compiling")
     print(f"seconds: {', '.join(f'{part} {value:.1f}' for part, value in seconds.items())}; in all "
           f"{sum(seconds.values()):.1f}, an iteration {seconds['training'] / args.iters:.3f}")
-    model = "" if args.model == "flux-dev" else f"--model {shlex.quote(args.model)} "
-    print(f"try it:  python sample.py {model}--lora {shlex.quote(str(args.out))} {shlex.quote(args.prompt)}")
+    words = f"{model_words(args)}--lora {shlex.quote(str(args.out))} {shlex.quote(args.prompt)}"
+    print(f"try it:  python sample.py {words}")
 
 
 def main(argv: list[str] | None = None) -> int:

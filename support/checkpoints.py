@@ -203,6 +203,19 @@ def check_make(files: TensorFiles) -> None:
                              "supported: FLUX.1 takes 64")
 
 
+def depths(files: TensorFiles) -> dict[str, int]:
+    """The depths of a FLUX.1 of the published width, of which some have lost blocks; {}: as published."""
+    first = next((name for name in ("img_in.weight", "x_embedder.weight") if name in files.file_of), None)
+    if first is None or files.shape(first)[0] != FluxConfig().hidden_size:
+        return {}
+    last = {"depth": -1, "depth_single_blocks": -1}
+    for name in files.file_of:
+        if (found := BLOCK.search(name)) and name.endswith((".weight", ".scale")):
+            kind = "depth_single_blocks" if name.startswith("single") else "depth"
+            last[kind] = max(last[kind], int(found[1]))
+    return {kind: number + 1 for kind, number in last.items()}
+
+
 def flux_files(folder: Place) -> tuple[TensorFiles, FluxConfig, bool]:
     """Tensors and configuration of a model's transformer, and whether it is in the diffusers layout."""
     paths, config = transformer_files(folder)
@@ -220,7 +233,7 @@ def flux_files(folder: Place) -> tuple[TensorFiles, FluxConfig, bool]:
     if "config" in files.metadata:
         return files, read_config(FluxConfig, files.metadata["config"], files.path), theirs
     guidance = diffusers_flux_names(GUIDANCE)[0] if theirs else GUIDANCE
-    return files, FluxConfig(guidance_embed=guidance in files.file_of), theirs
+    return files, FluxConfig(guidance_embed=guidance in files.file_of, **depths(files)), theirs
 
 
 def load_flux(folder: Place, device: Device = "cpu", dtype: torch.dtype = BF16,
@@ -253,7 +266,8 @@ def load_autoencoder(folder: Place, device: Device = "cpu", dtype: torch.dtype =
     if config is None:
         if any(".up_blocks." in name for name in files.file_of):         # diffusers' file without its config
             sources = lambda name: diffusers_autoencoder_names(name, 4)
-        config = read_config(AutoEncoderConfig, files.metadata.get("config", "{}"), files.path)
+        said = files.metadata.get("vae.config" if files.whole else "config", "{}")
+        config = read_config(AutoEncoderConfig, said, files.path)
     else:
         widths = config["block_out_channels"]
         sources = lambda name: diffusers_autoencoder_names(name, len(widths))
@@ -435,8 +449,11 @@ def add_speed_options(add: Callable[..., object], training: bool) -> None:
 
 def bytes_beside(folder: Place, dtype: torch.dtype, work: Work) -> tuple[Flux, float]:
     """A transformer without numbers, and what its run takes beside its weights, at least."""
+    files, config, is_diffusers = flux_files(folder)
     with torch.device("meta"):
-        flux = Flux(flux_files(folder)[1])
+        flux = Flux(config)
+    check_tensors(flux, files, {name: diffusers_flux_names(name) if is_diffusers else [name]
+                                for name, _ in flux.named_parameters()})
     return flux, adapter_bytes(find_targets(flux), work, dtype) + step_bytes(flux, work, dtype)
 
 

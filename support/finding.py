@@ -6,6 +6,7 @@ A model is a folder in the hub's layout: original files (flux1-dev.safetensors, 
 files (transformer/, vae/) or both; text_encoder/, tokenizer/ (CLIP), text_encoder_2/, tokenizer_2/ (T5). Or
 it is a `Model`, whose parts lie anywhere.
 """
+import shlex
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -139,8 +140,9 @@ def holds(path: Path, part: str, widths: dict[str, int]) -> bool:
         return path.suffix == ".gguf" and part == ("t5" if "t5" in path.stem.lower() else "transformer")
     names, first = files.file_of, lambda name: files.shape(name)[-1]
     if part == "transformer":
-        blocks = [name for name in names if "double_blocks.0." in name or "transformer_blocks.0." in name]
-        return bool(blocks) and not any("lora" in name or "controlnet" in name for name in names)
+        blocks = any("double_blocks.0." in name or "transformer_blocks.0." in name for name in names)
+        first_layer = "img_in.weight" in names or "x_embedder.weight" in names          # a LoRA has none
+        return blocks and first_layer and not any("controlnet" in name for name in names)
     if part == "autoencoder":
         return "decoder.conv_in.weight" in names and files.shape("decoder.conv_in.weight")[1] == 16
     if part == "clip":
@@ -270,11 +272,6 @@ def assemble(transformer: Path, given: dict[str, str | None]) -> Model:
 
 def find_transformer(folder: Path) -> Path:
     """The one transformer of a folder. ValueError lists them where there are several, or there is none."""
-    try:
-        paths, config = transformer_files(folder)
-        return paths[0] if config is None else paths[0].parent
-    except ValueError as error:
-        nothing = error
     if (folder / "config.json").is_file():                           # transformer/ of a hub folder
         return folder
     files = files_in(folder) + [file for inner in ("", "models") for name in COMFY["transformer"]
@@ -284,9 +281,10 @@ def find_transformer(folder: Path) -> Path:
     if len(found) > 1:
         names = ", ".join(str(path.relative_to(folder)) for path in found)
         raise ValueError(f"{folder} holds {len(found)} transformers ({names}): name one of the files")
-    if not found:
-        raise nothing
-    return found[0]
+    if found:
+        return found[0]
+    paths, config = transformer_files(folder)
+    return paths[0] if config is None else paths[0].parent
 
 # A name -----------------------------------------------------------------------------------------------------
 
@@ -295,6 +293,13 @@ def add_model_options(add: Callable[..., object]) -> None:
     for option, what in (("--ae", "autoencoder"), ("--clip", "CLIP"), ("--t5", "T5")):
         add(option, metavar="FILE", help=f"the model's {what} (default: found beside it, or in ComfyUI)")
     add("--tokenizers", metavar="DIR", help="a folder with tokenizer/ and tokenizer_2/ (default: the hub's)")
+
+
+def model_words(args: Namespace) -> str:
+    """The options of a command line that say which model, for another command; "" for the default one."""
+    options = ((word, getattr(args, word, None)) for word in ("model", "ae", "clip", "t5", "tokenizers"))
+    given = ((word, value) for word, value in options if value not in (None, "flux-dev"))
+    return "".join(f"--{word} {shlex.quote(value)} " for word, value in given)
 
 
 def from_hub(name: str) -> Path:
@@ -337,17 +342,16 @@ def find_model(name: str, given: Namespace | None = None) -> Path | Model:
     if not path.is_dir():
         raise ValueError(f"no model {str(name)!r}: --model takes flux-dev, flux-schnell, baby, a file of a "
                          "transformer, or a folder in the hub's layout")
-    lacks = None
-    if not any(options.values()):
-        try:
+    if name in HUB or name == "baby":
+        return assemble(find_transformer(path), options) if any(options.values()) else check_snapshot(path)
+    transformer, lacks = find_transformer(path), None
+    try:
+        if not any(options.values()) and transformer.name in (*FLUX_FILES, "transformer"):
             return check_snapshot(path)
-        except ValueError as error:
-            lacks = error
-    transformer = find_transformer(path)
+    except ValueError as error:
+        # what a folder in the hub's layout lacks says more than where else it was looked for
+        lacks = ValueError(f"{error} (--ae, --clip, --t5 and --tokenizers name parts that lie elsewhere)")
     try:
         return assemble(transformer, options)
     except ValueError as error:
-        if lacks and transformer.parent == path and transformer.name in (*FLUX_FILES, "transformer"):
-            # what a folder in the hub's layout lacks says more than where else it was looked for
-            error = ValueError(f"{lacks} (--ae, --clip, --t5 and --tokenizers name parts that lie elsewhere)")
-        raise error from None
+        raise (lacks or error) from None
