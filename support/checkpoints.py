@@ -11,7 +11,7 @@ import math
 import re
 from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from flux_model import AutoEncoder, AutoEncoderConfig, Flux, FluxConfig, TextEncoders
 from support.common import JsonFile
-from support.finding import (HUB, Place, add_model_options, autoencoder_files, check_text_files, find_model,
-                             text_files, tokenizers_of, transformer_files)
+from support.finding import (HUB, Model, Place, add_model_options, autoencoder_files, check_text_files,
+                             find_model, text_files, tokenizers_of, transformer_files)
 from support.speed import (E4M3, GIB, Fp8Linear, TiledDecoder, Work, adapter_bytes, blocks_of,
                            blocks_on_device, check_memory, choose_attention, compile_blocks, host_memory,
                            offload_blocks, step_bytes)
@@ -232,8 +232,12 @@ def flux_files(folder: Place) -> tuple[TensorFiles, FluxConfig, bool]:
     theirs = "x_embedder.weight" in files.file_of
     if "config" in files.metadata:
         return files, read_config(FluxConfig, files.metadata["config"], files.path), theirs
+    known = depths(files)
+    if isinstance(folder, Model) and not known:
+        with suppress(ValueError):               # a small model's, of the folder of its tokenizers
+            return files, flux_files(folder.tokenizers)[1], theirs
     guidance = diffusers_flux_names(GUIDANCE)[0] if theirs else GUIDANCE
-    return files, FluxConfig(guidance_embed=guidance in files.file_of, **depths(files)), theirs
+    return files, FluxConfig(guidance_embed=guidance in files.file_of, **known), theirs
 
 
 def load_flux(folder: Place, device: Device = "cpu", dtype: torch.dtype = BF16,
@@ -259,23 +263,32 @@ def load_flux(folder: Place, device: Device = "cpu", dtype: torch.dtype = BF16,
     return model
 
 
-def load_autoencoder(folder: Place, device: Device = "cpu", dtype: torch.dtype = BF16) -> AutoEncoder:
-    """The autoencoder of a snapshot folder, frozen, on `device` in `dtype`; errors as `load_flux`."""
+def autoencoder_config(folder: Place) -> tuple[TensorFiles, AutoEncoderConfig, bool]:
+    """Tensors and configuration of a model's autoencoder, and whether it is in the diffusers layout."""
     paths, config = autoencoder_files(folder)
-    files, sources = TensorFiles(paths, "autoencoder"), lambda name: [name]
-    if config is None:
-        if any(".up_blocks." in name for name in files.file_of):         # diffusers' file without its config
-            sources = lambda name: diffusers_autoencoder_names(name, 4)
-        said = files.metadata.get("vae.config" if files.whole else "config", "{}")
-        config = read_config(AutoEncoderConfig, said, files.path)
-    else:
+    files = TensorFiles(paths, "autoencoder")
+    if config is not None:
         widths = config["block_out_channels"]
-        sources = lambda name: diffusers_autoencoder_names(name, len(widths))
-        config = AutoEncoderConfig(
+        return files, AutoEncoderConfig(
             ch=widths[0], ch_mult=[w // widths[0] for w in widths], z_channels=config["latent_channels"],
             num_res_blocks=config["layers_per_block"], scale_factor=config["scaling_factor"],
             shift_factor=config["shift_factor"], num_groups=config["norm_num_groups"],
-            resolution=config["sample_size"])
+            resolution=config["sample_size"]), True
+    theirs = any(".up_blocks." in name for name in files.file_of)
+    said = files.metadata.get("vae.config" if files.whole else "config")
+    first = "encoder.conv_in.weight"
+    small = first in files.file_of and files.shape(first)[0] != AutoEncoderConfig().ch
+    if said is None and small and isinstance(folder, Model):
+        with suppress(ValueError):               # as `flux_files`
+            return files, autoencoder_config(folder.tokenizers)[1], theirs
+    return files, read_config(AutoEncoderConfig, said or "{}", files.path), theirs
+
+
+def load_autoencoder(folder: Place, device: Device = "cpu", dtype: torch.dtype = BF16) -> AutoEncoder:
+    """The autoencoder of a model, frozen, on `device` in `dtype`; errors as `load_flux`."""
+    files, config, is_diffusers = autoencoder_config(folder)
+    levels = len(config.ch_mult)
+    sources = lambda name: diffusers_autoencoder_names(name, levels) if is_diffusers else [name]
     with torch.device("meta"):
         model = AutoEncoder(config)
     load_weights(model, files, sources, dtype, lambda name: device)
@@ -414,8 +427,9 @@ def model_defaults(folder: Place) -> dict:
     learning_rate: one, or {use: rate}. guidance: of pictures. warmup: of stage 1. aspects, scales: of crops,
     None is all of the paper's; background: its weight in the loss of a crop; mirror: crops mirrored too.
     """
-    path = Path(folder) / "defaults.json"
-    own = JsonFile(path) if path.is_file() else {}
+    paths = (Path(place) / "defaults.json" for place in (folder, tokenizers_of(folder)))
+    path = next(filter(Path.is_file, paths), None)
+    own = JsonFile(path) if path else {}
     return dict(resolution=1024, learning_rate=4e-4, prompt="a photo of a person", guidance=3.5, warmup=0.4,
                 aspects=None, scales=None, background=1.0, mirror=True) | own
 

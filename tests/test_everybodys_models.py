@@ -317,6 +317,26 @@ def test_misshapen_files_are_refused_before_anything_large_is_read(tmp_path, mon
     assert "missing" in capfd.readouterr().err
 
 
+def test_configurations_that_files_have_lost_come_with_the_tokenizers(tmp_path):
+    """What ComfyUI saves has its own metadata; of a small model the folder of --tokenizers knows the shape."""
+    given = dict(ae=str(write(tmp_path / "ae.safetensors", load_file(BABY / "ae.safetensors"), {})), clip=str(BABY / "text_encoder"),
+                 t5=str(BABY / "text_encoder_2"), tokenizers=str(BABY))
+    path = write(tmp_path / "x.safetensors", load_file(BABY / FLUX), {})
+    model = find_model(str(path), Given(**given))
+    assert checkpoints.flux_files(model)[1] == checkpoints.flux_files(BABY)[1]
+    assert load_autoencoder(model).config == load_autoencoder(BABY).config
+    assert checkpoints.model_defaults(model) == checkpoints.model_defaults(BABY)
+
+
+@pytest.mark.parametrize("kept", [(8, 38), (19, 38)])
+def test_a_flux_of_the_published_width_may_have_lost_blocks(kept):
+    class Files:
+        file_of = {f"{kind}_blocks.{i}.{name}.weight": None for kind, count in zip(("double", "single"), kept)
+                   for i in range(count) for name in ("linear1", "img_attn.qkv")} | {"img_in.weight": None}
+        shape = staticmethod(lambda name: [3072, 64])
+    assert checkpoints.depths(Files) == {"depth": kept[0], "depth_single_blocks": kept[1]}
+
+
 def test_small_files_from_the_hubs_cache(tmp_path, monkeypatch):
     small, path = tokenizers(tmp_path / "cache", HUB), comfy(tmp_path, hub=HUB) / "unet" / "my own merge.safetensors"
     monkeypatch.setattr(finding, "cached", lambda name: small if name == "flux-schnell" else None)
