@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 
 from flux_model import AutoEncoder, AutoEncoderConfig, Flux, FluxConfig, TextEncoders
 from support.common import JsonFile
@@ -323,7 +323,8 @@ def load_transformers_model(kind: type, folder: Place, dtype: torch.dtype,
     for fault in ("missing", "mismatched", "unexpected"):
         if names := sorted(map(str, report[f"{fault}_keys"])):
             problem = f"{len(names)} {fault} ({names[0]})"
-            raise ValueError(f"{Path(folder).name}/ does not fit its config.json: {problem}")
+            name = f"{Path(folder).name}{'' if Path(folder).is_file() else '/'}"
+            raise ValueError(f"{name} does not fit its config.json: {problem}")
     return model.eval()
 
 
@@ -451,9 +452,10 @@ def is_small(folder: Place) -> bool:
     return sum(math.prod(files.shape(name)) for name in files.file_of) < 1e9
 
 
-def add_speed_options(add: Callable[..., object], training: bool) -> None:
-    """The switches of large models, and of models in single files, for the parser of a script."""
-    add_model_options(add)
+def add_speed_options(add: Callable[..., object], training: bool, parts: bool = True) -> None:
+    """The switches of large models, and with `parts` those of models in single files, for a parser."""
+    if parts:
+        add_model_options(add)
     add("--fp8", action="store_true", help="8-bit weights in the blocks: half the memory, and often faster")
     add("--offload", action="store_true", help="keep the blocks' weights in CPU memory: for small cards")
     add("--compile", action=BooleanOptionalAction, help="compile the blocks (default: long runs on a GPU)")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from support.common import JsonFile
-from support.tensors import TensorFiles, is_gguf
+from support.tensors import TensorFiles
 
 FLUX_FILES = tuple(f"flux1-{kind}{bits}.safetensors" for bits in ("", "-fp8") for kind in ("dev", "schnell"))
 HUB = {"flux-dev": ("black-forest-labs/FLUX.1-dev", "flux1-dev.safetensors",
@@ -291,14 +291,21 @@ def find_transformer(folder: Path) -> Path:
 def add_model_options(add: Callable[..., object]) -> None:
     """What a model of single files may lack, for the parser of a script."""
     for option, what in (("--ae", "autoencoder"), ("--clip", "CLIP"), ("--t5", "T5")):
-        add(option, metavar="FILE", help=f"the model's {what} (default: found beside it, or in ComfyUI)")
-    add("--tokenizers", metavar="DIR", help="a folder with tokenizer/ and tokenizer_2/ (default: the hub's)")
+        add(option, dest=f"model_{option[2:]}", metavar="FILE",
+            help=f"the model's {what} (default: found beside it, or in ComfyUI)")
+    add("--tokenizers", dest="model_tokenizers", metavar="DIR",
+        help="a folder with tokenizer/ and tokenizer_2/ (default: the hub's)")
+
+
+def named_parts(args: Namespace | None) -> dict[str, str | None]:
+    """{option of add_model_options: its value}; a judge of paper/ is called --clip too."""
+    return {word: getattr(args, f"model_{word}", None) for word in ("ae", "clip", "t5", "tokenizers")}
 
 
 def model_words(args: Namespace) -> str:
     """The options of a command line that say which model, for another command; "" for the default one."""
-    options = ((word, getattr(args, word, None)) for word in ("model", "ae", "clip", "t5", "tokenizers"))
-    given = ((word, value) for word, value in options if value not in (None, "flux-dev"))
+    options = {"model": args.model} | named_parts(args)
+    given = ((word, value) for word, value in options.items() if value not in (None, "flux-dev"))
     return "".join(f"--{word} {shlex.quote(value)} " for word, value in given)
 
 
@@ -335,7 +342,7 @@ def find_model(name: str, given: Namespace | None = None) -> Path | Model:
     given: a command line with --ae, --clip, --t5, --tokenizers. ValueError says in one line what to do
     instead.
     """
-    options = {word: getattr(given, word, None) for word in ("ae", "clip", "t5", "tokenizers")}
+    options = named_parts(given)
     path = from_hub(name) if name in HUB else home_of(name) if name == "baby" else Path(name)
     if path.is_file():
         return assemble(path, options)

@@ -58,6 +58,8 @@ class GgufFile:
             raise ValueError(f"{path} cannot be read as a GGUF file: {error}") from None
         self.path, self.tensors = path, {tensor.name: tensor for tensor in reader.tensors}
         self.fields = reader.fields
+        for tensor in {tensor.tensor_type: tensor for tensor in reader.tensors}.values():
+            self.values(tensor, tensor.data[:1])                         # a row of each type, before all else
 
     def keys(self) -> list[str]:
         return [*self.tensors]
@@ -70,15 +72,19 @@ class GgufFile:
         shape = [int(size) for size in reversed(tensor.shape)]           # GGUF counts from the innermost
         return SimpleNamespace(get_shape=lambda: shape, get_dtype=lambda: tensor.tensor_type.name)
 
-    def get_tensor(self, name: str) -> Tensor:
+    def values(self, tensor: Any, data: Any) -> Any:
+        """What some of a tensor's data stands for, as an array."""
         from gguf import dequantize
-        tensor = self.tensors[name]
         try:
-            values = dequantize(tensor.data, tensor.tensor_type)
+            return dequantize(data, tensor.tensor_type)
         except NotImplementedError:
             raise ValueError(f"{self.path}: the gguf package does not dequantise {tensor.tensor_type.name} "
-                             f"({name}): {INSTEAD}") from None
-        return torch.from_numpy(values.copy()).view(self.get_slice(name).get_shape())
+                             f"({tensor.name}): {INSTEAD}") from None
+
+    def get_tensor(self, name: str) -> Tensor:
+        tensor = self.tensors[name]
+        values = self.values(tensor, tensor.data).copy()
+        return torch.from_numpy(values).view(self.get_slice(name).get_shape())
 
 
 def open_tensors(path: Path) -> Any:
@@ -153,8 +159,9 @@ class TensorFiles:
                 raise refuse("8-bit integers without scales", name)
         for name, scale in self.scales.items():
             shape, rows = self.slice(scale).get_shape(), self.shape(name)[0]
-            if shape not in ([], [1], [rows], [rows, 1], [1, 1]):
-                kind = "mxfp8" if self.slice(scale).get_dtype() in ("U8", "F8_E8M0") else "blocks with scales"
+            exponents = self.slice(scale).get_dtype() in ("U8", "F8_E8M0")
+            if exponents or shape not in ([], [1], [rows], [rows, 1], [1, 1]):
+                kind = "mxfp8" if exponents else "blocks with scales"
                 raise refuse(f"{kind}: scales {shape} of {rows} rows", scale)
 
     def marks(self) -> dict[str, dict]:

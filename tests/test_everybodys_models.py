@@ -137,7 +137,7 @@ U8 = torch.zeros(8, 8, dtype=torch.uint8)
     ({f"{LAYER}.comfy_quant": text({"format": "int8_tensorwise", "convrot": True})}, "int8_tensorwise with rotated weights"),
     ({f"{LAYER}.comfy_quant": text({"format": "int8_tensorwise", "params": {"convrot": True}})}, "rotated weights"),
     ({f"{LAYER}.comfy_quant": text({"format": "mxfp8"}), f"{LAYER}.weight_scale": U8}, "mxfp8"),
-    ({f"{LAYER}.weight_scale": U8}, "mxfp8"),
+    ({f"{LAYER}.weight_scale": U8}, "mxfp8"), ({f"{LAYER}.weight_scale": torch.ones(192, 1, dtype=torch.uint8)}, "mxfp8"),
     ({f"{LAYER}.comfy_quant": text({"format": "nvfp4"}), f"{LAYER}.weight_scale": U8}, "nvfp4"),
     ({f"{LAYER}.weight_scale_2": torch.ones(1)}, "nvfp4"),
     ({f"{LAYER}.comfy_quant": torch.zeros(3, dtype=torch.uint8)}, "cannot be read"),
@@ -269,7 +269,7 @@ def test_all_in_one(tmp_path, capsys):
 class Given:
     """A command line."""
     def __init__(self, **options):
-        self.__dict__ |= options
+        self.__dict__ |= {f"model_{word}": value for word, value in options.items()}
 
 
 def test_parts_by_name_and_what_is_not_found(tmp_path):
@@ -382,6 +382,18 @@ def test_gguf(tmp_path, kind, distance):
     assert flux_fingerprint(path) == flux_fingerprint(BABY)
     path.write_bytes(path.read_bytes()[:5000])
     assert "GGUF" in message(load_flux, path)
+
+
+def test_gguf_of_a_type_that_the_package_does_not_dequantise(tmp_path):
+    gguf, path = pytest.importorskip("gguf"), tmp_path / "x.gguf"
+    writer, kind = gguf.GGUFWriter(path, "flux"), gguf.GGMLQuantizationType.Q8_K
+    size = gguf.GGML_QUANT_SIZES[kind][1]
+    writer.add_tensor("img_in.weight", torch.zeros(2, size, dtype=torch.uint8).numpy(), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert "Q8_K" in message(load_flux, path)
 
 
 def test_gguf_of_t5_has_other_names(tmp_path):
