@@ -22,8 +22,8 @@ from torch import nn
 
 from flux_model import AutoEncoder, AutoEncoderConfig, Flux, FluxConfig, TextEncoders
 from support.common import JsonFile
-from support.finding import (HUB, Model, Place, add_model_options, autoencoder_files, check_text_files,
-                             find_model, text_files, tokenizers_of, transformer_files)
+from support.finding import (HUB, Model, Place, add_model_options, autoencoder_files, check_make,
+                             check_text_files, find_model, text_files, tokenizers_of, transformer_files)
 from support.speed import (E4M3, GIB, Fp8Linear, TiledDecoder, Work, adapter_bytes, blocks_of,
                            blocks_on_device, check_memory, choose_attention, compile_blocks, host_memory,
                            offload_blocks, step_bytes)
@@ -123,15 +123,6 @@ def find_targets(flux: nn.Module, outside: bool = False) -> list[Target]:
 NEUTRAL = re.compile(               # in files of text encoders, and nothing to them; T5's embeddings are tied
     r"logit_scale|text_projection(\.weight)?|(.*\.)?position_ids|encoder\.embed_tokens\.weight|spiece_model"
     r"|(decoder|lm_head|vision_model|visual_projection)\b.*")
-OTHER_MAKES = {                                  # what only another model has -> its name
-    "distilled_guidance_layer.": "Chroma", "redux_up.": "FLUX.1 Redux", "redux_down.": "FLUX.1 Redux",
-    "double_stream_modulation_img.": "FLUX.2", "joint_blocks.": "Stable Diffusion 3",
-    "controlnet_": "a ControlNet",
-    "txt_in.individual_token_refiner.": "HunyuanVideo", "context_refiner.": "HunyuanVideo",
-    "transformer_blocks.0.img_mod.": "Qwen-Image", "input_blocks.": "Stable Diffusion 1, 2 or XL",
-    "noise_refiner.": "Z-Image or Lumina", "double_layers.": "AuraFlow", "blocks.0.self_attn.": "Wan",
-    "lora_": "a LoRA", ".lora": "a LoRA"}
-INPUTS = {384: "FLUX.1 Fill", 128: "FLUX.1 Canny or Depth", 196: "Flex.2"}     # channels of a token -> model
 
 
 def read_config(kind: type, text: str, path: Path) -> Any:
@@ -188,19 +179,6 @@ def load_weights(model: nn.Module, files: TensorFiles, sources: Callable[[str], 
         if not in_8_bits:
             setattr(layer, attribute, nn.Parameter(weight, requires_grad=False))
     return model.eval()
-
-
-def check_make(files: TensorFiles) -> None:
-    """ValueError, by name, where a file is of another model than FLUX.1."""
-    for mark, make in OTHER_MAKES.items():
-        if name := next((name for name in files.file_of if name.startswith(mark)
-                         or mark[0] == "." and mark in name), None):
-            raise ValueError(f"{files.path} is {make} ({name}), and not the transformer of FLUX.1")
-    for name in ("img_in.weight", "x_embedder.weight"):
-        channels = files.shape(name)[-1:] if name in files.file_of else [64]
-        if make := INPUTS.get(*channels):
-            raise ValueError(f"{files.path} is {make} ({name} takes {channels[0]} channels), which is not "
-                             "supported: FLUX.1 takes 64")
 
 
 def depths(files: TensorFiles) -> dict[str, int]:

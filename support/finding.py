@@ -26,6 +26,16 @@ COMFY = {"transformer": ("unet", "diffusion_models", "checkpoints"), "autoencode
 PREFERRED = {"autoencoder": ("ae",), "clip": ("clip_l",),                  # where a folder holds several
              "t5": ("t5xxl_fp16", "t5xxl_fp8_e4m3fn_scaled", "t5xxl_fp8_e4m3fn")}
 
+OTHER_MAKES = {                                  # what only another model has -> its name
+    "distilled_guidance_layer.": "Chroma", "redux_up.": "FLUX.1 Redux", "redux_down.": "FLUX.1 Redux",
+    "double_stream_modulation_img.": "FLUX.2", "joint_blocks.": "Stable Diffusion 3",
+    "controlnet_": "a ControlNet",
+    "txt_in.individual_token_refiner.": "HunyuanVideo", "context_refiner.": "HunyuanVideo",
+    "transformer_blocks.0.img_mod.": "Qwen-Image", "input_blocks.": "Stable Diffusion 1, 2 or XL",
+    "noise_refiner.": "Z-Image or Lumina", "double_layers.": "AuraFlow", "blocks.0.self_attn.": "Wan",
+    "lora_": "a LoRA", ".lora": "a LoRA"}
+INPUTS = {384: "FLUX.1 Fill", 128: "FLUX.1 Canny or Depth", 196: "Flex.2"}     # channels of a token -> model
+
 
 class Model(NamedTuple):
     """Where the parts of a model lie: files, or folders with a config.json as the hub has them.
@@ -153,10 +163,23 @@ def holds(path: Path, part: str, widths: dict[str, int]) -> bool:
     return norm in names and first(norm) == widths[part] and second not in names
 
 
+def check_make(files: TensorFiles) -> None:
+    """ValueError, by name, where a file is of another model than FLUX.1."""
+    for mark, make in OTHER_MAKES.items():
+        if name := next((name for name in files.file_of if name.startswith(mark)
+                         or mark[0] == "." and mark in name), None):
+            raise ValueError(f"{files.path} is {make} ({name}), and not the transformer of FLUX.1")
+    for name in ("img_in.weight", "x_embedder.weight"):
+        channels = files.shape(name)[-1:] if name in files.file_of else [64]
+        if make := INPUTS.get(*channels):
+            raise ValueError(f"{files.path} is {make} ({name} takes {channels[0]} channels), which is not "
+                             "supported: FLUX.1 takes 64")
+
+
 def widths_of(transformer: Path) -> dict[str, int]:
-    """Of the text encoders that a transformer takes, {} where it does not say."""
-    paths, _ = locate(transformer, (), "", "transformer")
-    files, widths = TensorFiles(paths, check=False), {"clip": 768, "t5": 4096}
+    """Of the text encoders that a transformer takes. ValueError, by name, where it is none of FLUX.1's."""
+    files, widths = TensorFiles(locate(transformer, (), "", "transformer")[0]), {"clip": 768, "t5": 4096}
+    check_make(files)
     for part, names in (("clip", ("vector_in.in_layer", "time_text_embed.text_embedder.linear_1")),
                         ("t5", ("txt_in", "context_embedder"))):
         if name := next((f"{n}.weight" for n in names if f"{n}.weight" in files.file_of), None):
@@ -253,13 +276,16 @@ def check_named(path: str | None, option: str) -> Path | None:
 def assemble(transformer: Path, given: dict[str, str | None]) -> Model:
     """A model from its transformer, what the command line names, and what is found; a line says what."""
     named = {part: check_named(given.get(option[2:]), option) for part, option in OPTION.items()}
-    widths = widths_of(transformer) if None in named.values() else {}
+    widths = widths_of(transformer)
     parts = {part: path or find_part(part, transformer, widths) for part, path in named.items()}
     for part, path in parts.items():
         if path.is_dir() and not (path / "config.json").is_file():
             if (inner := in_hub_layout(part, path)) is None:
                 raise ValueError(f"{OPTION[part]} {path} holds no {part}")
             parts[part] = inner
+    for part, path in parts.items():
+        if path.is_file():
+            TensorFiles([path], part)                                # raises for a format that is not read
     configs = [part for part in TEXT if parts[part].is_file()]
     tokenizers = check_named(given.get("tokenizers"), "--tokenizers")
     tokenizers = (check_tokenizers(tokenizers, configs) if tokenizers else

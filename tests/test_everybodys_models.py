@@ -1,6 +1,7 @@
 """Base models as other programs write them: small ones made here, right to 1e-6 or refused in one line."""
 import json
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -146,12 +147,14 @@ U8 = torch.zeros(8, 8, dtype=torch.uint8)
     ({f"{LAYER}.weight.absmax": torch.ones(2), f"{LAYER}.weight.quant_state.bitsandbytes__nf4": U8}, "NF4 (bitsandbytes)")])
 def test_formats_that_are_not_read_are_refused_by_name(tmp_path, extra, name):
     path = write(tmp_path / "x.safetensors", load_file(HUB / FLUX) | extra)
-    found = message(load_flux, path)
-    assert name in found and str(path) in found
+    for function in (load_flux, lambda path: find_model(str(path))):
+        found = message(function, path)
+        assert name in found and str(path) in found
     t5 = {key.replace(LAYER, "encoder.block.0.layer.0.SelfAttention.q"): tensor for key, tensor in extra.items()}
     path = write(tmp_path / "t5.safetensors", T5 | t5, {})
     model = Model(HUB / FLUX, HUB / "ae.safetensors", HUB / "text_encoder", path, HUB)
     assert name in message(load_text_encoders, model)
+    assert name in message(find_model, str(HUB), Given(t5=str(path)))
 
 
 @pytest.mark.parametrize("change, make", [
@@ -161,8 +164,9 @@ def test_formats_that_are_not_read_are_refused_by_name(tmp_path, extra, name):
     ({"double_blocks.0.img_attn.qkv.lora_A.weight": torch.zeros(2)}, "LoRA")])
 def test_models_of_another_make_are_refused_by_name(tmp_path, change, make):
     path = write(tmp_path / "flux1.safetensors", load_file(HUB / FLUX) | change)
-    found = message(load_flux, path)
-    assert make in found and str(path) in found
+    for function in (load_flux, lambda path: find_model(str(path))):
+        found = message(function, path)
+        assert make in found and str(path) in found
 
 
 @pytest.mark.parametrize("part, key", [("clip", "text_model.encoder.layers.9.mlp.fc1.weight"), ("t5", "encoder.block.9.x.weight")])
@@ -224,6 +228,7 @@ def test_a_comfyui_installation_personalises_and_draws(tmp_path, monkeypatch, ca
     code = command(personalize, ROOT / "baby" / "example.png", *rest, "--iters", 2, "--no-augment", "--resolution", 64)
     out, errors = capfd.readouterr()
     assert code == 0, errors
+    assert f"sample.py --model '{transformer}' --tokenizers {small} --lora out.safetensors" in out
     assert str(models / "vae" / "ae.safetensors") in out and "clip_l" in out and "t5xxl_fp8" in out and str(small) in out
     code = command(sample, "a photo of a woman", *rest, "--lora", "out.safetensors", "--width", 64, "--height", 64, "--steps", 2)
     assert code == 0, capfd.readouterr().err
@@ -240,7 +245,7 @@ def test_the_parts_of_a_comfyui_installation_are_the_right_ones(tmp_path):
     assert all(map(torch.equal, load_autoencoder(model).parameters(), load_autoencoder(plain).parameters()))
     found, expected = (load_text_encoders(m, dtype=torch.float32).encode(PROMPTS) for m in (model, plain))
     assert relative(found[0], expected[0]) < 0.2 and torch.equal(found[1], expected[1])
-    write(models / "unet" / "fill.safetensors", load_file(HUB / FLUX) | {"img_in.weight": torch.zeros(64, 384)})
+    write(models / "unet" / "fill.safetensors", load_file(HUB / FLUX))
     several = message(find_model, str(models.parent))
     assert "krea.safetensors" in several and "fill.safetensors" in several
     (models / "clip" / "t5xxl_fp8_e4m3fn_scaled.safetensors").rename(models / "clip" / "mine.safetensors")
@@ -266,10 +271,9 @@ def test_all_in_one(tmp_path, capsys):
     assert all(map(torch.equal, load_text_encoders(model, dtype=torch.float32).encode(PROMPTS), expected))
 
 
-class Given:
+def Given(**options):
     """A command line."""
-    def __init__(self, **options):
-        self.__dict__ |= {f"model_{word}": value for word, value in options.items()}
+    return Namespace(**{f"model_{word}": value for word, value in options.items()})
 
 
 def test_parts_by_name_and_what_is_not_found(tmp_path):
@@ -335,6 +339,10 @@ def test_a_flux_of_the_published_width_may_have_lost_blocks(kept):
                    for i in range(count) for name in ("linear1", "img_attn.qkv")} | {"img_in.weight": None}
         shape = staticmethod(lambda name: [3072, 64])
     assert checkpoints.depths(Files) == {"depth": kept[0], "depth_single_blocks": kept[1]}
+
+
+def test_a_judge_called_clip_is_no_part_of_the_model():
+    assert finding.named_parts(Namespace(clip="judges/", model_t5="x")) == {"ae": None, "clip": None, "t5": "x", "tokenizers": None}
 
 
 def test_small_files_from_the_hubs_cache(tmp_path, monkeypatch):
