@@ -281,7 +281,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                     description="Learns LoMD, what all people share, from buckets of people.")
     add = parser.add_argument
     add("--data", type=Path, required=True, help="buckets/<bucket>/<person>/, or faces/<person>/")
-    add("--model", default="flux-dev", help="flux-dev (default), flux-schnell, baby, or a folder like these")
+    add("--model", default="flux-dev", help="flux-dev (default), flux-schnell, baby, a folder or a file")
     add("--out", type=Path, default=Path("lomd.safetensors"), help="file (default: lomd.safetensors)")
     add("--run", type=Path, default=Path("run"), help="folder of state, log and previews (default: run)")
     add("--iters", type=positive, default=50_000, help="in all; may be raised later (default: 50000)")

@@ -29,9 +29,10 @@ from metalora import MetaLoRA
 from support import photos
 from support.checkpoints import (add_speed_options, is_small, load_autoencoder, load_text_encoders, open_flux,
                                  take_model, text_device)
-from support.common import (Interruption, Parser, check_file, check_out_file, check_training, check_writable,
-                            free, note, pick_device, positive, run_script, to_device, use_threads)
-from support.lora_files import read_lomd, save_lora
+from support.common import (Interruption, Parser, check_out_file, check_training, check_writable, free, note,
+                            pick_device, positive, run_script, to_device, use_threads)
+from support.finding import HUB, home_of, model_words
+from support.lora_files import find_lomd, read_lomd, save_lora
 from support.speed import blocks_of, is_compiled, plan_recompute, recompute_blocks, seconds_compiling
 
 ITERATIONS = {"meta-lora": 375, "lora": 625}     # the paper's
@@ -114,10 +115,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                     description="Turns one photo of a person, or a few, into a LoRA.", allow_abbrev=False)
     add = parser.add_argument
     add("photos", nargs="+", metavar="photo", help="photos of one person")
-    add("--model", default="flux-dev", help="flux-dev (default), flux-schnell, baby, or a folder like these")
+    add("--model", default="flux-dev", help="flux-dev (default), flux-schnell, baby, a folder or a file")
     add("--out", type=Path, default=Path("out.safetensors"), help="file to write (default: out.safetensors)")
-    add("--format", choices=("diffusers", "kohya", "original"), default="diffusers", help="names in it; who "
-        "reads them: diffusers, ComfyUI, nunchaku | every program | ComfyUI, Forge, InvokeAI, not diffusers")
+    add("--format", choices=("diffusers", "kohya", "original"), default="diffusers", help="names in it, read by: "
+        "diffusers, ComfyUI, nunchaku | every program | ComfyUI, Forge, InvokeAI, not diffusers")
     add("--method", choices=tuple(ITERATIONS), default="meta-lora", help="lora is the paper's baseline")
     add("--lomd", help="weights of stage 1 (default: lomd.safetensors of the model's folder, else here)")
     add("--rank", type=positive, default=1, help="rank of the LoRA (default: 1)")
@@ -150,8 +151,8 @@ def check(args: argparse.Namespace) -> None:
     check_training(args)
     if args.lomd and args.method == "lora":
         raise ValueError("--method lora trains its own A and takes no --lomd")
-    if args.lomd:
-        check_file(args.lomd, "LoMD")
+    if args.method == "meta-lora" and (args.lomd or args.model in HUB):      # before a download of the model
+        find_lomd(home_of(args.model), args.lomd)
     if args.lomd and args.out.exists() and args.out.samefile(args.lomd):
         raise ValueError(f"--out would overwrite the LoMD {args.lomd}")
     photos.check_photos(args.photos, args.box, not args.no_augment)
@@ -262,8 +263,8 @@ def personalize(argv: list[str] | None) -> None:
         print(f"of training {seconds_compiling():.1f} s went into compiling")
     print(f"seconds: {', '.join(f'{part} {value:.1f}' for part, value in seconds.items())}; in all "
           f"{sum(seconds.values()):.1f}, an iteration {seconds['training'] / args.iters:.3f}")
-    model = "" if args.model == "flux-dev" else f"--model {shlex.quote(args.model)} "
-    print(f"try it:  python sample.py {model}--lora {shlex.quote(str(args.out))} {shlex.quote(args.prompt)}")
+    words = f"{model_words(args)}--lora {shlex.quote(str(args.out))} {shlex.quote(args.prompt)}"
+    print(f"try it:  python sample.py {words}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -103,7 +103,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="how far to steer away from the negative or empty prompt; twice the time (default: 1, off)")
     add("--out", type=Path, help="PNG file for one picture, folder for several (default: out.png, samples/); "
         "replaces files of the same name. Their text fields hold all settings")
-    add("--model", default="flux-dev", help="flux-dev, flux-schnell, baby, or a folder (default: flux-dev)")
+    add("--model", default="flux-dev", help="flux-dev (default), flux-schnell, baby, a folder or a file")
     add_speed_options(add, training=False)
     add("--device", help="cuda, mps or cpu (default: the best there is)")
     args = parser.parse_intermixed_args(argv)
@@ -153,7 +153,7 @@ def draw(argv: list[str] | None) -> None:
     files, grid_file = plan_files(args.out, len(prompts), seeds)
     lora_files = [split_lora(text) for text in args.lora]
     device = args.device = pick_device(args.device)
-    folder = args.folder = find_model(args.model)
+    folder = args.folder = find_model(args.model, args)
     config, dtype = flux_files(folder)[1], pick_dtype(device, folder)
     args.dtype = dtype
     use_threads(device.type == "cpu" and is_small(folder))

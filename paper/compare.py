@@ -324,7 +324,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--steps", type=positive, default=30, help="Euler steps (default: 30)")
     add("--guidance", type=float, help="guidance input (default: the model's; FLUX.1's is 3.5)")
     add("--seed", type=int, default=0, help="of the training (default: 0)")
-    add_speed_options(add, training=True)
+    add_speed_options(add, training=True, parts=False)
     return parser.parse_args(argv)
 
 

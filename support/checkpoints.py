@@ -1,34 +1,35 @@
-"""Checkpoints: the names of both layouts, strict loading, finding a model, what its folder says of itself.
+"""Checkpoints: the names of both layouts, strict loading, what a model's folder says of itself.
 
     flux = load_flux(find_model("flux-dev"), "cuda", torch.bfloat16)
 
-A model is a folder in the hub's layout: original files (flux1-dev.safetensors, ae.safetensors), diffusers
-files (transformer/, vae/) or both; text_encoder/, tokenizer/ (CLIP), text_encoder_2/, tokenizer_2/ (T5). A
-tensor that is missing, misshapen or not used is an error, also in the text encoders.
+A tensor that is missing, misshapen or not used is an error, also in the text encoders. Where the files are
+is finding.py's, what they hold tensors.py's.
 """
 import hashlib
 import json
 import math
 import re
 from argparse import BooleanOptionalAction, Namespace
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from safetensors import SafetensorError
+from torch import nn
 
 from flux_model import AutoEncoder, AutoEncoderConfig, Flux, FluxConfig, TextEncoders
-from support.common import JsonFile, not_content
+from support.common import JsonFile
+from support.finding import (HUB, Model, Place, add_model_options, autoencoder_files, check_make,
+                             check_text_files, find_model, text_files, tokenizers_of, transformer_files)
 from support.speed import (E4M3, GIB, Fp8Linear, TiledDecoder, Work, adapter_bytes, blocks_of,
                            blocks_on_device, check_memory, choose_attention, compile_blocks, host_memory,
-                           memory_left, offload_blocks, quantize_rows, step_bytes)
+                           memory_left, offload_blocks, step_bytes)
+from support.tensors import TensorFiles
 from support.text import LoudTextEncoders
 
-Place = str | Path
 Device = str | torch.device
 BF16 = torch.bfloat16
 
@@ -67,6 +68,7 @@ AUTOENCODER_NAMES = (                       # original -> diffusers, as pattern 
     (r"mid\.attn_1\.", "mid_block.attentions.0."), (r"attentions\.0\.norm\.", "attentions.0.group_norm."),
     (r"attentions\.0\.([qkv])\.", r"attentions.0.to_\1."), (r"\.proj_out\.", ".to_out.0."),
     (r"\.norm_out\.", ".conv_norm_out."))
+GUIDANCE = "guidance_in.in_layer.weight"          # of dev; schnell has none
 BLOCK = re.compile(r"blocks[._](0|[1-9]\d*)[._]")
 
 
@@ -119,74 +121,9 @@ def find_targets(flux: nn.Module, outside: bool = False) -> list[Target]:
 
 # Loading ----------------------------------------------------------------------------------------------------
 
-FLUX_FILES = tuple(f"flux1-{kind}{bits}.safetensors" for bits in ("", "-fp8") for kind in ("dev", "schnell"))
-PREFIX = "model.diffusion_model."                # ComfyUI's files with everything: the transformer counts
-SCALES = ".scale_weight", ".weight_scale"        # of 8-bit weights: ComfyUI's, and those of others
-MARKS = "scaled_fp8", "comfy_quant", "scale_input", "input_scale"          # of the makers of such files
-
-
-class TensorFiles:
-    """Tensors of one safetensors file, or of all shards of a folder, by name; read only when asked for."""
-    def __init__(self, files: list[Path]) -> None:
-        self.metadata, found = {}, {}
-        for path in files:
-            try:
-                file = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
-                why = not_content(path) or f"{error}; if it is torn, download it again"
-                raise ValueError(f"{path} cannot be read as a safetensors file: {why}") from None
-            self.metadata |= file.metadata() or {}
-            found |= dict.fromkeys(file.keys(), file)
-        self.path = files[0] if len(files) == 1 else files[0].parent
-        self.prefix = PREFIX if any(name.startswith(PREFIX) for name in found) else ""
-        self.file_of = {key.removeprefix(self.prefix): file
-                        for key, file in found.items() if key.startswith(self.prefix)}
-        self.raw = {name: self.file_of.pop(name) for name in [*self.file_of] if name.endswith(SCALES + MARKS)}
-        self.scales = {name.removesuffix(end) + ".weight": name
-                       for end in SCALES for name in self.raw if name.endswith(end)}
-
-    def shape(self, name: str) -> list[int]:
-        return self.file_of[name].get_slice(self.prefix + name).get_shape()
-
-    def __getitem__(self, name: str) -> Tensor:
-        tensor = self.file_of[name].get_tensor(self.prefix + name)
-        return tensor.float() * self.scale(name) if tensor.dtype.itemsize == 1 else tensor
-
-    def scale(self, name: str) -> Tensor:
-        """What an 8-bit weight is to be multiplied by: fp32, (1,), or (d_out, 1) with one for each row."""
-        if name not in self.scales:
-            return torch.ones(1)
-        scale = self.raw[self.scales[name]].get_tensor(self.prefix + self.scales[name]).float()
-        return scale.view(-1, 1) if scale.numel() > 1 else scale.view(1)
-
-    def quantized(self, name: str, device: Device = "cpu") -> tuple[Tensor, Tensor]:
-        """A weight (d_out, d_in) as float8_e4m3 with scales (d_out, 1), computed on `device`; one that has 8
-        bits stays as it is."""
-        tensor = self.file_of[name].get_tensor(self.prefix + name)
-        if tensor.dtype == E4M3:
-            return tensor, self.scale(name).expand(len(tensor), 1)
-        return quantize_rows(self[name].to(device))
-
-
-def weight_files(folder: Path, stem: str = "diffusion_pytorch_model") -> list[Path]:
-    """Weights of a model's folder: what the index lists, if there is one, so that half a download shows."""
-    index = folder / f"{stem}.safetensors.index.json"
-    names, why = [f"{stem}.safetensors"], ""
-    if index.exists():
-        if not isinstance(listed := JsonFile(index)["weight_map"], dict):
-            raise ValueError(f"{index} is no index of weights: its weight_map is no object")
-        names, why = sorted(set(listed.values())), f", which {index.name} lists"
-    for name in names:
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder} lacks {name}{why}: complete the download")
-        check_content(folder / name)
-    return [folder / name for name in names]
-
-
-def check_content(path: Path) -> None:
-    """ValueError where a pointer, a web page or nothing stands in the place of a file's content."""
-    if why := not_content(path):
-        raise ValueError(f"{path} cannot be read: {why}")
+NEUTRAL = re.compile(               # in files of text encoders, and nothing to them; T5's embeddings are tied
+    r"logit_scale|text_projection(\.weight)?|(.*\.)?position_ids|encoder\.embed_tokens\.weight|spiece_model"
+    r"|(decoder|lm_head|vision_model|visual_projection)\b.*")
 
 
 def read_config(kind: type, text: str, path: Path) -> Any:
@@ -246,21 +183,24 @@ def load_weights(model: nn.Module, files: TensorFiles, sources: Callable[[str], 
     return model.eval()
 
 
-def locate(folder: Place, names: Sequence[str], diffusers: str, what: str) -> tuple[list[Path], dict | None]:
-    """The files of one part of a snapshot, and its diffusers config (None: original layout)."""
-    for path in (Path(folder) / name for name in names):
-        if path.is_file():
-            return [path], None
-    inner = Path(folder) / diffusers
-    if (inner / "config.json").is_file():
-        return weight_files(inner), JsonFile(inner / "config.json")
-    raise ValueError(f"{folder} holds no {what}: neither {' nor '.join(names)} nor {diffusers}/")
+def depths(files: TensorFiles) -> dict[str, int]:
+    """The depths of a FLUX.1 of the published width, of which some have lost blocks; {}: as published."""
+    first = next((name for name in ("img_in.weight", "x_embedder.weight") if name in files.file_of), None)
+    if first is None or files.shape(first)[0] != FluxConfig().hidden_size:
+        return {}
+    last = {"depth": -1, "depth_single_blocks": -1}
+    for name in files.file_of:
+        if (found := BLOCK.search(name)) and name.endswith((".weight", ".scale")):
+            kind = "depth_single_blocks" if name.startswith("single") else "depth"
+            last[kind] = max(last[kind], int(found[1]))
+    return {kind: number + 1 for kind, number in last.items()}
 
 
 def flux_files(folder: Place) -> tuple[TensorFiles, FluxConfig, bool]:
-    """Tensors and configuration of a snapshot's transformer, and whether it is in the diffusers layout."""
-    paths, config = locate(folder, FLUX_FILES, "transformer", "transformer")
+    """Tensors and configuration of a model's transformer, and whether it is in the diffusers layout."""
+    paths, config = transformer_files(folder)
     files = TensorFiles(paths)
+    check_make(files)
     if config is not None:
         heads, channels = config["num_attention_heads"], config["in_channels"]
         return files, FluxConfig(
@@ -269,9 +209,15 @@ def flux_files(folder: Place) -> tuple[TensorFiles, FluxConfig, bool]:
             hidden_size=heads * config["attention_head_dim"], num_heads=heads, depth=config["num_layers"],
             depth_single_blocks=config["num_single_layers"], guidance_embed=config["guidance_embeds"],
             axes_dim=config.get("axes_dims_rope", (16, 56, 56))), True
+    theirs = "x_embedder.weight" in files.file_of
     if "config" in files.metadata:
-        return files, read_config(FluxConfig, files.metadata["config"], files.path), False
-    return files, FluxConfig(guidance_embed="guidance_in.in_layer.weight" in files.file_of), False
+        return files, read_config(FluxConfig, files.metadata["config"], files.path), theirs
+    known = depths(files)
+    if isinstance(folder, Model) and not known:
+        with suppress(ValueError):               # a small model's, of the folder of its tokenizers
+            return files, flux_files(folder.tokenizers)[1], theirs
+    guidance = diffusers_flux_names(GUIDANCE)[0] if theirs else GUIDANCE
+    return files, FluxConfig(guidance_embed=guidance in files.file_of, **known), theirs
 
 
 def load_flux(folder: Place, device: Device = "cpu", dtype: torch.dtype = BF16,
@@ -297,25 +243,32 @@ def load_flux(folder: Place, device: Device = "cpu", dtype: torch.dtype = BF16,
     return model
 
 
-def autoencoder_files(folder: Place) -> tuple[list[Path], dict | None]:
-    """As `locate`: ae.safetensors, or vae/ and its config."""
-    return locate(folder, ("ae.safetensors",), "vae", "autoencoder")
-
-
-def load_autoencoder(folder: Place, device: Device = "cpu", dtype: torch.dtype = BF16) -> AutoEncoder:
-    """The autoencoder of a snapshot folder, frozen, on `device` in `dtype`; errors as `load_flux`."""
+def autoencoder_config(folder: Place) -> tuple[TensorFiles, AutoEncoderConfig, bool]:
+    """Tensors and configuration of a model's autoencoder, and whether it is in the diffusers layout."""
     paths, config = autoencoder_files(folder)
-    files, sources = TensorFiles(paths), lambda name: [name]
-    if config is None:
-        config = read_config(AutoEncoderConfig, files.metadata.get("config", "{}"), files.path)
-    else:
+    files = TensorFiles(paths, "autoencoder")
+    if config is not None:
         widths = config["block_out_channels"]
-        sources = lambda name: diffusers_autoencoder_names(name, len(widths))
-        config = AutoEncoderConfig(
+        return files, AutoEncoderConfig(
             ch=widths[0], ch_mult=[w // widths[0] for w in widths], z_channels=config["latent_channels"],
             num_res_blocks=config["layers_per_block"], scale_factor=config["scaling_factor"],
             shift_factor=config["shift_factor"], num_groups=config["norm_num_groups"],
-            resolution=config["sample_size"])
+            resolution=config["sample_size"]), True
+    theirs = any(".up_blocks." in name for name in files.file_of)
+    said = files.metadata.get("vae.config" if files.whole else "config")
+    first = "encoder.conv_in.weight"
+    small = first in files.file_of and files.shape(first)[0] != AutoEncoderConfig().ch
+    if said is None and small and isinstance(folder, Model):
+        with suppress(ValueError):               # as `flux_files`
+            return files, autoencoder_config(folder.tokenizers)[1], theirs
+    return files, read_config(AutoEncoderConfig, said or "{}", files.path), theirs
+
+
+def load_autoencoder(folder: Place, device: Device = "cpu", dtype: torch.dtype = BF16) -> AutoEncoder:
+    """The autoencoder of a model, frozen, on `device` in `dtype`; errors as `load_flux`."""
+    files, config, is_diffusers = autoencoder_config(folder)
+    levels = len(config.ch_mult)
+    sources = lambda name: diffusers_autoencoder_names(name, levels) if is_diffusers else [name]
     with torch.device("meta"):
         model = AutoEncoder(config)
     load_weights(model, files, sources, dtype, lambda name: device)
@@ -341,97 +294,59 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def load_transformers_model(kind: type, folder: Place, dtype: torch.dtype,
-                            use_safetensors: bool | None = True) -> nn.Module:
+                            use_safetensors: bool | None = True, **options: object) -> nn.Module:
     """A model of transformers, strictly: by itself it gives random weights to what a file lacks."""
-    model, report = kind.from_pretrained(folder, dtype=dtype, use_safetensors=use_safetensors,
-                                         ignore_mismatched_sizes=True, output_loading_info=True)
-    for fault in ("missing", "mismatched"):
+    model, report = kind.from_pretrained(None if options else folder, dtype=dtype, **options,
+                                         use_safetensors=use_safetensors, ignore_mismatched_sizes=True,
+                                         output_loading_info=True)
+    report["unexpected_keys"] = [n for n in report["unexpected_keys"] if options and not NEUTRAL.fullmatch(n)]
+    for fault in ("missing", "mismatched", "unexpected"):
         if names := sorted(map(str, report[f"{fault}_keys"])):
             problem = f"{len(names)} {fault} ({names[0]})"
-            raise ValueError(f"{Path(folder).name}/ does not fit its config.json: {problem}")
+            name = f"{Path(folder).name}{'' if Path(folder).is_file() else '/'}"
+            raise ValueError(f"{name} does not fit its config.json: {problem}")
     return model.eval()
 
 
-def check_text_files(folder: Path) -> None:
-    """ValueError unless the text encoders' files are there: transformers makes up a missing vocabulary."""
-    for part, names in (("tokenizer", ["vocab.json", "merges.txt"]), ("tokenizer_2", ["spiece.model"])):
-        there = {path.name for path in (folder / part).glob("*") if path.is_file()}
-        if "tokenizer.json" not in there and not there.issuperset(names):
-            needed = f"tokenizer.json or {' and '.join(names)}"
-            raise ValueError(f"{folder} holds no whole {part}/: it needs {needed}")
-        for name in there & {"tokenizer.json", *names}:
-            check_content(folder / part / name)
-    for part in ("text_encoder", "text_encoder_2"):
-        if not (folder / part / "config.json").is_file():
-            raise ValueError(f"{folder} holds no whole {part}/: it needs config.json and the weights")
-        weight_files(folder / part, "model")
-    for part in ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2"):
-        for path in (folder / part).glob("*.json"):
-            JsonFile(path)                       # of a torn one transformers would not say which it is
+def load_text_encoder(kind: type, folder: Place, part: str, dtype: torch.dtype) -> nn.Module:
+    """CLIP or T5 of a model, from values and not from files: those may be quantised, or hold more."""
+    paths, home = text_files(folder, part)
+    files = TensorFiles(paths, part)
+    state = {name: files[name].to(dtype) for name in files.file_of if not NEUTRAL.fullmatch(name)}
+    tied = "encoder.embed_tokens.weight"
+    if tied in files.file_of and "shared.weight" not in files.file_of:
+        state["shared.weight"] = files[tied].to(dtype)
+    JsonFile(home / "config.json")               # of a torn one transformers would not say what is wrong
+    config = kind.config_class.from_pretrained(home)
+    where = paths[0] if paths[0].parent != home else home
+    return load_transformers_model(kind, where, dtype, config=config, state_dict=state)
 
 
 def load_text_encoders(folder: Place, device: Device = "cpu", dtype: torch.dtype = BF16,
                        max_length: int | None = None) -> TextEncoders:
-    """Text encoders of a snapshot folder; T5 sees `max_length` tokens, else 512, with schnell 256."""
-    folder = Path(folder)
+    """Text encoders of a model; T5 sees `max_length` tokens, else 512, with schnell 256."""
     check_text_files(folder)
+    tokenizers = tokenizers_of(folder)
     if max_length is None:
-        path = folder / "tokenizer_2" / "tokenizer_config.json"
+        path = tokenizers / "tokenizer_2" / "tokenizer_config.json"
         limit = JsonFile(path).get("model_max_length", 512) if path.is_file() else 512
         max_length = min(limit, 512 if flux_files(folder)[1].guidance_embed else 256)
     try:
         with quiet_transformers():
             from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
-            clip = load_transformers_model(CLIPTextModel, folder / "text_encoder", dtype).to(device)
-            t5 = load_transformers_model(T5EncoderModel, folder / "text_encoder_2", dtype).to(device)
-            return LoudTextEncoders(clip, CLIPTokenizer.from_pretrained(folder / "tokenizer"), t5,
-                                    T5Tokenizer.from_pretrained(folder / "tokenizer_2"), max_length)
+            clip = load_text_encoder(CLIPTextModel, folder, "clip", dtype).to(device)
+            t5 = load_text_encoder(T5EncoderModel, folder, "t5", dtype).to(device)
+            return LoudTextEncoders(clip, CLIPTokenizer.from_pretrained(tokenizers / "tokenizer"), t5,
+                                    T5Tokenizer.from_pretrained(tokenizers / "tokenizer_2"), max_length)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:                   # of foreign files transformers raises anything
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{folder}: the text encoders cannot be loaded: {reason}") from None
 
-# Finding ----------------------------------------------------------------------------------------------------
+# Which model it is ------------------------------------------------------------------------------------------
 
-HUB = {"flux-dev": ("black-forest-labs/FLUX.1-dev", "flux1-dev.safetensors",
-                    "FLUX.1 [dev] Non-Commercial License"),
-       "flux-schnell": ("black-forest-labs/FLUX.1-schnell", "flux1-schnell.safetensors", "Apache 2.0")}
-
-
-def check_snapshot(folder: Path) -> Path:
-    """The folder. ValueError that names the first part it lacks, in either layout."""
-    locate(folder, FLUX_FILES, "transformer", "transformer")
-    autoencoder_files(folder)
-    check_text_files(folder)
-    return folder
-
-
-def find_model(name: str) -> Path:
-    """--model -> folder: `baby`, a folder, or `flux-dev` / `flux-schnell` from the hub's cache or the hub.
-
-    A download takes the user's own token (`hf auth login`). ValueError says in one line what to do instead.
-    """
-    if name == "baby":
-        name = str(Path(__file__).resolve().parents[1] / "baby" / "checkpoint")
-    if name not in HUB:
-        if not Path(name).is_dir():
-            raise ValueError(f"no model {str(name)!r}: --model takes flux-dev, flux-schnell, baby or a "
-                             "folder in the hub's layout")
-        return check_snapshot(Path(name))
-    import huggingface_hub
-    from huggingface_hub.errors import HTTPError                      # its http client's own
-    repo, weights, licence = HUB[name]
-    wanted = [weights, "ae.safetensors", "text_encoder/*", "text_encoder_2/*", "tokenizer/*", "tokenizer_2/*"]
-    for options in ({"local_files_only": True}, {"allow_patterns": wanted}):
-        try:                                     # without network the hub gives what it has, in silence
-            return check_snapshot(Path(huggingface_hub.snapshot_download(repo, **options)))
-        except (HTTPError, OSError, ValueError) as error:
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
-    raise ValueError(
-        f"{repo} is neither in the hub cache nor could it be downloaded ({reason[:200]}): accept its licence "
-        f"({licence}) at huggingface.co/{repo}, run `hf auth login` and then this command again (it "
-        "downloads 34 GB), or try --model baby, which needs no download")
+ROUNDED = "e4m3"               # begins a fingerprint of values rounded to it
 
 
 def fingerprint(files: TensorFiles, names: list[str] | None = None) -> str:
@@ -444,20 +359,46 @@ def fingerprint(files: TensorFiles, names: list[str] | None = None) -> str:
     return digest.hexdigest()[:16]
 
 
-def flux_fingerprint(folder: Place) -> str:
-    """`fingerprint` of a snapshot's transformer, the same for its original and its diffusers files."""
+def fingerprint_names(folder: Place) -> tuple[TensorFiles, list[str]]:
+    """The file of a model's transformer, and those of its small tensors that tell it from others."""
     files, config, is_diffusers = flux_files(folder)
     with torch.device("meta"):
         names = [name for name, _ in Flux(config).named_parameters()
                  if name.endswith(".scale") or name == "img_in.bias"]
     if is_diffusers:
         names = [part for name in names for part in diffusers_flux_names(name)]
-    return fingerprint(files, names)
+    return files, names
+
+
+def flux_fingerprint(folder: Place) -> str:
+    """A short hash of a model's transformer, the same for every copy: in either layout and any precision
+    down to e4m3, to which values are rounded first."""
+    files, names = fingerprint_names(folder)
+    digest = hashlib.sha256()
+    for name in names:
+        digest.update(files[name].to(E4M3).view(torch.uint8).numpy().tobytes())
+    return ROUNDED + digest.hexdigest()[:12]
+
+
+def is_copy(folder: Place, theirs: str) -> bool | None:
+    """Whether a fingerprint is of this model; None: this copy is too coarse for it to be known.
+
+    Fingerprints of older LoMDs are of values in bf16."""
+    files, names = fingerprint_names(folder)
+    stored = {files.tensor(name).dtype for name in names}
+    coarse = torch.float8_e5m2 in stored or E4M3 in stored and not theirs.startswith(ROUNDED)
+    same = theirs == (flux_fingerprint(folder) if theirs.startswith(ROUNDED) else fingerprint(files, names))
+    return same or (None if coarse else False)
 
 
 def autoencoder_fingerprint(folder: Place) -> str:
     """`fingerprint` of a snapshot's autoencoder, of the file that `load_autoencoder` reads."""
-    return fingerprint(TensorFiles(autoencoder_files(folder)[0]))
+    return fingerprint(TensorFiles(autoencoder_files(folder)[0], "autoencoder"))
+
+
+def text_fingerprints(folder: Place) -> list[str]:
+    """`fingerprint` of a model's CLIP and T5."""
+    return [fingerprint(TensorFiles(text_files(folder, part)[0], part)) for part in ("clip", "t5")]
 
 # What a command asks of a model -----------------------------------------------------------------------------
 
@@ -470,8 +411,9 @@ def model_defaults(folder: Place) -> dict:
     learning_rate: one, or {use: rate}. guidance: of pictures. warmup: of stage 1. aspects, scales: of crops,
     None is all of the paper's; background: its weight in the loss of a crop; mirror: crops mirrored too.
     """
-    path = Path(folder) / "defaults.json"
-    own = JsonFile(path) if path.is_file() else {}
+    paths = (Path(place) / "defaults.json" for place in (folder, tokenizers_of(folder)))
+    path = next(filter(Path.is_file, paths), None)
+    own = JsonFile(path) if path else {}
     defaults = dict(resolution=1024, learning_rate=4e-4, prompt="a photo of a person", guidance=3.5,
                     warmup=0.4, aspects=None, scales=None, background=1.0, mirror=True)
     kinds = dict(prompt=str, mirror=bool, aspects=list | None, scales=list | None,
@@ -500,8 +442,10 @@ def is_small(folder: Place) -> bool:
     return sum(math.prod(files.shape(name)) for name in files.file_of) < 1e9
 
 
-def add_speed_options(add: Callable[..., object], training: bool) -> None:
-    """The switches of large models, for the parser of a script."""
+def add_speed_options(add: Callable[..., object], training: bool, parts: bool = True) -> None:
+    """The switches of large models, and with `parts` those of models in single files, for a parser."""
+    if parts:
+        add_model_options(add)
     add("--fp8", action="store_true", help="8-bit weights in the blocks: half the memory, and often faster")
     add("--offload", action="store_true", help="keep the blocks' weights in CPU memory: for small cards")
     add("--compile", action=BooleanOptionalAction, help="compile the blocks (default: long runs on a GPU)")
@@ -511,8 +455,11 @@ def add_speed_options(add: Callable[..., object], training: bool) -> None:
 
 def bytes_beside(folder: Place, dtype: torch.dtype, work: Work) -> tuple[Flux, float]:
     """A transformer without numbers, and what its run takes beside its weights, at least."""
+    files, config, is_diffusers = flux_files(folder)
     with torch.device("meta"):
-        flux = Flux(flux_files(folder)[1])
+        flux = Flux(config)
+    check_tensors(flux, files, {name: diffusers_flux_names(name) if is_diffusers else [name]
+                                for name, _ in flux.named_parameters()})
     return flux, adapter_bytes(find_targets(flux), work, dtype) + step_bytes(flux, work, dtype)
 
 
@@ -550,7 +497,7 @@ def take_model(args: Namespace, device: torch.device, use: str, **work: int) -> 
     """args.model -> args.folder (may download) and args.dtype; what is not given is the model's default.
 
     work: of `Work`, for training; ValueError where that cannot fit into the device's memory."""
-    args.folder = find_model(args.model)
+    args.folder = find_model(args.model, args)
     args.dtype = pick_dtype(device, args.folder)
     defaults = model_defaults(args.folder)
     args.lr = args.lr or learning_rate(args.folder, use)

@@ -43,7 +43,9 @@ def complain(problems: list[str]) -> None:
 
 def own_folder(model: str) -> Path | None:
     """The folder of a model that may bring judges and prompts of its own."""
-    return None if model in HUB else find_model(model)
+    if model in HUB or Path(model).is_file():
+        return None if model in HUB else Path(model).parent
+    return Path(find_model(model))
 
 
 def read_people(folders: list[Path], reference: str = "first", gender: str | None = None,

@@ -34,8 +34,8 @@ from torch import Tensor, nn
 
 from flux_model import Flux, FluxConfig
 from support.checkpoints import (FLUX_LINEARS, FLUX_NAMES, Place, Target, TensorFiles, find_targets,
-                                 flux_files, flux_fingerprint, part_sizes, split_number)
-from support.common import finite_number, not_content, note, JsonFile, whole
+                                 flux_files, flux_fingerprint, is_copy, part_sizes, split_number)
+from support.common import check_file, finite_number, not_content, note, JsonFile, whole
 
 Pair = tuple[Tensor, Tensor]                     # A (r, in) and B (out, r); the update of a weight is B A
 Lora = dict[str, Pair]                           # by diffusers module paths
@@ -551,21 +551,32 @@ def load_lomd(path: Place) -> tuple[dict[str, Tensor], dict[str, str]]:
     return lomd, files.metadata
 
 
-def read_lomd(folder: Place, path: Place | None = None) -> tuple[dict[str, Tensor], str, bool]:
-    """The LoMD for the model in `folder` -> ({path: (r1, d_in)}, its hash, was it never trained?)."""
-    places = [Path(path)] if path else [Path(folder) / "lomd.safetensors", Path("lomd.safetensors")]
-    path = next(filter(Path.is_file, places), None)
-    if path is None:
+def find_lomd(folder: Place | None, path: Place | None = None) -> Path:
+    """The LoMD's file: `path`, else of a model's folder (None: not there yet), else of this one."""
+    if path:
+        check_file(path, "LoMD")
+    places = [Path(path)] if path else [*([Path(folder) / "lomd.safetensors"] if folder else []),
+                                        Path("lomd.safetensors")]
+    if (found := next(filter(Path.is_file, places), None)) is None:
         raise ValueError(f"no LoMD {' or ./'.join(map(str, places))}: train one with meta_train.py, name "
                          "yours with --lomd, or train a plain LoRA with --method lora")
+    return found
+
+
+def read_lomd(folder: Place, path: Place | None = None) -> tuple[dict[str, Tensor], str, bool]:
+    """The LoMD for the model in `folder` -> ({path: (r1, d_in)}, its hash, was it never trained?)."""
+    path = find_lomd(folder, path)
     lomd, metadata = load_lomd(path)
     with torch.device("meta"):
         flux = Flux(flux_files(folder)[1])
     mine, name = flux_fingerprint(folder), metadata.get("model", "unnamed")
     theirs = metadata.get("model_fingerprint", mine)
+    fits = is_copy(folder, theirs)
+    if fits is None:
+        note(f"{path}: whether this 8-bit copy is of the model it was trained on, {name}, cannot be known")
     try:
         check_lomd(lomd, find_targets(flux))
-        if theirs != mine:
+        if fits is False:
             raise ValueError(f"it was trained on another model of this shape, {name}"
                              f" with fingerprint {theirs}; this one has {mine}")
     except ValueError as error:

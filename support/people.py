@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from support.checkpoints import (TensorFiles, fingerprint, load_autoencoder, load_text_encoders, locate,
-                                 weight_files)
+from support.checkpoints import (autoencoder_fingerprint, load_autoencoder, load_text_encoders,
+                                 text_fingerprints)
 from support.common import JsonFile, free, naming, note, whole
 from support.folders import Captions, dead_links, unused
 from support.photos import fit_to_grid, grid_size, image_files, read_photo, subfolders, to_tensor
@@ -188,10 +188,7 @@ class Cache:
                  resolutions: list[int]):
         self.folder, self.model, self.device, self.dtype = folder, model, device, dtype
         self.resolutions = resolutions
-        files = [locate(model, ("ae.safetensors",), "vae", "autoencoder")[0],
-                 weight_files(Path(model) / "text_encoder", "model"),
-                 weight_files(Path(model) / "text_encoder_2", "model")]
-        key = [fingerprint(TensorFiles(f)) for f in files] + [str(dtype)]
+        key = [autoencoder_fingerprint(model), *text_fingerprints(model), str(dtype)]
         self.key = hashlib.sha256(" ".join(key).encode()).hexdigest()[:12]
 
     @staticmethod

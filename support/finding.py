@@ -1,0 +1,404 @@
+"""Finding a model: in a folder of the hub's layout, the hub's cache, a ComfyUI installation, or file by file.
+
+    find_model("flux-dev"), find_model("ComfyUI/models/unet/flux1-krea-dev.safetensors")
+
+A model is a folder in the hub's layout: original files (flux1-dev.safetensors, ae.safetensors), diffusers
+files (transformer/, vae/) or both; text_encoder/, tokenizer/ (CLIP), text_encoder_2/, tokenizer_2/ (T5). Or
+it is a `Model`, whose parts lie anywhere.
+"""
+import shlex
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from support.common import JsonFile, not_content
+from support.tensors import TensorFiles
+
+FLUX_FILES = tuple(f"flux1-{kind}{bits}.safetensors" for bits in ("", "-fp8") for kind in ("dev", "schnell"))
+HUB = {"flux-dev": ("black-forest-labs/FLUX.1-dev", "flux1-dev.safetensors",
+                    "FLUX.1 [dev] Non-Commercial License"),
+       "flux-schnell": ("black-forest-labs/FLUX.1-schnell", "flux1-schnell.safetensors", "Apache 2.0")}
+TEXT = {"clip": "text_encoder", "t5": "text_encoder_2"}                    # the hub's folders
+OPTION = {"autoencoder": "--ae", "clip": "--clip", "t5": "--t5"}
+COMFY = {"transformer": ("unet", "diffusion_models", "checkpoints"), "autoencoder": ("vae", "checkpoints"),
+         "clip": ("text_encoders", "clip", "checkpoints"), "t5": ("text_encoders", "clip", "checkpoints")}
+PREFERRED = {"autoencoder": ("ae",), "clip": ("clip_l",),                  # where a folder holds several
+             "t5": ("t5xxl_fp16", "t5xxl_fp8_e4m3fn_scaled", "t5xxl_fp8_e4m3fn")}
+
+OTHER_MAKES = {                                  # what only another model has -> its name
+    "distilled_guidance_layer.": "Chroma", "redux_up.": "FLUX.1 Redux", "redux_down.": "FLUX.1 Redux",
+    "double_stream_modulation_img.": "FLUX.2", "joint_blocks.": "Stable Diffusion 3",
+    "controlnet_": "a ControlNet",
+    "txt_in.individual_token_refiner.": "HunyuanVideo", "context_refiner.": "HunyuanVideo",
+    "transformer_blocks.0.img_mod.": "Qwen-Image", "input_blocks.": "Stable Diffusion 1, 2 or XL",
+    "noise_refiner.": "Z-Image or Lumina", "double_layers.": "AuraFlow", "blocks.0.self_attn.": "Wan",
+    "lora_": "a LoRA", ".lora": "a LoRA"}
+INPUTS = {384: "FLUX.1 Fill", 128: "FLUX.1 Canny or Depth", 196: "Flex.2"}     # channels of a token -> model
+
+
+class Model(NamedTuple):
+    """Where the parts of a model lie: files, or folders with a config.json as the hub has them.
+
+    As a path it is the folder of its transformer, where its LoMD and its defaults.json are looked for.
+    """
+    transformer: Path
+    autoencoder: Path
+    clip: Path
+    t5: Path
+    tokenizers: Path          # tokenizer/, tokenizer_2/ and the config.json of text encoders that are files
+
+    def __fspath__(self) -> str:
+        return str(self.transformer.parent)
+
+    def __str__(self) -> str:
+        return str(self.transformer)
+
+
+Place = str | Path | Model
+
+# The parts of a folder --------------------------------------------------------------------------------------
+
+def check_content(path: Path) -> None:
+    """ValueError where a pointer, a web page or nothing stands in the place of a file's content."""
+    if why := not_content(path):
+        raise ValueError(f"{path} cannot be read: {why}")
+
+
+def weight_files(folder: Path, stem: str = "diffusion_pytorch_model") -> list[Path]:
+    """Weights of a model's folder: what the index lists, if there is one, so that half a download shows."""
+    index = folder / f"{stem}.safetensors.index.json"
+    names, why = [f"{stem}.safetensors"], ""
+    if index.exists():
+        if not isinstance(listed := JsonFile(index)["weight_map"], dict):
+            raise ValueError(f"{index} is no index of weights: its weight_map is no object")
+        names, why = sorted(set(listed.values())), f", which {index.name} lists"
+    for name in names:
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} lacks {name}{why}: complete the download")
+        check_content(folder / name)
+    return [folder / name for name in names]
+
+
+def locate(folder: Place, names: Sequence[str], diffusers: str, what: str) -> tuple[list[Path], dict | None]:
+    """The files of one part of a model, and its diffusers config (None: original layout)."""
+    if isinstance(folder, Model):
+        path = inner = getattr(folder, what)
+    else:
+        path, inner = Path(folder), Path(folder) / diffusers
+    if path.is_file():
+        return [path], None
+    for name in names:
+        if (path / name).is_file():
+            return [path / name], None
+    if (inner / "config.json").is_file():
+        return weight_files(inner), JsonFile(inner / "config.json")
+    raise ValueError(f"{folder} holds no {what}: neither {' nor '.join(names)} nor {diffusers}/")
+
+
+def transformer_files(folder: Place) -> tuple[list[Path], dict | None]:
+    return locate(folder, FLUX_FILES, "transformer", "transformer")
+
+
+def autoencoder_files(folder: Place) -> tuple[list[Path], dict | None]:
+    """As `locate`: ae.safetensors, or vae/ and its config."""
+    return locate(folder, ("ae.safetensors",), "vae", "autoencoder")
+
+
+def text_files(folder: Place, part: str) -> tuple[list[Path], Path]:
+    """The weights of "clip" or "t5", and the folder of its config.json."""
+    path = getattr(folder, part) if isinstance(folder, Model) else Path(folder) / TEXT[part]
+    if path.is_file():
+        return [path], folder.tokenizers / TEXT[part]
+    return weight_files(path, "model"), path
+
+
+def tokenizers_of(folder: Place) -> Path:
+    return folder.tokenizers if isinstance(folder, Model) else Path(folder)
+
+
+def check_tokenizers(folder: Path, configs: Sequence[str] = ()) -> Path:
+    """The folder. ValueError unless tokenizers and these encoders' configs are there: transformers makes up
+    a missing vocabulary."""
+    for part, names in (("tokenizer", ["vocab.json", "merges.txt"]), ("tokenizer_2", ["spiece.model"])):
+        there = {path.name for path in (folder / part).glob("*") if path.is_file()}
+        if "tokenizer.json" not in there and not there.issuperset(names):
+            needed = f"tokenizer.json or {' and '.join(names)}"
+            raise ValueError(f"{folder} holds no whole {part}/: it needs {needed}")
+        for name in there & {"tokenizer.json", *names}:
+            check_content(folder / part / name)
+        for path in (folder / part).glob("*.json"):
+            JsonFile(path)                       # of a torn one transformers would not say which it is
+    for part in configs:
+        if not (folder / TEXT[part] / "config.json").is_file():
+            raise ValueError(f"{folder} lacks {TEXT[part]}/config.json")
+    return folder
+
+
+def check_text_files(folder: Place) -> None:
+    """ValueError unless the files of text encoders and tokenizers are there."""
+    if isinstance(folder, Model):
+        return
+    check_tokenizers(Path(folder))
+    for part in TEXT.values():
+        if not (Path(folder) / part / "config.json").is_file():
+            raise ValueError(f"{folder} holds no whole {part}/: it needs config.json and the weights")
+        JsonFile(Path(folder) / part / "config.json")
+        weight_files(Path(folder) / part, "model")
+
+
+def check_snapshot(folder: Path) -> Path:
+    """The folder. ValueError that names the first part it lacks, in either layout."""
+    transformer_files(folder)
+    autoencoder_files(folder)
+    check_text_files(folder)
+    return folder
+
+# Parts that lie elsewhere -----------------------------------------------------------------------------------
+
+def holds(path: Path, part: str, widths: dict[str, int]) -> bool:
+    """Whether a file holds such a part, by its names and the width that the transformer asks for."""
+    try:
+        files = TensorFiles([path], part, check=False)
+    except (OSError, ValueError):                # of GGUF without its package the name is all there is
+        return path.suffix == ".gguf" and part == ("t5" if "t5" in path.stem.lower() else "transformer")
+    names, first = files.file_of, lambda name: files.shape(name)[-1]
+    if part == "transformer":
+        blocks = any("double_blocks.0." in name or "transformer_blocks.0." in name for name in names)
+        first_layer = "img_in.weight" in names or "x_embedder.weight" in names          # a LoRA has none
+        return blocks and first_layer and not any("controlnet" in name for name in names)
+    if part == "autoencoder":
+        return "decoder.conv_in.weight" in names and files.shape("decoder.conv_in.weight")[1] == 16
+    if part == "clip":
+        norms = (f"{start}final_layer_norm.weight" for start in ("", "text_model."))
+        return any(name in names and first(name) == widths[part] for name in norms)
+    second = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"         # umt5's
+    norm = "encoder.final_layer_norm.weight"
+    return norm in names and first(norm) == widths[part] and second not in names
+
+
+def check_make(files: TensorFiles) -> None:
+    """ValueError, by name, where a file is of another model than FLUX.1."""
+    for mark, make in OTHER_MAKES.items():
+        if name := next((name for name in files.file_of if name.startswith(mark)
+                         or mark[0] == "." and mark in name), None):
+            raise ValueError(f"{files.path} is {make} ({name}), and not the transformer of FLUX.1")
+    for name in ("img_in.weight", "x_embedder.weight"):
+        channels = files.shape(name)[-1:] if name in files.file_of else [64]
+        if make := INPUTS.get(*channels):
+            raise ValueError(f"{files.path} is {make} ({name} takes {channels[0]} channels), which is not "
+                             "supported: FLUX.1 takes 64")
+
+
+def widths_of(transformer: Path) -> dict[str, int]:
+    """Of the text encoders that a transformer takes. ValueError, by name, where it is none of FLUX.1's."""
+    files, widths = TensorFiles(locate(transformer, (), "", "transformer")[0]), {"clip": 768, "t5": 4096}
+    check_make(files)
+    for part, names in (("clip", ("vector_in.in_layer", "time_text_embed.text_embedder.linear_1")),
+                        ("t5", ("txt_in", "context_embedder"))):
+        if name := next((f"{n}.weight" for n in names if f"{n}.weight" in files.file_of), None):
+            widths[part] = files.shape(name)[1]
+    return widths
+
+
+def files_in(folder: Path, deep: bool = False) -> list[Path]:
+    found = folder.rglob("*") if deep else folder.glob("*")
+    return sorted(path for path in found if path.suffix in (".safetensors", ".gguf") and path.is_file())
+
+
+def places_of(part: str, path: Path) -> list[tuple[Path, list[Path]]]:
+    """Folders near a transformer, the nearest first, with the files in each that may hold another part."""
+    near = path.parent if path.is_file() else path
+    places = [(near, files_in(near))]
+    for root in (near, *near.absolute().parents[:4]):
+        for folder in (root / inner / name for inner in ("", "models") for name in COMFY[part]):
+            if folder.is_dir() and not (folder / "config.json").is_file():
+                places.append((folder, files_in(folder, deep=True)))
+        places.append((root, []))
+    return places
+
+
+def in_hub_layout(part: str, folder: Path) -> Path | None:
+    """The part of a folder as the hub has it: its file or its folder."""
+    try:
+        if part == "autoencoder":
+            paths, config = autoencoder_files(folder)
+            return paths[0] if config is None else paths[0].parent
+        return text_files(folder, part)[1] if (folder / TEXT[part] / "config.json").is_file() else None
+    except ValueError:
+        return None
+
+
+def cached(name: str) -> Path | None:
+    """What the hub's cache has of a model, without asking the hub."""
+    import huggingface_hub
+    try:
+        return Path(huggingface_hub.snapshot_download(HUB[name][0], local_files_only=True))
+    except (OSError, ValueError):
+        return None
+
+
+def find_part(part: str, transformer: Path, widths: dict[str, int]) -> Path:
+    """Where the autoencoder or a text encoder is that goes with a transformer. ValueError: nowhere."""
+    if transformer.is_file() and holds(transformer, part, widths):
+        return transformer
+    for folder, files in places_of(part, transformer):
+        if found := in_hub_layout(part, folder):
+            return found
+        fit = [path for path in files if path != transformer and holds(path, part, widths)]
+        best = [path for stem in PREFERRED[part] for path in fit if path.stem == stem] or fit
+        if len(best) == 1 or best and best is not fit:
+            return best[0]
+        if best:
+            raise ValueError(f"{folder} holds several that could be the {part} of {transformer.name} "
+                             f"({', '.join(path.name for path in best)}): name one with {OPTION[part]}")
+    for folder in filter(None, map(cached, HUB)):
+        if found := in_hub_layout(part, folder):
+            return found
+    raise ValueError(f"no {part} found for {transformer}, neither in the file nor beside it, nor in the "
+                     f"folders of ComfyUI or the hub's cache: name it with {OPTION[part]}")
+
+
+def find_tokenizers(transformer: Path, configs: Sequence[str]) -> Path:
+    """The folder of tokenizers and of these encoders' configs: near the transformer, or from the hub."""
+    near = transformer.parent if transformer.is_file() else transformer
+    for folder in (near, *near.absolute().parents[:4], *filter(None, map(cached, HUB))):
+        try:
+            return check_tokenizers(folder, configs)
+        except ValueError:
+            continue
+    import huggingface_hub
+    from huggingface_hub.errors import HTTPError
+    wanted = ["tokenizer/*", "tokenizer_2/*", "text_encoder/config.json", "text_encoder_2/config.json"]
+    for repo, _, _ in reversed(HUB.values()):                        # a few MB
+        try:
+            folder = huggingface_hub.snapshot_download(repo, allow_patterns=wanted)
+            return check_tokenizers(Path(folder), configs)
+        except (HTTPError, OSError, ValueError):
+            continue
+    raise ValueError(f"no tokenizers for {transformer}, neither near it nor in the hub's cache: --tokenizers "
+                     "names a folder with tokenizer/, tokenizer_2/, text_encoder/config.json and "
+                     "text_encoder_2/config.json, as FLUX.1 has them on the hub")
+
+
+def check_named(path: str | None, option: str) -> Path | None:
+    if path is not None and not Path(path).exists():
+        raise ValueError(f"{option} {path}: there is no such file or folder")
+    return None if path is None else Path(path)
+
+
+def assemble(transformer: Path, given: dict[str, str | None]) -> Model:
+    """A model from its transformer, what the command line names, and what is found; a line says what."""
+    named = {part: check_named(given.get(option[2:]), option) for part, option in OPTION.items()}
+    widths = widths_of(transformer)
+    parts = {part: path or find_part(part, transformer, widths) for part, path in named.items()}
+    for part, path in parts.items():
+        if path.is_dir() and not (path / "config.json").is_file():
+            if (inner := in_hub_layout(part, path)) is None:
+                raise ValueError(f"{OPTION[part]} {path} holds no {part}")
+            parts[part] = inner
+    for part, path in parts.items():
+        if path.is_file():
+            TensorFiles([path], part)                                # raises for a format that is not read
+    configs = [part for part in TEXT if parts[part].is_file()]
+    tokenizers = check_named(given.get("tokenizers"), "--tokenizers")
+    tokenizers = (check_tokenizers(tokenizers, configs) if tokenizers else
+                  find_tokenizers(transformer, configs))
+    where = {part: "in the same file" if path == transformer else path for part, path in parts.items()}
+    print(f"{transformer}: autoencoder {where['autoencoder']}, CLIP {where['clip']}, T5 {where['t5']}, "
+          f"tokenizers {tokenizers}")
+    return Model(transformer, **parts, tokenizers=tokenizers)
+
+
+def find_transformer(folder: Path) -> Path:
+    """The one transformer of a folder. ValueError lists them where there are several, or there is none."""
+    if (folder / "config.json").is_file():                           # transformer/ of a hub folder
+        return folder
+    files = files_in(folder) + [file for inner in ("", "models") for name in COMFY["transformer"]
+                                if (folder / inner / name).is_dir()
+                                for file in files_in(folder / inner / name, deep=True)]
+    found = [path for path in files if holds(path, "transformer", {})]
+    if len(found) > 1:
+        names = ", ".join(str(path.relative_to(folder)) for path in found)
+        raise ValueError(f"{folder} holds {len(found)} transformers ({names}): name one of the files")
+    if found:
+        return found[0]
+    paths, config = transformer_files(folder)
+    return paths[0] if config is None else paths[0].parent
+
+# A name -----------------------------------------------------------------------------------------------------
+
+def add_model_options(add: Callable[..., object]) -> None:
+    """What a model of single files may lack, for the parser of a script."""
+    for option, what in (("--ae", "autoencoder"), ("--clip", "CLIP"), ("--t5", "T5")):
+        add(option, dest=f"model_{option[2:]}", metavar="FILE",
+            help=f"the model's {what} (default: found beside it, or in ComfyUI)")
+    add("--tokenizers", dest="model_tokenizers", metavar="DIR",
+        help="a folder with tokenizer/ and tokenizer_2/ (default: the hub's)")
+
+
+def named_parts(args: Namespace | None) -> dict[str, str | None]:
+    """{option of add_model_options: its value}; a judge of paper/ is called --clip too."""
+    return {word: getattr(args, f"model_{word}", None) for word in ("ae", "clip", "t5", "tokenizers")}
+
+
+def model_words(args: Namespace) -> str:
+    """The options of a command line that say which model, for another command; "" for the default one."""
+    options = {"model": args.model} | named_parts(args)
+    given = ((word, value) for word, value in options.items() if value not in (None, "flux-dev"))
+    return "".join(f"--{word} {shlex.quote(value)} " for word, value in given)
+
+
+def from_hub(name: str) -> Path:
+    """A snapshot from the hub's cache or the hub. A download takes the user's own token (`hf auth login`)."""
+    import huggingface_hub
+    from huggingface_hub.errors import HTTPError                      # its http client's own
+    repo, weights, licence = HUB[name]
+    wanted = [weights, "ae.safetensors", "text_encoder/*", "text_encoder_2/*", "tokenizer/*", "tokenizer_2/*"]
+    for options in ({"local_files_only": True}, {"allow_patterns": wanted}):
+        try:                                     # without network the hub gives what it has, in silence
+            return check_snapshot(Path(huggingface_hub.snapshot_download(repo, **options)))
+        except (HTTPError, OSError, ValueError) as error:
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    raise ValueError(
+        f"{repo} is neither in the hub cache nor could it be downloaded ({reason[:200]}): accept its licence "
+        f"({licence}) at huggingface.co/{repo}, run `hf auth login` and then this command again (it "
+        "downloads 34 GB), or try --model baby, which needs no download")
+
+
+def home_of(name: str) -> Path | None:
+    """The folder of a --model, as far as it is there without a download."""
+    if name == "baby":
+        return Path(__file__).resolve().parents[1] / "baby" / "checkpoint"
+    if name in HUB:
+        return cached(name)
+    return Path(name).parent if Path(name).is_file() else Path(name)
+
+
+def find_model(name: str, given: Namespace | None = None) -> Path | Model:
+    """--model -> a folder in the hub's layout, or where the parts lie: `baby`, a folder, a transformer's
+    file, or `flux-dev` / `flux-schnell` from the hub's cache or the hub.
+
+    given: a command line with --ae, --clip, --t5, --tokenizers. ValueError says in one line what to do
+    instead.
+    """
+    options = named_parts(given)
+    path = from_hub(name) if name in HUB else home_of(name) if name == "baby" else Path(name)
+    if path.is_file():
+        return assemble(path, options)
+    if not path.is_dir():
+        raise ValueError(f"no model {str(name)!r}: --model takes flux-dev, flux-schnell, baby, a file of a "
+                         "transformer, or a folder in the hub's layout")
+    if name in HUB or name == "baby":
+        return assemble(find_transformer(path), options) if any(options.values()) else check_snapshot(path)
+    transformer, lacks = find_transformer(path), None
+    try:
+        if not any(options.values()) and transformer.name in (*FLUX_FILES, "transformer"):
+            return check_snapshot(path)
+    except ValueError as error:
+        # what a folder in the hub's layout lacks says more than where else it was looked for
+        lacks = ValueError(f"{error} (--ae, --clip, --t5 and --tokenizers name parts that lie elsewhere)")
+    try:
+        return assemble(transformer, options)
+    except ValueError as error:
+        raise (lacks or error) from None
