@@ -23,6 +23,7 @@ TEXT = {"clip": "text_encoder", "t5": "text_encoder_2"}                    # the
 OPTION = {"autoencoder": "--ae", "clip": "--clip", "t5": "--t5"}
 COMFY = {"transformer": ("unet", "diffusion_models", "checkpoints"), "autoencoder": ("vae", "checkpoints"),
          "clip": ("text_encoders", "clip", "checkpoints"), "t5": ("text_encoders", "clip", "checkpoints")}
+SUFFIXES = ".safetensors", ".sft", ".gguf"
 PREFERRED = {"autoencoder": ("ae",), "clip": ("clip_l",),                  # where a folder holds several
              "t5": ("t5xxl_fp16", "t5xxl_fp8_e4m3fn_scaled", "t5xxl_fp8_e4m3fn")}
 
@@ -203,7 +204,7 @@ def widths_of(transformer: Path) -> dict[str, int]:
 
 def files_in(folder: Path, deep: bool = False) -> list[Path]:
     found = folder.rglob("*") if deep else folder.glob("*")
-    return sorted(path for path in found if path.suffix in (".safetensors", ".gguf") and path.is_file())
+    return sorted(path for path in found if path.suffix in SUFFIXES and path.is_file())
 
 
 def places_of(part: str, path: Path) -> list[tuple[Path, list[Path]]]:

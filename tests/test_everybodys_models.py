@@ -295,13 +295,13 @@ def test_a_folder_with_one_transformer_of_any_name_or_several(tmp_path):
         (tmp_path / part).symlink_to(HUB / part)
     (tmp_path / "lomd.safetensors").symlink_to(BABY / "lomd.safetensors")
     weights = load_file(HUB / FLUX)
-    path = write(tmp_path / "my merge.safetensors", weights)
+    path = write(tmp_path / "my merge.sft", weights)
     assert find_model(str(tmp_path)) == find_model(str(path)) == Model(
         path, tmp_path / "ae.safetensors", tmp_path / "text_encoder", tmp_path / "text_encoder_2", tmp_path)
     same_weights(load_flux(find_model(str(tmp_path)), dtype=torch.float32), weights)
     write(tmp_path / FLUX, weights)
     found = message(find_model, str(tmp_path))
-    assert "my merge.safetensors" in found and FLUX in found
+    assert "my merge.sft" in found and FLUX in found
 
 
 def test_a_diffusers_file_without_its_config(tmp_path):
