@@ -98,6 +98,7 @@ def test_personalize(tmp_path, monkeypatch, capsys):
     assert fill_disks(lambda: personalize.main(words), tmp_path, monkeypatch, capsys) > 2
 
 
+@pytest.mark.slow
 def test_meta_train(tmp_path, monkeypatch, capsys):
     for i, name in enumerate(("ann/0", "ann/1", "bob/0", "bob/1")):
         path = tmp_path / "data" / f"{name}.png"

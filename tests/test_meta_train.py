@@ -1189,6 +1189,7 @@ def test_a_bank_that_the_disk_cannot_hold(run, monkeypatch):
     assert not list(Path("run").rglob("bank*"))
 
 
+@pytest.mark.slow
 def test_checkpoints_and_cache_count_before_the_start(run, monkeypatch):
     make_people(Path("data"), TWO_BUCKETS)
     assert run(iters=24)[0] == 0

@@ -135,6 +135,7 @@ def test_bad_numbers_of_people(words, said):
         reproduce.reproduce(words)
 
 
+@pytest.mark.slow
 def test_the_command_in_small(tmp_path, monkeypatch, capsys, small):
     words = ["--subset", "--jobs", "1", "--run", str(tmp_path / "run")]
     reproduce.reproduce(words)
