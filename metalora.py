@@ -69,6 +69,7 @@ class AdaptedLinear(nn.Module):
             self.S = nn.Parameter(F.pad(base.weight.detach(), pad), requires_grad=False)
             self.bias = None if base.bias is None else F.pad(base.bias.detach(), (0, pad[-1]))
             base.weight.data = self.S[:base.out_features, :base.in_features]
+            free(self.S.device)                      # the narrow weight, whose place no wide one can take
 
     def forward(self, x: Tensor) -> Tensor:
         if self.C is None:
@@ -99,7 +100,6 @@ def adapt(flux: nn.Module, targets: list[Target], columns: list[int]) -> list[Ad
         own.append((slice(t.start, t.start + t.rows), slice(first, first + count)))
     for name, own in parts.items():
         flux.set_submodule(name, AdaptedLinear(flux.get_submodule(name), own))
-        free(flux.img_in.weight.device)              # the narrow weight, whose place no wide one can take
     return [flux.get_submodule(name) for name in parts]
 
 
