@@ -110,8 +110,8 @@ class Run:
     def load(self):
         """Encodes all pictures and captions; then the adapted model, as the newest checkpoint has it."""
         args = self.args
-        used = {now.bucket: None for now in self.passes}
-        pictures = [picture for bucket in used for *_, own in self.members[bucket] for picture in own]
+        used = [self.members[bucket] for bucket in {now.bucket: None for now in self.passes}]
+        pictures = [picture for members in used for *_, own in members for picture in own]
         captions = [args.prompt] + [p.caption for p in pictures if p.caption is not None]
         with self.interruption as stop:          # before the transformer is there: T5 takes 9.5 GB
             self.cache.fill(pictures, captions, stop.raise_if_asked, show=self.group.rank == 0)
@@ -120,7 +120,7 @@ class Run:
                                 num_identities=0, slots=args.batch_size)
         recompute_blocks(flux, plan_recompute(self.adapter, args.work.tokens, args.recompute))
         self.checkpoints = Checkpoints(self.folder, self.group)
-        more = room_for(self.cache, self.members, args.prompt, self.adapter)
+        more = room_for(self.cache, used, args.prompt, self.adapter)
         self.disk = DiskBank(self.folder / "bank", sum(map(len, self.rows)), self.adapter.size, more)
         self.resume()
 
