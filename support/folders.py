@@ -92,18 +92,21 @@ def read_metadata(path: Path) -> dict[str, str | None]:
     return table
 
 
+def is_dead(path: Path) -> bool:
+    return path.is_symlink() and not path.exists()
+
+
 def dead_links(folder: Path) -> list[str]:
     """A line for each link in `folder` to what is gone; not of pictures, which readers of theirs name."""
     pictures = image_files(folder)
     return [f"{path} is a dead link" for path in visible(folder)
-            if path.is_symlink() and not path.exists() and path not in pictures]
+            if is_dead(path) and path not in pictures]
 
 
 def unused(folder: Path, captions: Captions, folders: bool = False) -> str | None:
     """A line that names all files (and folders) in one that are neither pictures nor a caption of one."""
     seen = {*image_files(folder), *captions.used}
-    dead = [path for path in visible(folder) if path.is_symlink() and not path.exists()]
-    names = [path.name + " (a dead link)" * (path in dead) + "/" * path.is_dir()
+    names = [path.name + " (a dead link)" * is_dead(path) + "/" * path.is_dir()
              for path in visible(folder) if path not in seen and (folders or not path.is_dir())]
     return f"{folder}: not used, since neither a picture nor the caption of one: {', '.join(names)}" \
         if names else None
