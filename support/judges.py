@@ -82,5 +82,6 @@ def load_face_embedder(baby: Path | None, weights: Path | None = None) -> tuple[
                               if not name.startswith("logits.") and "num_batches_tracked" not in name}
     if odd := sorted(name for name, _ in shapes(state) ^ shapes(model.state_dict())):
         raise ValueError(f"{path} does not fit {type(model).__name__}: the first difference is in {odd[0]}")
+    # all else was compared just now: only BatchNorm's counts of batches are absent
     model.load_state_dict({name: state[name] for name, _ in shapes(state)}, strict=False)
     return model.eval(), 64 if baby else 160, f"{type(model).__name__} {digest(path.read_bytes())}"
