@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import support  # before torch: how its threads wait
-import numpy as np
 import torch
 
 import flux_model
@@ -32,8 +31,10 @@ from metalora import IdentityBank, MetaLoRA
 from support.checkpoints import (add_speed_options, find_targets, flux_fingerprint, open_flux, take_model)
 from support.common import (Interruption, Parser, check_apart, check_out_file, check_training, count,
                             note, positive, run_script, to_device, write_whole)
+from support.gradients import SKETCH, choose_people, lomd_from_gradients
 from support.lora_files import random_lomd, save_lomd
-from support.people import Buckets, Cache, DiskBank, data_fingerprint, read_buckets, room_for, tell_bare
+from support.people import (Buckets, Cache, DiskBank, data_fingerprint, draw_batch, generator, read_buckets,
+                            room_for, tell_bare)
 from support.runs import Checkpoints, Group, Log, compare_settings, draw_preview, locked, plot
 from support.speed import plan_recompute, recompute_blocks
 
@@ -41,12 +42,6 @@ USES = 10                                        # of each picture in one pass o
 LOG_EVERY = 10                                   # iterations in a line of log.jsonl
 ROWS, ORDER, DRAW = 1, 2, 3                      # what a stream of random numbers is for
 DATA = "data (pictures, captions, buckets)"
-
-
-def generator(*key: int) -> torch.Generator:
-    """A CPU generator that depends on the integers of `key` and on nothing else."""
-    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1
-    return torch.Generator().manual_seed(int(seed))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -95,7 +90,7 @@ class Run:
     """One process's part of a run: every size-th person of each bucket, LoMD, and where it is."""
     def __init__(self, args, buckets: Buckets, group: Group) -> None:
         self.args, self.group, self.interruption = args, group, Interruption()
-        self.folder, self.bucket_names = args.run / f"rank{group.rank}", list(buckets)
+        self.folder, self.buckets, self.bucket_names = args.run / f"rank{group.rank}", buckets, list(buckets)
         self.cache = Cache(args.run / "cache", args.folder, group.device, args.dtype, args.resolution)
         everyone = iter(range(sum(map(len, buckets.values()))))       # people are numbered over all buckets
         self.members = [[(next(everyone), *member) for member in people.items()][group.rank::group.size]
@@ -111,13 +106,18 @@ class Run:
         """Encodes all pictures and captions; then the adapted model, as the newest checkpoint has it."""
         args = self.args
         used = [self.members[bucket] for bucket in {now.bucket: None for now in self.passes}]
-        pictures = [picture for members in used for *_, own in members for picture in own]
+        few = choose_people(self.buckets, args.seed)[self.group.rank::self.group.size]
+        shown = used + [few] * args.from_gradients
+        pictures = dict.fromkeys(picture for members in shown for *_, own in members for picture in own)
         captions = [args.prompt] + [p.caption for p in pictures if p.caption is not None]
         with self.interruption as stop:          # before the transformer is there: T5 takes 9.5 GB
-            self.cache.fill(pictures, captions, stop.raise_if_asked, show=self.group.rank == 0)
-        flux = open_flux(args, self.group.device, args.iters, args.work)
-        self.adapter = MetaLoRA(flux, args.r2, lomd=random_lomd(find_targets(flux), args.r1, args.seed),
-                                num_identities=0, slots=args.batch_size)
+            self.cache.fill([*pictures], captions, stop.raise_if_asked, show=self.group.rank == 0)
+            flux = open_flux(args, self.group.device, args.iters, args.work)
+            lomd = random_lomd(find_targets(flux), args.r1, args.seed)
+            if args.from_gradients:
+                lomd = lomd_from_gradients(lambda: MetaLoRA(flux, SKETCH, num_identities=0), few, self.cache,
+                                           args, self.group, self.folder / "gradients", stop.raise_if_asked)
+        self.adapter = MetaLoRA(flux, args.r2, lomd, num_identities=0, slots=args.batch_size)
         recompute_blocks(flux, plan_recompute(self.adapter, args.work.tokens, args.recompute))
         self.checkpoints = Checkpoints(self.folder, self.group)
         more = room_for(self.cache, used, args.prompt, self.adapter)
@@ -150,13 +150,8 @@ class Run:
         rng = generator(self.args.seed, DRAW, self.iteration, self.group.rank)
         chosen = [(*self.shown[i][:3], self.shown[i][3][which]) for i, which in self.order[offset]]
         rows, people, pictures, posteriors = zip(*chosen)
-        mean, deviation = torch.stack(posteriors).float().unbind(1)                           # (B, 16, h, w)
-        latent = mean + deviation * torch.randn(mean.shape, generator=rng)
-        noise = torch.randn(mean.shape, generator=rng)
-        t = flux_model.sample_times(len(chosen), rng)
         texts = [self.texts[self.args.prompt if p.caption is None else p.caption] for p in pictures]
-        txt, y = (torch.stack([text[part] for text in texts]) for part in ("txt", "y"))
-        batch = torch.tensor(rows), latent, noise, t, txt, y
+        batch = torch.tensor(rows), *draw_batch(posteriors, texts, rng)
         return list(zip(people, pictures)), [to_device(part, self.group.device) for part in batch]
 
     def step(self, now: BucketPass):
@@ -284,7 +279,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--model", default="flux-dev", help="flux-dev (default), flux-schnell, baby, a folder or a file")
     add("--out", type=Path, default=Path("lomd.safetensors"), help="file (default: lomd.safetensors)")
     add("--run", type=Path, default=Path("run"), help="folder of state, log and previews (default: run)")
-    add("--iters", type=positive, default=50_000, help="in all; may be raised later (default: 50000)")
+    add("--iters", type=count, help="in all; may be raised later (default: 50000; from gradients: 0)")
+    add("--from-gradients", action="store_true", help="LoMD starts from gradients of 120 people")
     add("--batch-size", type=positive, default=4, help="pictures an iteration, on each GPU (default: 4)")
     add("--r1", type=positive, default=16, help="rows of LoMD; bounds the ranks of stage 2 (default: 16)")
     add("--r2", type=positive, default=1, help="rank of the people's LoRAs in training (default: 1)")
@@ -312,6 +308,9 @@ def check(args: argparse.Namespace, device) -> None:
         raise ValueError(f"--data: no such folder: {args.data}")
     check_out_file(args.out, ".safetensors")
     check_apart(args.run, "--run", [args.data])
+    args.iters = (0 if args.from_gradients else 50_000) if args.iters is None else args.iters
+    if not (args.iters or args.from_gradients):
+        raise ValueError("--iters 0 trains nothing; it goes with --from-gradients")
     check_training(args)
     if args.warmup is not None and not 0 <= args.warmup < 1:
         raise ValueError(f"--warmup is a share from 0 to below 1, not {args.warmup}")
@@ -330,6 +329,7 @@ def check_settings(args: argparse.Namespace, buckets: Buckets, group: Group) -> 
         if len(members) < group.size:
             raise ValueError(f"bucket {bucket} has {len(members)} people for {group.size} processes: too few")
     args.people, own = sum(map(len, buckets.values())), {"order of a row's numbers": "by width"}
+    own |= {"AdamW's eps": 1e-6, "start": "gradients" if args.from_gradients else "random"}
     for name in ("batch_size", "r1", "r2", "lr", "warmup", "prompt", "resolution", "seed"):
         own[name.replace("_", "-")] = getattr(args, name)
     args.settings = {"model": flux_fingerprint(args.folder), DATA: data_fingerprint(buckets),
@@ -364,14 +364,13 @@ def meta_train(argv: list[str] | None) -> None:
                       f"{args.iters} iterations, {len(run.passes)} passes over a bucket"
                       + (f"; going on from iteration {run.iteration}" if run.iteration else ""))
                 tell_bare(buckets)
-                if len(run.passes) < len(buckets):
+                if 0 < len(run.passes) < len(buckets):
                     note(f"{len(buckets) - len(run.passes)} buckets are never used; raise --iters")
             run.train()
             if group.rank == 0:
-                plot(args.run / "log.jsonl", args.run / "loss.png")
                 run.export(args.out)
-                print(f"{args.out}: LoMD of r1 {args.r1} after {run.iteration} iterations; "
-                      f"loss {args.run / 'loss.png'}")
+                plot(args.run / "log.jsonl", args.run / "loss.png")
+                print(f"{args.out}: LoMD of r1 {args.r1} after {run.iteration} iterations")
     finally:
         group.close()
 

@@ -145,7 +145,7 @@ class IdentityBank:
         self.steps = steps.cpu()                         # counts are numbers: nothing waits for the card
 
     @torch.no_grad()
-    def step(self, ids: Tensor, grad: Tensor, lr: float, eps: float = 1e-8, weight_decay: float = 0.01):
+    def step(self, ids: Tensor, grad: Tensor, lr: float, eps: float = 1e-6, weight_decay: float = 0.01):
         """AdamW (Loshchilov & Hutter 2019), torch's fused kernel, on the rows `ids` (n,) with grad (n, P)."""
         parts = [[part[row] for row in ids.tolist()] for part in (self.weight, self.exp_avg, self.exp_avg_sq)]
         counts = list(to_device(self.steps[ids].float(), grad.device).unbind())      # the kernel counts on

@@ -128,6 +128,30 @@ def draw_study(rows: list[dict], path: Path) -> None:
     save_figure(figure, path)
 
 
+def draw_stage_1(rows: list[dict], path: Path) -> None:
+    """Both scores of stage 2 against the pictures that stage 1 has seen, a line for each start and number of
+    people; a row of panels for each number of iterations of stage 2."""
+    counts = sorted({row["stage 2"] for row in rows})
+    figure = new_figure(10, 3.5 * len(counts))
+    for panels, count in zip(figure.subplots(len(counts), 2, squeeze=False, sharex=True), counts):
+        own = [row for row in rows if row["stage 2"] == count]
+        random = [row for row in own if not row["people"]]
+        for axes, (metric, name) in zip(panels, AXES.items()):
+            for start, people in sorted({(row["start"], row["people"]) for row in own if row["people"]}):
+                line = [row for row in own if (row["start"], row["people"]) == (start, people)]
+                line += random if start == "random" else []
+                points = sorted((4 * row["iterations"], 100 * row[metric]["mean"], 100 * row[metric]["error"])
+                                for row in line)
+                axes.errorbar(*zip(*points), marker="o", markersize=4, capsize=2,
+                              label=f"{people} people, from {start.replace('random', 'a random A')}")
+            axes.set(ylabel=name, title=f"stage 2: {count} iterations")
+            axes.set_xscale("symlog", linthresh=400)
+    for axes in panels:
+        axes.set(xlabel="pictures seen by stage 1 (iterations x batch)")
+    panels[0].legend(fontsize=8)
+    save_figure(figure, path)
+
+
 def write(draw: ImageDraw.ImageDraw, text: str, x: int, y: int, width: int, height: int) -> None:
     """Text into a box of a sheet, as many lines as fit."""
     font, line = ImageFont.load_default(12), ""

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from flux_model import sample_times
 from support.checkpoints import (autoencoder_fingerprint, load_autoencoder, load_text_encoders,
                                  text_fingerprints)
 from support.common import JsonFile, free, naming, note, whole
@@ -257,6 +258,22 @@ class Cache:
             raise ValueError(f"{path} is damaged, delete it: {error}") from None
 
 
+def generator(*key: int) -> torch.Generator:
+    """A CPU generator that depends on the integers of `key` and on nothing else."""
+    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1
+    return torch.Generator().manual_seed(int(seed))
+
+
+def draw_batch(posteriors: list[Tensor], texts: list[dict[str, Tensor]],
+               rng: torch.Generator) -> list[Tensor]:
+    """What the cache holds of B pictures and captions -> latent (B, 16, h, w), noise, t (B,), txt (B, T, _), y
+    (B, _), on the CPU. The latent is drawn anew from the posterior, as the paper's trainer does."""
+    mean, deviation = torch.stack(posteriors).float().unbind(1)
+    latent = mean + deviation * torch.randn(mean.shape, generator=rng)
+    noise, t = torch.randn(mean.shape, generator=rng), sample_times(len(posteriors), rng)
+    return [latent, noise, t, *(torch.stack([text[part] for text in texts]) for part in ("txt", "y"))]
+
+
 # ----------------------------------------------------------------------------------------------------------
 # The rows of people
 
@@ -276,7 +293,7 @@ def room_for(cache: Cache, members: list[list[tuple]], prompt: str, adapter: obj
 
     members: [(number, name, pictures)] of each bucket. Two checkpoints are kept while a third is written.
     """
-    rows = max(map(len, members)) * adapter.size + adapter.shared.weight.numel()
+    rows = max(map(len, members), default=0) * adapter.size + adapter.shared.weight.numel()
     pictures = [picture for bucket in members for *_, own in bucket for picture in own]
     captions = [prompt, *(picture.caption for picture in pictures if picture.caption is not None)]
     pictures, captions = cache.missing(pictures, captions)

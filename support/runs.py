@@ -190,6 +190,8 @@ def plot(log: Path, path: Path) -> None:
     """loss.png: the loss of both phases over the run, and by time, early and late."""
     from matplotlib.figure import Figure
     lines = [json.loads(line) for line in log.read_text().splitlines()]
+    if not lines:
+        return
     figure = Figure(figsize=(11, 4), layout="constrained")
     over, by_t = figure.subplots(1, 2)
     for phase in ("warm-up", "joint"):
