@@ -31,7 +31,7 @@ from metalora import IdentityBank, MetaLoRA
 from support.checkpoints import (add_speed_options, find_targets, flux_fingerprint, open_flux, take_model)
 from support.common import (Interruption, Parser, check_apart, check_out_file, check_training, count,
                             note, positive, run_script, to_device, write_whole)
-from support.gradients import SKETCH, choose_people, lomd_from_gradients
+from support.gradients import choose_people, lomd_from_gradients, plan_gradients
 from support.lora_files import random_lomd, save_lomd
 from support.people import (Buckets, Cache, DiskBank, data_fingerprint, draw_batch, generator, read_buckets,
                             room_for, tell_bare)
@@ -106,17 +106,16 @@ class Run:
         """Encodes all pictures and captions; then the adapted model, as the newest checkpoint has it."""
         args = self.args
         used = [self.members[bucket] for bucket in {now.bucket: None for now in self.passes}]
-        few = choose_people(self.buckets, args.seed)[self.group.rank::self.group.size]
-        shown = used + [few] * args.from_gradients
-        pictures = dict.fromkeys(picture for members in shown for *_, own in members for picture in own)
+        few = choose_people(self.buckets, args.seed)[self.group.rank::self.group.size] * args.from_gradients
+        pictures = dict.fromkeys(each for members in [*used, few] for *_, own in members for each in own)
         captions = [args.prompt] + [p.caption for p in pictures if p.caption is not None]
         with self.interruption as stop:          # before the transformer is there: T5 takes 9.5 GB
             self.cache.fill([*pictures], captions, stop.raise_if_asked, show=self.group.rank == 0)
-            flux = open_flux(args, self.group.device, args.iters, args.work)
-            lomd = random_lomd(find_targets(flux), args.r1, args.seed)
-            if args.from_gradients:
-                lomd = lomd_from_gradients(lambda: MetaLoRA(flux, SKETCH, num_identities=0), few, self.cache,
-                                           args, self.group, self.folder / "gradients", stop.raise_if_asked)
+        flux = open_flux(args, self.group.device, args.iters, args.work)
+        lomd = random_lomd(find_targets(flux), args.r1, args.seed)
+        if args.from_gradients:
+            lomd = lomd_from_gradients(lambda rank: MetaLoRA(flux, rank, num_identities=0), few, args,
+                                       self.cache, self.group, self.folder, self.interruption)
         self.adapter = MetaLoRA(flux, args.r2, lomd, num_identities=0, slots=args.batch_size)
         recompute_blocks(flux, plan_recompute(self.adapter, args.work.tokens, args.recompute))
         self.checkpoints = Checkpoints(self.folder, self.group)
@@ -279,8 +278,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--model", default="flux-dev", help="flux-dev (default), flux-schnell, baby, a folder or a file")
     add("--out", type=Path, default=Path("lomd.safetensors"), help="file (default: lomd.safetensors)")
     add("--run", type=Path, default=Path("run"), help="folder of state, log and previews (default: run)")
-    add("--iters", type=count, help="in all; may be raised later (default: 50000; from gradients: 0)")
-    add("--from-gradients", action="store_true", help="LoMD starts from gradients of 120 people")
+    add("--iters", type=count, help="in all; may be raised later (default: 50000; after gradients 0)")
+    add("--from-gradients", action="store_true", help="LoMD starts from the gradients of 120 people")
     add("--batch-size", type=positive, default=4, help="pictures an iteration, on each GPU (default: 4)")
     add("--r1", type=positive, default=16, help="rows of LoMD; bounds the ranks of stage 2 (default: 16)")
     add("--r2", type=positive, default=1, help="rank of the people's LoRAs in training (default: 1)")
@@ -318,6 +317,8 @@ def check(args: argparse.Namespace, device) -> None:
         raise ValueError(f"--r2 {args.r2} is more than the --r1 {args.r1} rows of LoMD that it combines")
     take_model(args, device, "stage 1", batch=args.batch_size, rank=args.r2, r1=args.r1,
                people=args.identities_per_bucket)
+    if args.from_gradients:
+        plan_gradients(args, device)
     args.resolution = sorted(set(args.resolution))
     if any(r % 16 for r in args.resolution):
         raise ValueError("--resolution takes multiples of 16")
@@ -328,8 +329,8 @@ def check_settings(args: argparse.Namespace, buckets: Buckets, group: Group) -> 
     for bucket, members in buckets.items():
         if len(members) < group.size:
             raise ValueError(f"bucket {bucket} has {len(members)} people for {group.size} processes: too few")
-    args.people, own = sum(map(len, buckets.values())), {"order of a row's numbers": "by width"}
-    own |= {"AdamW's eps": 1e-6, "start": "gradients" if args.from_gradients else "random"}
+    args.people, start = sum(map(len, buckets.values())), "gradients" if args.from_gradients else "random"
+    own = {"order of a row's numbers": "by width", "AdamW's eps": 1e-6, "start": start}
     for name in ("batch_size", "r1", "r2", "lr", "warmup", "prompt", "resolution", "seed"):
         own[name.replace("_", "-")] = getattr(args, name)
     args.settings = {"model": flux_fingerprint(args.folder), DATA: data_fingerprint(buckets),

@@ -26,11 +26,12 @@ from torch import Tensor, linalg
 from tqdm import tqdm
 
 from flux_model import flow_matching_loss
-from support.common import to_device
+from support.checkpoints import check_fit
+from support.common import Interruption, to_device
 from support.lora_files import load_lomd, save_lomd
 from support.people import Buckets, Cache, Picture, draw_batch, generator
 from support.runs import Checkpoints, Group
-from support.speed import plan_recompute, recompute_blocks
+from support.speed import Work, plan_recompute, recompute_blocks
 
 SKETCH, RANGE = 64, 128                   # columns of U and of Q
 RHO, NORM = 1.0, 1.8                      # NORM: of a row of A; that of a random one is 0.58
@@ -105,21 +106,15 @@ class Sums:
             yield agree - agreement(first, second, None if self.is_basis else right), differ, trace
 
 
-def batches(pictures: list[Picture], cache: Cache, args: Namespace, rng: torch.Generator,
-            device: torch.device) -> Iterator[list[Tensor]]:
-    """Each picture DRAWS times, with noise and a time of its own: latent, noise, t, txt, y of one shape."""
-    alike = {}
-    for picture in pictures * DRAWS:
+def pictures_of(half: list[Picture], cache: Cache, prompt: str, rng: torch.Generator,
+                device: torch.device) -> Iterator[list[Tensor]]:
+    """Each picture DRAWS times, alone, with noise and a time of its own: latent, noise, t, txt, y."""
+    for picture in half * DRAWS:
         sizes = list(cache.sizes(picture))
         size = sizes[torch.randint(len(sizes), (), generator=rng).item()]
-        alike.setdefault(size, []).append(picture)
-    for size, own in alike.items():
-        for start in range(0, len(own), args.batch_size):
-            some = own[start:start + args.batch_size]
-            posteriors = [cache.load(cache.latent_path(picture, size))["posterior"] for picture in some]
-            captions = [args.prompt if p.caption is None else p.caption for p in some]
-            texts = [cache.load(cache.text_path(caption)) for caption in captions]
-            yield [to_device(part, device) for part in draw_batch(posteriors, texts, rng)]
+        text = cache.load(cache.text_path(prompt if picture.caption is None else picture.caption))
+        posterior = cache.load(cache.latent_path(picture, size))["posterior"]
+        yield [to_device(part, device) for part in draw_batch([posterior], [text], rng)]
 
 
 def choose_people(buckets: Buckets, seed: int) -> list[tuple]:
@@ -137,9 +132,9 @@ def choose_people(buckets: Buckets, seed: int) -> list[tuple]:
 class Gradients:
     """LoMD from the gradients of `people`, [(number, name, pictures)], this process's share of them.
 
-    adapter: a MetaLoRA of rank SKETCH without LoMD, with no identity yet. The sums are saved to `folder` every
-    args.save_every batches; a run that was killed goes on there, and ends with the same bits."""
-    def __init__(self, adapter: object, people: list[tuple], cache: Cache, args: Namespace, group: Group,
+    adapter: a MetaLoRA of rank SKETCH without LoMD, with no identity yet. The sums are saved to `folder`
+    every args.save_every pictures; a run that was killed goes on there, and ends with the same bits."""
+    def __init__(self, adapter: object, people: list[tuple], args: Namespace, cache: Cache, group: Group,
                  folder: Path):
         self.adapter, self.people, self.cache, self.args, self.group = adapter, people, cache, args, group
         ups, rng = prod(adapter.shapes[-1]), generator(args.seed, SKETCHES)
@@ -155,6 +150,13 @@ class Gradients:
             right = [tensors.pop(f"right {width}") for width in range(len(right))]
             self.sums = Sums(right, self.number == 1)
             self.sums.parts = tensors
+
+    def plan(self) -> None:
+        """How many blocks run twice, with room for C, U, their gradient and the sketches of two halves."""
+        room = torch.empty(9 * self.adapter.size // 2, device=self.adapter.device)
+        blocks = plan_recompute(self.adapter, self.args.work.tokens, self.args.recompute)
+        del room
+        recompute_blocks(self.adapter.flux, blocks)
 
     def save(self) -> None:
         right = {f"right {width}": own for width, own in enumerate(self.sums.right)}
@@ -185,14 +187,14 @@ class Gradients:
         halves = []
         for half in (0, 1):
             rng = generator(self.args.seed, HALVES, number, self.number, half)
-            some = batches(pictures[half::2], self.cache, self.args, rng, self.adapter.device)
-            halves.append(sketches(self.adapter, some))
+            halves.append(sketches(self.adapter, pictures_of(pictures[half::2], self.cache, self.args.prompt,
+                                                             rng, self.adapter.device)))
         if not all(part.isfinite().all() for half in halves for part in half):
-            raise FloatingPointError(f"the loss or its gradient is not finite at a picture of {name}; the people "
-                                     f"before are saved in {self.checkpoints.folder}")
+            raise FloatingPointError(f"the loss or its gradient is not finite at a picture of {name}; what "
+                                     f"came before is saved in {self.checkpoints.folder}")
         self.sums.add(halves)
         self.done, self.unsaved = self.done + 1, self.unsaved + len(pictures) * DRAWS
-        if self.unsaved >= self.args.save_every * self.args.batch_size:
+        if self.unsaved >= self.args.save_every:
             self.save()
 
     def rows(self, found: Iterator[tuple[Tensor, Tensor, Tensor]]) -> dict[str, Tensor]:
@@ -204,19 +206,29 @@ class Gradients:
         return {target.path: lomd[target.path] for target in self.adapter.found}
 
 
-def lomd_from_gradients(adapter: Callable[[], object], people: list[tuple], cache: Cache, args: Namespace,
-                        group: Group, folder: Path, stop: Callable[[], object]) -> dict[str, Tensor]:
-    """As `Gradients`, but what was found before is read again; `adapter()` is called where it is needed."""
+def plan_gradients(args: Namespace, device: torch.device) -> None:
+    """args.work: what the gradients take, which is more than stage 1 after them. ValueError where it is too
+    much for the device."""
+    args.work = Work(args.work.tokens, rank=SKETCH, people=2, training=True)     # the sums: a second row
+    check_fit(args, device, args.work)
+
+
+def lomd_from_gradients(adapter: Callable[[int], object], people: list[tuple], args: Namespace, cache: Cache,
+                        group: Group, folder: Path, interruption: Interruption) -> dict[str, Tensor]:
+    """As `Gradients`, in the folder `gradients` of a process's; what was found before is read again.
+    adapter(rank): a MetaLoRA without LoMD, made where it is needed."""
+    folder = folder / "gradients"
     path = folder / "lomd.safetensors"
     folder.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         everybody = sum(group.gather(len(people)))
         if group.rank == 0:
             print(f"LoMD of r1 {args.r1} from the gradients of {everybody} people, two passes over them")
-        adapter = adapter()
-        tokens = args.batch_size * args.work.tokens
-        recompute_blocks(adapter.flux, plan_recompute(adapter, tokens, args.recompute))
-        lomd = Gradients(adapter, people, cache, args, group, folder).run(stop)
+        adapter = adapter(SKETCH)
+        gradients = Gradients(adapter, people, args, cache, group, folder)
+        gradients.plan()
+        with interruption:
+            lomd = gradients.run(interruption.raise_if_asked)
         save_lomd(path, lomd, {"made_by": "meta_train.py"})
         for state in folder.glob("*-*.safetensors"):
             state.unlink()

@@ -266,8 +266,8 @@ def generator(*key: int) -> torch.Generator:
 
 def draw_batch(posteriors: list[Tensor], texts: list[dict[str, Tensor]],
                rng: torch.Generator) -> list[Tensor]:
-    """What the cache holds of B pictures and captions -> latent (B, 16, h, w), noise, t (B,), txt (B, T, _), y
-    (B, _), on the CPU. The latent is drawn anew from the posterior, as the paper's trainer does."""
+    """What the cache holds of B pictures and captions -> latent (B, 16, h, w), noise, t (B,), txt (B, T, _),
+    y (B, _), on the CPU. The latent is drawn anew from the posterior, as the paper's trainer does."""
     mean, deviation = torch.stack(posteriors).float().unbind(1)
     latent = mean + deviation * torch.randn(mean.shape, generator=rng)
     noise, t = torch.randn(mean.shape, generator=rng), sample_times(len(posteriors), rng)

@@ -4,6 +4,8 @@ launches and bytes stay within bounds, and what the plan of memory foresees is w
     python tests/test_full_size.py                    # docs/SPEED.md's table of cards
 """
 import sys
+import tempfile
+from argparse import Namespace
 from pathlib import Path
 from unittest import mock
 
@@ -17,7 +19,7 @@ import flux_model
 import personalize
 import sample
 from metalora import MetaLoRA, apply_loras, random_lomd
-from support import speed
+from support import gradients, speed
 from support.checkpoints import find_targets
 
 BF16 = torch.bfloat16
@@ -76,6 +78,24 @@ def sampling(card, px=1024, fp8=False, offload=False):
     return foreseen
 
 
+def from_gradients(card, px=1024, fp8=False, offload=False):
+    """Both passes over two people, of whom each half is a picture -> GiB foreseen with all blocks run twice."""
+    tokens = (px // 16) ** 2 + 512
+    work = speed.Work(tokens, rank=gradients.SKETCH, people=2, training=True)
+    foreseen, stay = plan(card, work, fp8, offload)
+    flux = full_size_flux(card, fp8, offload, stay)
+    adapter = MetaLoRA(flux, gradients.SKETCH, num_identities=0)
+    picture = [torch.randn(1, 16, px // 8, px // 8, device="cuda"), torch.randn(1, 16, px // 8, px // 8, device="cuda"),
+               torch.rand(1, device="cuda"), torch.randn(1, 512, 4096, dtype=BF16, device="cuda"), torch.randn(1, 768, dtype=BF16, device="cuda")]
+    args, alone = Namespace(seed=0, r1=16, save_every=1000, prompt="", work=work, recompute=None), mock.Mock(rank=0, size=1, sum=lambda tensor: tensor, gather=lambda thing: [thing])
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(gradients, "pictures_of", lambda *a: [picture]):
+        run = gradients.Gradients(adapter, [(0, "a", [0, 1]), (1, "b", [0, 1])], args, None, alone, Path(folder))
+        run.plan()
+        lomd = run.run(lambda: None)
+    assert {path: tuple(rows.shape) for path, rows in lomd.items()} == {t.path: (16, t.d_in) for t in find_targets(flux)}
+    return foreseen
+
+
 def held(card):
     return card.memory.peak_allocated / GIB + card.context
 
@@ -93,6 +113,15 @@ def test_a_step_of_stage_2():
         assert sum(card.launches.values()) <= 8500 and sum(card.syncs.values()) <= 2, card.report()
         assert card.launches["assign"] < 300 and twice == 0
         assert held(card) <= foreseen <= 1.1 * held(card)
+
+
+@pytest.mark.slow
+def test_a_lomd_from_gradients():
+    """1024 px on the smallest card that is not refused: what is foreseen with all blocks run twice does."""
+    with FakeCard(48, (8, 9)) as card:
+        foreseen = from_gradients(card)
+        assert not card.problems, card.problems
+        assert foreseen <= held(card) <= 48
 
 
 @pytest.mark.slow

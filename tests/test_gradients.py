@@ -36,7 +36,7 @@ def batch(flux, count, seed):
 def with_sketch(flux, tmp_path, r1=4):
     """Gradients on a model, of nobody: what is tested is given to its sums."""
     adapter = MetaLoRA(flux, gradients.SKETCH, num_identities=0)
-    return Gradients(adapter, [], None, Namespace(seed=0, r1=r1, save_every=9, batch_size=2), Alone(), tmp_path)
+    return Gradients(adapter, [], Namespace(seed=0, r1=r1), None, Alone(), tmp_path)
 
 
 def test_a_sketch_is_the_gradient_of_the_weight(tmp_path):
