@@ -34,10 +34,9 @@ from support import photos
 from support.checkpoints import (add_speed_options, autoencoder_fingerprint, find_targets, flux_fingerprint,
                                  is_small, learning_rate, load_autoencoder, model_defaults, open_flux,
                                  take_model)
-from support.common import (Interruption, JsonFile, check_apart, check_training, finite_number, free, note,
-                            Parser, pick_device, positive, run_script, save_png, whole, write_whole)
+from support.common import (Interruption, JsonFile, check_apart, check_training, digest, finite_number, free,
+                            note, Parser, pick_device, positive, run_script, save_png, whole, write_whole)
 from support.identities import Person, Picture, fill, own_folder, prompts_for, read_people
-from support.judges import digest
 from support.lora_files import load_lora, random_lomd, read_lomd, save_lora
 from support.speed import blocks_of, recompute_blocks
 
