@@ -14,8 +14,8 @@ crop (160 pixels, no margin) and InceptionResnetV1 (VGGFace2); CLIP ViT-B/32. De
 say what a picture without a face counts. Here it is left out of both face scores, and the share of faces
 found is reported, or it counts as 0 (--no-face-as-zero).
 
---loras draws a few prompts with each LoRA and with none, the same noise for all, and scores them likewise; a
-picture without a face counts as 0. How RULE was found to choose is measured by paper/which.py.
+--loras draws prompts with each LoRA and with none, scores them likewise (no face counts as 0), and takes one
+by RULE, as paper/which.py found best.
 """
 import argparse
 import importlib.metadata
@@ -264,7 +264,7 @@ def choose(rows: list[dict], base: dict, rule: str, number: float = 0.0) -> tupl
         early = [row for row in rows if likeness(row) >= number * likeness(max(rows, key=likeness))]
         return early[0], f"it is the first with {number:.0%} of the best likeness"
     score, why = {
-        "iterations": (lambda row: -abs((row["iterations"] or 0) - number), f"it is nearest to {number}"),
+        "iterations": (lambda row: -abs(row["iterations"] - number), f"it is nearest to {number} iterations"),
         "likeness": (likeness, "its likeness is the highest"),
         "sum": (lambda row: likeness(row) + text(row), "its sum of likeness and text is the highest")}[rule]
     return max(rows, key=score), why
@@ -272,10 +272,11 @@ def choose(rows: list[dict], base: dict, rule: str, number: float = 0.0) -> tupl
 
 def recommend(rows: list[dict], base: dict) -> tuple[str | None, str]:
     """The label of the candidate that RULE takes, None without one; a line that says why."""
-    if RULE is None or max(row["likeness"] for row in rows) <= 0:
-        why = "no candidate has any likeness" if RULE else "no rule was found that beats 375 steps"
+    able = [row for row in rows if RULE and (RULE[0] != "iterations" or row["iterations"] is not None)]
+    if max((row["likeness"] for row in able), default=0) <= 0:
+        why = "no candidate has what it takes" if RULE else "no rule was found that beats 375 steps"
         return None, f"No recommendation: {why}; look at the sheet."
-    taken, why = choose(rows, base, *RULE)
+    taken, why = choose(able, base, *RULE)
     return taken["label"], f"Recommended: {taken['label']}, since {why}."
 
 

@@ -55,8 +55,8 @@ class Candidate(NamedTuple):
 
     @property
     def run(self) -> str:
-        """What it has in common with the others of its run: the name without the number at its end."""
-        return re.sub(r"[-_. ]*\d+$", "", self.label) or self.label
+        """What its name has in common with the others of its run: all but the number of iterations."""
+        return re.sub(rf"[-_. ]*(i|steps?)?(0*{self.iterations}(?!\d)|\d{{6}}$)", "", self.label) or self.label
 
 
 class Plan(NamedTuple):
@@ -277,7 +277,7 @@ def table(rows: list[dict], taken: str | None) -> str:
 
 def draw_curve(rows: list[dict], runs: dict[str, str], taken: str | None, path: Path) -> None:
     """Likeness and text against iterations, or the order given where a LoRA does not say; a line for each
-    run; dotted the model without a LoRA, a ring around what is taken."""
+    run; dotted the text score without a LoRA, a ring around what is taken."""
     from matplotlib.figure import Figure
     base, *rows = rows
     known = all(row["iterations"] is not None for row in rows)
@@ -288,7 +288,8 @@ def draw_curve(rows: list[dict], runs: dict[str, str], taken: str | None, path: 
             own = [row for row in rows if runs[row["label"]] == run]
             axes.plot([at[row["label"]] for row in own], [100 * row[score] for row in own], "o-",
                       markersize=4, color=f"C{i % 10}", label=run)
-        axes.axhline(100 * base[score], color="grey", linestyle=":", linewidth=1, label=BASE)
+        if score == "text":                      # its likeness, about 0, would press all others together
+            axes.axhline(100 * base[score], color="grey", linestyle=":", linewidth=1, label=BASE)
         for row in rows:
             if row["label"] == taken:
                 axes.plot(at[taken], 100 * row[score], "o", markersize=11, fillstyle="none", color="black")
