@@ -12,10 +12,8 @@ with the *other* real pictures, FaceSim with the reference, CLIP-T with the prom
 Sources: "Meta-LoRA" (Topal et al. 2025), Algorithm 3, appendix F, Tables 4 and 5; facenet-pytorch for MTCNN's
 crop (160 pixels, no margin) and InceptionResnetV1 (VGGFace2); CLIP ViT-B/32. Deviation: Algorithm 3 does not
 say what a picture without a face counts. Here it is left out of both face scores, and the share of faces
-found is reported, or it counts as 0 (--no-face-as-zero).
-
---loras draws prompts with each LoRA and with none, scores them likewise (no face counts as 0), and takes one
-by RULE, as paper/which.py found best.
+found is reported, or it counts as 0 (--no-face-as-zero). --loras draws prompts with each LoRA and with none,
+scores them likewise, no face as 0, and takes one by RULE, as paper/which.py found best.
 """
 import argparse
 import importlib.metadata

@@ -27,7 +27,6 @@ from paper.reproduce import (common_words, draw_people, evaluate, mean_error, mo
                              run_folder, side_by_side, workers)
 from personalize import ITERATIONS
 from support.common import JsonFile, run_script, write_whole
-from support.sheets import percent
 
 FULL = dict(people=24, iters=(150, 225, 300, 375, 450, 525, 600), seeds=2)
 SUBSET = dict(people=4, iters=(150, 375, 600), seeds=1)
@@ -45,10 +44,10 @@ a black and white photo of a [man/woman] in a black jacket, in the snow
 a photo of a [man/woman] in a green hoodie, on a beach at night
 """                                                  # the judge's: none is among the baby's own
 ALWAYS = "iterations", ITERATIONS["meta-lora"]       # what all rules are compared with
-RULES = {"the same number of iterations for all": "iterations", "the highest likeness": "likeness",
-         "the highest sum of both": "sum", "the last with a share of the base's text": "text",
-         "the earliest with a share of the best likeness": "early"}
-NUMBERS = {"text": (0.9, 0.95, 0.975, 1.0, 1.025), "early": (0.8, 0.9, 0.95, 0.975)}
+RULES = {"iterations": "always the same number", "likeness": "the highest likeness",
+         "sum": "the highest sum of both", "text": "the last with a share of the base's text",
+         "early": "the earliest with a share of the best likeness"}
+NUMBERS = {"text": (0.9, 0.95, 1.0, 1.05), "early": (0.85, 0.9, 0.95, 0.98)}
 SCORES = "likeness", "text", "sum"
 
 
@@ -103,18 +102,18 @@ def compare_rules(halves: list[list[dict]], iters: list[int]) -> list[dict]:
     """A row for each rule at each of its numbers; for one of several numbers first a row for the one that is
     best on the other half, which is fair to it. Last what the judge itself would take, which nobody can."""
     people, rows = [person for half in halves for person in half], []
-    for name, rule in RULES.items():
+    for rule, name in RULES.items():
         numbers = {"iterations": iters, **NUMBERS}.get(rule, (0.0,))
         if len(numbers) > 1:
             best = [max(numbers, key=lambda number: mean_sum(half, rule, number)) for half in halves]
-            words = " and ".join(f"{number:g}" for number in reversed(best))
+            words = " and ".join(f"{number:g}" for number in dict.fromkeys(reversed(best)))
             taken = [chosen(person, rule, number) for half, number in zip(halves, reversed(best))
                      for person in half]
-            rows.append(row_of(f"{name}, chosen on the other half: {words}", people, taken, True))
+            rows.append({"of": rule} | row_of(f"{name}, chosen on the other half: {words}", people, taken, True))
         for number in numbers:
             taken = [chosen(person, rule, number) for person in people]
             own = row_of(f"{name}: {number:g}" if number else name, people, taken, not number)
-            rows.append(own | {"is": (rule, number), "mean": mean_sum(people, rule, number)})
+            rows.append({"of": rule, "is": (rule, number)} | own)
     ideal = [max(person["candidates"], key=lambda own: own["judge"]["sum"]) for person in people]
     return [*rows, row_of("(the judge's own choice)", people, ideal, False)]
 
@@ -122,23 +121,28 @@ def compare_rules(halves: list[list[dict]], iters: list[int]) -> list[dict]:
 def verdict(rows: list[dict]) -> str:
     """What eval_rfacesim.RULE should be: of what was not chosen on the people it is judged on, what gains
     most, if that is more than two errors."""
-    best = max((row for row in rows if row["held out"]), key=lambda row: row["gains"]["sum"]["mean"])
+    mean = lambda row: row["gains"]["sum"]["mean"]
+    best = max((row for row in rows if row["held out"]), key=mean)
+    rule = max((row for row in rows if "is" in row and row["of"] == best["of"]), key=mean)
     gain = best["gains"]["sum"]
-    name = best["rule"].partition(",")[0]
-    rule = max((row for row in rows if "is" in row and row["rule"].startswith(name)), key=lambda r: r["mean"])
     beats = gain["mean"] > 2 * gain["error"] > 0
     ends = f"more than two errors: RULE = {rule['is']}" if beats else "not more than two errors: RULE = None"
     return (f"Of what was not chosen on the people it is judged on, best is: {best['rule']}. It gains "
-            f"{percent(gain)} over always {ALWAYS[1]}, {ends}.")
+            f"{signed(gain)} over always {ALWAYS[1]}, {ends}.")
+
+
+def signed(own: dict) -> str:
+    return f"{100 * own['mean']:+.1f} ({100 * own['error']:.1f})"
 
 
 def table(rows: list[dict]) -> str:
     """Markdown, in percent, standard errors in brackets."""
-    lines = [f"| takes | likeness gained over always {ALWAYS[1]} | text gained | sum gained | behind the best "
-             "| iterations, mean |", "| --- |" + " --- |" * 5]
+    heads = ["takes", f"likeness gained over always {ALWAYS[1]}", "text gained", "sum gained",
+             "behind the best", "iterations, mean"]
+    lines = [f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads)]
     for row in rows:
-        cells = [row["rule"], *(percent(row["gains"][score]) for score in SCORES),
-                 percent(row["behind the best"]), f"{row['iterations']:.0f}"]
+        cells = [row["rule"], *(signed(row["gains"][score]) for score in SCORES),
+                 signed(row["behind the best"]), f"{row['iterations']:.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -149,8 +153,8 @@ def which(argv: list[str] | None = None) -> None:
     parser.add_argument("--lomd", type=Path, help="weights of stage 1 (default: the model's own)")
     args = parser.parse_args(argv)
     size, run = SimpleNamespace(**(SUBSET if args.subset else FULL)), run_folder(args, "which")
-    judges, pool, out, each = evaluation.Judges(args.model), workers(args), args.out or run / "report", \
-        size.people // 2
+    judges, pool, out = evaluation.Judges(args.model), workers(args), args.out or run / "report"
+    each = size.people // 2
     for half in range(2):
         draw_people(judges, run / f"half{half}" / "people", FIRST + half * each, each, PHOTOS)
     write_whole(run / "prompts.txt", PROMPTS.encode())

@@ -56,7 +56,8 @@ class Candidate(NamedTuple):
     @property
     def run(self) -> str:
         """What its name has in common with the others of its run: all but the number of iterations."""
-        return re.sub(rf"[-_. ]*(i|steps?)?(0*{self.iterations}(?!\d)|\d{{6}}$)", "", self.label) or self.label
+        number = rf"[-_. ]*(i|steps?)?(0*{self.iterations}(?!\d)|\d{{6}}$)"
+        return re.sub(number, "", self.label) or self.label
 
 
 class Plan(NamedTuple):
@@ -176,8 +177,8 @@ def read_person(data: list[Path], candidates: list[Candidate]) -> tuple[Person, 
     if silent and len(files) > 1:
         note(f"{', '.join(silent)}: it is not known on which photos; likeness may be to these")
     if len(files) == 1 or not new:
-        likeness = f"FaceSim to {names or files[0].name}" + \
-            ("; with more photos in --data it would be to the person, not to the photo" if not new else "")
+        likeness = f"FaceSim to {names or files[0].name}; with other photos in --data it would be to the " \
+            "person, not to the photo"
     else:
         likeness = f"R-FaceSim on {len(new)} photos" + (f", without {names}, trained on" if seen else "")
     first = (seen or files)[0]
