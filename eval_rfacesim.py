@@ -282,7 +282,7 @@ def recommend(rows: list[dict], base: dict) -> tuple[str | None, str]:
 def draw(args: argparse.Namespace, loras: dict[str, Path | None], pictures: list[Picture]) -> None:
     """The pictures, each alone from its own noise: so they are the same however often the run was stopped."""
     texts = encode_texts(args, [picture.text for picture in pictures])
-    flux = open_flux(args, args.device, len(pictures) * args.steps, args.work)
+    flux = open_flux(args, args.device, len(texts) * args.steps, args.work)       # steps with one LoRA
     autoencoder, drawn = load_autoencoder(args.folder, args.device, args.dtype), None
     with Interruption() as interruption, tqdm(total=len(pictures), desc="drawing", disable=None) as bar:
         for picture in pictures:

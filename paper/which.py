@@ -109,7 +109,8 @@ def compare_rules(halves: list[list[dict]], iters: list[int]) -> list[dict]:
             words = " and ".join(f"{number:g}" for number in dict.fromkeys(reversed(best)))
             taken = [chosen(person, rule, number) for half, number in zip(halves, reversed(best))
                      for person in half]
-            rows.append({"of": rule} | row_of(f"{name}, chosen on the other half: {words}", people, taken, True))
+            own = row_of(f"{name}, chosen on the other half: {words}", people, taken, True)
+            rows.append({"of": rule} | own)
         for number in numbers:
             taken = [chosen(person, rule, number) for person in people]
             own = row_of(f"{name}: {number:g}" if number else name, people, taken, not number)
