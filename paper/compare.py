@@ -234,7 +234,8 @@ class Run:
             save_lora(path, adapter.collapse(index), metadata={
                 "method": method, "rank": str(rank), "iterations": str(iterations), "seed": str(args.seed),
                 "learning_rate": f"{args.rates[method]:g}", "prompt": fill(args.prompt, person.gender),
-                "model": Path(args.model).name, "made_by": "paper/compare.py"})
+                "model": Path(args.model).name, "made_by": "paper/compare.py",
+                **photos.fingerprints([person.reference, *person.more])})
 
         def save_state() -> None:
             state.parent.mkdir(parents=True, exist_ok=True)

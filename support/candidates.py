@@ -113,7 +113,7 @@ def check_words(args: Namespace, parser: ArgumentParser, has_rule: bool) -> None
 def iterations_of(path: Path, metadata: dict[str, str]) -> int | None:
     """Steps of training of a LoRA; None where neither metadata nor name tell."""
     step = re.search(r'"step": *(\d+)', metadata.get("training_info", ""))                    # of ai-toolkit
-    name = re.search(r"[-_. ](?:steps?)?(\d+)$", path.stem) or re.search(r"[-_](\d+)$", path.parent.name)
+    name = re.search(r"[-_. ](?:steps?)?(\d{2,})$", path.stem) or re.search(r"[-_](\d+)$", path.parent.name)
     found = metadata.get("iterations"), metadata.get("ss_steps"), step and step[1], name and name[1]
     return next((int(text) for text in found if text and text.isdecimal()), None)
 

@@ -209,7 +209,7 @@ def test_photos_that_were_trained_on_are_left_out(photos, tmp_path, capsys):
 
 def test_iterations_labels_runs_and_copies(loras, tmp_path, capsys):
     for path, metadata, expected in (("a-000125", {"iterations": "7"}, 7), ("a", {"ss_steps": "800"}, 800), ("a_000001500", {}, 1500), (
-            "a", {"training_info": '{"step": 2000, "epoch": 3}'}, 2000), ("r16", {}, None), ("checkpoint-500/pytorch_lora_weights", {}, 500)):
+            "a", {"training_info": '{"step": 2000, "epoch": 3}'}, 2000), ("r16", {}, None), ("face_2", {}, None), ("checkpoint-500/pytorch_lora_weights", {}, 500)):
         assert iterations_of(Path(f"{path}.safetensors"), metadata) == expected, path
     assert labels_of([Path(path) for path in ("x/a/1.safetensors", "x/b/1.safetensors", "c.v2.safetensors")]) == ["a/1", "b/1", "c.v2"]
     runs = [candidates.Candidate(label, iterations=i).run for label, i in (("out-000125", 125), ("out", 625), ("m_i150/7", 150), ("k-000002", 40))]
