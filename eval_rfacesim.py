@@ -1,6 +1,7 @@
-"""R-FaceSim: does it look like the person, or only like the photo?
+"""R-FaceSim: does it look like the person, or only like the photo? And which LoRA of a run to take.
 
     python eval_rfacesim.py --data people/ --images results/
+    python eval_rfacesim.py --data face.jpg --loras out-*.safetensors
 
     people/[man|woman/]<identity>/<pictures>        real; one picture a person and no folders: CLIP-T alone
     results/<method>/<identity>/<prompt>_<seed>.png of any method; <prompt>: its number in --prompts, from 0
@@ -11,12 +12,16 @@ with the *other* real pictures, FaceSim with the reference, CLIP-T with the prom
 Sources: "Meta-LoRA" (Topal et al. 2025), Algorithm 3, appendix F, Tables 4 and 5; facenet-pytorch for MTCNN's
 crop (160 pixels, no margin) and InceptionResnetV1 (VGGFace2); CLIP ViT-B/32. Deviation: Algorithm 3 does not
 say what a picture without a face counts. Here it is left out of both face scores, and the share of faces
-found is reported, or it counts as 0 (--no-face-as-zero).
+found is reported, or it counts as 0 (--no-face-as-zero). --loras draws prompts with each LoRA and with none,
+scores them likewise, no face as 0, and takes one by RULE, as paper/which.py found best.
 """
+import argparse
 import importlib.metadata
 import json
 import sys
+import time
 from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,15 +32,21 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from flux_model import denoise, get_noise
+from metalora import apply_loras
 from support import photos
-from support.checkpoints import load_transformers_model, quiet_transformers
-from support.common import (JsonFile, Parser, check_apart, note, pick_device, positive, run_script,
-                            write_whole)
+from support.candidates import add_lora_options, check_words, encode_texts, prepare, row_of, show
+from support.checkpoints import load_autoencoder, load_transformers_model, open_flux, quiet_transformers
+from support.common import (Interruption, JsonFile, Parser, digest, note, pick_device, positive, run_script,
+                            save_png, write_whole)
 from support.identities import (META_PHD, Person, Picture, check_complete, complain, find_pictures,
                                 own_folder, prompts_for, read_people)
-from support.judges import digest, load_face_embedder
+from support.judges import load_face_embedder
+from support.lora_files import load_lora
+from support.sheets import tables
 
 CLIP = "openai/clip-vit-base-patch32"
+RULE = "sum", 0.0        # which LoRA of a run is recommended; None: the sheet alone
 
 # Judges -----------------------------------------------------------------------------------------------------
 
@@ -205,50 +216,6 @@ def summary_of(rows: list[dict], people: list[Person], no_face_as_zero: bool) ->
         | {"clip_t": summarise(text_rows, people, "clip_t")}
 
 
-# Tables -----------------------------------------------------------------------------------------------------
-
-
-def percent(summary: dict | None) -> str:
-    if summary is None:
-        return "–"
-    error = "" if summary["error"] is None else f" ({100 * summary['error']:.2f})"
-    return f"{100 * summary['mean']:.2f}{error}"
-
-
-def tables(methods: list[dict], real: dict | None, base: str, quoted: dict | None,
-           no_face_as_zero: bool) -> str:
-    """Markdown in the form of the paper's Tables 4 and 5."""
-    line = lambda *cells: f"| {' | '.join(cells)} |"
-    star = lambda *cells: [f"*{cell}*" for cell in cells]
-    count = lambda own: f"{own['identities']}, {own['pictures']} of {own['of']}" if own else "–"
-    policy = "a picture without a face counts as 0" if no_face_as_zero else \
-        "pictures without a face are left out"
-    lines = [f"In percent; in brackets the standard error over identities. Face scores: {policy}.", "",
-             line("Model", "Base model", "FaceSim ↑", "R-FaceSim ↑", "Relative difference", "Faces found",
-                  "Identities, pictures"), line(*["---"] * 7)]
-    second = ["", line("Model", "Base model", "CLIP-T ↑", "R-FaceSim ↑",
-                       "Identities, pictures of CLIP-T; of R-FaceSim"), line(*["---"] * 5)]
-    for own in methods:
-        face, robust, text = own["facesim"], own["r_facesim"], own["clip_t"]
-        change = f"{100 * (robust['mean'] / face['mean'] - 1):+.1f}%" if face and face["mean"] > 0 else "–"
-        found = f"{robust['found']:.1%}" if robust else "–"
-        lines.append(line(own["title"], base, percent(face), percent(robust), change, found, count(robust)))
-        second.append(line(own["title"], base, percent(text), percent(robust),
-                           f"{count(text)}; {count(robust)}"))
-    if real:
-        lines.append(line("the reference photo itself", "–", "100.00", percent(real), "–", "100.0%",
-                          count(real)))
-    for row in quoted["table 4"] if quoted else []:
-        lines.append(line(*star(f"{row['method']}, quoted", row["base"], f"{row['facesim']:.2f}",
-                                f"{row['r_facesim']:.2f}", f"{row['difference']:+.1f}%"), "", ""))
-    for row in quoted["table 5"] if quoted else []:
-        second.append(line(*star(f"{row['method']}, quoted", row["base"], f"{row['clip_t']:.2f}",
-                                 f"{row['r_facesim']:.2f}"), ""))
-    source = [] if not quoted else ["", f"Quoted: {quoted['source']}. Other people, prompts and judges than "
-                                    "here, unless these are Meta-PHD's."]
-    return "\n".join(lines + second + source) + "\n"
-
-
 def report(out: Path, people: list[Person], rows: dict[str, list[dict]], real: dict[str, Real],
            judges: Judges, problems: list[str], no_face_as_zero: bool = False, paper: bool = False,
            base: str = "–", settings: dict | None = None,
@@ -277,6 +244,78 @@ def report(out: Path, people: list[Person], rows: dict[str, list[dict]], real: d
     return methods, quoted
 
 
+# Which LoRA of a run? ---------------------------------------------------------------------------------------
+
+
+def choose(rows: list[dict], base: dict, rule: str, number: float = 0.0) -> tuple[dict, str]:
+    """The candidate that a rule takes, and why. rows: in order of training, likeness and text in cosines.
+
+    "iterations": those nearest to `number`; "likeness", "sum" (with text): the highest; "text": the last
+    whose text is at least `number` of the base's, else the one of the highest text; "early": the first whose
+    likeness is at least `number`, up to 1, of the best. Of equals the first, which was trained the least.
+    """
+    likeness, text = itemgetter("likeness"), itemgetter("text")
+    if rule == "text":
+        kept = [row for row in rows if text(row) >= number * text(base)] or [max(rows, key=text)]
+        return kept[-1], f"it is the last with {number:.0%} of the base's text score, or the best if none has"
+    if rule == "early":
+        early = [row for row in rows if likeness(row) >= number * likeness(max(rows, key=likeness))]
+        return early[0], f"it is the first with {number:.0%} of the best likeness"
+    score, why = {
+        "iterations": (lambda row: -abs(row["iterations"] - number), f"it is nearest to {number} iterations"),
+        "likeness": (likeness, "its likeness is the highest"),
+        "sum": (lambda row: likeness(row) + text(row), "its sum of likeness and text is the highest")}[rule]
+    return max(rows, key=score), why
+
+
+def recommend(rows: list[dict], base: dict) -> tuple[str | None, str]:
+    """The label of the candidate that RULE takes, None without one; a line that says why."""
+    able = [row for row in rows if RULE and (RULE[0] != "iterations" or row["iterations"] is not None)]
+    if max((row["likeness"] for row in able), default=0) <= 0:
+        why = "no candidate has what it takes" if RULE else "no rule was found that beats 375 steps"
+        return None, f"No recommendation: {why}; look at the sheet."
+    taken, why = choose(able, base, *RULE)
+    return taken["label"], f"Recommended: {taken['label']}, since {why}."
+
+
+@torch.no_grad()
+def draw(args: argparse.Namespace, loras: dict[str, Path | None], pictures: list[Picture]) -> None:
+    """The pictures, each alone from its own noise: so they are the same however often the run was stopped."""
+    texts = encode_texts(args, [picture.text for picture in pictures])
+    flux = open_flux(args, args.device, len(texts) * args.steps, args.work)       # steps with one LoRA
+    autoencoder, drawn = load_autoencoder(args.folder, args.device, args.dtype), None
+    with Interruption() as interruption, tqdm(total=len(pictures), desc="drawing", disable=None) as bar:
+        for picture in pictures:
+            if picture.label != drawn:
+                drawn, path = picture.label, loras[picture.label]
+                apply_loras(flux, [(load_lora(path, flux.config), 1.0)] if path else [])
+            noise = get_noise(args.size, args.size, picture.seed).to(args.device)
+            latent = denoise(flux, noise, *texts[picture.text], args.steps, args.guidance,
+                             on_step=interruption.raise_if_asked)
+            if not latent.isfinite().all():
+                raise FloatingPointError(f"{drawn} gave values that are not finite: leave this LoRA out")
+            save_png(photos.to_image(autoencoder.decode(latent)[0]), picture.path,
+                     {"prompt": picture.text, "seed": picture.seed, "lora": drawn, "steps": args.steps})
+            bar.update()
+
+
+def which(args: argparse.Namespace) -> None:
+    """--loras: draws and scores the candidates, and writes what helps to choose one."""
+    start, plan = time.perf_counter(), prepare(args)
+    judges = Judges(args.model, args.face_weights, args.clip, args.device)
+    real = embed_real(judges, [plan.person])
+    if missing := [picture for picture in plan.pictures if not picture.path.is_file()]:
+        draw(args, {own.label: own.path for own in plan.candidates}, missing)
+    scores, problems = score_all(judges, real, plan.pictures, args.out / "parts")
+    complain(problems)
+    base, *rows = [row_of(own, summary_of(scores[own.label], [plan.person], no_face_as_zero=True))
+                   for own in plan.candidates]
+    taken, why = recommend(rows, base)
+    show(args, plan, [base, *rows], taken, why, {"judges": judges.names, "pictures": scores})
+    print(f"{args.out}: which.png, curve.png, which.md, scores.json; {len(missing)} pictures drawn, "
+          f"{time.perf_counter() - start:.0f} s")
+
+
 # The command ------------------------------------------------------------------------------------------------
 
 
@@ -299,16 +338,26 @@ def add_options(add: Callable[..., object]) -> None:
     add("--device", help="cuda, mps or cpu (default: the best there is)")
 
 
-def evaluate(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="eval_rfacesim.py", allow_abbrev=False, description="R-FaceSim, FaceSim, CLIP-T.")
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="eval_rfacesim.py", allow_abbrev=False, description="R-FaceSim, FaceSim, CLIP-T of "
+                    "pictures (--images), or which LoRA of a run to take (--loras).")
     add_options(parser.add_argument)
-    parser.add_argument("--images", type=Path, required=True, metavar="DIR", help="pictures to score: "
-                        "DIR/<method>/<identity>/<number of the prompt, from 0>_<seed>.png")
-    parser.add_argument("--seeds", type=positive, help="pictures of each prompt (default: all there are)")
+    add = parser.add_mutually_exclusive_group(required=True).add_argument
+    add("--images", type=Path, metavar="DIR", help="pictures to score: DIR/<method>/<identity>/<number of "
+        "the prompt, from 0>_<seed>.png")
+    add("--loras", type=Path, nargs="+", default=[], metavar="FILE", help="LoRAs of one person, to choose "
+        "from; --data is then photos of the person, or a folder of them, --prompts any (default: 6)")
+    add = parser.add_argument
+    add("--seeds", type=positive, help="pictures of each prompt (default: all there are; with --loras 1)")
+    add_lora_options(parser.add_argument_group("with --loras").add_argument)
     args = parser.parse_args(argv)
-    if not args.images.is_dir():
-        raise ValueError(f"no such folder: {args.images}")
-    check_apart(args.out, "--out", args.data)
+    check_words(args, parser, RULE is not None)
+    return args
+
+
+def evaluate(argv: list[str] | None = None) -> None:
+    if (args := parse(argv)).loras:
+        return which(args)
     people = read_people(args.data, args.reference, args.gender)
     prompts = prompts_for(people, args.prompts, own_folder(args.model))
     pictures, problems = find_pictures(args.images, prompts)

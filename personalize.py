@@ -27,10 +27,11 @@ from tqdm import tqdm
 from flux_model import AutoEncoder, Flux, flow_matching_loss, sample_times
 from metalora import MetaLoRA
 from support import photos
+from support.candidates import which_command
 from support.checkpoints import (add_speed_options, is_small, load_autoencoder, load_text_encoders, open_flux,
                                  take_model, text_device)
-from support.common import (Interruption, Parser, check_out_file, check_training, check_writable, free, note,
-                            pick_device, positive, run_script, to_device, use_threads)
+from support.common import (Interruption, Parser, check_out_file, check_out_folder, check_training, free,
+                            note, pick_device, positive, run_script, to_device, use_threads)
 from support.finding import HUB, home_of, model_words
 from support.lora_files import find_lomd, read_lomd, save_lora
 from support.speed import blocks_of, is_compiled, plan_recompute, recompute_blocks, seconds_compiling
@@ -143,9 +144,7 @@ def check(args: argparse.Namespace) -> None:
     args.iters = args.iters or ITERATIONS[args.method]
     check_out_file(args.out, ".safetensors")
     if args.save_crops:
-        check_writable(args.save_crops, "--save-crops")
-        if not args.save_crops.absolute().parent.is_dir():
-            raise ValueError(f"the folder of --save-crops does not exist: {args.save_crops.parent}")
+        check_out_folder(args.save_crops, "--save-crops")
     if max(args.save_at, default=0) > args.iters:
         raise ValueError(f"--save-at {max(args.save_at)} is beyond the last of {args.iters} iterations")
     check_training(args)
@@ -156,6 +155,7 @@ def check(args: argparse.Namespace) -> None:
     if args.lomd and args.out.exists() and args.out.samefile(args.lomd):
         raise ValueError(f"--out would overwrite the LoMD {args.lomd}")
     photos.check_photos(args.photos, args.box, not args.no_augment)
+    args.seen = photos.fingerprints(args.photos)     # now: a photo may be gone when the LoRA is saved
     args.device = pick_device(args.device)
     take_model(args, args.device, args.method, rank=args.rank, r1=16 if args.method == "meta-lora" else 0)
     use_threads(args.device.type == "cpu" and is_small(args.folder))
@@ -171,7 +171,7 @@ def metadata(args: argparse.Namespace, done: int, lomd: str) -> dict[str, str]:
               "augment": not args.no_augment,
               "aspects": words(args.aspects or photos.ASPECTS),
               "scales": words(args.scales or photos.FACE_SCALES),
-              "model": Path(args.model).name, "lomd": lomd, "made_by": "personalize.py"}
+              "model": Path(args.model).name, "lomd": lomd, "made_by": "personalize.py"} | args.seen
     return {name: str(fact).lower() if isinstance(fact, bool) else str(fact) for name, fact in facts.items()}
 
 
@@ -209,8 +209,7 @@ def prepare(args: argparse.Namespace, lap: Callable[[str], None]) -> tuple:
     blocks = plan_recompute(adapter, largest + txt.shape[1], args.recompute)
     recompute_blocks(flux, blocks)
     if blocks:
-        count = len(blocks_of(flux))
-        print(f"{min(blocks, count)} of {count} blocks are run twice, to save memory")
+        print(f"{min(blocks, count := len(blocks_of(flux)))} of {count} blocks are run twice, to save memory")
     lap("model")
     return flux, adapter, crops, (latents, weights, txt, y), lomd_name
 
@@ -263,7 +262,7 @@ def personalize(argv: list[str] | None) -> None:
     print(f"seconds: {', '.join(f'{part} {value:.1f}' for part, value in seconds.items())}; in all "
           f"{sum(seconds.values()):.1f}, an iteration {seconds['training'] / args.iters:.3f}")
     words = f"{model_words(args)}--lora {shlex.quote(str(args.out))} {shlex.quote(args.prompt)}"
-    print(f"try it:  python sample.py {words}")
+    print(f"try it:  python sample.py {words}{which_command(args)}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -34,10 +34,9 @@ from support import photos
 from support.checkpoints import (add_speed_options, autoencoder_fingerprint, find_targets, flux_fingerprint,
                                  is_small, learning_rate, load_autoencoder, model_defaults, open_flux,
                                  take_model)
-from support.common import (Interruption, JsonFile, check_apart, check_training, finite_number, free, note,
-                            Parser, pick_device, positive, run_script, save_png, whole, write_whole)
+from support.common import (Interruption, JsonFile, check_apart, check_training, digest, finite_number, free,
+                            note, Parser, pick_device, positive, run_script, save_png, whole, write_whole)
 from support.identities import Person, Picture, fill, own_folder, prompts_for, read_people
-from support.judges import digest
 from support.lora_files import load_lora, random_lomd, read_lomd, save_lora
 from support.speed import blocks_of, recompute_blocks
 
@@ -235,7 +234,8 @@ class Run:
             save_lora(path, adapter.collapse(index), metadata={
                 "method": method, "rank": str(rank), "iterations": str(iterations), "seed": str(args.seed),
                 "learning_rate": f"{args.rates[method]:g}", "prompt": fill(args.prompt, person.gender),
-                "model": Path(args.model).name, "made_by": "paper/compare.py"})
+                "model": Path(args.model).name, "made_by": "paper/compare.py",
+                **photos.fingerprints([person.reference, *person.more])})
 
         def save_state() -> None:
             state.parent.mkdir(parents=True, exist_ok=True)

@@ -6,12 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import personalize
-from support import photos
-from support.common import save_figure, save_png
+from support.common import save_figure
 from support.identities import Person, Picture
+from support.sheets import sheet
 
 METHODS = {"meta-lora": "Meta-LoRA", "lora": "LoRA", "lora-crops": "LoRA + augmented inputs",
            "random-lomd": "Meta-LoRA, random LoMD", "none": "no LoRA"}
@@ -152,39 +151,6 @@ def draw_stage_1(rows: list[dict], path: Path) -> None:
     save_figure(figure, path)
 
 
-def write(draw: ImageDraw.ImageDraw, text: str, x: int, y: int, width: int, height: int) -> None:
-    """Text into a box of a sheet, as many lines as fit."""
-    font, line = ImageFont.load_default(12), ""
-    for word in [*text.split(), None]:
-        if word is None or draw.textlength(f"{line} {word}", font) > width - 8:
-            draw.text((x + 4, y + 2), line, "black", font)
-            y, height, line = y + 14, height - 14, ""
-            if height < 14:
-                return
-        line = f"{line} {word}".strip()
-
-
-def sheet(path: Path, columns: list[tuple[str, Path | None]], rows: list[tuple[str, list[Path | None]]],
-          side: int = 144) -> None:
-    """A contact sheet: over each column its prompt and the input, left of each row the method's name."""
-    lines, left, head = [("input", [photo for _, photo in columns]), *rows], 130, 84
-    picture = Image.new("RGB", (left + side * len(columns), head + side * len(lines)), "white")
-    draw = ImageDraw.Draw(picture)
-    for i, (text, _) in enumerate(columns):
-        write(draw, text, left + side * i, 0, side, head)
-    for j, (name, paths) in enumerate(lines):
-        write(draw, name, 0, head + side * j, left, side)
-        for i, file in enumerate(paths):
-            try:
-                photo = file and photos.read_photo(file)
-            except ValueError:
-                continue
-            if photo:
-                padded = ImageOps.pad(photo, (side, side), color="white")
-                picture.paste(padded, (left + side * i, head + side * j))
-    save_png(picture, path, {})
-
-
 def sheets(pictures: list[Picture], people: list[Person], out: Path, describe: Callable[[str], dict]) -> None:
     """For each gender people and prompts across, methods down (Figures 4, 7, 8); one person's seeds (Figure
     4, right). Of each method the lowest rank, and the iterations nearest the paper's."""
@@ -212,9 +178,10 @@ def sheets(pictures: list[Picture], people: list[Person], out: Path, describe: C
             prompt, text = there[turn % len(there)]
             columns[person, prompt, seed] = text, person.reference
         if columns:
-            sheet(out / f"sheet_{gender or 'people'}.png", [*columns.values()], lines([*columns]))
+            texts, photos = zip(*columns.values())
+            sheet(out / f"sheet_{gender or 'people'}.png", texts, [("input", photos), *lines([*columns])])
     person = next(p for p in people if of[p.name])
     prompt, text = min((q.prompt, q.text) for q in of[person.name])
     seeds = sorted({q.seed for q in of[person.name] if q.prompt == prompt})[:6]
-    sheet(out / "sheet_seeds.png", [(f"seed {seed}: {text}", person.reference) for seed in seeds],
-          lines([(person, prompt, seed) for seed in seeds]))
+    sheet(out / "sheet_seeds.png", [f"seed {seed}: {text}" for seed in seeds],
+          [("input", [person.reference] * len(seeds)), *lines([(person, prompt, seed) for seed in seeds])])

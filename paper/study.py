@@ -22,6 +22,7 @@ from paper.report import draw_study
 from paper.reproduce import (SCORES, choose_rates, common_words, difference, draw_people, evaluate,
                              model_words, options, run_folder, side_by_side, workers)
 from support.common import run_script, write_whole
+from support.sheets import percent
 
 FULL = dict(meta=(50, 200, 800), iters=1500, people=12, choose=4, rates=(4.2e-4, 6e-4, 8.5e-4, 1.2e-3),
             rates_photos=(1.2e-3, 2.4e-3, 4.8e-3))
@@ -109,7 +110,7 @@ def study(argv: list[str] | None = None) -> None:
             row[metric] = scores["methods"][0][metric] | gap
         rows.append({"question": variant.question, "value": variant.value, "learning rate": rate} | row)
         print(f"{variant.question}: {variant.value}: lr {rate:g}, " + ", ".join(
-            f"{metric} {evaluation.percent(own)}, less the base's {evaluation.percent(own['less base'])}"
+            f"{metric} {percent(own)}, less the base's {percent(own['less base'])}"
             for metric, own in row.items()))
         write_whole(out / "study.json", json.dumps(rows, indent=1).encode())
         draw_study(rows, out / "study.png")

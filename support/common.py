@@ -1,5 +1,6 @@
 """What every script stands on: files that are whole or absent, command lines, Ctrl-C, devices."""
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -66,6 +67,11 @@ def save_figure(figure: object, path: Path) -> None:
         figure.savefig(part, format="png", dpi=120)
 
 
+def digest(data: bytes) -> str:
+    """The first 16 letters of its SHA-256."""
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
 def not_content(path: str | Path) -> str | None:
     """What stands where a file's content is expected, and the way out; None where nothing is known of it."""
     path = Path(path)
@@ -123,13 +129,20 @@ def check_apart(path: Path, option: str, data: list[Path]) -> None:
             raise ValueError(f"{option} {path} lies within --data {folder}; name a folder outside of it")
 
 
-def check_out_file(path: Path, suffix: str) -> None:
-    """ValueError unless --out can be written: its folder must be there, and its name end in `suffix`."""
-    if path.suffix != suffix or path.is_dir():
-        raise ValueError(f"--out must be a file that ends in {suffix}, not {path}")
+def check_out_folder(path: Path, option: str) -> None:
+    """ValueError unless the folder of an option is there or can be made, and the one above it is there."""
+    check_writable(path, option)
     if not path.absolute().parent.is_dir():
-        raise ValueError(f"the folder of --out does not exist: {path.parent}")
-    check_writable(path.absolute().parent, "the folder of --out,")
+        raise ValueError(f"the folder of {option} does not exist: {path.parent}")
+
+
+def check_out_file(path: Path, suffix: str, option: str = "--out") -> None:
+    """ValueError unless a file can be written: its folder must be there, and its name end in `suffix`."""
+    if path.suffix != suffix or path.is_dir():
+        raise ValueError(f"{option} must be a file that ends in {suffix}, not {path}")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"the folder of {option} does not exist: {path.parent}")
+    check_writable(path.absolute().parent, f"the folder of {option},")
 
 
 def read_prompts(words: list[str], path: Path | None) -> list[str]:

@@ -6,9 +6,8 @@ from typing import NamedTuple
 
 from support import photos
 from support.checkpoints import HUB, find_model
-from support.common import note, read_prompts
+from support.common import digest, note, read_prompts
 from support.folders import Captions, dead_links, unused
-from support.judges import digest
 from support.photos import subfolders, visible
 
 META_PHD = Path(__file__).resolve().parents[1] / "paper" / "meta_phd"

@@ -1,5 +1,4 @@
 """Networks that tell faces apart: InceptionResnetV1 of facenet-pytorch (VGGFace2), and the baby's own."""
-import hashlib
 import warnings
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from support.common import check_file, not_content
+from support.common import check_file, digest, not_content
 
 INCEPTION = ("https://github.com/timesler/facenet-pytorch/releases/download/v2.2.9/"
              "20180402-114759-vggface2.pt")
@@ -38,10 +37,6 @@ class FaceEmbedder(nn.Module):
             x = block["skip"](x) + block["conv1"](F.relu(block["norm1"](block["down"](x))))
             x = x + block["conv3"](F.relu(block["norm3"](block["conv2"](F.relu(block["norm2"](x))))))
         return F.normalize(self.last_norm(self.last(F.relu(self.norm(x)).flatten(1))), dim=1)
-
-
-def digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def find_inception() -> Path:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageChops, ImageCms, ImageOps, PngImagePlugin
 from torch import Tensor, nn
 
-from support.common import check_writable, note, save_png
+from support.common import check_writable, digest, note, save_png
 
 HEIF_SUFFIXES = {".heic", ".heif", ".hif"}
 NO_PICTURES = {"BUFR", "GRIB", "HDF5", "MPEG"}   # Pillow knows these, and decodes none
@@ -329,6 +329,13 @@ def check_photos(paths: list[str], box: list[int] | None, augment: bool) -> None
             if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
                 raise ValueError(f"--box {x0} {y0} {x1} {y1} must be X0 < X1 and Y0 < Y1 within {path}, "
                                  f"which is {width} x {height} pixels")
+
+
+def fingerprints(paths: list[str | Path]) -> dict[str, str]:
+    """What the metadata of a LoRA say of its photos, in order: their names, and digests of the files."""
+    paths = [*map(Path, paths)]
+    return {"photos": ", ".join(path.name for path in paths),
+            "photo_digests": " ".join(digest(path.read_bytes()) for path in paths)}
 
 
 def parts_of(image: Image.Image, number: int) -> list[Box]:
