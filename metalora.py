@@ -146,7 +146,7 @@ class IdentityBank:
 
     @torch.no_grad()
     def step(self, ids: Tensor, grad: Tensor, lr: float, eps: float = 1e-6, weight_decay: float = 0.01):
-        """AdamW (Loshchilov & Hutter 2019), torch's fused kernel, on the rows `ids` (n,) with grad (n, P)."""
+        """AdamW on the rows `ids` (n,) with grad (n, P). eps is that of the paper's trainer, ai-toolkit."""
         parts = [[part[row] for row in ids.tolist()] for part in (self.weight, self.exp_avg, self.exp_avg_sq)]
         counts = list(to_device(self.steps[ids].float(), grad.device).unbind())      # the kernel counts on
         adamw(parts[0], list(grad.unbind()), *parts[1:], [], counts, fused=True, amsgrad=False, beta1=0.9,

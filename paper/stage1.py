@@ -30,6 +30,7 @@ from support.checkpoints import find_targets, load_flux
 from support.common import run_script, write_whole
 from support.finding import find_model
 from support.lora_files import random_lomd, save_lomd
+from support.sheets import percent
 
 GRID = tuple(6e-4 * 2 ** (i / 2) for i in range(10))                     # learning rates of stage 2
 FULL = dict(budgets={12: (500, 1000, 5000), 50: (2500, 5000), 200: (100, 250, 500, 1000, 2500, 5000)},
@@ -165,7 +166,7 @@ def compared(people: list, own: list[dict], other: list[dict]) -> dict:
 
 
 def tell(row: dict, other: str) -> None:
-    values = ", ".join(f"{name} {evaluation.percent(row[name])}, {evaluation.percent(row[name]['more'])} more"
+    values = ", ".join(f"{name} {percent(row[name])}, {percent(row[name]['more'])} more"
                        for name in (*SCORES, "sum"))
     print(f"{row['lomd']}, lr {row['rate']:.2g}, stage 2 {row['stage 2']}: {values} than {other}")
 

@@ -26,7 +26,7 @@ from torch import Tensor, linalg
 from tqdm import tqdm
 
 from flux_model import flow_matching_loss
-from support.checkpoints import check_fit
+from support.checkpoints import check_fit, is_small
 from support.common import Interruption, to_device
 from support.lora_files import load_lomd, save_lomd
 from support.people import Buckets, Cache, Picture, draw_batch, generator
@@ -106,15 +106,20 @@ class Sums:
             yield agree - agreement(first, second, None if self.is_basis else right), differ, trace
 
 
-def pictures_of(half: list[Picture], cache: Cache, prompt: str, rng: torch.Generator,
-                device: torch.device) -> Iterator[list[Tensor]]:
-    """Each picture DRAWS times, alone, with noise and a time of its own: latent, noise, t, txt, y."""
+def batches(half: list[Picture], cache: Cache, prompt: str, rng: torch.Generator, device: torch.device,
+            size: int) -> Iterator[list[Tensor]]:
+    """Each picture DRAWS times, with noise and a time of its own: latent, noise, t, txt, y of at most `size`
+    pictures of one shape."""
+    alike = {}
     for picture in half * DRAWS:
-        sizes = list(cache.sizes(picture))
-        size = sizes[torch.randint(len(sizes), (), generator=rng).item()]
-        text = cache.load(cache.text_path(prompt if picture.caption is None else picture.caption))
-        posterior = cache.load(cache.latent_path(picture, size))["posterior"]
-        yield [to_device(part, device) for part in draw_batch([posterior], [text], rng)]
+        shapes = list(cache.sizes(picture))
+        shape = shapes[torch.randint(len(shapes), (), generator=rng).item()]
+        alike.setdefault(shape, []).append(picture)
+    for shape, own in alike.items():
+        for some in (own[i:i + size] for i in range(0, len(own), size)):
+            texts = [cache.load(cache.text_path(prompt if p.caption is None else p.caption)) for p in some]
+            posteriors = [cache.load(cache.latent_path(p, shape))["posterior"] for p in some]
+            yield [to_device(part, device) for part in draw_batch(posteriors, texts, rng)]
 
 
 def choose_people(buckets: Buckets, seed: int) -> list[tuple]:
@@ -137,6 +142,7 @@ class Gradients:
     def __init__(self, adapter: object, people: list[tuple], args: Namespace, cache: Cache, group: Group,
                  folder: Path):
         self.adapter, self.people, self.cache, self.args, self.group = adapter, people, cache, args, group
+        self.at_once = 10 if is_small(args.folder) else 1        # a large model fills the machine with one
         ups, rng = prod(adapter.shapes[-1]), generator(args.seed, SKETCHES)
         draws = torch.randn(ups, generator=rng) / SKETCH ** 0.5
         adapter.bank.weight = torch.cat((torch.zeros(adapter.size - ups), draws))[None].to(adapter.device)
@@ -187,8 +193,8 @@ class Gradients:
         halves = []
         for half in (0, 1):
             rng = generator(self.args.seed, HALVES, number, self.number, half)
-            halves.append(sketches(self.adapter, pictures_of(pictures[half::2], self.cache, self.args.prompt,
-                                                             rng, self.adapter.device)))
+            halves.append(sketches(self.adapter, batches(pictures[half::2], self.cache, self.args.prompt, rng,
+                                                         self.adapter.device, self.at_once)))
         if not all(part.isfinite().all() for half in halves for part in half):
             raise FloatingPointError(f"the loss or its gradient is not finite at a picture of {name}; what "
                                      f"came before is saved in {self.checkpoints.folder}")

@@ -87,8 +87,9 @@ def from_gradients(card, px=1024, fp8=False, offload=False):
     adapter = MetaLoRA(flux, gradients.SKETCH, num_identities=0)
     picture = [torch.randn(1, 16, px // 8, px // 8, device="cuda"), torch.randn(1, 16, px // 8, px // 8, device="cuda"),
                torch.rand(1, device="cuda"), torch.randn(1, 512, 4096, dtype=BF16, device="cuda"), torch.randn(1, 768, dtype=BF16, device="cuda")]
-    args, alone = Namespace(seed=0, r1=16, save_every=1000, prompt="", work=work, recompute=None), mock.Mock(rank=0, size=1, sum=lambda tensor: tensor, gather=lambda thing: [thing])
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(gradients, "pictures_of", lambda *a: [picture]):
+    args, alone = Namespace(seed=0, r1=16, save_every=1000, prompt="", work=work, recompute=None, folder=Path("flux")), mock.Mock(rank=0, size=1, sum=lambda tensor: tensor, gather=lambda thing: [thing])
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(gradients, "batches", lambda *a: [picture]), \
+            mock.patch.object(gradients, "is_small", lambda folder: False):
         run = gradients.Gradients(adapter, [(0, "a", [0, 1]), (1, "b", [0, 1])], args, None, alone, Path(folder))
         run.plan()
         lomd = run.run(lambda: None)
