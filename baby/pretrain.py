@@ -63,7 +63,7 @@ STEPS, BATCH, LR_MUON, LR_ADAM, EMA = 9_500, 64, 2e-3, 2e-3, 0.998
 FACE = 4.0                            # weight of the loss on the face against the rest
 DECAY, GUIDED = 0.35, 0.19            # last parts of the run: learning rate falls to zero; guidance is learned
 WEAK = 2 / 9.5                        # part of the run after which the averaged weights are those to be guided away from
-DEFAULTS = {"resolution": 128, "learning_rate": {"lora": 6e-4, "meta-lora": 1.2e-3, "stage 1": 2e-3}, "prompt": "a photo of a person",
+DEFAULTS = {"resolution": 128, "learning_rate": {"lora": 6e-4, "meta-lora": 1.2e-3, "stage 1": 4e-3}, "prompt": "a photo of a person",
             "guidance": 2.75, "warmup": 0.0, "aspects": ["1:1"], "scales": [4.5], "background": 0.1, "mirror": False}       # why: docs/BABY.md
 
 
