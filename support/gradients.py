@@ -142,6 +142,8 @@ class Gradients:
     def __init__(self, adapter: object, people: list[tuple], args: Namespace, cache: Cache, group: Group,
                  folder: Path):
         self.adapter, self.people, self.cache, self.args, self.group = adapter, people, cache, args, group
+        if args.r1 > (least := min(d_in for *_, d_in in adapter.shapes[:-1])):
+            raise ValueError(f"--from-gradients finds at most {least} rows in this model, not --r1 {args.r1}")
         self.at_once = 10 if is_small(args.folder) else 1        # a large model fills the machine with one
         ups, rng = prod(adapter.shapes[-1]), generator(args.seed, SKETCHES)
         draws = torch.randn(ups, generator=rng) / SKETCH ** 0.5

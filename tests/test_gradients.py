@@ -56,6 +56,11 @@ def test_a_sketch_is_the_gradient_of_the_weight(tmp_path):
         assert relative(found[t.path], U[t.path].T @ G) < 1e-4
 
 
+def test_more_rows_than_the_model_has_inputs_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="at most 64 rows in this model, not --r1 65"):
+        with_sketch(tiny_flux(), tmp_path, r1=65)
+
+
 def fishers(first, second, rho, count):
     """By its definition, without a sketch's range: K_b v = lambda (K_w + rho tr(K_w) / d I) v through a general solver."""
     n, d = len(first), first.shape[-1]
