@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from flux_model import flow_matching_loss
 from support.checkpoints import check_fit, is_small
-from support.common import Interruption, to_device
+from support.common import Interruption, note, to_device
 from support.lora_files import load_lomd, save_lomd
 from support.people import Buckets, Cache, Picture, draw_batch, generator
 from support.runs import Checkpoints, Group
@@ -183,8 +183,10 @@ class Gradients:
                         self.add(*self.people[self.done % count])
                         bar.update()
                         stop()
-                    except (KeyboardInterrupt, FloatingPointError, torch.OutOfMemoryError):
+                    except (KeyboardInterrupt, FloatingPointError, torch.OutOfMemoryError) as error:
                         self.save()
+                        if isinstance(error, KeyboardInterrupt):
+                            note(f"{self.done} of {2 * count} gradients of people; the same command goes on")
                         raise
                 found = self.sums.means(self.group)
                 if self.number == 0:
@@ -228,7 +230,7 @@ def lomd_from_gradients(adapter: Callable[[int], object], people: list[tuple], a
     folder = folder / "gradients"
     path = folder / "lomd.safetensors"
     folder.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
+    if not all(group.gather(path.exists())):
         everybody = sum(group.gather(len(people)))
         if group.rank == 0:
             print(f"LoMD of r1 {args.r1} from the gradients of {everybody} people, two passes over them")
@@ -238,6 +240,7 @@ def lomd_from_gradients(adapter: Callable[[int], object], people: list[tuple], a
         with interruption:
             lomd = gradients.run(interruption.raise_if_asked)
         save_lomd(path, lomd, {"made_by": "meta_train.py"})
+        group.gather(None)                       # all have it before the first gives up its state
         for state in folder.glob("*-*.safetensors"):
             state.unlink()
     return load_lomd(path)[0]

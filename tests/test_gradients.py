@@ -1,5 +1,7 @@
 """A LoMD from gradients: the sketch is the gradient, the algebra is Fisher's, and a run may be hit anywhere."""
+import itertools
 import shutil
+import signal
 from argparse import Namespace
 
 import pytest
@@ -146,6 +148,23 @@ def test_killed_at_a_checkpoint_it_goes_on_bit_for_bit(server, data, reference, 
     assert not (folder / "lomd.safetensors").exists()
     assert run(server, folder, argv)[0] == 0
     assert all(torch.equal(own, lomd_of(reference)[name]) for name, own in lomd_of(folder).items())
+
+
+def test_ctrl_c_saves_and_says_so(server, data, reference, tmp_path):  # noqa: F811
+    folder = start_with_cache(tmp_path, reference)
+    code, _, err = run(server, folder, words(data), (ctrl_c_at_person, 3))
+    assert code == 130 and "3 of 14 gradients of people; the same command goes on" in err
+    assert max(path.name for path in (folder / "run/rank0/gradients").iterdir()) == "00000003-00000000.safetensors"
+
+
+def ctrl_c_at_person(count):
+    add, calls = gradients.Sums.add, itertools.count(1)
+
+    def hit(self, halves):
+        add(self, halves)
+        if next(calls) == count:
+            signal.raise_signal(signal.SIGINT)
+    gradients.Sums.add = hit
 
 
 def test_stage_1_goes_on_from_there(server, data, reference, tmp_path):  # noqa: F811
