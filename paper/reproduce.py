@@ -15,6 +15,7 @@ The learning rate of a method is the one with the highest sum of R-FaceSim (a pi
 Source: "Meta-LoRA" (Topal et al. 2025), section 4 and appendices D, F and I.
 """
 import argparse
+import atexit
 import concurrent.futures
 import functools
 import itertools
@@ -73,7 +74,11 @@ def workers(args: argparse.Namespace) -> concurrent.futures.Executor | None:
     jobs = args.jobs or (min(8, os.cpu_count()) if pick_device(args.device).type == "cpu" else 1)
     context = multiprocessing.get_context("spawn")       # a fork of a process with threads may wait for ever
     threads = max(1, os.cpu_count() // jobs)
-    return concurrent.futures.ProcessPoolExecutor(jobs, context, set_up, (threads,)) if jobs > 1 else None
+    if jobs == 1:
+        return None
+    pool = concurrent.futures.ProcessPoolExecutor(jobs, context, set_up, (threads,))
+    atexit.register(pool.shutdown)           # one that the interpreter tears down may say "Bad file descriptor"
+    return pool
 
 
 def set_up(threads: int) -> None:

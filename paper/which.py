@@ -161,7 +161,6 @@ def which(argv: list[str] | None = None) -> None:
     write_whole(run / "prompts.txt", PROMPTS.encode())
     if pool:
         side_by_side(pool, [(measure, half, size, run, args) for half in range(2)], "halves of the people")
-        pool.shutdown()
     halves = [measure(half, size, run, args) for half in range(2)]
     rows = compare_rules(halves, list(size.iters))
     text = f"{table(rows)}\n\n{2 * each} people. {verdict(rows)}\n"
