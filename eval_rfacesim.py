@@ -13,7 +13,7 @@ Sources: "Meta-LoRA" (Topal et al. 2025), Algorithm 3, appendix F, Tables 4 and 
 crop (160 pixels, no margin) and InceptionResnetV1 (VGGFace2); CLIP ViT-B/32. Deviation: Algorithm 3 does not
 say what a picture without a face counts. Here it is left out of both face scores, and the share of faces
 found is reported, or it counts as 0 (--no-face-as-zero). --loras draws prompts with each LoRA and with none,
-scores them likewise, no face as 0, and takes one by RULE, as paper/which.py found best.
+scores them likewise, no face as 0. It takes one by RULE where there is one: paper/which.py found none.
 """
 import argparse
 import importlib.metadata
@@ -46,7 +46,7 @@ from support.lora_files import load_lora
 from support.sheets import tables
 
 CLIP = "openai/clip-vit-base-patch32"
-RULE = "sum", 0.0        # which LoRA of a run is recommended; None: the sheet alone
+RULE = None             # which LoRA is recommended, as ("sum", 0.0); None: the sheet alone, no rule beat 375
 
 # Judges -----------------------------------------------------------------------------------------------------
 

@@ -77,7 +77,7 @@ def workers(args: argparse.Namespace) -> concurrent.futures.Executor | None:
     if jobs == 1:
         return None
     pool = concurrent.futures.ProcessPoolExecutor(jobs, context, set_up, (threads,))
-    atexit.register(pool.shutdown)           # one that the interpreter tears down may say "Bad file descriptor"
+    atexit.register(pool.shutdown)           # else the interpreter may end first: "Bad file descriptor"
     return pool
 
 

@@ -72,7 +72,8 @@ class Plan(NamedTuple):
 
 def add_lora_options(add: Callable[..., object]) -> None:
     """For the parser of eval_rfacesim.py."""
-    add("--out-lora", type=Path, metavar="FILE", help="copy the recommended one here")
+    add("--out-lora", type=Path, metavar="FILE", help="copy the recommended one here; "
+        "refused while eval_rfacesim.py has no RULE")
     add("--size", type=side, help="pixels of a side (default: the model's, at most 512)")
     add("--steps", type=positive, help="Euler steps (default: 15; schnell: 4)")
     add("--seed", type=int, default=0, help="the first, of the noise (default: 0)")
