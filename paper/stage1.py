@@ -54,8 +54,8 @@ class Lomd(NamedTuple):
     def guess(self) -> int:
         """A place in GRID: the longer A's rows, the smaller the rate."""
         if self.start == "gradients":
-            return 4 if self.iterations else 5
-        return 6 - sum(self.iterations >= passed for passed in (250, 1000, 5000))
+            return 2
+        return 2 + sum(self.iterations < more for more in (1000, 500, 250, 100))
 
 
 def chains(size: SimpleNamespace) -> list[list[Lomd]]:

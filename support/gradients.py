@@ -34,7 +34,7 @@ from support.runs import Checkpoints, Group
 from support.speed import Work, plan_recompute, recompute_blocks
 
 SKETCH, RANGE = 64, 128                   # columns of U and of Q
-RHO, NORM = 1.0, 1.8                      # NORM: of a row of A; that of a random one is 0.58
+RHO, NORM = 1.0, 6.0                      # NORM: of a row of A, so that a trained A's learning rate suits it
 PEOPLE, PICTURES, DRAWS = 120, 10, 2      # at most; of each person; of noise for each picture in each pass
 HALVES, SKETCHES = 4, 5                   # what a stream of random numbers is for; others in meta_train.py
 
