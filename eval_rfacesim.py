@@ -35,8 +35,9 @@ from tqdm import tqdm
 from flux_model import denoise, get_noise
 from metalora import apply_loras
 from support import photos
-from support.candidates import add_lora_options, check_words, encode_texts, prepare, row_of, show
-from support.checkpoints import load_autoencoder, load_transformers_model, open_flux, quiet_transformers
+from support.candidates import add_lora_options, check_words, prepare, row_of, show
+from support.checkpoints import (encode_texts, load_autoencoder, load_transformers_model, open_flux,
+                                 quiet_transformers)
 from support.common import (Interruption, JsonFile, Parser, digest, note, pick_device, positive, run_script,
                             save_png, write_whole)
 from support.identities import (META_PHD, Person, Picture, check_complete, complain, find_pictures,

@@ -11,7 +11,6 @@ at one resolution unless --resolution names more; small crops are enlarged, see 
 is one step of the optimiser, as in the paper's tables; its Algorithm 2, read literally, would count epochs.
 """
 import argparse
-import gc
 import math
 import shlex
 import sys
@@ -28,10 +27,11 @@ from flux_model import AutoEncoder, Flux, flow_matching_loss, sample_times
 from metalora import MetaLoRA
 from support import photos
 from support.candidates import which_command
-from support.checkpoints import (add_speed_options, is_small, load_autoencoder, load_text_encoders, open_flux,
-                                 take_model, text_device)
+from support.checkpoints import (add_speed_options, encode_texts, is_small, load_autoencoder, open_flux,
+                                 take_model)
 from support.common import (Interruption, Parser, check_out_file, check_out_folder, check_training, free,
                             note, pick_device, positive, run_script, to_device, use_threads)
+from support.folders import captions_beside
 from support.finding import HUB, home_of, model_words
 from support.lora_files import find_lomd, read_lomd, save_lora
 from support.speed import blocks_of, is_compiled, plan_recompute, recompute_blocks, seconds_compiling
@@ -90,14 +90,15 @@ def train(flux: Flux, adapter: MetaLoRA, latents: list[Tensor], weights: list[Te
           iters: int, lr: float, seed: int = 0, on_step: Callable[[int, float], object] | None = None):
     """Algorithm 2: `iters` steps of flow matching on one person's crops; the base stays as it is.
 
-    flux with `adapter` in it; latents and weights of `encode_crops`; the caption as txt (1, T, _) and y (1,
-    _). lr is constant, so a longer run begins as a shorter one. on_step(iteration, loss) comes after each.
-    Raises NotFinite.
+    flux with `adapter` in it; latents and weights of `encode_crops`; captions of the K crops, or one of all,
+    txt (K, T, _) and y (K, _). lr is constant, so a longer run begins as a shorter one. on_step(iteration,
+    loss) comes after each. Raises NotFinite.
     """
     for iteration, batch in zip(range(1, iters + 1), batches(latents, weights, seed)):
         crop, latent, noise, weight, t = batch
         adapter.assign(torch.tensor([0]))
-        loss = flow_matching_loss(flux, latent, noise, t, txt, y, guidance=1.0, weight=weight).sum()
+        text = (part[crop % len(part)][None] for part in (txt, y))
+        loss = flow_matching_loss(flux, latent, noise, t, *text, guidance=1.0, weight=weight).sum()
         loss.backward()
         try:
             adapter.step(lr)
@@ -127,7 +128,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--lr", type=float, help="learning rate (default: the model's; 4e-4 for FLUX.1)")
     add("--resolution", type=positive, nargs="+", metavar="PIXELS", help="train at the area of a square of "
         "this side; several: every crop at each (default: the model's; 1024 for FLUX.1)")
-    add("--prompt", help="what every crop is called (default: the model's; 'a photo of a person' for FLUX.1)")
+    add("--prompt", help="what photos without a caption beside them (face.txt) are called (default: the model's)")
     add("--no-augment", action="store_true", help="the whole photo instead of crops and mirror images")
     add("--box", type=int, nargs=4, metavar=("X0", "Y0", "X1", "Y1"), help="the subject, if it is no face")
     add("--seed", type=int, default=0, help="one CPU and one seed: the same weights to the bit (default: 0)")
@@ -159,6 +160,7 @@ def check(args: argparse.Namespace) -> None:
     args.device = pick_device(args.device)
     take_model(args, args.device, args.method, rank=args.rank, r1=16 if args.method == "meta-lora" else 0)
     use_threads(args.device.type == "cpu" and is_small(args.folder))
+    args.captions = captions_beside(args.photos, args.prompt)
     args.mirror = args.mirror and not args.no_augment
 
 
@@ -171,6 +173,7 @@ def metadata(args: argparse.Namespace, done: int, lomd: str) -> dict[str, str]:
               "augment": not args.no_augment,
               "aspects": words(args.aspects or photos.ASPECTS),
               "scales": words(args.scales or photos.FACE_SCALES),
+              "captions": " | ".join(dict.fromkeys(args.captions.values())),
               "model": Path(args.model).name, "lomd": lomd, "made_by": "personalize.py"} | args.seen
     return {name: str(fact).lower() if isinstance(fact, bool) else str(fact) for name, fact in facts.items()}
 
@@ -193,10 +196,8 @@ def prepare(args: argparse.Namespace, lap: Callable[[str], None]) -> tuple:
         lomd_name = f"random, {lomd_name}"
         note("this LoMD is random and was never trained")
     lap("photos")
-    encoders = load_text_encoders(args.folder, text_device(args, args.device), args.dtype)
-    txt, y = (part.to(args.device) for part in encoders.encode([args.prompt]))
-    del encoders
-    gc.collect()                                     # transformers' models hold reference cycles
+    texts = encode_texts(args, [*args.captions.values()])
+    txt, y = map(torch.cat, zip(*(texts[args.captions[crop.photo]] for crop in crops)))
     lap("text")
     autoencoder = load_autoencoder(args.folder, args.device, args.dtype)
     bar = tqdm(crops, "encoding", disable=None, leave=False)

@@ -3,7 +3,6 @@
 A candidate's iterations and the photos it was trained on are what its metadata say; of other trainers' files
 the iterations are also looked for in kohya's and ai-toolkit's fields, and at the end of the name.
 """
-import gc
 import json
 import re
 import shlex
@@ -17,8 +16,8 @@ from tqdm import tqdm
 
 from flux_model import FluxConfig
 from support.checkpoints import (add_speed_options, autoencoder_fingerprint, check_fit, find_model,
-                                 flux_files, flux_fingerprint, is_small, load_text_encoders, model_defaults,
-                                 pick_dtype, text_device, text_fingerprints)
+                                 flux_files, flux_fingerprint, is_small, model_defaults, pick_dtype,
+                                 text_fingerprints)
 from support.common import (check_apart, check_out_file, digest, free, note, pick_device, positive,
                             read_prompts, save_figure, side, use_threads, write_whole)
 from support.finding import model_words
@@ -239,16 +238,6 @@ def prepare(args: Namespace) -> Plan:
           f"{defaults['resolution']} x {defaults['resolution']}, {final} steps)\nlikeness: {likeness}")
     return Plan(candidates, person, likeness, pictures, settings)
 
-
-def encode_texts(args: Namespace, texts: list[str]) -> dict[str, list[Tensor]]:
-    """{text: its txt (1, T, context_in_dim) and y (1, vec_in_dim), on the device}; the encoders are gone."""
-    encoders = load_text_encoders(args.folder, text_device(args, args.device), args.dtype)
-    encoded = {text: [part.to(args.device) for part in encoders.encode([text])]
-               for text in dict.fromkeys(texts)}
-    del encoders
-    gc.collect()                                     # transformers' models hold reference cycles
-    free(args.device)
-    return encoded
 
 # What is shown ----------------------------------------------------------------------------------------------
 

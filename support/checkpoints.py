@@ -6,6 +6,7 @@ A tensor that is missing, misshapen or not used is an error, also in the text en
 is finding.py's, what they hold tensors.py's.
 """
 import hashlib
+import gc
 import json
 import math
 import re
@@ -18,10 +19,10 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from flux_model import AutoEncoder, AutoEncoderConfig, Flux, FluxConfig, TextEncoders
-from support.common import JsonFile
+from support.common import JsonFile, free
 from support.finding import (HUB, Model, Place, add_model_options, autoencoder_files, check_make,
                              check_text_files, find_model, text_files, tokenizers_of, transformer_files)
 from support.speed import (E4M3, GIB, Fp8Linear, TiledDecoder, Work, adapter_bytes, blocks_of,
@@ -467,6 +468,17 @@ def bytes_beside(folder: Place, dtype: torch.dtype, work: Work) -> tuple[Flux, f
 def text_device(args: Namespace, device: torch.device) -> str | torch.device:
     """Where text is encoded: with --offload on the CPU, unless FLUX.1's T5, of 9.5 GB, fits on the device."""
     return "cpu" if args.offload and memory_left(device) < 11 * GIB else device
+
+
+def encode_texts(args: Namespace, texts: list[str]) -> dict[str, list[Tensor]]:
+    """{text: its txt (1, T, context_in_dim) and y (1, vec_in_dim), on the device}; the encoders are gone."""
+    encoders = load_text_encoders(args.folder, text_device(args, args.device), args.dtype)
+    encoded = {text: [part.to(args.device) for part in encoders.encode([text])]
+               for text in dict.fromkeys(texts)}
+    del encoders
+    gc.collect()                                     # transformers' models hold reference cycles
+    free(args.device)
+    return encoded
 
 
 def check_fit(args: Namespace, device: torch.device, work: Work) -> None:

@@ -74,6 +74,16 @@ class Captions:
         return caption
 
 
+def captions_beside(pictures: list[str | Path], prompt: str) -> dict[Path, str]:
+    """What each picture is called: what a caption beside it says, which is told, else `prompt`. ValueError as
+    of Captions."""
+    found = {path: Captions(path.parent).of(path) for path in map(Path, pictures)}
+    for path, caption in found.items():
+        if caption is not None:
+            print(f"{path.name} is called {caption!r}, by the caption beside it")
+    return {path: prompt if caption is None else caption for path, caption in found.items()}
+
+
 def read_metadata(path: Path) -> dict[str, str | None]:
     """{picture: caption} of a metadata.jsonl. ValueError names the line that cannot be used."""
     table = {}

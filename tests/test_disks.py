@@ -19,7 +19,7 @@ import meta_train
 import personalize
 import sample
 from flux_model import denoise
-from support import people as people_files, runs
+from support import checkpoints, people as people_files, runs
 from support.checkpoints import load_text_encoders
 
 resource = pytest.importorskip("resource")                                              # not on Windows
@@ -35,7 +35,7 @@ def remembered():
     """The text encoders are slow to load, and answer the same each time."""
     load = functools.cache(load_text_encoders)
     with pytest.MonkeyPatch.context() as patch:
-        for module in (people_files, personalize, sample):
+        for module in (people_files, checkpoints, sample):
             patch.setattr(module, "load_text_encoders", load)
         patch.setattr(meta_train, "plot", lambda log, path: None)
         patch.setattr(runs, "denoise", lambda flux, noise, txt, y, steps, guidance: denoise(flux, noise, txt, y, 2, guidance))

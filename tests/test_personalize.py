@@ -3,6 +3,7 @@ import copy
 import functools
 import hashlib
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from PIL import Image, ImageDraw
 import personalize
 from flux_model import Flux, flow_matching_loss, sample_times
 from metalora import MetaLoRA, apply_loras, random_lomd
-from support import photos
+from support import checkpoints, photos
 from support.checkpoints import find_targets, flux_files, load_autoencoder, load_flux, load_text_encoders
 from support.lora_files import load_lomd, load_lora, read_metadata, save_lomd
 
@@ -54,7 +55,7 @@ def remembered():
         return faces[key]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(photos, "find_faces", ask_once)
-        patch.setattr(personalize, "load_text_encoders", functools.cache(load_text_encoders))
+        patch.setattr(checkpoints, "load_text_encoders", functools.cache(load_text_encoders))
         yield
 
 
@@ -408,6 +409,49 @@ def test_a_prompt_that_t5_cannot_hold_is_cut_aloud(run, head):
 
 # where the subject is
 
+def test_a_photo_is_called_what_the_caption_beside_it_says(run, head, tmp_path):
+    """As in stage 1: one photo with a caption, one without, and an empty one refused."""
+    shutil.copy(head, "a.png"), shutil.copy(head, "b.png")
+    assert run("a.png", "b.png", "--out", "plain.safetensors")[0] == 0
+    Path("a.txt").write_text("a photo of a woman in a suit\n")
+    code, out, err = run("a.png", "b.png", "--prompt", "a photo of a person")
+    assert code == 0 and out.count("by the caption beside it") == 1
+    assert "a.png is called 'a photo of a woman in a suit', by the caption beside it" in out
+    assert read_metadata(Path("out.safetensors"))["captions"] == "a photo of a woman in a suit | a photo of a person"
+    assert not same("out", "plain")
+    Path("a.txt").write_text("a photo of a person")                                       # as if there were none
+    assert run("a.png", "b.png", "--out", "again.safetensors")[0] == 0 and same("again", "plain")
+    Path("a.txt").write_text(" ")
+    assert refused(run("a.png", "b.png"), "a.txt is empty")
+
+
+def test_every_crop_trains_with_its_own_caption(lomd):
+    """Two crops and two captions give what each crop gives with its own; one caption is everybody's."""
+    flux = load_flux(MODEL, dtype=torch.float32)
+    latents = [torch.randn(1, 2, 16, 8, 8).abs() for _ in range(2)]
+    weights = [torch.ones(1, 1, 8, 8)] * 2
+    txt, y = torch.randn(2, 5, flux.config.context_in_dim), torch.randn(2, flux.config.vec_in_dim)
+    seen = []
+
+    def record(flux, latent, noise, t, txt, y, **options):
+        seen.append((latent, txt, y))
+        return flow_matching_loss(flux, latent, noise, t, txt, y, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(personalize, "flow_matching_loss", record)
+        order = []
+        patch.setattr(personalize, "batches", lambda *args: (order.append(batch[0]) or batch for batch in real(*args)))
+        adapter = MetaLoRA(flux, 1, lomd=load_lomd(lomd)[0])
+        personalize.train(flux, adapter, latents, weights, txt, y, 4, 1e-3)
+        personalize.train(flux, adapter, latents, weights, txt[:1], y[:1], 2, 1e-3)
+    assert {*order[:4]} == {0, 1}
+    for crop, (_, text, vector) in zip(order, seen[:4]):
+        assert torch.equal(text[0], txt[crop]) and torch.equal(vector[0], y[crop]) and len(text) == 1
+    assert all(torch.equal(text, txt[:1]) for _, text, _ in seen[4:])
+
+
+real = personalize.batches
+
+
 def test_a_box_is_enough_where_there_is_no_face(run):
     drawing = Image.new("RGB", (300, 200), "white")
     ImageDraw.Draw(drawing).rectangle((140, 60, 200, 120), fill="red")
@@ -538,7 +582,7 @@ def broken_hub(path, content):
     (POINTER, "git lfs pull"), (ANNEX, "git annex get"), (b"<!DOCTYPE html><html>", "web page"), (b"", "empty"),
     (b"\xff\0\0\0\0\0\0\0{", "")])
 def test_what_stands_in_the_place_of_weights_is_named(run, monkeypatch, path, content, words):
-    monkeypatch.setattr(personalize, "load_text_encoders", load_text_encoders)
+    monkeypatch.setattr(checkpoints, "load_text_encoders", load_text_encoders)
     broken_hub(path, content)
     result = run(ASTRONAUT, model="hub", method="lora")
     assert refused(result, f"hub/{path}" if words else "hub") and words in result[2]
