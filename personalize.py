@@ -128,7 +128,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--lr", type=float, help="learning rate (default: the model's; 4e-4 for FLUX.1)")
     add("--resolution", type=positive, nargs="+", metavar="PIXELS", help="train at the area of a square of "
         "this side; several: every crop at each (default: the model's; 1024 for FLUX.1)")
-    add("--prompt", help="what photos without a caption beside them (face.txt) are called (default: the model's)")
+    add("--prompt", help="what a photo without a caption beside it (a.txt) is called (default: the model's)")
     add("--no-augment", action="store_true", help="the whole photo instead of crops and mirror images")
     add("--box", type=int, nargs=4, metavar=("X0", "Y0", "X1", "Y1"), help="the subject, if it is no face")
     add("--seed", type=int, default=0, help="one CPU and one seed: the same weights to the bit (default: 0)")
