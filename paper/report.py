@@ -15,6 +15,7 @@ from support.sheets import sheet
 METHODS = {"meta-lora": "Meta-LoRA", "lora": "LoRA", "lora-crops": "LoRA + augmented inputs",
            "random-lomd": "Meta-LoRA, random LoMD", "none": "no LoRA"}
 AXES = {"r_facesim": "R-FaceSim (%)", "clip_t": "CLIP-T (%)"}
+GRADIENTS = 4800                     # pictures that a LoMD from gradients has seen before stage 1 begins
 OFFSETS = {"lora": (-8, -8), "lora-crops": (0, 10), "random-lomd": (11, -8), "meta-lora": (9, 9)}   # points
 
 
@@ -139,8 +140,8 @@ def draw_stage_1(rows: list[dict], path: Path) -> None:
             for start, people in sorted({(row["start"], row["people"]) for row in own if row["people"]}):
                 line = [row for row in own if (row["start"], row["people"]) == (start, people)]
                 line += random if start == "random" else []
-                points = sorted((4 * row["iterations"], 100 * row[metric]["mean"], 100 * row[metric]["error"])
-                                for row in line)
+                points = sorted((4 * row["iterations"] + GRADIENTS * (row["start"] == "gradients"),
+                                 100 * row[metric]["mean"], 100 * row[metric]["error"]) for row in line)
                 axes.errorbar(*zip(*points), marker="o", markersize=4, capsize=2,
                               label=f"{people} people, from {start.replace('random', 'a random A')}")
             axes.set(ylabel=name, title=f"stage 2: {count} iterations")
