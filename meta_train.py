@@ -369,8 +369,8 @@ def meta_train(argv: list[str] | None) -> None:
                     note(f"{len(buckets) - len(run.passes)} buckets are never used; raise --iters")
             run.train()
             if group.rank == 0:
-                run.export(args.out)
                 plot(args.run / "log.jsonl", args.run / "loss.png")
+                run.export(args.out)
                 print(f"{args.out}: LoMD of r1 {args.r1} after {run.iteration} iterations")
     finally:
         group.close()
