@@ -99,6 +99,7 @@ def dies_at(monkeypatch, owner, name, call):
     monkeypatch.setattr(owner, name, wrapper)
 
 
+@pytest.mark.slow
 def test_interrupted_anywhere_and_continued_gives_the_same_scores(whole, monkeypatch, tmp_path):
     """Hit in training, while LoRAs are written, between the pictures of a batch, in scoring: each time the same command goes
     on, and at the end every file that counts is the same as in one go. Nothing that is there is made again."""

@@ -692,6 +692,7 @@ def checkpoints(folder):
     return [newest(folder / "run" / f"rank{rank}")[1].stem for rank in range(2)]
 
 
+@pytest.mark.slow
 def test_two_processes_hit_anywhere_go_on_bit_for_bit(server, squares, pair, warm_pair):
     argv = arguments(squares)
     # one of them is told to stop, in a joint phase: all do, at the same iteration

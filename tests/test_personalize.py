@@ -361,6 +361,7 @@ def test_the_loss_falls_even_on_random_weights(lomd):
     assert after < 0.85 * before, (before, after)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (BABY / "lomd.safetensors").is_file(), reason="the baby's checkpoint is not here")
 def test_overfits_one_crop_on_the_baby():
     lomd = load_lomd(BABY / "lomd.safetensors")[0]

@@ -62,6 +62,7 @@ def test_normalising_latents_changes_no_picture(tiny):
     assert torch.allclose(model.encode(images).std(dim=(0, 2, 3)), torch.ones(16), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_decoder_learns_alone_and_latents_stay(tiny, monkeypatch, tmp_path):
     run, out = tiny
     monkeypatch.setattr(pretrain, "DECODER_STEPS", 24)
