@@ -112,10 +112,9 @@ class Run:
         with self.interruption as stop:          # before the transformer is there: T5 takes 9.5 GB
             self.cache.fill([*pictures], captions, stop.raise_if_asked, show=self.group.rank == 0)
         flux = open_flux(args, self.group.device, args.iters, args.work)
-        lomd = random_lomd(find_targets(flux), args.r1, args.seed)
-        if args.from_gradients:
-            lomd = lomd_from_gradients(lambda rank: MetaLoRA(flux, rank, num_identities=0), few, args,
-                                       self.cache, self.group, self.folder, self.interruption)
+        lomd = random_lomd(find_targets(flux), args.r1, args.seed) if not args.from_gradients else \
+            lomd_from_gradients(lambda rank: MetaLoRA(flux, rank, num_identities=0), few, args, self.cache,
+                                self.group, self.folder, self.interruption)
         self.adapter = MetaLoRA(flux, args.r2, lomd, num_identities=0, slots=args.batch_size)
         recompute_blocks(flux, plan_recompute(self.adapter, args.work.tokens, args.recompute))
         self.checkpoints = Checkpoints(self.folder, self.group)

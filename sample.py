@@ -11,7 +11,6 @@ Source: the defaults are Meta-LoRA's evaluation settings (30 steps, guidance 3.5
 model's defaults.json may name another size and guidance.
 """
 import argparse
-import gc
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -25,8 +24,8 @@ from tqdm import tqdm
 
 from flux_model import AutoEncoder, Flux, denoise, get_noise
 from metalora import apply_loras
-from support.checkpoints import (add_speed_options, check_fit, find_model, flux_files, is_small,
-                                 load_autoencoder, load_text_encoders, model_defaults, open_flux, pick_dtype,
+from support.checkpoints import (add_speed_options, check_fit, encode_prompts, find_model, flux_files,
+                                 is_small, load_autoencoder, model_defaults, open_flux, pick_dtype,
                                  text_device)
 from support.common import (Parser, finite_number, free, note, pick_device, positive, read_prompts,
                             run_script, save_png, shorten, side, use_threads)
@@ -35,16 +34,6 @@ from support.photos import plan_files, to_image
 from support.speed import Work
 
 Embeddings = dict[str, tuple[Tensor, Tensor]]      # {prompt: (txt (1, T, context_in_dim), y (1, vec_in_dim))}
-
-
-def encode_prompts(folder: str | Path, prompts: list[str], device, dtype: torch.dtype) -> Embeddings:
-    """Prompts -> their embeddings, on the CPU; the encoders are dropped."""
-    encoders = load_text_encoders(folder, device, dtype)
-    embeddings = {prompt: tuple(part.cpu() for part in encoders.encode([prompt])) for prompt in prompts}
-    del encoders
-    gc.collect()                                             # transformers' models hold reference cycles
-    free(device)
-    return embeddings
 
 
 def sample_latents(flux: Flux, embeddings: Embeddings, jobs: list[tuple[str, int]], width: int, height: int,

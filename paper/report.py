@@ -9,13 +9,14 @@ import numpy as np
 
 import personalize
 from support.common import save_figure
+from support.gradients import DRAWS, PEOPLE, PICTURES
 from support.identities import Person, Picture
 from support.sheets import sheet
 
 METHODS = {"meta-lora": "Meta-LoRA", "lora": "LoRA", "lora-crops": "LoRA + augmented inputs",
            "random-lomd": "Meta-LoRA, random LoMD", "none": "no LoRA"}
 AXES = {"r_facesim": "R-FaceSim (%)", "clip_t": "CLIP-T (%)"}
-GRADIENTS = 4800                     # pictures that a LoMD from gradients has seen before stage 1 begins
+GRADIENTS = 2 * PEOPLE * PICTURES * DRAWS       # pictures that a LoMD from gradients has seen, in two passes
 OFFSETS = {"lora": (-8, -8), "lora-crops": (0, 10), "random-lomd": (11, -8), "meta-lora": (9, 9)}   # points
 
 

@@ -69,6 +69,15 @@ def draw_people(judges: evaluation.Judges, folder: Path, first: int, count: int,
                     save_png(image, path)
 
 
+def draw_meta(run: Path, counts: list[int], pictures: int) -> None:
+    """People of stage 1, run/meta<count> for each number of them, unless they are there."""
+    for count in counts:
+        folder, first = run / f"meta{count}", faces.META.start
+        if not (folder / f"{first + count - 1:06d}" / f"{pictures - 1:04d}.txt").is_file():
+            faces.main(["--identities", str(count), "--images", str(pictures), "--out", str(folder), "--seed",
+                        str(first)])
+
+
 def workers(args: argparse.Namespace) -> concurrent.futures.Executor | None:
     """--jobs processes, by itself one for each core of a CPU, at most 8; None where this one does all."""
     jobs = args.jobs or (min(8, os.cpu_count()) if pick_device(args.device).type == "cpu" else 1)

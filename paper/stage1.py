@@ -24,8 +24,8 @@ import eval_rfacesim as evaluation
 import meta_train
 from baby import faces
 from paper.report import draw_stage_1
-from paper.reproduce import (SCORES, common_words, difference, draw_people, evaluate, model_words, options,
-                             run_folder, side_by_side, workers)
+from paper.reproduce import (SCORES, common_words, difference, draw_meta, draw_people, evaluate, model_words,
+                             options, run_folder, side_by_side, workers)
 from support.checkpoints import find_targets, load_flux
 from support.common import run_script, write_whole
 from support.finding import find_model
@@ -130,12 +130,7 @@ def stage_1(argv: list[str] | None = None) -> None:
     for name, first, count in (("curve", SEED, size.curve), ("decision", SEED, size.people),
                                ("choose", faces.CHOOSE.start + 900, size.choose)):
         draw_people(judges, run / f"{name} people", first, count, PHOTOS)
-    for count in size.budgets:
-        last = run / f"meta{count}" / f"{faces.META.start + count - 1:06d}" / f"{PICTURES - 1:04d}.txt"
-        if not last.is_file():
-            faces.main(["--identities", str(count), "--images", str(PICTURES), "--out",
-                        str(run / f"meta{count}"), "--seed", str(faces.META.start)])
-
+    draw_meta(run, [*size.budgets], PICTURES)
     every = chains(size)
     for calls in ([(train, chain, run, args) for chain in every],
                   [(measure, lomd, run, args, size) for chain in every for lomd in chain]):
@@ -143,12 +138,12 @@ def stage_1(argv: list[str] | None = None) -> None:
             side_by_side(pool, calls, calls[0][0].__name__)
         for function, *words in calls:
             function(*words)
+    out.mkdir(parents=True, exist_ok=True)
     found = {"curve": curve(every, run, args, size)}
-    for part in (lambda: {}, lambda: {"decision": decide(every, run, args, size, pool)}):
-        found |= part()
-        out.mkdir(parents=True, exist_ok=True)
-        write_whole(out / "stage1.json", json.dumps(found, indent=1).encode())
-        draw_stage_1(found["curve"], out / "stage1.png")
+    draw_stage_1(found["curve"], out / "stage1.png")
+    write_whole(out / "stage1.json", json.dumps(found, indent=1).encode())         # the decision takes hours
+    found["decision"] = decide(every, run, args, size, pool)
+    write_whole(out / "stage1.json", json.dumps(found, indent=1).encode())
 
 
 def rows_with_sum(scores: dict) -> dict[int, list[dict]]:
@@ -189,7 +184,7 @@ def curve(every: list[list[Lomd]], run: Path, args: SimpleNamespace, size: Simpl
 def decide(every: list[list[Lomd]], run: Path, args: SimpleNamespace, size: SimpleNamespace,
            pool: object) -> list[dict]:
     """The LoMD from gradients beside each of three others, both seeds of training together."""
-    usual, persons, rows = max(size.budgets), [], []
+    usual, rows = max(size.budgets), []
     cost = min(size.budgets[usual], key=lambda budget: abs(budget - COST))
     four = [Lomd("gradients", usual), every[-1][-1], Lomd("random", usual, cost), Lomd("random")]
     calls = {(lomd, seed): (scores_of, lomd, choose(lomd, run, args, size), "decision", run, args, size.iters,
@@ -201,9 +196,8 @@ def decide(every: list[list[Lomd]], run: Path, args: SimpleNamespace, size: Simp
         for count, own in rows_with_sum(function(*words)).items():
             found[lomd].setdefault(count, []).extend(
                 row | {"identity": f"{row['identity']} seed {seed}"} for row in own)
-    for seed in range(size.seeds):
-        persons += [person._replace(name=f"{person.name} seed {seed}")
-                    for person in evaluation.read_people([run / "decision people"])]
+    people = evaluation.read_people([run / "decision people"])
+    persons = [p._replace(name=f"{p.name} seed {seed}") for seed in range(size.seeds) for p in people]
     for other in four[1:]:
         for count, own in found[other].items():
             rows.append(other._asdict() | {"lomd": other.name, "rate": GRID[choose(other, run, args, size)],

@@ -19,8 +19,8 @@ import eval_rfacesim as evaluation
 import meta_train
 from baby import faces
 from paper.report import draw_study
-from paper.reproduce import (SCORES, choose_rates, common_words, difference, draw_people, evaluate,
-                             model_words, options, run_folder, side_by_side, workers)
+from paper.reproduce import (SCORES, choose_rates, common_words, difference, draw_meta, draw_people,
+                             evaluate, model_words, options, run_folder, side_by_side, workers)
 from support.common import run_script, write_whole
 from support.sheets import percent
 
@@ -91,11 +91,7 @@ def study(argv: list[str] | None = None) -> None:
     judges, pool, out = evaluation.Judges(args.model), workers(args), args.out or run / "report"
     draw_people(judges, run / "people", faces.TEST.start + 4000, size.people, PHOTOS)
     draw_people(judges, run / "choose", faces.CHOOSE.start + 700, size.choose, PHOTOS)
-    for count in size.meta:
-        last = run / f"meta{count}" / f"{faces.META.start + count - 1:06d}" / f"{PICTURES - 1:04d}.txt"
-        if not last.is_file():
-            faces.main(["--identities", str(count), "--images", str(PICTURES), "--out",
-                        str(run / f"meta{count}"), "--seed", str(faces.META.start)])
+    draw_meta(run, size.meta, PICTURES)
     people, rows, pictures = evaluation.read_people([run / "people"]), [], []
     out.mkdir(parents=True, exist_ok=True)
     for more in (False, True) if pool else ():            # the base before those that share its LoMD

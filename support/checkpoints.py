@@ -470,15 +470,22 @@ def text_device(args: Namespace, device: torch.device) -> str | torch.device:
     return "cpu" if args.offload and memory_left(device) < 11 * GIB else device
 
 
-def encode_texts(args: Namespace, texts: list[str]) -> dict[str, list[Tensor]]:
-    """{text: its txt (1, T, context_in_dim) and y (1, vec_in_dim), on the device}; the encoders are gone."""
-    encoders = load_text_encoders(args.folder, text_device(args, args.device), args.dtype)
-    encoded = {text: [part.to(args.device) for part in encoders.encode([text])]
-               for text in dict.fromkeys(texts)}
+def encode_prompts(folder: Place, prompts: list[str], device: Device,
+                   dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
+    """{prompt: its txt (1, T, context_in_dim) and y (1, vec_in_dim)}, on the CPU; the encoders are gone."""
+    encoders = load_text_encoders(folder, device, dtype)
+    embeddings = {prompt: tuple(part.cpu() for part in encoders.encode([prompt]))
+                  for prompt in dict.fromkeys(prompts)}
     del encoders
     gc.collect()                                     # transformers' models hold reference cycles
-    free(args.device)
-    return encoded
+    free(device)
+    return embeddings
+
+
+def encode_texts(args: Namespace, texts: list[str]) -> dict[str, list[Tensor]]:
+    """As encode_prompts, but on args.device, whatever --offload says of the encoders."""
+    embeddings = encode_prompts(args.folder, texts, text_device(args, args.device), args.dtype)
+    return {text: [part.to(args.device) for part in parts] for text, parts in embeddings.items()}
 
 
 def check_fit(args: Namespace, device: torch.device, work: Work) -> None:

@@ -35,7 +35,7 @@ def remembered():
     """The text encoders are slow to load, and answer the same each time."""
     load = functools.cache(load_text_encoders)
     with pytest.MonkeyPatch.context() as patch:
-        for module in (people_files, checkpoints, sample):
+        for module in (people_files, checkpoints):
             patch.setattr(module, "load_text_encoders", load)
         patch.setattr(meta_train, "plot", lambda log, path: None)
         patch.setattr(runs, "denoise", lambda flux, noise, txt, y, steps, guidance: denoise(flux, noise, txt, y, 2, guidance))

@@ -315,7 +315,7 @@ def test_a_diffusers_file_without_its_config(tmp_path):
 def test_misshapen_files_are_refused_before_anything_large_is_read(tmp_path, monkeypatch, capfd):
     path = write(tmp_path / "x.safetensors", {n: t for n, t in load_file(BABY / FLUX).items() if "blocks.2" not in n},
                  TensorFiles([BABY / FLUX]).metadata)
-    monkeypatch.setattr(sample, "load_text_encoders", lambda *_: pytest.fail("reads T5"))
+    monkeypatch.setattr(checkpoints, "load_text_encoders", lambda *_: pytest.fail("reads T5"))
     given = ["--ae", BABY / "ae.safetensors", "--clip", BABY / "text_encoder", "--t5", BABY / "text_encoder_2"]
     assert command(sample, "a", "--model", path, *given, "--tokenizers", BABY) == 2
     assert "missing" in capfd.readouterr().err

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import sample
 from flux_model import Flux, FluxConfig, denoise, get_noise
+from support import checkpoints
 from support.checkpoints import (diffusers_flux_names, flux_files, load_autoencoder, load_flux, load_text_encoders,
                                  open_flux)
 from support.lora_files import save_lora, split_lora
@@ -29,7 +30,7 @@ def one_load():
     """Loading the text encoders takes most of a run: keep what they are loaded to."""
     encoders = load_text_encoders(HUB, "cpu", torch.float32)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample, "load_text_encoders", lambda *args: encoders)
+        patch.setattr(checkpoints, "load_text_encoders", lambda *args: encoders)
         yield encoders
 
 
@@ -374,7 +375,7 @@ def test_models_come_and_go_in_turn(monkeypatch, stopped):
             return model
         return watched
     for load in (load_text_encoders, open_flux, load_autoencoder):
-        monkeypatch.setattr(sample, load.__name__, watch(load))
+        monkeypatch.setattr(checkpoints if load is load_text_encoders else sample, load.__name__, watch(load))
     if stopped:
         stop_at_second(monkeypatch, interrupt)
     assert run("a cat", "--num", "2", "--lora", "a.safetensors") == (130 if stopped else 0)
