@@ -160,7 +160,7 @@ def check(args: argparse.Namespace) -> None:
     args.device = pick_device(args.device)
     take_model(args, args.device, args.method, rank=args.rank, r1=16 if args.method == "meta-lora" else 0)
     use_threads(args.device.type == "cpu" and is_small(args.folder))
-    args.captions = captions_beside(args.photos, args.prompt)
+    args.captions = captions_beside(args.photos, args.prompt, tell=True)
     args.mirror = args.mirror and not args.no_augment
 
 

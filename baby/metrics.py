@@ -240,6 +240,8 @@ def main():
         train_embedder(args.run, args.out, data, device)
     if not (args.out / "scorer" / "model.safetensors").exists():
         train_scorer(args.out, data, device)
+    if not (args.out / "prompts.txt").exists():                        # what to ask of this world
+        shutil.copyfile(Path(__file__).resolve().parent / "checkpoint" / "prompts.txt", args.out / "prompts.txt")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Trains the baby: a complete FLUX of a few million parameters on drawn faces, from nothing, on a laptop.
 
-    python baby/pretrain.py --run baby/run --out baby/checkpoint
+    python baby/pretrain.py --recipe --out baby/new       # all that made the shipped checkpoint, in order
+    python baby/pretrain.py --out baby/new                # one transformer, from nothing or from --init
 
 Stages, each resumable by the same command; Ctrl-C saves first, a crash costs at most 500 steps:
   data         faces of BASE identities in five aspect ratios, with captions         -> run/data
@@ -21,11 +22,15 @@ sees the same data as one that is not.
 import argparse
 import contextlib
 import copy
+import dataclasses
 import json
 import math
 import multiprocessing
 import os
+import shlex
+import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -65,6 +70,19 @@ DECAY, GUIDED = 0.35, 0.19            # last parts of the run: learning rate fal
 WEAK = 2 / 9.5                        # part of the run after which the averaged weights are those to be guided away from
 DEFAULTS = {"resolution": 128, "learning_rate": {"lora": 6e-4, "meta-lora": 1.2e-3, "stage 1": 4e-3}, "prompt": "a photo of a person",
             "guidance": 2.75, "warmup": 0.0, "aspects": ["1:1"], "scales": [4.5], "background": 0.1, "mirror": False}       # why: docs/BABY.md
+
+
+# What made the shipped checkpoint, in order: what, how long on 2 CPU cores, a command. Each goes on where it was stopped, and
+# does nothing where its result is there. The shipped one had the same stages in more pieces: docs/BABY.md.
+RECIPE = (
+    ("the world, the autoencoder, the transformer at hidden 128, 9,500 batches", "5 hours",
+     "baby/pretrain.py --width 128 --run {run} --out {run}/narrow"),
+    ("the transformer grown to hidden 192, 9,500 batches", "3 hours", "baby/pretrain.py --init {run}/narrow --run {run} --out {out}"),
+    ("a face embedder and a text-image scorer, its judges", "40 minutes", "baby/metrics.py --run {run}/metrics --out {out}"),
+    ("people of stage 1", "1 minute", "baby/faces.py --identities 200 --images 10 --out {run}/people --seed 100000"),
+    ("their LoMD, 5,000 iterations", "16 minutes",
+     "meta_train.py --data {run}/people --model {out} --iters 5000 --run {run}/stage1 --out {out}/lomd.safetensors"),
+    ("what it can do", "6 minutes", "baby/check.py --model {out} --each 6 --out {run}/check.png"))
 
 
 def save_whole(tensors: dict, path: Path, metadata: dict | None = None):
@@ -372,12 +390,12 @@ def vary(caption: str, rng: np.random.Generator) -> str:
 
 class Baby(nn.Module):
     """Everything that the last stage trains."""
-    def __init__(self, out: Path):
+    def __init__(self, out: Path, config: FluxConfig | None = None):
         super().__init__()
         self.text = load_text_encoders(out, "cpu", torch.float32, T5_TOKENS)
         torch.manual_seed(SEED)                           # from nothing, also where `out` holds trained ones
         self.clip, self.t5 = CLIPTextModel(self.text.clip.config), T5EncoderModel(self.text.t5.config)
-        self.flux = Flux(FLUX_CONFIG)
+        self.flux = Flux(config or FLUX_CONFIG)
         for name, p in self.flux.named_parameters():
             if name.endswith("mod.lin.weight") or "modulation" in name or "final_layer.linear" in name:
                 nn.init.zeros_(p)                         # adaLN-zero: every block starts as the identity (DiT)
@@ -468,8 +486,8 @@ def grow(small: Flux, large: Flux):
         p.copy_(old[name][rows][:, columns] * share)
 
 
-def train_transformer(run: Path, out: Path, steps: int, init: Path | None = None, device=CPU):
-    baby = Baby(out)
+def train_transformer(run: Path, out: Path, steps: int, init: Path | None = None, device=CPU, config: FluxConfig | None = None):
+    baby = Baby(out, config)
     small = load_checkpoint(baby, init).to(device) if init else None
     baby.to(device)
     # a picture in another style than a photo is drawn twice as often: 10 % each of the data are too few to learn from
@@ -489,17 +507,17 @@ def train_transformer(run: Path, out: Path, steps: int, init: Path | None = None
     optimizers = [torch.optim.Muon(matrices, lr=LR_MUON, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
                   torch.optim.AdamW(others, lr=LR_ADAM, betas=(0.9, 0.98), weight_decay=0.0)]
     average = copy.deepcopy(baby)
-    smaller = small is not None and small.flux.config.hidden_size < FLUX_CONFIG.hidden_size
+    smaller = small is not None and small.flux.config.hidden_size < baby.flux.config.hidden_size
     weak = small if smaller else copy.deepcopy(baby)      # guided away from the narrower one that it grew from, if there is one
     ema = {k: p.detach() for k, p in average.named_parameters()}
-    path, weak_path = run / "transformer.safetensors", run / "weak.safetensors"
+    path, weak_path = (run / f"{name}-{baby.flux.config.hidden_size}.safetensors" for name in ("transformer", "weak"))
     start = load_state(path, baby, optimizers, ema)
     for flux in (baby.flux, average.flux, weak.flux):
         for block in [*flux.double_blocks, *flux.single_blocks]:
             block.compile(dynamic=False)
     bar = tqdm(range(start, steps), initial=start, total=steps, desc="transformer", mininterval=10)
     interrupted = Interrupted()
-    shown, log = None, open(run / "transformer.jsonl", "a")
+    shown, log = None, open(path.with_suffix(".jsonl"), "a")
     for step in bar:
         left = (steps - step) / steps
         if step == int((1 - GUIDED) * steps) or step == start and left < GUIDED:
@@ -534,17 +552,42 @@ def train_transformer(run: Path, out: Path, steps: int, init: Path | None = None
             sys.exit(130)
 
 
+def follow_recipe(run: Path, out: Path, words: list[str]):
+    """RECIPE, each stage by its own command with `words` behind it; ends where one of them does not go well."""
+    root = Path(__file__).resolve().parents[1]
+    places = {"run": shlex.quote(str(run.resolve())), "out": shlex.quote(str(out.resolve()))}
+    commands = [command.format(**places) for *_, command in RECIPE]
+    for number, ((what, length, _), command) in enumerate(zip(RECIPE, commands), 1):
+        print(f"{number}. {what} (about {length})\n   python {command}")
+    for number, command in enumerate(commands, 1):
+        own = words if "faces.py" not in command and "check.py" not in command else []
+        print(f"\n{number} of {len(commands)}: python {command}", flush=True)
+        if code := subprocess.run([sys.executable, *shlex.split(command), *own], cwd=root).returncode:
+            raise SystemExit(code if code > 0 else 130)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--recipe", action="store_true", help="list the stages that made baby/checkpoint, and run them, from nothing; "
+                        "--out is then a new folder")
     parser.add_argument("--run", type=Path, default=Path("baby/run"), help="data and resumable state (about 4 GB)")
     parser.add_argument("--out", type=Path, default=Path("baby/checkpoint"), help="the checkpoint, in the hub's layout")
+    parser.add_argument("--width", type=int, default=FLUX_CONFIG.hidden_size, help="hidden size of the transformer, a multiple of 32")
     parser.add_argument("--steps", type=int, default=STEPS, help="of the transformer, with batches of 64")
     parser.add_argument("--init", type=Path, help="folder of a checkpoint whose transformer to go on from, as a new run")
     parser.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     args = parser.parse_args()
+    if args.width < 32 or args.width % 32:
+        parser.error(f"--width {args.width} is no multiple of 32")
+    if args.recipe:
+        if args.out.resolve() == Path(__file__).resolve().parent / "checkpoint":
+            parser.error("--recipe would write into the shipped checkpoint: name another --out")
+        return follow_recipe(args.run, args.out, ["--device", args.device] * bool(args.device))
     torch.set_num_threads(args.threads)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if args.init and not (args.out / "ae.safetensors").exists():             # latents are that autoencoder's
+        shutil.copytree(args.init, args.out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("lomd*", "flux1*"))
     make_data(args.run)
     if not (args.out / "ae.safetensors").exists():
         train_autoencoder(args.run, args.out, device)
@@ -555,12 +598,13 @@ def main():
     encode_latents(args.run, args.out, device)
     if not (args.out / "text_encoder_2" / "model.safetensors").exists():
         make_text(args.run, args.out)
+    config = dataclasses.replace(FLUX_CONFIG, hidden_size=args.width, num_heads=args.width // 32)
     if not (args.out / "lomd.safetensors").exists():
         with torch.device("meta"):
-            targets = find_targets(Flux(FLUX_CONFIG))
+            targets = find_targets(Flux(config))
         save_lomd(args.out / "lomd.safetensors", random_lomd(targets, r1=16, seed=SEED),
                   {"model": "baby", "iterations": "0", "random": "true"})
-    train_transformer(args.run, args.out, args.steps, args.init, device)
+    train_transformer(args.run, args.out, args.steps, args.init, device, config)
 
 
 if __name__ == "__main__":

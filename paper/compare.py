@@ -36,6 +36,7 @@ from support.checkpoints import (add_speed_options, autoencoder_fingerprint, enc
                                  open_flux, take_model)
 from support.common import (Interruption, JsonFile, check_apart, check_training, digest, finite_number, free,
                             note, Parser, pick_device, positive, run_script, save_png, whole, write_whole)
+from support.folders import captions_beside
 from support.identities import Person, Picture, fill, own_folder, prompts_for, read_people
 from support.lora_files import load_lora, random_lomd, read_lomd, save_lora
 from support.speed import blocks_of, recompute_blocks
@@ -90,15 +91,16 @@ def people_at_once(flux: Flux, rank: int) -> int:
     return max(1, round(16 / rank ** 0.5)) if small else 1
 
 
-def train_together(flux: Flux, adapter: MetaLoRA, people: list[list[Tensor]], txt: Tensor, y: Tensor,
-                   iters: int, lr: float, seed: int = 0,
+def train_together(flux: Flux, adapter: MetaLoRA, people: list[list[Tensor]], txt: list[Tensor],
+                   y: list[Tensor], iters: int, lr: float, seed: int = 0,
                    on_step: Callable[[int, float, int], object] | None = None,
                    weights: list[list[Tensor]] | None = None) -> None:
     """personalize.train for each row of the adapter: `iters` steps, less those that a row has behind it.
 
-    people, weights: for each row what `encode_crops` gave; None: all places count alike. txt (N, T, _) and y
-    (N, _): one caption for each. A person trains as if alone. Those whose next batches have the same shape go
-    through the network together, at most `adapter.slots`; the most frequent shape goes first.
+    people, weights: for each row what `encode_crops` gave; None: all places count alike. txt (K, T, _) and
+    y (K, _) of each: captions of the K crops, or one of all, as in `train`. A person trains as if alone. Those
+    whose next batches have the same shape go through the network together, at most `adapter.slots`; the most
+    frequent shape goes first.
     on_step(iteration, loss, person) comes after each step, from 1. Raises NotFinite, with the person.
     """
     weights = weights or [[torch.ones(len(latent), 1, 1, 1) for latent in latents] for latents in people]
@@ -115,10 +117,11 @@ def train_together(flux: Flux, adapter: MetaLoRA, people: list[list[Tensor]], tx
             alike[waiting[person][1].shape].append(person)
         group = max(alike.values(), key=len)[:adapter.slots]
         crops, *tensors = zip(*(waiting[person] for person in group))
-        latent, noise, weight, t = (torch.cat(parts).to(txt.device) for parts in tensors)  # (B, 16, h, w), ..
-        rows = torch.tensor(group)
-        adapter.assign(rows)
-        losses = flow_matching_loss(flux, latent, noise, t, txt[rows], y[rows], 1.0, weight)           # (B,)
+        latent, noise, weight, t = (torch.cat(parts).to(adapter.device) for parts in tensors)
+        adapter.assign(torch.tensor(group))
+        text = (torch.stack([part[person][crop % len(part[person])] for person, crop in zip(group, crops)])
+                for part in (txt, y))
+        losses = flow_matching_loss(flux, latent, noise, t, *text, 1.0, weight)                        # (B,)
         losses.sum().backward()
         of_person = losses.detach().view(len(group), -1).mean(dim=1).tolist()
         try:
@@ -169,28 +172,28 @@ class Run:
     def load(self) -> None:
         """Texts, encoded; then the transformer and the autoencoder, which stay."""
         if self.flux is None:
-            args, captions = self.args, [fill(self.args.prompt, p.gender) for p in self.people]
-            texts = [text for own in self.prompts.values() for text in own if text]
-            words = dict.fromkeys(captions + texts)
-            self.texts = encode_prompts(args.folder, list(words), self.device, args.dtype)
-            self.captions = [torch.cat(parts).to(self.device)
-                             for parts in zip(*(self.texts[caption] for caption in captions))]
+            args, words = self.args, [text for own in self.prompts.values() for text in own if text]
+            words += [text for own in args.captions.values() for text in own.values()]
+            self.texts = encode_prompts(args.folder, words, self.device, args.dtype)
             self.autoencoder = load_autoencoder(args.folder, self.device, args.dtype)
-            tokens = max(args.size, *args.resolution) ** 2 // 256 + self.captions[0].shape[1]
+            tokens = max(args.size, *args.resolution) ** 2 // 256 + self.texts[words[0]][0].shape[1]
             steps = max(args.iters or [0]) + args.steps
             self.flux = open_flux(args, self.device, steps, args.work._replace(tokens=tokens))
             every = 0 if self.small else len(blocks_of(self.flux))
             recompute_blocks(self.flux, every if args.recompute is None else args.recompute)
 
-    def latents(self, augment: bool) -> tuple[tuple[list[Tensor], ...], tuple[list[Tensor], ...]]:
-        """What personalize.py trains on, of everybody's reference, on the CPU; and the loss's weights."""
+    def latents(self, augment: bool) -> tuple[tuple, ...]:
+        """What personalize.py trains on, of everybody's references: latents on the CPU, weights of the loss,
+        txt and y."""
         if augment not in self.encoded:
             args, everybody = self.args, []
             for person in tqdm(self.people, "crops" if augment else "photos", disable=None, leave=False):
                 crops = photos.load_crops([person.reference, *person.more], args.resolution, augment,
                                           args.aspects, args.scales)
                 latents, own = personalize.encode_crops(self.autoencoder, crops, args.background, args.mirror)
-                everybody.append(([latent.cpu() for latent in latents], own))
+                texts = [self.texts[args.captions[person.name][crop.photo]] for crop in crops]
+                everybody.append(([latent.cpu() for latent in latents], own,
+                                  *(torch.cat(parts).to(self.device) for parts in zip(*texts))))
                 self.interruption.raise_if_asked()
             self.encoded[augment] = tuple(zip(*everybody))
         return self.encoded[augment]
@@ -223,7 +226,7 @@ class Run:
         if all(self.lora_path(s, person).is_file() for s in settings.values() for person in self.people):
             return
         self.load()
-        latents, weights = self.latents(method != "lora")
+        latents, weights, txt, y = self.latents(method != "lora")
         adapter, state = self.adapter(method, rank), self.out / "state" / f"{method}_r{rank}.safetensors"
         self.resume(adapter, state, [*settings.values()])
 
@@ -233,7 +236,8 @@ class Run:
             path.parent.mkdir(parents=True, exist_ok=True)
             save_lora(path, adapter.collapse(index), metadata={
                 "method": method, "rank": str(rank), "iterations": str(iterations), "seed": str(args.seed),
-                "learning_rate": f"{args.rates[method]:g}", "prompt": fill(args.prompt, person.gender),
+                "learning_rate": f"{args.rates[method]:g}",
+                "prompt": " | ".join(dict.fromkeys(args.captions[person.name].values())),
                 "model": Path(args.model).name, "made_by": "paper/compare.py",
                 **photos.fingerprints([person.reference, *person.more])})
 
@@ -260,8 +264,8 @@ class Run:
 
         try:
             with tqdm(total=left, desc=f"training {method}, rank {rank}", disable=None) as bar:
-                train_together(self.flux, adapter, latents, *self.captions, last, args.rates[method],
-                               args.seed, on_step, weights)
+                train_together(self.flux, adapter, latents, txt, y, last, args.rates[method], args.seed,
+                               on_step, weights)
         except personalize.NotFinite as error:
             raise FloatingPointError(f"{method}, rank {rank}, {self.people[error.person].name}: {error}; a "
                                      f"smaller --lr {method}={args.rates[method]:g} may help") from None
@@ -318,7 +322,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--photos", type=positive, default=1, metavar="N", help="of a person, to personalise on (default: 1)")
     add("--lr", nargs="+", default=[], metavar="[METHOD=]LR", help="learning rates (default: the model's)")
     add("--lomd", type=Path, help="of stage 1 (default: lomd.safetensors of the model's folder, else here)")
-    add("--prompt", help="the crops' caption; may have [man/woman] (default: the model's)")
+    add("--prompt", help="of a picture without a caption beside it; may have [man/woman] (default: the "
+        "model's)")
     add("--resolution", type=positive, nargs="+", metavar="PIXELS", help="of crops (default: the model's)")
     add("--size", type=positive, help="side of the pictures (default: the model's; FLUX.1's is 1024)")
     add("--steps", type=positive, default=30, help="Euler steps (default: 30)")
@@ -363,7 +368,7 @@ def take_defaults(args: argparse.Namespace) -> None:
     of_model = "resolution", "size", "steps", "guidance", "seed", "aspects", "scales", "background", "mirror"
     args.settings = {"layout": "numbers of a row by width", "model": flux_fingerprint(args.folder),
                      "autoencoder": autoencoder_fingerprint(args.folder), "lomd": lomd,
-                     "learning rates": args.rates, "caption": args.prompt,
+                     "learning rates": args.rates,
                      "dtype": str(args.dtype) + " fp8" * args.fp8,
                      **{name: getattr(args, name) for name in of_model}}
 
@@ -372,7 +377,8 @@ def check_settings(args: argparse.Namespace, people: list[Person], prompts: dict
     """What --out was made with: written by the first command; ValueError for one that differs."""
     hashes = lambda paths: [digest(path.read_bytes()) for path in paths]
     shown = [" ".join([p.name, *hashes((p.reference, *p.more))]) for p in people]
-    now = args.settings | {"people and their references": shown, "prompts": prompts}
+    captions = {name: list(own.values()) for name, own in args.captions.items()}
+    now = args.settings | {"people and their references": shown, "captions": captions, "prompts": prompts}
     now, path = json.loads(json.dumps(now)), args.out / "settings.json"
     if path.exists():
         before = JsonFile(path)
@@ -396,6 +402,8 @@ def compare(argv: list[str] | None = None, quiet: bool = False) -> None:
     judges = Judges(args.model, args.face_weights, args.clip, args.device)
     real = embed_real(judges, people)
     take_defaults(args)
+    args.captions = {p.name: captions_beside([p.reference, *p.more], fill(args.prompt, p.gender))
+                     for p in people}
     check_settings(args, people, prompts)
     with Interruption() as interruption:
         pictures = Run(args, people, prompts, interruption).everything()

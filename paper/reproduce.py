@@ -53,9 +53,10 @@ PHOTOS, SIDE = 6, 384                                     # of each person, the 
 SCORES = "r_facesim", "clip_t"
 
 
-def draw_people(judges: evaluation.Judges, folder: Path, first: int, count: int, pictures: int) -> None:
+def draw_people(judges: evaluation.Judges, folder: Path, first: int, count: int, pictures: int,
+                captions: bool = False) -> None:
     """`count` identities from seed `first`, photo style; a picture without a face is drawn anew. The
-    reference is nearly frontal, as one would choose it."""
+    reference is nearly frontal, as one would choose it. `captions`: each beside its picture."""
     for seed in tqdm(range(first, first + count), f"people in {folder.name}", disable=None, leave=False):
         person, index = folder / faces.identity(seed)["gender"] / f"{seed}", 0
         frontal = {"yaw": float(np.random.default_rng([seed, 8]).uniform(-8, 8))}
@@ -63,9 +64,12 @@ def draw_people(judges: evaluation.Judges, folder: Path, first: int, count: int,
             path = person / f"{i}.png"
             while not path.is_file():
                 options = {"style": "photo", **({} if i else frontal)}
-                image = Image.fromarray(faces.sample(seed, 1000 * i + index, SIDE, SIDE, **options)[0])
+                pixels, caption = faces.sample(seed, 1000 * i + index, SIDE, SIDE, **options)
                 index += 1
-                if judges.crop(image) is not None:
+                if judges.crop(image := Image.fromarray(pixels)) is not None:
+                    if captions:
+                        path.parent.mkdir(parents=True, exist_ok=True)
+                        write_whole(path.with_suffix(".txt"), caption.encode())
                     save_png(image, path)
 
 

@@ -74,11 +74,11 @@ class Captions:
         return caption
 
 
-def captions_beside(pictures: list[str | Path], prompt: str) -> dict[Path, str]:
-    """What each picture is called: what a caption beside it says, which is told, else `prompt`. ValueError as
-    of Captions."""
+def captions_beside(pictures: list[str | Path], prompt: str, tell: bool = False) -> dict[Path, str]:
+    """What each picture is called: what a caption beside it says, else `prompt`. With `tell` the first is
+    printed. ValueError as of Captions."""
     found = {path: Captions(path.parent).of(path) for path in map(Path, pictures)}
-    for path, caption in found.items():
+    for path, caption in found.items() if tell else ():
         if caption is not None:
             print(f"{path.name} is called {caption!r}, by the caption beside it")
     return {path: prompt if caption is None else caption for path, caption in found.items()}

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import eval_rfacesim as ev
 import personalize
 from metalora import IdentityBank, MetaLoRA, apply_loras
+from baby import faces
 from paper import compare
 from support import photos
 from support.checkpoints import find_model, load_autoencoder, load_flux, load_text_encoders, model_defaults
@@ -75,6 +76,26 @@ def test_the_whole_run_writes_everything(whole, capsys):
     again = json.loads((out.parent / "again" / "scores.json").read_text())
     key = lambda row: (row["method"], row["identity"], row["number"], row["seed"])
     assert sorted(again["pictures"], key=key) == sorted(scores["pictures"], key=key)
+
+
+def test_captions_beside_photos_are_used_as_personalize_uses_them(people, prompts_file, tmp_path, capsys):
+    """Two photos of a person with captions of their own: the LoRA of personalize.py on these two. A caption that is written
+    later is another setting."""
+    shutil.copytree(people / "p0", tmp_path / "data" / "p0")
+    first, second = sorted((tmp_path / "data" / "p0").glob("*.png"))[:2]
+    first.with_suffix(".txt").write_text("a photo of a man in a red shirt")
+    second.with_suffix(".txt").unlink()
+    words = [*BASE, "--data", tmp_path / "data", "--gender", "man", "--prompts", prompts_file, "--methods", "meta-lora", "--photos", "2", "--iters",
+             "2", "--lr", "1e-2", "--prompt", "a photo of a person", "--out", tmp_path / "r"]
+    assert run(*words) == 0
+    own = tmp_path / "r" / "loras" / "meta-lora_r1_i2" / "p0.safetensors"
+    assert personalize.main([str(word) for word in (first, second, "--model", "baby", "--iters", 2, "--lr", 1e-2, "--out", tmp_path / "p.safetensors")]) == 0
+    theirs = tmp_path / "p.safetensors"
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*(load_file(f).values() for f in (own, theirs))))
+    with safe_open(own, "pt") as file:
+        assert file.metadata()["prompt"] == "a photo of a man in a red shirt | a photo of a person"
+    second.with_suffix(".txt").write_text("a photo of a man on a beach")
+    assert run(*words) == 2 and "another setting of captions" in capsys.readouterr().err
 
 
 def same_tensors(a, b):
@@ -181,7 +202,9 @@ def test_people_trained_together_equal_those_trained_one_by_one(people, method, 
     encoded = [personalize.encode_crops(autoencoder, photos.load_crops([r], [128])[:9 + 2 * i]) for i, r in enumerate(references)]
     latents, weights = zip(*encoded)
     assert len({latent.shape for latent in latents[0]}) > 2 and len({len(own) for own in latents}) > 1
-    txt, y = load_text_encoders(BABY, dtype=torch.float32).encode(["a photo of a man", "a photo of a woman"] * 2)
+    captions = [[f"a photo of a man {b}" for b in faces.BACKGROUNDS.values()][:len(latents[0])], *([f"a photo of a {w}"] for w in ("man", "woman", "man"))]
+    assert len(captions[0]) == len(latents[0])                                             # each crop its own, or one for all
+    txt, y = zip(*map(load_text_encoders(BABY, dtype=torch.float32).encode, captions))
     flux, iters, passes = load_flux(BABY, dtype=torch.float32), 8, []
 
     def trained(people, slots):
@@ -189,7 +212,7 @@ def test_people_trained_together_equal_those_trained_one_by_one(people, method, 
         adapter.bank = IdentityBank(adapter.new_row(torch.Generator().manual_seed(0)).repeat(len(people), 1))
         assign = adapter.assign
         adapter.assign = lambda ids: (passes.append(len(ids)), assign(ids))
-        compare.train_together(flux, adapter, [latents[p] for p in people], txt[people], y[people], iters, 5e-3, seed=0,
+        compare.train_together(flux, adapter, [latents[p] for p in people], [txt[p] for p in people], [y[p] for p in people], iters, 5e-3, seed=0,
                           weights=[weights[p] for p in people])
         assert adapter.bank.steps.tolist() == [iters] * len(people)
         updates = [torch.cat([(B @ A).flatten() for A, B in adapter.collapse(i).values()]) for i in range(len(people))]
