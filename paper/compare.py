@@ -98,9 +98,9 @@ def train_together(flux: Flux, adapter: MetaLoRA, people: list[list[Tensor]], tx
     """personalize.train for each row of the adapter: `iters` steps, less those that a row has behind it.
 
     people, weights: for each row what `encode_crops` gave; None: all places count alike. txt (K, T, _) and
-    y (K, _) of each: captions of the K crops, or one of all, as in `train`. A person trains as if alone. Those
-    whose next batches have the same shape go through the network together, at most `adapter.slots`; the most
-    frequent shape goes first.
+    y (K, _) of each: captions of the K crops, or one of all, as in `train`. A person trains as if alone.
+    Those whose next batches have the same shape go through the network together, at most `adapter.slots`; the
+    most frequent shape goes first.
     on_step(iteration, loss, person) comes after each step, from 1. Raises NotFinite, with the person.
     """
     weights = weights or [[torch.ones(len(latent), 1, 1, 1) for latent in latents] for latents in people]
