@@ -572,14 +572,15 @@ def main():
                         "--out is then a new folder")
     parser.add_argument("--run", type=Path, default=Path("baby/run"), help="data and resumable state (about 4 GB)")
     parser.add_argument("--out", type=Path, default=Path("baby/checkpoint"), help="the checkpoint, in the hub's layout")
-    parser.add_argument("--width", type=int, default=FLUX_CONFIG.hidden_size, help="hidden size of the transformer, a multiple of 32")
+    parser.add_argument("--width", type=int, default=FLUX_CONFIG.hidden_size, help="hidden size of the transformer, a multiple of a head's 32")
     parser.add_argument("--steps", type=int, default=STEPS, help="of the transformer, with batches of 64")
     parser.add_argument("--init", type=Path, help="folder of a checkpoint whose transformer to go on from, as a new run")
     parser.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     args = parser.parse_args()
-    if args.width < 32 or args.width % 32:
-        parser.error(f"--width {args.width} is no multiple of 32")
+    head = sum(FLUX_CONFIG.axes_dim)
+    if args.width < head or args.width % head:
+        parser.error(f"--width {args.width} is no multiple of {head}")
     if args.recipe:
         if args.out.resolve() == Path(__file__).resolve().parent / "checkpoint":
             parser.error("--recipe would write into the shipped checkpoint: name another --out")
@@ -598,7 +599,7 @@ def main():
     encode_latents(args.run, args.out, device)
     if not (args.out / "text_encoder_2" / "model.safetensors").exists():
         make_text(args.run, args.out)
-    config = dataclasses.replace(FLUX_CONFIG, hidden_size=args.width, num_heads=args.width // 32)
+    config = dataclasses.replace(FLUX_CONFIG, hidden_size=args.width, num_heads=args.width // head)
     if not (args.out / "lomd.safetensors").exists():
         with torch.device("meta"):
             targets = find_targets(Flux(config))

@@ -2,6 +2,7 @@
 import dataclasses
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import faces  # noqa: E402
 import pretrain  # noqa: E402
 from flux_model import AutoEncoderConfig, FluxConfig  # noqa: E402
 from support.checkpoints import find_model, load_autoencoder, load_flux, load_text_encoders  # noqa: E402
+from support.lora_files import read_lomd  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -212,3 +214,52 @@ def test_every_caption_fits_the_tokenizers(tiny):
     clip, t5 = encoders.tokenize(captions)
     assert (t5[:, -1] == 0).all() and (clip[:, -1] == clip[0, -1]).all()             # padded: nothing was cut
     assert (t5 != 2).all()                                                            # no unknown piece
+
+
+@pytest.mark.slow
+def test_the_recipe_from_nothing(tiny, monkeypatch, tmp_path, capfd):
+    """Every stage by its own command, sizes apart as it stands; what comes out is a model with judges and a learned LoMD, and
+    the second time nothing is trained again."""
+    import check
+    import metrics
+    import meta_train
+    small = {"AE_STEPS": 3, "DECODER_STEPS": 2, "DECODER_BATCH": 2, "STEPS": 3}
+    sizes = dict(PEOPLE=6, HELD_OUT=2, EMBEDDER_STEPS=2, EMBEDDER_BATCH=4, SCORER_STEPS=2, SCORER_BATCH=4)
+    for module, own in ((pretrain, small), (metrics, sizes)):
+        for name, value in own.items():
+            monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(check, "verification", lambda judges: (1.0, 0))                            # 400 pictures
+    mains = {"pretrain": pretrain.main, "metrics": metrics.main, "faces": faces.main, "check": check.main, "meta_train": meta_train.main}
+    few, done = {"128": "16", "200": "4", "5000": "2", "6": "1"}, []
+
+    def run(words, cwd):
+        name, words = Path(words[1]).stem, [few.get(word, word) for word in words[2:]]
+        done.append(name)
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", [name, *words, *(["--steps", "1"] if name == "check" else [])])
+            code = mains[name](None) if name == "meta_train" else mains[name]()
+        return SimpleNamespace(returncode=code or 0)
+    monkeypatch.setattr(pretrain.subprocess, "run", run)
+    for _ in range(2):
+        pretrain.follow_recipe(tmp_path / "run", tmp_path / "out", [])
+    out = tmp_path / "out"
+    assert done == ["pretrain", "pretrain", "metrics", "faces", "meta_train", "check"] * 2
+    assert load_flux(tmp_path / "run/narrow").config.hidden_size == 16 and load_flux(out).config.hidden_size == 32
+    assert (out / "prompts.txt").read_text() and not read_lomd(out, None)[2]                       # learned
+
+
+def test_the_recipe_spares_the_shipped_checkpoint(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--recipe"])
+    with pytest.raises(SystemExit) as refused:
+        pretrain.main()
+    assert refused.value.code == 2 and "shipped checkpoint" in capsys.readouterr().err
+
+
+def test_a_recipe_ends_with_the_stage_that_fails(monkeypatch, tmp_path, capsys):
+    done = []
+    monkeypatch.setattr(pretrain.subprocess, "run", lambda words, cwd: (done.append(words), SimpleNamespace(returncode=len(done) // 2))[1])
+    with pytest.raises(SystemExit) as ended:
+        pretrain.follow_recipe(tmp_path / "a run", tmp_path / "out", ["--device", "cpu"])
+    assert ended.value.code == 1 and len(done) == 2 and done[0][-2:] == ["--device", "cpu"] and str(tmp_path / "a run") in done[0]
+    shown = capsys.readouterr().out
+    assert all(what in shown and length in shown for what, length, _ in pretrain.RECIPE)
