@@ -72,16 +72,16 @@ DEFAULTS = {"resolution": 128, "learning_rate": {"lora": 6e-4, "meta-lora": 1.2e
             "guidance": 2.75, "warmup": 0.0, "aspects": ["1:1"], "scales": [4.5], "background": 0.1, "mirror": False}       # why: docs/BABY.md
 
 
-# What made the shipped checkpoint, in order: what, how long on 2 CPU cores, a command. Each goes on where it was stopped, and
-# does nothing where its result is there. The shipped one had the same stages in more pieces: docs/BABY.md.
+# What made the shipped checkpoint, in order: what, how long on 2 CPU cores, a command. Each goes on where it was stopped.
+# The shipped one had the same stages in more pieces: docs/BABY.md.
 RECIPE = (
     ("the world, the autoencoder, the transformer at hidden 128, 9,500 batches", "5 hours",
-     "baby/pretrain.py --width 128 --run {run} --out {run}/narrow"),
-    ("the transformer grown to hidden 192, 9,500 batches", "3 hours", "baby/pretrain.py --init {run}/narrow --run {run} --out {out}"),
-    ("a face embedder and a text-image scorer, its judges", "40 minutes", "baby/metrics.py --run {run}/metrics --out {out}"),
+     "baby/pretrain.py --width 128 --run {run} --out {run}/narrow {device}"),
+    ("the transformer grown to hidden 192, 9,500 batches", "3 hours", "baby/pretrain.py --init {run}/narrow --run {run} --out {out} {device}"),
+    ("a face embedder and a text-image scorer, its judges", "40 minutes", "baby/metrics.py --run {run}/metrics --out {out} {device}"),
     ("people of stage 1", "1 minute", "baby/faces.py --identities 200 --images 10 --out {run}/people --seed 100000"),
     ("their LoMD, 5,000 iterations", "16 minutes",
-     "meta_train.py --data {run}/people --model {out} --iters 5000 --run {run}/stage1 --out {out}/lomd.safetensors"),
+     "meta_train.py --data {run}/people --model {out} --iters 5000 --run {run}/stage1 --out {out}/lomd.safetensors {device}"),
     ("what it can do", "6 minutes", "baby/check.py --model {out} --each 6 --out {run}/check.png"))
 
 
@@ -553,17 +553,17 @@ def train_transformer(run: Path, out: Path, steps: int, init: Path | None = None
 
 
 def follow_recipe(run: Path, out: Path, words: list[str]):
-    """RECIPE, each stage by its own command with `words` behind it; ends where one of them does not go well."""
-    root = Path(__file__).resolve().parents[1]
-    places = {"run": shlex.quote(str(run.resolve())), "out": shlex.quote(str(out.resolve()))}
-    commands = [command.format(**places) for *_, command in RECIPE]
+    """RECIPE, each stage by its own command, with `words` where it takes a device; ends where one does not go well."""
+    root, interrupted = Path(__file__).resolve().parents[1], Interrupted()       # Ctrl-C reaches the stage too, which saves
+    places = {"run": shlex.quote(str(run.resolve())), "out": shlex.quote(str(out.resolve())), "device": shlex.join(words)}
+    commands = [command.format(**places).strip() for *_, command in RECIPE]
     for number, ((what, length, _), command) in enumerate(zip(RECIPE, commands), 1):
         print(f"{number}. {what} (about {length})\n   python {command}")
     for number, command in enumerate(commands, 1):
-        own = words if "faces.py" not in command and "check.py" not in command else []
         print(f"\n{number} of {len(commands)}: python {command}", flush=True)
-        if code := subprocess.run([sys.executable, *shlex.split(command), *own], cwd=root).returncode:
-            raise SystemExit(code if code > 0 else 130)
+        code = subprocess.run([sys.executable, *shlex.split(command)], cwd=root).returncode
+        if code or interrupted.now:
+            raise SystemExit(130 if interrupted.now or code < 0 else code)
 
 
 def main():

@@ -263,3 +263,17 @@ def test_a_recipe_ends_with_the_stage_that_fails(monkeypatch, tmp_path, capsys):
     assert ended.value.code == 1 and len(done) == 2 and done[0][-2:] == ["--device", "cpu"] and str(tmp_path / "a run") in done[0]
     shown = capsys.readouterr().out
     assert all(what in shown and length in shown for what, length, _ in pretrain.RECIPE)
+
+
+def test_ctrl_c_lets_the_stage_of_a_recipe_save(monkeypatch, tmp_path):
+    """The terminal sends it to both: subprocess.run would kill a stage that is still saving."""
+    done = []
+
+    def run(words, cwd):
+        done.append(words)
+        pretrain.signal.raise_signal(pretrain.signal.SIGINT)                                       # no KeyboardInterrupt here
+        return SimpleNamespace(returncode=130)
+    monkeypatch.setattr(pretrain.subprocess, "run", run)
+    with pytest.raises(SystemExit) as ended:
+        pretrain.follow_recipe(tmp_path / "run", tmp_path / "out", [])
+    assert ended.value.code == 130 and len(done) == 1
