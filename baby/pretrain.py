@@ -34,6 +34,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import support  # noqa: E402, F401  before torch: how its threads wait
@@ -41,6 +42,7 @@ import numpy as np  # noqa: E402
 import sentencepiece  # noqa: E402
 import tokenizers  # noqa: E402
 import torch  # noqa: E402
+from PIL import Image, ImageOps  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from torch import nn  # noqa: E402
@@ -53,6 +55,7 @@ from flux_model import (AutoEncoder, AutoEncoderConfig, Flux, FluxConfig, flow_m
                         velocity)
 from metalora import random_lomd  # noqa: E402
 from support.checkpoints import find_targets, load_autoencoder, load_flux, load_text_encoders  # noqa: E402
+from support import photos  # noqa: E402
 from support.common import whole  # noqa: E402
 from support.lora_files import save_lomd  # noqa: E402
 
@@ -64,9 +67,9 @@ AE_CONFIG = AutoEncoderConfig(resolution=128, ch=16, ch_mult=(1, 1, 2, 4), num_r
 WIDTH_TEXT, T5_TOKENS, CLIP_TOKENS = 64, 24, 40
 FLUX_CONFIG = FluxConfig(vec_in_dim=WIDTH_TEXT, context_in_dim=WIDTH_TEXT, hidden_size=192, num_heads=6, depth=3,
                          depth_single_blocks=6, axes_dim=(8, 12, 12))
-STEPS, BATCH, LR_MUON, LR_ADAM, EMA = 9_500, 64, 2e-3, 2e-3, 0.998
+STEPS, BATCH = 9_500, 64
 FACE = 4.0                            # weight of the loss on the face against the rest
-DECAY, GUIDED = 0.35, 0.19            # last parts of the run: learning rate falls to zero; guidance is learned
+SCENE, SCENES, CROPS = 288, 12_000, 3  # pixels, number, crops of each: the pictures of --framings
 WEAK = 2 / 9.5                        # part of the run after which the averaged weights are those to be guided away from
 DEFAULTS = {"resolution": 128, "learning_rate": {"lora": 6e-4, "meta-lora": 1.2e-3, "stage 1": 4e-3}, "prompt": "a photo of a person",
             "guidance": 2.75, "warmup": 0.0, "aspects": ["1:1"], "scales": [4.5], "background": 0.1, "mirror": False}       # why: docs/BABY.md
@@ -83,6 +86,20 @@ RECIPE = (
     ("their LoMD, 5,000 iterations", "16 minutes",
      "meta_train.py --data {run}/people --model {out} --iters 5000 --run {run}/stage1 --out {out}/lomd.safetensors {device}"),
     ("what it can do", "6 minutes", "baby/check.py --model {out} --each 6 --out {run}/check.png"))
+
+
+class Plan(NamedTuple):
+    """How the transformer is trained. `decay` and `guided`: last parts of the run in which the learning rate falls to zero,
+    and guidance is learned, on every `every`th picture."""
+    rate: float = 2e-3
+    warmup: int = 200
+    decay: float = 0.35
+    ema: float = 0.998
+    guided: float = 0.19
+    every: int = 2
+
+
+FIRST, FRAMINGS = Plan(), Plan(6e-4, 50, 0.5, 0.995, 1.0, 4)
 
 
 def save_whole(tensors: dict, path: Path, metadata: dict | None = None):
@@ -130,10 +147,49 @@ def person_and_scene(index: int) -> tuple[dict, dict]:
     return faces.identity(person), faces.scene(np.random.default_rng([person, index, 1]), size=size)
 
 
+def framed(index: int) -> list[tuple]:
+    """[((width, height), picture, caption)] of a scene: CROPS of the paper's crops, or, of every fourth one, all of it."""
+    rng = np.random.default_rng([SEED, index, 9])
+    if index % 4 == 0:
+        shape = list(SHAPES)[int(rng.choice(len(SHAPES), p=np.array([*SHAPES.values()]) / sum(SHAPES.values())))]
+        return [(shape, *draw((index, *shape)))]
+    person = subject(index)[0]
+    who, scene_rng = faces.identity(person), np.random.default_rng([person, index, 1])
+    scene = faces.scene(scene_rng)
+    image, pose = Image.fromarray(faces.render(who, scene, SCENE, SCENE)), faces.Pose(who, scene, SCENE, SCENE)
+    box = [*(pose.centre - pose.scale * np.float32((0.64, 0.42))), *(pose.centre + pose.scale * np.float32((0.64, 1.0)))]
+    boxes, text, crops = photos.face_crops(SCENE, SCENE, box), faces.caption(who, scene, scene_rng), []
+    for i in rng.choice(len(boxes), CROPS, replace=False):
+        picture = photos.fit_to_grid(image.crop(boxes[i]), 128, upscale=True)
+        picture = ImageOps.mirror(picture) if rng.random() < 0.5 else picture
+        crops.append((picture.size, np.array(picture), text))
+    return crops
+
+
+def make_framings(run: Path):
+    """Pictures as make_data writes them, of framed scenes."""
+    if (run / "data").exists():
+        return
+    found, part = {shape: [] for shape in SHAPES}, run / "data.part"
+    with workers() as pool:
+        for crops in tqdm(pool.imap(framed, range(SCENES), 32), total=SCENES, desc="framings"):
+            for shape, image, text in crops:
+                found[shape].append((image, text))
+    part.mkdir(parents=True, exist_ok=True)
+    for (width, height), pairs in found.items():
+        np.save(part / f"{width}x{height}.npy", np.stack([image for image, _ in pairs]))
+        (part / f"{width}x{height}.txt").write_text("\n".join(text for _, text in pairs))
+    os.replace(part, run / "data")
+
+
+def workers():
+    # spawn: a fork of a process whose libraries have threads may wait for ever for a lock that one of them held
+    return multiprocessing.get_context("spawn").Pool(initializer=faces.cv2.setNumThreads, initargs=(1,))
+
+
 def make_data(run: Path):
     folder, first = run / "data", 0
-    # spawn: a fork of a process whose libraries have threads may wait for ever for a lock that one of them held
-    with multiprocessing.get_context("spawn").Pool(initializer=faces.cv2.setNumThreads, initargs=(1,)) as pool:
+    with workers() as pool:
         for (width, height), count in SHAPES.items():
             path, jobs = folder / f"{width}x{height}.npy", [(first + i, width, height) for i in range(count)]
             first += count
@@ -405,24 +461,41 @@ class Baby(nn.Module):
         return self.t5(t5_ids).last_hidden_state, self.clip(clip_ids).pooler_output
 
 
-def batch_of(step: int, latents: dict, weights: dict, captions: dict, chances: dict):
-    """Latents of one shape, captions, noise, times, guidance and loss weights of a step, by its number alone."""
+def batch_of(step: int, latents: dict, weights: dict, captions: dict, chances: dict, every: int = 2):
+    """Latents of one shape, captions, noise, times, guidance (1 but for every `every`th) and loss weights of a step, by its
+    number alone."""
     rng, generator = np.random.default_rng([SEED, step, 4]), torch.Generator().manual_seed(step)
-    counts = np.array(list(SHAPES.values()), float)
+    counts = np.array([len(captions[shape]) for shape in SHAPES], float)
     shape = list(SHAPES)[int(rng.choice(len(SHAPES), p=counts / counts.sum()))]
     index = rng.choice(len(latents[shape]), BATCH, p=chances[shape])
     x0 = latents[shape][index].float()
     text = [vary(captions[shape][i], rng) for i in index]
     noise = torch.randn(x0.shape, generator=generator)
-    guidance = torch.from_numpy(np.where(np.arange(BATCH) % 2, 1.0, rng.uniform(1, 5, BATCH))).float()
+    guidance = torch.from_numpy(np.where(np.arange(BATCH) % every, 1.0, rng.uniform(1, 5, BATCH))).float()
     return x0, noise, sample_times(BATCH, generator), text, guidance, weights[shape][index].float()
 
 
-def loss_of(baby: Baby, batch, average: Baby | None = None, weak: Baby | None = None) -> torch.Tensor:
-    """Flow matching. With `weak` the target, where guidance > 1, is what guidance of the averaged weights away from the
-    weak ones gives; those being trained would follow their own noise."""
+def away_from(weak: Baby, average: Baby):
+    """What guidance moves the velocity by: that of the averaged weights away from the weak ones; those being trained
+    would follow their own noise."""
+    def move(x_t, t, text, guidance):
+        good, bad = (velocity(model.flux, x_t, t, *model.embed(text), 1.0) for model in (average, weak))
+        return (guidance[:, None, None, None] - 1) * (good - bad)
+    return move
+
+
+def as_taught_by(teacher: Baby):
+    """What guidance moves the teacher's velocity by."""
+    def move(x_t, t, text, guidance):
+        words = teacher.embed(text)
+        return velocity(teacher.flux, x_t, t, *words, guidance) - velocity(teacher.flux, x_t, t, *words, 1.0)
+    return move
+
+
+def loss_of(baby: Baby, batch, move=None) -> torch.Tensor:
+    """Flow matching; with `move`, the target is moved by move(x_t, t, text, guidance) where guidance > 1."""
     x0, noise, t, text, guidance, weight = batch
-    if weak is None:
+    if move is None:
         guidance = torch.ones(BATCH)
     rows, device = np.flatnonzero(guidance.numpy() > 1), baby.flux.img_in.weight.device
     x0, noise, t, guidance, weight = (part.to(device) for part in (x0, noise, t, guidance, weight))
@@ -430,10 +503,9 @@ def loss_of(baby: Baby, batch, average: Baby | None = None, weak: Baby | None = 
         with torch.no_grad():
             at, words = t[rows, None, None, None], [text[i] for i in rows]
             x_t = (1 - at) * x0[rows] + at * noise[rows]
-            good, bad = (velocity(model.flux, x_t, t[rows], *model.embed(words), 1.0) for model in (average, weak))
             # moving x0 and the noise apart by the same amount moves the target, noise - x0, and not x_t
-            move = (guidance[rows, None, None, None] - 1) * (good - bad)
-            x0[rows], noise[rows] = x0[rows] - at * move, noise[rows] + (1 - at) * move
+            moved = move(x_t, t[rows], words, guidance[rows])
+            x0[rows], noise[rows] = x0[rows] - at * moved, noise[rows] + (1 - at) * moved
     return flow_matching_loss(baby.flux, x0, noise, t, *baby.embed(text), guidance, weight).mean()
 
 
@@ -486,7 +558,8 @@ def grow(small: Flux, large: Flux):
         p.copy_(old[name][rows][:, columns] * share)
 
 
-def train_transformer(run: Path, out: Path, steps: int, init: Path | None = None, device=CPU, config: FluxConfig | None = None):
+def train_transformer(run: Path, out: Path, steps: int, init: Path | None = None, device=CPU, config: FluxConfig | None = None,
+                      plan: Plan = FIRST):
     baby = Baby(out, config)
     small = load_checkpoint(baby, init).to(device) if init else None
     baby.to(device)
@@ -494,21 +567,23 @@ def train_transformer(run: Path, out: Path, steps: int, init: Path | None = None
     chances, captions = {}, {s: (run / "data" / f"{s[0]}x{s[1]}.txt").read_text().splitlines() for s in SHAPES}
     latents, face, first = {}, {}, 0
     for (width, height), count in SHAPES.items():
-        face[width, height] = face_weights(width, height, first, count)
-        first += count
         with safe_open(run / "latents" / f"{width}x{height}.safetensors", "pt") as file:
             latents[width, height] = file.get_tensor("latents")
+        face[width, height] = (torch.ones(len(latents[width, height]), 1, 1, 1) if plan is FRAMINGS
+                               else face_weights(width, height, first, count))
+        first += count
         often = np.array([2.0 - photo for photo in map(is_photo, captions[width, height])])
         chances[width, height] = often / often.sum()
     # Muon for the blocks' matrices, AdamW for embeddings, norms, biases and text (Jordan et al. 2024)
     named = dict(baby.named_parameters())
     matrices = [p for k, p in named.items() if "_blocks." in k and p.ndim == 2 and k.startswith("flux")]
     others = [p for p in named.values() if all(p is not m for m in matrices)]
-    optimizers = [torch.optim.Muon(matrices, lr=LR_MUON, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-                  torch.optim.AdamW(others, lr=LR_ADAM, betas=(0.9, 0.98), weight_decay=0.0)]
+    optimizers = [torch.optim.Muon(matrices, lr=plan.rate, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+                  torch.optim.AdamW(others, lr=plan.rate, betas=(0.9, 0.98), weight_decay=0.0)]
     average = copy.deepcopy(baby)
-    smaller = small is not None and small.flux.config.hidden_size < baby.flux.config.hidden_size
-    weak = small if smaller else copy.deepcopy(baby)      # guided away from the narrower one that it grew from, if there is one
+    given = plan is FRAMINGS or small is not None and small.flux.config.hidden_size < baby.flux.config.hidden_size
+    weak = small if given else copy.deepcopy(baby)        # guided away from the narrower one that it grew from, if there is one
+    move = as_taught_by(small) if plan is FRAMINGS else away_from(weak, average)
     ema = {k: p.detach() for k, p in average.named_parameters()}
     path, weak_path = (run / f"{name}-{baby.flux.config.hidden_size}.safetensors" for name in ("transformer", "weak"))
     start = load_state(path, baby, optimizers, ema)
@@ -520,20 +595,20 @@ def train_transformer(run: Path, out: Path, steps: int, init: Path | None = None
     shown, log = None, open(path.with_suffix(".jsonl"), "a")
     for step in bar:
         left = (steps - step) / steps
-        if step == int((1 - GUIDED) * steps) or step == start and left < GUIDED:
-            if not smaller and not load_state(weak_path, weak, []):
+        if step == int((1 - plan.guided) * steps) or step == start and left < plan.guided:
+            if not given and not load_state(weak_path, weak, []):
                 raise SystemExit(f"pretrain.py: {weak_path} is missing; it was written at step {WEAK * steps:.0f}")
-        rate = min(1.0, (step + 1) / 200) * min(1.0, left / DECAY)                      # warm up, hold, fall
-        optimizers[0].param_groups[0]["lr"], optimizers[1].param_groups[0]["lr"] = LR_MUON * rate, LR_ADAM * rate
+        for optimizer in optimizers:                                                     # warm up, hold, fall
+            optimizer.param_groups[0]["lr"] = plan.rate * min(1.0, (step + 1) / plan.warmup) * min(1.0, left / plan.decay)
         with bf16(device):
-            batch = batch_of(step, latents, face, captions, chances)
-            loss = loss_of(baby, batch, average, weak) if left < GUIDED else loss_of(baby, batch)
+            batch = batch_of(step, latents, face, captions, chances, plan.every)
+            loss = loss_of(baby, batch, move if left <= plan.guided else None)
         loss.backward()
         nn.utils.clip_grad_norm_(baby.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        decay = min(EMA, (step + 1) / (step + 10))
+        decay = min(plan.ema, (step + 1) / (step + 10))
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.values()), [p.detach() for p in named.values()], 1 - decay)
         shown = loss.item() if shown is None else 0.98 * shown + 0.02 * loss.item()
@@ -543,7 +618,7 @@ def train_transformer(run: Path, out: Path, steps: int, init: Path | None = None
             bar.set_postfix(loss=f"{shown:.4f}", refresh=False)
             log.write(json.dumps(dict(step=step + 1, loss=round(shown, 5), time=round(time.time()))) + "\n")
             log.flush()
-        if step + 1 == max(1, round(WEAK * steps)):
+        if not given and step + 1 == max(1, round(WEAK * steps)):
             save_whole({f"weight.{k}": v for k, v in ema.items()}, weak_path, {"step": str(step + 1)})
         if step % 500 == 499 or step == steps - 1 or interrupted.now:
             save_state(path, baby, optimizers, step + 1, ema)
@@ -575,12 +650,15 @@ def main():
     parser.add_argument("--width", type=int, default=FLUX_CONFIG.hidden_size, help="hidden size of the transformer, a multiple of a head's 32")
     parser.add_argument("--steps", type=int, default=STEPS, help="of the transformer, with batches of 64")
     parser.add_argument("--init", type=Path, help="folder of a checkpoint whose transformer to go on from, as a new run")
+    parser.add_argument("--framings", action="store_true", help="train --init further, on the paper's crops; --run is then a folder of its own")
     parser.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     args = parser.parse_args()
     head = sum(FLUX_CONFIG.axes_dim)
     if args.width < head or args.width % head:
         parser.error(f"--width {args.width} is no multiple of {head}")
+    if args.framings and not args.init:
+        parser.error("--framings goes on from a checkpoint: name it with --init")
     if args.recipe:
         if args.out.resolve() == Path(__file__).resolve().parent / "checkpoint":
             parser.error("--recipe would write into the shipped checkpoint: name another --out")
@@ -589,7 +667,7 @@ def main():
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if args.init and not (args.out / "ae.safetensors").exists():             # latents are that autoencoder's
         shutil.copytree(args.init, args.out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("lomd*", "flux1*"))
-    make_data(args.run)
+    (make_framings if args.framings else make_data)(args.run)
     if not (args.out / "ae.safetensors").exists():
         train_autoencoder(args.run, args.out, device)
     with safe_open(args.out / "ae.safetensors", "pt") as file:
@@ -605,7 +683,7 @@ def main():
             targets = find_targets(Flux(config))
         save_lomd(args.out / "lomd.safetensors", random_lomd(targets, r1=16, seed=SEED),
                   {"model": "baby", "iterations": "0", "random": "true"})
-    train_transformer(args.run, args.out, args.steps, args.init, device, config)
+    train_transformer(args.run, args.out, args.steps, args.init, device, config, FRAMINGS if args.framings else FIRST)
 
 
 if __name__ == "__main__":

@@ -530,6 +530,7 @@ def test_the_command_and_ctrl_c(data, reference, tmp_path):
     assert done.returncode == 2 and done.stderr.startswith("meta_train.py: --r2 5") and not done.stdout
 
 
+@pytest.mark.slow
 def test_more_iterations_later_after_a_torn_checkpoint_and_with_previews(server, data, reference, warm):
     """A run of 9 iterations becomes one of 22, although it draws pictures and its last checkpoint is torn."""
     argv = arguments(data, "--preview-every", 5)

@@ -16,6 +16,8 @@ from flux_model import AutoEncoderConfig, FluxConfig  # noqa: E402
 from support.checkpoints import find_model, load_autoencoder, load_flux, load_text_encoders  # noqa: E402
 from support.lora_files import read_lomd  # noqa: E402
 
+SHAPES = dict(pretrain.SHAPES)
+
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
@@ -163,7 +165,7 @@ def test_guidance_moves_the_target_and_not_the_input(tiny, monkeypatch):
     at, seen = t[:, None, None, None], {}
     monkeypatch.setattr(pretrain, "flow_matching_loss", lambda flux, x0, noise, t, txt, y, g, w: (
         seen.update(x_t=(1 - at) * x0 + at * noise, target=noise - x0, flux=flux), torch.zeros(1))[1])
-    pretrain.loss_of(baby, (x0.clone(), noise.clone(), t, text, guidance, weight), average, weak)
+    pretrain.loss_of(baby, (x0.clone(), noise.clone(), t, text, guidance, weight), pretrain.away_from(weak, average))
     x_t = (1 - at) * x0 + at * noise
     assert torch.allclose(seen["x_t"], x_t, atol=1e-5) and seen["flux"] is baby.flux
     with torch.no_grad():
@@ -175,7 +177,8 @@ def test_guidance_moves_the_target_and_not_the_input(tiny, monkeypatch):
     monkeypatch.undo()                                          # weights elsewhere: the batch follows them, guided or not
     elsewhere = [model.to("meta") for model in (baby, average, weak)]
     for models in (elsewhere, elsewhere[:1]):
-        pretrain.loss_of(models[0], (x0, noise, t, text, guidance, weight), *models[1:]).backward()
+        move = pretrain.away_from(*models[1:]) if models[1:] else None
+        pretrain.loss_of(models[0], (x0, noise, t, text, guidance, weight), move).backward()
     assert all(p.grad.device.type == "meta" for p in baby.flux.double_blocks.parameters())
 
 
@@ -189,6 +192,50 @@ def test_the_weighted_part_of_a_picture_is_its_face():
         assert weight.mean().item() == pytest.approx(1, abs=1e-3) and weight.max() / weight.min() == pytest.approx(pretrain.FACE, rel=1e-3)
         centre = faces.Pose(who, scene, 128, 128).centre
         assert weight[int(centre[1] // 8), int(centre[0] // 8)] == weight.max() and weight[0, 0] == weight.min()
+
+
+def test_framings_are_the_papers_crops_of_one_scene():
+    """Every fourth scene is a whole picture as `draw` has it; the others are crops, each in its shape's size, with the
+    caption of the scene, and the head in them has at least two sizes."""
+    whole, *others = (pretrain.framed(index) for index in range(8) if index != 4)
+    (shape, image, text), = whole
+    assert image.shape[:2] == shape[::-1] and np.array_equal(image, pretrain.draw((0, *shape))[0])
+    for crops in others:
+        assert len(crops) == pretrain.CROPS and len({text for *_, text in crops}) == 1
+        assert all(shape in SHAPES and image.shape == (shape[1], shape[0], 3) for shape, image, _ in crops)
+        assert len({image.tobytes() for _, image, _ in crops}) == pretrain.CROPS
+    assert len({shape for crops in others for shape, *_ in crops}) > 2
+
+
+def test_framings_go_on_from_a_checkpoint(tiny, monkeypatch, tmp_path):
+    run, out = tiny
+    if not (out / "flux1-dev.safetensors").exists():
+        pretrain.train_transformer(run, out, 3)
+    monkeypatch.setattr(pretrain, "SHAPES", SHAPES)
+    monkeypatch.setattr(pretrain, "SCENES", 16)
+    pretrain.make_framings(tmp_path / "run")
+    pretrain.encode_latents(tmp_path / "run", out)
+    found = {path.stem: len(np.load(path)) for path in (tmp_path / "run/data").glob("*.npy")}
+    assert sum(found.values()) == 4 + 12 * pretrain.CROPS and len(found) == 5
+    monkeypatch.setattr(pretrain, "batch_of", lambda *rest, draw=pretrain.batch_of: (seen := draw(*rest), guided.append(seen[4]))[0])
+    guided, final = [], tmp_path / "out"
+    pretrain.shutil.copytree(out, final)
+    pretrain.train_transformer(tmp_path / "run", final, 2, init=out, plan=pretrain.FRAMINGS)
+    assert [(guidance > 1).sum() for guidance in guided] == [1, 1]                                 # one of four
+    before, after = (load_flux(folder, dtype=torch.float32) for folder in (out, final))
+    moved = max((a - b).abs().max().item() for a, b in zip(before.parameters(), after.parameters()))
+    assert 0 < moved < 0.01                                                    # it goes on from there, at a low rate
+
+
+def test_a_teacher_keeps_its_guidance(tiny):
+    teacher = pretrain.Baby(tiny[1])
+    for p in teacher.flux.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    x, t, guidance = torch.randn(2, 16, 16, 16), torch.tensor([0.3, 0.8]), torch.tensor([1.0, 4.0])
+    with torch.no_grad():
+        moved = pretrain.as_taught_by(teacher)(x, t, ["", "a photo of a man"], guidance)
+        by_hand = [pretrain.velocity(teacher.flux, x[1:], t[1:], *teacher.embed(["a photo of a man"]), g) for g in (4.0, 1.0)]
+    assert moved[0].abs().max() < 1e-5 and torch.allclose(moved[1:], by_hand[0] - by_hand[1], atol=1e-5) and moved[1].abs().max() > 1e-3
 
 
 def test_pictures_that_are_no_photos_are_told_by_their_captions():
