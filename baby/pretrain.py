@@ -148,7 +148,8 @@ def person_and_scene(index: int) -> tuple[dict, dict]:
 
 
 def framed(index: int) -> list[tuple]:
-    """[((width, height), picture, caption)] of a scene: CROPS of the paper's crops, or, of every fourth one, all of it."""
+    """[((width, height), picture, caption)] of a scene: CROPS of the paper's crops, or, of every fourth one, all of it. A
+    crop that ends above the clothes says nothing of them nor of the background, so that captions with them draw both."""
     rng = np.random.default_rng([SEED, index, 9])
     if index % 4 == 0:
         shape = list(SHAPES)[int(rng.choice(len(SHAPES), p=np.array([*SHAPES.values()]) / sum(SHAPES.values())))]
@@ -159,10 +160,11 @@ def framed(index: int) -> list[tuple]:
     image, pose = Image.fromarray(faces.render(who, scene, SCENE, SCENE)), faces.Pose(who, scene, SCENE, SCENE)
     box = [*(pose.centre - pose.scale * np.float32((0.64, 0.42))), *(pose.centre + pose.scale * np.float32((0.64, 1.0)))]
     boxes, text, crops = photos.face_crops(SCENE, SCENE, box), faces.caption(who, scene, scene_rng), []
-    for i in rng.choice(len(boxes), CROPS, replace=False):
-        picture = photos.fit_to_grid(image.crop(boxes[i]), 128, upscale=True)
+    for x0, y0, x1, y1 in rng.permutation(boxes)[:CROPS].tolist():
+        picture = photos.fit_to_grid(image.crop((x0, y0, x1, y1)), 128, upscale=True)
         picture = ImageOps.mirror(picture) if rng.random() < 0.5 else picture
-        crops.append((picture.size, np.array(picture), text))
+        wide = y1 > box[3] + 0.4 * (box[3] - box[1])
+        crops.append((picture.size, np.array(picture), text if wide else short(text)))
     return crops
 
 
@@ -426,15 +428,19 @@ def is_photo(caption: str) -> bool:
     return ("a photo of" in caption or caption.endswith("a photo")) and not caption.endswith("at night")
 
 
+def short(caption: str) -> str:
+    """Style and gender alone: "a photo of a woman", "a photo of a man at night"."""
+    style = max((s for s in faces.STYLES.values() if s in caption), key=len)
+    return f"{style} of a {'woman' if 'woman' in caption else 'man'}" + " at night" * caption.endswith(" at night")
+
+
 def vary(caption: str, rng: np.random.Generator) -> str:
     """Captions as people write them: sometimes short, sometimes "a person", and one in ten empty (for guidance)."""
     chance = rng.random()
     if chance < 0.1:
         return ""
-    if chance < 0.25:                                     # "a photo of a woman", "a photo of a man at night"
-        style = max((s for s in faces.STYLES.values() if s in caption), key=len)
-        gender = "woman" if "woman" in caption else "man"
-        caption = f"{style} of a {gender}" + (" at night" if caption.endswith(" at night") else "")
+    if chance < 0.25:
+        caption = short(caption)
     if rng.random() < 0.2:
         caption = caption.replace("woman", "person").replace("man", "person")
     return caption.capitalize() if rng.random() < 0.3 else caption

@@ -50,8 +50,9 @@ class Way(NamedTuple):
 ONE = Way(iters=(375,))                     # what a user with one photo gets
 WAYS = (ONE, Way(captions=True, iters=(375, 625)), Way(crops="mirror image too"), Way(crops="five sizes"),
         Way(crops="the paper's"), Way(crops="the paper's", captions=True),
-        Way(MANY), Way(MANY, True), Way(MANY, True, rate=2.4e-3), Way(MANY, True, rank=4),
-        Way(MANY, True, rank=4, rate=2.4e-3), Way(MANY, True, rank=16))
+        Way(crops="the paper's", rank=4, rate=2.4e-3), Way(MANY), Way(MANY, True), Way(MANY, True, rank=4),
+        Way(MANY, True, rank=4, rate=2.4e-3, iters=(375, 1000, 1875)),
+        Way(MANY, True, rank=16, iters=(1000, 1875)))
 FULL = dict(choose=8, people=24, ways=WAYS)
 SUBSET = dict(choose=2, people=2, ways=(ONE._replace(iters=(20,)), Way(crops="the paper's", iters=(20,)),
                                         Way(MANY, True, iters=(20, 40))))

@@ -6,7 +6,7 @@
 Stages, each by paper/compare.py, each going on where it was stopped:
   people    drawn TEST and CHOOSE identities, 6 photos of each, with a face in every one
   rates     every method at several learning rates on the CHOOSE people       -> rates.json, rates.png
-  main      every method at rank 1 and its own number of iterations, all seeds      -> --out
+  main      every method at rank 1, at 250, 375 and 625 iterations, all seeds       -> --out
   sweep     12 of the people, every rank at every number of iterations              -> --out/sweep
 
 The learning rate of a method is the one with the highest sum of R-FaceSim (a picture without a face counts as
@@ -46,9 +46,9 @@ STEPS = 10              # against 30: R-FaceSim up to 1.6 points off, of five me
 RATES = dict.fromkeys(METHODS, (3e-4, 6e-4, 1.2e-3, 2.4e-3))
 RATES |= {"random-lomd": tuple(4 * rate for rate in RATES["lora"])}                     # its rows are shorter
 FEW = dict.fromkeys(METHODS, (6e-4, 1.2e-3)) | {"random-lomd": (2.4e-3, 4.8e-3)}
-FULL = dict(people=48, choose=8, rates=RATES, sweep=12, ranks=(1, 2, 4, 8, 16),
+FULL = dict(people=48, choose=8, rates=RATES, own=(250, 375, 625), sweep=12, ranks=(1, 2, 4, 8, 16),
             iters=(250, 375, 500, 625, 750), noises=3, trainings=2)
-SUBSET = FULL | dict(people=8, choose=4, rates=FEW, sweep=0, noises=1, trainings=1)
+SUBSET = FULL | dict(people=8, choose=4, rates=FEW, own=(375, 625), sweep=0, noises=1, trainings=1)
 PHOTOS, SIDE = 6, 384                                     # of each person, the first is the reference; pixels
 SCORES = "r_facesim", "clip_t"
 
@@ -193,15 +193,13 @@ def rows_of(scores: dict) -> dict[str, list[dict]]:
 
 
 def compared(labels: list[str]) -> list[tuple[str, str]]:
-    """What Meta-LoRA is compared with: at each rank each other method, both at their own numbers of
-    iterations where these are there; and at the same number."""
+    """What Meta-LoRA is compared with: at each rank each other method, at its own number of iterations where
+    this is there; and at the same number."""
     pairs = []
     for label in labels:
         method, rank, iterations = compare.Setting.read(label)
         for other in METHODS[:-1] if method == "meta-lora" else ():
-            papers = [iterations] == compare.iterations_of(method, None)
-            own = compare.iterations_of(other, None) if papers else []
-            pairs += [(label, name) for i in dict.fromkeys([*own, iterations])
+            pairs += [(label, name) for i in dict.fromkeys([*compare.iterations_of(other, None), iterations])
                       if (name := compare.Setting(other, rank, i).label) in labels]
     return pairs
 
@@ -312,7 +310,8 @@ def reproduce(argv: list[str] | None = None) -> None:
     methods, runs, out = ["none", *METHODS], {}, args.out or run / "report"
     for seed in range(size.trainings):
         runs[seed] = rows_of(evaluate(pool, run / f"seed{seed}", methods, [1], *common, "--data",
-                                      run / "people", "--seed", seed, "--seeds", size.noises))
+                                      run / "people", "--seed", seed, "--seeds", size.noises, "--iters",
+                                      *size.own))
         report(args, run / "people", run / "seed0", out, rates, runs, judges)
     if size.sweep:
         people = run / "sweep people"
