@@ -86,11 +86,11 @@ def model_with(crops: str, model: str, run: Path) -> Path:
     return folder
 
 
-def measure(way: Way, name: str, run: Path, model: str, words: list) -> dict:
-    """paper/compare.py's scores of a way, on the people of run / name."""
+def measure(way: Way, name: str, run: Path, model: Path, words: list) -> dict:
+    """paper/compare.py's scores of a way, by a model with its crops, on the people of run / name."""
     return evaluate(None, run / name / "scores" / way.name, ["meta-lora"], [way.rank], *words, "--model",
-                    model_with(way.crops, model, run), "--data", run / name / way.people, "--photos",
-                    way.photos, "--lr", way.rate, "--iters", *way.iters, "--seeds", 1)
+                    model, "--data", run / name / way.people, "--photos", way.photos, "--lr", way.rate,
+                    "--iters", *way.iters, "--seeds", 1)
 
 
 def rows(way: Way, scores: dict, name: str) -> list[dict]:
@@ -128,8 +128,11 @@ def inputs(argv: list[str] | None = None) -> None:
     draw(judges, run, "choose", faces.CHOOSE.start + 500, size.choose)
     draw(judges, run, "people", faces.TEST.start + 6000, size.people)
 
+    # made here: two workers would make the same one at once
+    models = {crops: model_with(crops, args.model, run) for crops in CROPS}
+
     def measured(ways: list[Way], name: str) -> list[dict]:
-        calls = [(measure, way, name, run, args.model, words) for way in ways]
+        calls = [(measure, way, name, run, models[way.crops], words) for way in ways]
         if pool:
             side_by_side(pool, calls, f"ways, {name}")
         return [measure(*call[1:]) for call in calls]

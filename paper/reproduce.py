@@ -7,7 +7,7 @@ Stages, each by paper/compare.py, each going on where it was stopped:
   people    drawn TEST and CHOOSE identities, 6 photos of each, with a face in every one
   rates     every method at several learning rates on the CHOOSE people       -> rates.json, rates.png
   main      every method at rank 1, at 250, 375 and 625 iterations, all seeds       -> --out
-  sweep     12 of the people, every rank at every number of iterations              -> --out/sweep
+  sweep     12 of the people at ranks 4 and 16                                      -> --out/sweep
 
 The learning rate of a method is the one with the highest sum of R-FaceSim (a picture without a face counts as
 0) and CLIP-T. random-lomd is Meta-LoRA over a random frozen A of the same r1; `none` is the floor.
@@ -46,9 +46,9 @@ STEPS = 10              # against 30: R-FaceSim up to 1.6 points off, of five me
 RATES = dict.fromkeys(METHODS, (3e-4, 6e-4, 1.2e-3, 2.4e-3))
 RATES |= {"random-lomd": tuple(4 * rate for rate in RATES["lora"])}                     # its rows are shorter
 FEW = dict.fromkeys(METHODS, (6e-4, 1.2e-3)) | {"random-lomd": (2.4e-3, 4.8e-3)}
-FULL = dict(people=48, choose=8, rates=RATES, own=(250, 375, 625), sweep=12, ranks=(1, 2, 4, 8, 16),
-            iters=(250, 375, 500, 625, 750), noises=3, trainings=2)
-SUBSET = FULL | dict(people=8, choose=4, rates=FEW, own=(375, 625), sweep=0, noises=1, trainings=1)
+FULL = dict(people=48, choose=8, rates=RATES, iters=(250, 375, 625), sweep=12, ranks=(4, 16), noises=3,
+            trainings=2)
+SUBSET = FULL | dict(people=8, choose=4, rates=FEW, iters=(375, 625), sweep=0, noises=1, trainings=1)
 PHOTOS, SIDE = 6, 384                                     # of each person, the first is the reference; pixels
 SCORES = "r_facesim", "clip_t"
 
@@ -289,8 +289,8 @@ def reproduce(argv: list[str] | None = None) -> None:
                      "8 people, rank 1, two learning rates, one seed of noise and of training")
     parser.add_argument("--lomd", type=Path, help="weights of stage 1 (default: the model's own)")
     parser.add_argument("--people", type=int, help="of the comparison (default: 48, with --subset 8)")
-    parser.add_argument("--sweep", type=int, metavar="PEOPLE", help="how many of them for ranks and "
-                        "iterations, 0 for none (default: 12, with --subset 0)")
+    parser.add_argument("--sweep", type=int, metavar="PEOPLE", help="how many of them for ranks 4 "
+                        "and 16, 0 for none (default: 12, with --subset 0)")
     args = parser.parse_args(argv)
     size, run = SimpleNamespace(**(SUBSET if args.subset else FULL)), run_folder(args, "reproduce")
     size.people = size.people if args.people is None else args.people
@@ -311,7 +311,7 @@ def reproduce(argv: list[str] | None = None) -> None:
     for seed in range(size.trainings):
         runs[seed] = rows_of(evaluate(pool, run / f"seed{seed}", methods, [1], *common, "--data",
                                       run / "people", "--seed", seed, "--seeds", size.noises, "--iters",
-                                      *size.own))
+                                      *size.iters))
         report(args, run / "people", run / "seed0", out, rates, runs, judges)
     if size.sweep:
         people = run / "sweep people"

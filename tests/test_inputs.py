@@ -48,6 +48,21 @@ def test_a_model_with_the_papers_crops_has_nothing_else_changed(tmp_path):
     assert {name for name in own if own[name] != mirror[name]} == {"mirror"}
 
 
+def test_models_are_there_before_the_workers_begin(tmp_path, monkeypatch):
+    """Two workers that made the same one at once would find each other's files."""
+    seen = []
+
+    def begin(pool, calls, name):
+        seen.extend(call[4] for call in calls)
+        assert all((model / "defaults.json").is_file() and (model / "text_encoder_2").is_symlink() for model in seen)
+        raise InterruptedError
+    for name, fake in {"draw": None, "workers": "a pool", "side_by_side": begin}.items():
+        monkeypatch.setattr(inputs, name, fake if name == "side_by_side" else lambda *args, fake=fake: fake)
+    with pytest.raises(InterruptedError):
+        inputs.inputs(["--run", str(tmp_path)])
+    assert len(seen) == len(inputs.WAYS)
+
+
 @pytest.mark.slow
 def test_the_command_in_small_twice(tmp_path, monkeypatch, capsys):
     """Two people, one prompt, two steps; the second time nothing is made again."""

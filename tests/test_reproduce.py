@@ -100,8 +100,7 @@ def small(monkeypatch):
     """Two people, three photos, one prompt, two steps, one learning rate, two or three iterations."""
     monkeypatch.setattr(reproduce, "PHOTOS", 3)
     monkeypatch.setattr(reproduce, "SUBSET", dict(
-        people=2, choose=2, rates=dict.fromkeys(reproduce.METHODS, (1e-3,)), noises=2, trainings=2, own=(2, 3), sweep=2, ranks=(1,),
-        iters=(2, 3)))
+        people=2, choose=2, rates=dict.fromkeys(reproduce.METHODS, (1e-3,)), noises=2, trainings=2, sweep=2, ranks=(1,), iters=(2, 3)))
     monkeypatch.setattr(personalize, "ITERATIONS", {"meta-lora": 2, "lora": 3})
     monkeypatch.setattr(identities, "read_prompts", lambda words, path: ["a photo of a [man/woman]"])
     real = compare.sample_latents
