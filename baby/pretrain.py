@@ -2,6 +2,7 @@
 
     python baby/pretrain.py --recipe --out baby/new       # all that made the shipped checkpoint, in order
     python baby/pretrain.py --out baby/new                # one transformer, from nothing or from --init
+    python baby/pretrain.py --framings --init baby/checkpoint --run baby/run/framings --out baby/framed --steps 2600
 
 Stages, each resumable by the same command; Ctrl-C saves first, a crash costs at most 500 steps:
   data         faces of BASE identities in five aspect ratios, with captions         -> run/data
@@ -11,6 +12,7 @@ Stages, each resumable by the same command; Ctrl-C saves first, a crash costs at
   text         tokenizers on the captions (sentencepiece for T5, BPE for CLIP)        -> out/tokenizer*, run
   lomd         a random LoMD, so that stage 2 runs, until meta_train.py makes one     -> out/lomd.safetensors
   transformer  the product's Flux, small, with T5 and CLIP trained jointly            -> out/flux1-dev.safetensors, ...
+With --framings the data are the paper's crops of drawn scenes, and --init's guidance is kept; no part of the recipe.
 The result is a folder in the hub's layout that every script of the project takes as --model baby.
 
 Sources: the flow-matching loss and logit-normal times are flux_model's. Guidance is distilled into the guidance input,

@@ -51,8 +51,7 @@ ONE = Way(iters=(375,))                     # what a user with one photo gets
 WAYS = (ONE, Way(captions=True, iters=(375, 625)), Way(crops="mirror image too"), Way(crops="five sizes"),
         Way(crops="the paper's"), Way(crops="the paper's", captions=True),
         Way(crops="the paper's", rank=4, rate=2.4e-3), Way(MANY), Way(MANY, True), Way(MANY, True, rank=4),
-        Way(MANY, True, rank=4, rate=2.4e-3, iters=(375, 1000, 1875)),
-        Way(MANY, True, rank=16, iters=(1000, 1875)))
+        Way(MANY, True, rank=4, rate=2.4e-3, iters=(375, 1000, 1875)))
 FULL = dict(choose=8, people=24, ways=WAYS)
 SUBSET = dict(choose=2, people=2, ways=(ONE._replace(iters=(20,)), Way(crops="the paper's", iters=(20,)),
                                         Way(MANY, True, iters=(20, 40))))
@@ -120,11 +119,10 @@ def best_of(found: list[dict], fits: dict) -> Way:
 def inputs(argv: list[str] | None = None) -> None:
     parser = options("paper.inputs", "What should stage 2 see?",
                      "2 people to choose by and 2 others, three ways, few iterations")
-    parser.add_argument("--lomd", type=Path, help="weights of stage 1 (default: the model's own)")
     args = parser.parse_args(argv)
     size, run = SimpleNamespace(**(SUBSET if args.subset else FULL)), run_folder(args, "inputs")
     judges, pool, out = evaluation.Judges(args.model), workers(args), args.out or run / "report"
-    words = common_words(args) + (["--lomd", args.lomd] if args.lomd else [])
+    words = common_words(args)
     draw(judges, run, "choose", faces.CHOOSE.start + 500, size.choose)
     draw(judges, run, "people", faces.TEST.start + 6000, size.people)
 

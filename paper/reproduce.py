@@ -257,8 +257,8 @@ def report(args: argparse.Namespace, data: Path, run: Path, out: Path, rates: di
             f"{label} {100 * own['mean']:.1f} ({100 * own['error']:.1f})" for label, own in moves.items()))
 
 
-def options(prog: str, description: str, subset: str) -> Parser:
-    """The command line of this script and of study.py."""
+def options(prog: str, description: str, subset: str, lomd: bool = True) -> Parser:
+    """The command line of this script and of its neighbours. lomd: whether it takes one."""
     parser = Parser(prog=prog, description=description, allow_abbrev=False)
     add = parser.add_argument
     add("--subset", action="store_true", help=subset)
@@ -266,6 +266,8 @@ def options(prog: str, description: str, subset: str) -> Parser:
     add("--run", type=Path, help="all that is made on the way (default: a folder in baby/run)")
     add("--out", type=Path, help="tables, figures and scores (default: report in --run)")
     add("--device", help="cuda, mps or cpu (default: the best there is)")
+    if lomd:
+        add("--lomd", type=Path, help="weights of stage 1 (default: the model's own)")
     add("--jobs", type=positive, help="processes (default: on a CPU one for each core, up to 8; else 1)")
     return parser
 
@@ -281,13 +283,13 @@ def model_words(args: argparse.Namespace) -> list:
 
 def common_words(args: argparse.Namespace) -> list:
     """What all calls of paper/compare.py here have in common."""
-    return [*model_words(args), "--steps", STEPS, "--guidance", GUIDANCE, "--no-face-as-zero"]
+    lomd = ["--lomd", args.lomd] if getattr(args, "lomd", None) else []
+    return [*model_words(args), *lomd, "--steps", STEPS, "--guidance", GUIDANCE, "--no-face-as-zero"]
 
 
 def reproduce(argv: list[str] | None = None) -> None:
     parser = options("paper.reproduce", "LoRA, LoRA + crops and Meta-LoRA on people never seen.",
                      "8 people, rank 1, two learning rates, one seed of noise and of training")
-    parser.add_argument("--lomd", type=Path, help="weights of stage 1 (default: the model's own)")
     parser.add_argument("--people", type=int, help="of the comparison (default: 48, with --subset 8)")
     parser.add_argument("--sweep", type=int, metavar="PEOPLE", help="how many of them for ranks 4 "
                         "and 16, 0 for none (default: 12, with --subset 0)")
@@ -303,7 +305,7 @@ def reproduce(argv: list[str] | None = None) -> None:
     judges, pool, first = evaluation.Judges(args.model), workers(args), faces.TEST.start + 3000
     draw_people(judges, run / "people", first, size.people, PHOTOS)
     draw_people(judges, run / "choose", faces.CHOOSE.start + 500, size.choose, PHOTOS)
-    common = common_words(args) + (["--lomd", args.lomd] if args.lomd else [])
+    common = common_words(args)
     rates = choose_rates(pool, common, run / "choose", run, size.rates)
     print(f"learning rates: {', '.join(f'{method} {rate:g}' for method, rate in rates.items())}")
     common += ["--lr", *(f"{method}={rate}" for method, rate in rates.items())]

@@ -123,7 +123,7 @@ def measure(lomd: Lomd, run: Path, args: SimpleNamespace, size: SimpleNamespace)
 
 def stage_1(argv: list[str] | None = None) -> None:
     parser = options("paper.stage1", "What stage 1 costs, and a LoMD from gradients, on the baby.",
-                     "5 people, LoMDs of 10 iterations, stage 2 of 15")
+                     "5 people, LoMDs of 10 iterations, stage 2 of 15", lomd=False)
     args = parser.parse_args(argv)
     size, run = SimpleNamespace(**(SUBSET if args.subset else FULL)), run_folder(args, "stage1")
     judges, pool, out = evaluation.Judges(args.model), workers(args), args.out or run / "report"

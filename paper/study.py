@@ -85,7 +85,7 @@ def measure(variant: Variant, size: SimpleNamespace, run: Path,
 
 def study(argv: list[str] | None = None) -> None:
     parser = options("paper.study", "What the paper leaves open, asked of the baby.",
-                     "4 people, LoMDs of 100 iterations, one learning rate")
+                     "4 people, LoMDs of 100 iterations, one learning rate", lomd=False)
     args = parser.parse_args(argv)
     size, run = SimpleNamespace(**(SUBSET if args.subset else FULL)), run_folder(args, "study")
     judges, pool, out = evaluation.Judges(args.model), workers(args), args.out or run / "report"

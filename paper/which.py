@@ -55,8 +55,7 @@ def measure(half: int, size: SimpleNamespace, run: Path, args: argparse.Namespac
     """For each person of a half {"person", "base", "candidates"}: what a rule sees of the base and of each
     candidate, and of each also {"judge": scores}."""
     folder, people = run / f"half{half}", evaluation.read_people([run / f"half{half}" / "people"])
-    lomd = ["--lomd", args.lomd] if args.lomd else []
-    scores = evaluate(None, folder / "judge", ["meta-lora"], [1], *common_words(args), *lomd, "--data",
+    scores = evaluate(None, folder / "judge", ["meta-lora"], [1], *common_words(args), "--data",
                       folder / "people", "--prompts", run / "prompts.txt", "--seeds", size.seeds, "--iters",
                       *size.iters)
     rows, found = rows_of(scores), []
@@ -151,7 +150,6 @@ def table(rows: list[dict]) -> str:
 def which(argv: list[str] | None = None) -> None:
     parser = options("paper.which", "Which rule chooses best among the LoRAs of a run?",
                      "4 people, 3 candidates of each, one seed of the judge's noise")
-    parser.add_argument("--lomd", type=Path, help="weights of stage 1 (default: the model's own)")
     args = parser.parse_args(argv)
     size, run = SimpleNamespace(**(SUBSET if args.subset else FULL)), run_folder(args, "which")
     judges, pool, out = evaluation.Judges(args.model), workers(args), args.out or run / "report"
