@@ -2,7 +2,7 @@
 
     python baby/pretrain.py --recipe --out baby/new       # all that made the shipped checkpoint, in order
     python baby/pretrain.py --out baby/new                # one transformer, from nothing or from --init
-    python baby/pretrain.py --framings --init baby/checkpoint --run baby/run/framings --out baby/framed --steps 2600
+    python baby/pretrain.py --framings --init baby/checkpoint --out baby/run/framed --steps 2600
 
 Stages, each resumable by the same command; Ctrl-C saves first, a crash costs at most 500 steps:
   data         faces of BASE identities in five aspect ratios, with captions         -> run/data
@@ -658,7 +658,7 @@ def main():
     parser.add_argument("--width", type=int, default=FLUX_CONFIG.hidden_size, help="hidden size of the transformer, a multiple of a head's 32")
     parser.add_argument("--steps", type=int, default=STEPS, help="of the transformer, with batches of 64")
     parser.add_argument("--init", type=Path, help="folder of a checkpoint whose transformer to go on from, as a new run")
-    parser.add_argument("--framings", action="store_true", help="train --init further, on the paper's crops; --run is then a folder of its own")
+    parser.add_argument("--framings", action="store_true", help="train --init further, on the paper's crops, in a folder of its own in --run")
     parser.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     args = parser.parse_args()
@@ -667,6 +667,8 @@ def main():
         parser.error(f"--width {args.width} is no multiple of {head}")
     if args.framings and not args.init:
         parser.error("--framings goes on from a checkpoint: name it with --init")
+    if args.init and args.init.resolve() == args.out.resolve():
+        parser.error(f"--out {args.out} would be written over --init: name another --out")
     if args.recipe:
         if args.out.resolve() == Path(__file__).resolve().parent / "checkpoint":
             parser.error("--recipe would write into the shipped checkpoint: name another --out")
@@ -675,6 +677,8 @@ def main():
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if args.init and not (args.out / "ae.safetensors").exists():             # latents are that autoencoder's
         shutil.copytree(args.init, args.out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("lomd*", "flux1*"))
+    if args.framings:
+        args.run /= "framings"
     (make_framings if args.framings else make_data)(args.run)
     if not (args.out / "ae.safetensors").exists():
         train_autoencoder(args.run, args.out, device)

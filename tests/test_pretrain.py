@@ -297,11 +297,15 @@ def test_the_recipe_from_nothing(tiny, monkeypatch, tmp_path, capfd):
     assert (out / "prompts.txt").read_text() and not read_lomd(out, None)[2]                       # learned
 
 
-def test_the_recipe_spares_the_shipped_checkpoint(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--recipe"])
+@pytest.mark.parametrize("words, said", [
+    (["--recipe"], "shipped checkpoint"), (["--framings"], "name it with --init"),
+    (["--framings", "--init", str(Path(pretrain.__file__).parent / "checkpoint")], "would be written over --init")])
+def test_no_checkpoint_is_written_over(monkeypatch, capsys, words, said):
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *words])
+    monkeypatch.chdir(Path(pretrain.__file__).parents[1])                                          # where --out is baby/checkpoint
     with pytest.raises(SystemExit) as refused:
         pretrain.main()
-    assert refused.value.code == 2 and "shipped checkpoint" in capsys.readouterr().err
+    assert refused.value.code == 2 and said in capsys.readouterr().err
 
 
 def test_a_recipe_ends_with_the_stage_that_fails(monkeypatch, tmp_path, capsys):
