@@ -74,7 +74,7 @@ def draw(judges: evaluation.Judges, run: Path, name: str, first: int, count: int
 
 def model_with(crops: str, model: str, run: Path) -> Path:
     """A folder that is the model but for the crops that its defaults.json names."""
-    home, folder = find_model(model), run / "models" / crops
+    home, folder = find_model(model).resolve(), run / "models" / crops
     folder.mkdir(parents=True, exist_ok=True)
     for path in home.iterdir():
         if path.name != "defaults.json" and not (folder / path.name).exists():

@@ -63,6 +63,14 @@ def test_models_are_there_before_the_workers_begin(tmp_path, monkeypatch):
     assert len(seen) == len(inputs.WAYS)
 
 
+def test_a_model_named_from_here_is_found_from_its_copies(tmp_path, monkeypatch):
+    """A link's own folder is where its target would be looked for."""
+    (tmp_path / "mine").symlink_to(find_model("baby").resolve())
+    monkeypatch.chdir(tmp_path)
+    folder = inputs.model_with("the paper's", "mine", Path("run"))
+    assert (folder / "flux1-dev.safetensors").is_file() and (folder / "text_encoder_2" / "model.safetensors").is_file()
+
+
 @pytest.mark.slow
 def test_the_command_in_small_twice(tmp_path, monkeypatch, capsys):
     """Two people, one prompt, two steps; the second time nothing is made again."""
