@@ -56,8 +56,8 @@ import faces  # noqa: E402  (baby/faces.py: Python puts a script's own folder on
 from flux_model import (AutoEncoder, AutoEncoderConfig, Flux, FluxConfig, flow_matching_loss, sample_times,  # noqa: E402
                         velocity)
 from metalora import random_lomd  # noqa: E402
-from support.checkpoints import find_targets, load_autoencoder, load_flux, load_text_encoders  # noqa: E402
 from support import photos  # noqa: E402
+from support.checkpoints import find_targets, load_autoencoder, load_flux, load_text_encoders  # noqa: E402
 from support.common import whole  # noqa: E402
 from support.lora_files import save_lomd  # noqa: E402
 
@@ -101,7 +101,7 @@ class Plan(NamedTuple):
     every: int = 2
 
 
-FIRST, FRAMINGS = Plan(), Plan(6e-4, 50, 0.5, 0.995, 1.0, 4)
+FIRST, FRAMINGS = Plan(), Plan(6e-4, 50, 0.5, 0.995, math.inf, 4)              # the latter is guided from its first step
 
 
 def save_whole(tensors: dict, path: Path, metadata: dict | None = None):
@@ -149,19 +149,25 @@ def person_and_scene(index: int) -> tuple[dict, dict]:
     return faces.identity(person), faces.scene(np.random.default_rng([person, index, 1]), size=size)
 
 
+def any_shape(rng: np.random.Generator, counts: list[int]) -> tuple[int, int]:
+    """(width, height), one of SHAPES, each as often as there are pictures of it."""
+    counts = np.array(counts, float)
+    return list(SHAPES)[int(rng.choice(len(SHAPES), p=counts / counts.sum()))]
+
+
 def framed(index: int) -> list[tuple]:
     """[((width, height), picture, caption)] of a scene: CROPS of the paper's crops, or, of every fourth one, all of it. A
     crop that ends above the clothes says nothing of them nor of the background, so that captions with them draw both."""
     rng = np.random.default_rng([SEED, index, 9])
     if index % 4 == 0:
-        shape = list(SHAPES)[int(rng.choice(len(SHAPES), p=np.array([*SHAPES.values()]) / sum(SHAPES.values())))]
+        shape = any_shape(rng, [*SHAPES.values()])
         return [(shape, *draw((index, *shape)))]
     person = subject(index)[0]
-    who, scene_rng = faces.identity(person), np.random.default_rng([person, index, 1])
-    scene = faces.scene(scene_rng)
-    image, pose = Image.fromarray(faces.render(who, scene, SCENE, SCENE)), faces.Pose(who, scene, SCENE, SCENE)
+    pixels, text = faces.sample(person, index, SCENE, SCENE)
+    scene = faces.scene(np.random.default_rng([person, index, 1]))                                # that of the picture
+    image, pose = Image.fromarray(pixels), faces.Pose(faces.identity(person), scene, SCENE, SCENE)
     box = [*(pose.centre - pose.scale * np.float32((0.64, 0.42))), *(pose.centre + pose.scale * np.float32((0.64, 1.0)))]
-    boxes, text, crops = photos.face_crops(SCENE, SCENE, box), faces.caption(who, scene, scene_rng), []
+    boxes, crops = photos.face_crops(SCENE, SCENE, box), []
     for x0, y0, x1, y1 in rng.permutation(boxes)[:CROPS].tolist():
         picture = photos.fit_to_grid(image.crop((x0, y0, x1, y1)), 128, upscale=True)
         picture = ImageOps.mirror(picture) if rng.random() < 0.5 else picture
@@ -469,12 +475,11 @@ class Baby(nn.Module):
         return self.t5(t5_ids).last_hidden_state, self.clip(clip_ids).pooler_output
 
 
-def batch_of(step: int, latents: dict, weights: dict, captions: dict, chances: dict, every: int = 2):
+def batch_of(step: int, latents: dict, weights: dict, captions: dict, chances: dict, every: int = FIRST.every):
     """Latents of one shape, captions, noise, times, guidance (1 but for every `every`th) and loss weights of a step, by its
     number alone."""
     rng, generator = np.random.default_rng([SEED, step, 4]), torch.Generator().manual_seed(step)
-    counts = np.array([len(captions[shape]) for shape in SHAPES], float)
-    shape = list(SHAPES)[int(rng.choice(len(SHAPES), p=counts / counts.sum()))]
+    shape = any_shape(rng, [len(captions[shape]) for shape in SHAPES])
     index = rng.choice(len(latents[shape]), BATCH, p=chances[shape])
     x0 = latents[shape][index].float()
     text = [vary(captions[shape][i], rng) for i in index]
@@ -566,11 +571,8 @@ def grow(small: Flux, large: Flux):
         p.copy_(old[name][rows][:, columns] * share)
 
 
-def train_transformer(run: Path, out: Path, steps: int, init: Path | None = None, device=CPU, config: FluxConfig | None = None,
-                      plan: Plan = FIRST):
-    baby = Baby(out, config)
-    small = load_checkpoint(baby, init).to(device) if init else None
-    baby.to(device)
+def load_data(run: Path, plan: Plan) -> tuple[dict, dict, dict, dict]:
+    """Of each shape the latents, the weights of the loss, the captions, and how often each picture is drawn."""
     # a picture in another style than a photo is drawn twice as often: 10 % each of the data are too few to learn from
     chances, captions = {}, {s: (run / "data" / f"{s[0]}x{s[1]}.txt").read_text().splitlines() for s in SHAPES}
     latents, face, first = {}, {}, 0
@@ -582,6 +584,15 @@ def train_transformer(run: Path, out: Path, steps: int, init: Path | None = None
         first += count
         often = np.array([2.0 - photo for photo in map(is_photo, captions[width, height])])
         chances[width, height] = often / often.sum()
+    return latents, face, captions, chances
+
+
+def train_transformer(run: Path, out: Path, steps: int, init: Path | None = None, device=CPU, config: FluxConfig | None = None,
+                      plan: Plan = FIRST):
+    baby = Baby(out, config)
+    small = load_checkpoint(baby, init).to(device) if init else None
+    baby.to(device)
+    data = load_data(run, plan)
     # Muon for the blocks' matrices, AdamW for embeddings, norms, biases and text (Jordan et al. 2024)
     named = dict(baby.named_parameters())
     matrices = [p for k, p in named.items() if "_blocks." in k and p.ndim == 2 and k.startswith("flux")]
@@ -603,14 +614,14 @@ def train_transformer(run: Path, out: Path, steps: int, init: Path | None = None
     shown, log = None, open(path.with_suffix(".jsonl"), "a")
     for step in bar:
         left = (steps - step) / steps
-        if step == int((1 - plan.guided) * steps) or step == start and left < plan.guided:
-            if not given and not load_state(weak_path, weak, []):
+        if not given and (step == int((1 - plan.guided) * steps) or step == start and left < plan.guided):
+            if not load_state(weak_path, weak, []):
                 raise SystemExit(f"pretrain.py: {weak_path} is missing; it was written at step {WEAK * steps:.0f}")
         for optimizer in optimizers:                                                     # warm up, hold, fall
             optimizer.param_groups[0]["lr"] = plan.rate * min(1.0, (step + 1) / plan.warmup) * min(1.0, left / plan.decay)
         with bf16(device):
-            batch = batch_of(step, latents, face, captions, chances, plan.every)
-            loss = loss_of(baby, batch, move if left <= plan.guided else None)
+            batch = batch_of(step, *data, plan.every)
+            loss = loss_of(baby, batch, move if left < plan.guided else None)
         loss.backward()
         nn.utils.clip_grad_norm_(baby.parameters(), 1.0)
         for optimizer in optimizers:
