@@ -167,20 +167,18 @@ def load_weights(model: nn.Module, files: TensorFiles, sources: Callable[[str], 
         if fp8 and isinstance(layer, nn.Linear) and "_blocks." in name:     # the weight comes before the bias
             layer = Fp8Linear(layer.in_features, layer.out_features, layer.bias is not None, dtype, device)
             model.set_submodule(module, layer)
-        in_8_bits = isinstance(layer, Fp8Linear) and attribute == "weight"
-        weight = layer.weight if in_8_bits else torch.empty(parameter.shape, dtype=dtype, device=device)
+        if isinstance(layer, Fp8Linear) and attribute == "weight":
+            # quantised where the other weights go: a card takes seconds for what costs a CPU minutes
+            layer.fill(*files.quantized(plan[name], place("img_in")))
+            continue
+        weight = torch.empty(parameter.shape, dtype=dtype, device=device)
         for part in plan[name]:
-            # in 8 bits where the other weights go: a card takes seconds for what costs a CPU minutes
-            tensor, scale = files.quantized(part, place("img_in")) if in_8_bits else (files[part], None)
-            rows = slice(row, row + len(tensor))
+            tensor = files[part]
+            rows = slice(row, row := row + len(tensor))
             weight[rows].copy_(tensor.view(tensor.shape + (1,) * (weight.dim() - tensor.dim())))
-            if in_8_bits:
-                layer.scale[rows] = scale
-            row += len(tensor)
         if plan[name][0].startswith("norm_out.linear."):
             weight = weight.roll(len(weight) // 2, 0)
-        if not in_8_bits:
-            setattr(layer, attribute, nn.Parameter(weight, requires_grad=False))
+        setattr(layer, attribute, nn.Parameter(weight, requires_grad=False))
     return model.eval()
 
 

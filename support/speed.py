@@ -40,10 +40,10 @@ GIB = 2 ** 30
 # 8-bit weights
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(n, d) -> float8_e4m3 (n, d) and fp32 scales (n, 1) such that x is about their product; rows of zeros
-    stay zeros."""
-    scale = torch.linalg.vector_norm(x, math.inf, dim=1, keepdim=True).float().clamp(min=1e-12)
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(n, d) -> float8_e4m3 (n, d) and an fp32 scale (1, 1) such that x is about their product; zeros stay
+    zeros. One scale does: a float keeps its relative precision over 15 powers of two."""
+    scale = torch.linalg.vector_norm(x, math.inf, dim=(0, 1), keepdim=True).float().clamp(min=1e-12)
     scale /= torch.finfo(E4M3).max
     if torch.compiler.is_compiling():
         return (x.float() / scale).to(E4M3), scale
@@ -52,41 +52,52 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def multiplies_fp8(device: torch.device) -> bool:
-    """Whether float8 matrices with row scales can be multiplied there: recent CPUs' torch, and cards from 9.0
-    on."""
+    """Whether float8 matrices of one scale each can be multiplied there: recent CPUs' torch, and cards from
+    8.9 on. With a scale for each row some cards can, with some versions of torch."""
     if device.type != "cuda":
         return device.type == "cpu"
-    return bool(torch.version.cuda) and torch.cuda.get_device_capability(device) >= (9, 0)
+    return bool(torch.version.cuda) and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 class Fp8Product(torch.autograd.Function):
-    """x (n, d_in) times a float8 weight (d_out, d_in) with row scales. Gradient of x only, by the weight in
-    x's dtype.
+    """x (n, d_in) times a float8 weight (d_out, d_in) with its scale. Gradient of x only, by the weight in x's
+    dtype.
 
     The gradient takes the plain way, since a transposed float8 copy of the weight would cost all that float8
     saves.
     """
     @staticmethod
-    def forward(ctx, x, weight, scale, bias):
+    def forward(ctx, x, weight, scale, unit, bias):
         ctx.save_for_backward(weight, scale)
-        # the kernels take multiples of 16; rows of x are quantised by themselves, as the weight's were
-        if x.dtype == torch.bfloat16 and multiplies_fp8(x.device) and not any(n % 16 for n in weight.shape):
-            x8, x_scale = quantize_rows(x)
-            return torch._scaled_mm(x8, weight.T, scale_a=x_scale, scale_b=scale.T, bias=bias,
+        ctx.unit = unit
+        fits = len(scale) == 1 and not any(n % 16 for n in weight.shape)    # kernels take multiples of 16
+        if fits and x.dtype == torch.bfloat16 and multiplies_fp8(x.device):
+            x8, x_scale = quantize(x)
+            return torch._scaled_mm(x8, weight.T, scale_a=x_scale, scale_b=scale, bias=bias,
                                     out_dtype=x.dtype, use_fast_accum=True)
-        # 8 bits are exact in 16; their scales belong to columns of y, which are fewer numbers
-        y, scale = F.linear(x, weight.to(x.dtype)), scale.T.to(x.dtype)
-        return y.mul_(scale) if bias is None else torch.addcmul(bias, y, scale)
+        return Fp8Product.in_16_bits(x, weight, scale, unit, bias)
 
     @staticmethod
     def backward(ctx, dy):
         weight, scale = ctx.saved_tensors
-        return (dy * scale.T.to(dy.dtype)) @ weight.to(dy.dtype), None, None, None
+        return Fp8Product.in_16_bits(dy, weight, scale, ctx.unit, None, True), None, None, None, None
+
+    @staticmethod
+    def in_16_bits(x: Tensor, weight: Tensor, scale: Tensor, unit: float | None, bias: Tensor | None,
+                   back: bool = False) -> Tensor:
+        """x times the weight as a matrix of x's dtype, which holds 8 bits exactly; back: not transposed."""
+        W = weight.to(x.dtype) if len(scale) == 1 else (weight.float() * scale).to(x.dtype)
+        W = W if back else W.T
+        if unit is not None:                                 # the scale is part of the GEMM
+            beta, bias = bias is not None, x.new_empty(()) if bias is None else bias
+            return torch.addmm(bias, x, W, beta=beta, alpha=unit)
+        y = x @ W if len(scale) > 1 else ((x @ W).float() * scale).to(x.dtype)
+        return y if bias is None else y + bias
 
 
 class Fp8Linear(nn.Module):
-    """A frozen Linear of 8 bits a weight: `weight` float8_e4m3 (d_out, d_in), `scale` fp32 (d_out, 1), `bias`
-    or None.
+    """A frozen Linear of 8 bits a weight: `weight` float8_e4m3 (d_out, d_in), `scale` fp32 (1, 1), or (d_out,
+    1) of a file that has several, `bias` or None. `unit` is the one scale as a number, else 1.
 
     Filled by checkpoints.load_flux, or from a Linear by `Fp8Linear.of`.
     """
@@ -94,23 +105,30 @@ class Fp8Linear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype, device=None):
         super().__init__()
-        self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
+        self.in_features, self.out_features, self.dtype, self.unit = in_features, out_features, dtype, 1.0
         frozen = lambda dtype, *shape: nn.Parameter(torch.empty(shape, dtype=dtype, device=device), False)
         self.weight = frozen(E4M3, out_features, in_features)
-        self.scale = frozen(torch.float32, out_features, 1)
+        self.scale = frozen(torch.float32, 1, 1)
         self.bias = frozen(dtype, out_features) if bias else None
 
     @classmethod
     def of(cls, linear: nn.Linear) -> "Fp8Linear":
         weight, bias = linear.weight.detach(), linear.bias is not None
         out = cls(linear.in_features, linear.out_features, bias, weight.dtype, weight.device)
-        out.weight.data, out.scale.data = quantize_rows(weight)
+        out.fill(*quantize(weight))
         if linear.bias is not None:
             out.bias.data = linear.bias.detach()
         return out
 
+    def fill(self, weight: Tensor, scale: Tensor) -> None:
+        self.weight.data.copy_(weight)
+        self.scale.data = scale.to(self.weight.device)
+        self.unit = scale.item() if len(scale) == 1 else 1.0
+
     def forward(self, x: Tensor) -> Tensor:
-        y = Fp8Product.apply(x.flatten(0, -2), self.weight, self.scale, self.bias)
+        # to a compiler a number is code, another for every block
+        unit = None if torch.compiler.is_compiling() else self.unit
+        y = Fp8Product.apply(x.flatten(0, -2), self.weight, self.scale, unit, self.bias)
         return y.unflatten(0, x.shape[:-1])
 
 

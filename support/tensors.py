@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from support.common import not_content
-from support.speed import E4M3, quantize_rows
+from support.speed import E4M3, quantize
 
 # what stands before a part's names in files with everything; each key by itself has or lacks it
 PREFIXES = {"transformer": ("model.diffusion_model.",), "autoencoder": ("vae.", "first_stage_model."),
@@ -203,10 +203,11 @@ class TensorFiles:
         scale = self.tensor(self.scales[name]).float()
         return scale.view(-1, 1) if scale.numel() > 1 else scale.view(1)
 
-    def quantized(self, name: str, device: str | torch.device = "cpu") -> tuple[Tensor, Tensor]:
-        """A weight (d_out, d_in) as float8_e4m3 with scales (d_out, 1), computed on `device`; one that has 8
-        bits stays as it is."""
-        tensor = self.tensor(name)
-        if tensor.dtype == E4M3:
-            return tensor, self.scale(name).expand(len(tensor), 1)
-        return quantize_rows(self[name].to(device))
+    def quantized(self, names: list[str], device: str | torch.device = "cpu") -> tuple[Tensor, Tensor]:
+        """Weights (.., d_in), one below the other, as float8_e4m3 (d_out, d_in) with a scale (1, 1), computed on
+        `device`; those that have 8 bits stay as they are, with scales (d_out, 1) where theirs differ."""
+        parts = [self.tensor(name) for name in names]
+        if any(part.dtype != E4M3 for part in parts):
+            return quantize(torch.cat([self[name].to(device) for name in names]))
+        scales = torch.cat([self.scale(name).expand(len(part), 1) for name, part in zip(names, parts)])
+        return torch.cat(parts), scales[:1] if (scales == scales[0]).all() else scales

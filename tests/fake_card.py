@@ -434,9 +434,8 @@ class Shapes:
     def __getitem__(self, name):
         return torch.empty(self.shapes[name], dtype=torch.bfloat16)
 
-    def quantized(self, name, device):
-        rows = self.shapes[name][0]
-        return torch.empty(self.shapes[name], dtype=torch.float8_e4m3fn), torch.empty(rows, 1)
+    def quantized(self, names, device):
+        return torch.empty(self.shapes[names[0]], dtype=torch.float8_e4m3fn, device=device), torch.ones(1, 1)
 
 
 def full_size_flux(card, fp8=False, offload=False, stay=0, config=None):
