@@ -60,8 +60,8 @@ def multiplies_fp8(device: torch.device) -> bool:
 
 
 class Fp8Product(torch.autograd.Function):
-    """x (n, d_in) times a float8 weight (d_out, d_in) with its scale. Gradient of x only, by the weight in x's
-    dtype.
+    """x (n, d_in) times a float8 weight (d_out, d_in) with its scale. Gradient of x only, by the weight in
+    x's dtype.
 
     The gradient takes the plain way, since a transposed float8 copy of the weight would cost all that float8
     saves.
