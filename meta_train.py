@@ -277,14 +277,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--model", default="flux-dev", help="flux-dev (default), flux-schnell, baby, a folder or a file")
     add("--out", type=Path, default=Path("lomd.safetensors"), help="file (default: lomd.safetensors)")
     add("--run", type=Path, default=Path("run"), help="folder of state, log and previews (default: run)")
-    add("--iters", type=count, help="in all; may be raised later (default: 50000; after gradients 0)")
+    add("--iters", type=count, help="in all; may be raised later; 1000 with --warmup 0 for a first try "
+        "(default: 50000, the paper's; after gradients 0)")
     add("--from-gradients", action="store_true", help="LoMD starts from the gradients of 120 people")
     add("--batch-size", type=positive, default=4, help="pictures an iteration, on each GPU (default: 4)")
     add("--r1", type=positive, default=16, help="rows of LoMD; bounds the ranks of stage 2 (default: 16)")
     add("--r2", type=positive, default=1, help="rank of the people's LoRAs in training (default: 1)")
     add("--lr", type=float, help="learning rate (default: the model's; 4e-4 for FLUX.1)")
-    add("--warmup", type=float, help="share of a bucket's iterations in which LoMD is frozen "
-        "(default: the model's; 0.4, the paper's, for FLUX.1)")
+    add("--warmup", type=float, help="share of a bucket's iterations with LoMD frozen (default: 0.4; baby 0)")
     add("--identities-per-bucket", type=positive, default=50, help="of a flat folder (default: 50)")
     add("--prompt", help="caption of pictures without one (default: the model's)")
     add("--resolution", type=positive, nargs="+", metavar="PIXELS", help="train at the area of a square of "
@@ -292,8 +292,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of all random numbers (default: 0)")
     add("--skip-bad", action="store_true", help="go on without the files and people that are no good")
     add("--save-every", type=positive, default=500, metavar="N", help="between checkpoints (default: 500)")
-    add("--preview-every", type=count, default=1000, metavar="N",
-        help="iterations between pictures of two people; 0: none (default: 1000)")
+    add("--preview-every", type=count, default=1000, metavar="N", help="of previews; 0: none (default: 1000)")
     add("--deterministic", action="store_true", help="on a GPU: the same bits in each run, somewhat slower")
     add_speed_options(add, training=True)
     add("--device", help="cuda, mps or cpu (default: the best there is)")
@@ -347,6 +346,8 @@ def meta_train(argv: list[str] | None) -> None:
                                       args.identities_per_bucket, args.seed, group.rank == 0)
         check_settings(args, buckets, group)
         run = Run(args, buckets, group)
+        if args.iters and all(each.joint == each.stop for each in run.passes):
+            raise ValueError(f"--iters {args.iters} is all warm-up: LoMD would not learn; try --warmup 0")
         if args.deterministic:
             os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
             torch.use_deterministic_algorithms(True)

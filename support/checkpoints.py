@@ -161,12 +161,15 @@ def load_weights(model: nn.Module, files: TensorFiles, sources: Callable[[str], 
     """
     plan = {name: sources(name) for name, _ in model.named_parameters()}
     check_tensors(model, files, plan)
-    for name, parameter in list(model.named_parameters()):
+    parameters = list(model.named_parameters())
+    # all of these before the first is filled: what that takes for a moment would leave holes between them
+    for name, layer in [*model.named_modules()] if fp8 else []:
+        if isinstance(layer, nn.Linear) and "_blocks." in name:
+            size, device = (layer.in_features, layer.out_features), place(f"{name}.weight")
+            model.set_submodule(name, Fp8Linear(*size, layer.bias is not None, dtype, device))
+    for name, parameter in parameters:
         module, _, attribute = name.rpartition(".")
         layer, device, row = model.get_submodule(module), place(name), 0
-        if fp8 and isinstance(layer, nn.Linear) and "_blocks." in name:     # the weight comes before the bias
-            layer = Fp8Linear(layer.in_features, layer.out_features, layer.bias is not None, dtype, device)
-            model.set_submodule(module, layer)
         if isinstance(layer, Fp8Linear) and attribute == "weight":
             # quantised where the other weights go: a card takes seconds for what costs a CPU minutes
             layer.fill(*files.quantized(plan[name], place("img_in")))
@@ -237,6 +240,7 @@ def load_flux(folder: Place, device: Device = "cpu", dtype: torch.dtype = BF16,
         raise ValueError(f"--offload puts {needed / GIB:.1f} GiB of weights into the CPU's memory, of which "
                          f"{host_memory() / GIB:.1f} are free")
     load_weights(model, files, sources, dtype, lambda name: "cpu" if name in away else device, fp8)
+    free(device)
     if away:
         offload_blocks(model, device, stay)
     return model

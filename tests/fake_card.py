@@ -207,8 +207,9 @@ class FakeCard(TorchDispatchMode):
                 elif isinstance(index, torch.Tensor) and index.dtype == torch.bool:
                     self.sync("boolean mask (nonzero)")
         # values that only a real card has
-        if name == "_local_scalar_dense" and cuda:
-            self.sync("item / bool (D2H)")
+        if name == "_local_scalar_dense" and fakes:
+            if cuda:
+                self.sync("item / bool (D2H)")
             shadow = self.shadows.get(args[0])
             if shadow is not None:
                 with _disable_current_modes():
@@ -435,7 +436,7 @@ class Shapes:
         return torch.empty(self.shapes[name], dtype=torch.bfloat16)
 
     def quantized(self, names, device):
-        return torch.empty(self.shapes[names[0]], dtype=torch.float8_e4m3fn, device=device), torch.ones(1, 1)
+        return speed.quantize(torch.cat([torch.empty(self.shapes[name], dtype=torch.bfloat16, device=device) for name in names]))
 
 
 def full_size_flux(card, fp8=False, offload=False, stay=0, config=None):

@@ -60,7 +60,7 @@ def stages(folder):
     import personalize
     import sample
     assert faces.main(["--identities", "4", "--images", "3", "--out", str(folder / "faces"), "--seed", "100000"]) == 0
-    assert meta_train.main(["--data", str(folder / "faces"), "--model", "baby", "--iters", "20", "--r1", "4", "--warmup", "0.4", "--batch-size", "2",
+    assert meta_train.main(["--data", str(folder / "faces"), "--model", "baby", "--iters", "20", "--r1", "4", "--warmup", "0", "--batch-size", "2",
                             "--run", str(folder / "run"), "--out", str(folder / "lomd.safetensors"), "--preview-every", "0"]) == 0
     lora = folder / "out.safetensors"
     assert personalize.main([str(ROOT / "baby" / "example.png"), "--model", "baby", "--prompt", "a photo of a woman", "--iters", "20",

@@ -308,9 +308,10 @@ def test_a_damaged_metadata_file_is_named_once(run, content, words):
 
 def test_pictures_without_a_caption_are_counted_where_others_have_one(run):
     make_people(Path("data"), {"ann": 2, "bob": 2})
-    assert "caption" not in run("--batch-size", 2, iters=1)[1]
+    assert "caption" not in run("--batch-size", 2, "--warmup", 0, iters=1)[1]
     Path("data/ann/0.caption").write_text("her")
-    assert "3 of 4 pictures have no caption of their own" in run("--batch-size", 2, "--run", "other", iters=1)[1]
+    assert "3 of 4 pictures have no caption of their own" in run(
+        "--batch-size", 2, "--warmup", 0, "--run", "other", iters=1)[1]
 
 
 def test_every_file_of_a_persons_folder_is_used_or_named(run):
@@ -330,7 +331,7 @@ def test_every_file_of_a_persons_folder_is_used_or_named(run):
     picture(Path("data/ann/__MACOSX/0.png"), 0)
     Path("run").mkdir()
     Path("run/.DS_Store").write_text("x")
-    code, out, err = run("--batch-size", 2, iters=1)
+    code, out, err = run("--batch-size", 2, "--warmup", 0, iters=1)
     line, = (line for line in err.splitlines() if "not used" in line)
     assert code == 0 and "2 people, 11 pictures" in out
     assert line.endswith(": 0.caption, 0.json, 9.txt, film.mp4, gone.md (a dead link), notes.md")
@@ -341,7 +342,7 @@ def test_a_caption_that_t5_cannot_hold_is_cut_aloud(run, monkeypatch):
     make_people(Path("data"), {"ann": 2, "bob": 2})
     for name in ("ann/0", "bob/1"):
         Path(f"data/{name}.txt").write_text("a photo of a man, " * 100 + "smiling")
-    code, _, err = run("--batch-size", 2, iters=1)
+    code, _, err = run("--batch-size", 2, "--warmup", 0, iters=1)
     assert code == 0 and err.count("T5 sees 512 tokens") == 1 and "smiling'\n" in err
 
 
@@ -516,7 +517,7 @@ def test_main_names_each_fault_and_writes_nothing(run):
 
 def test_skip_bad_goes_on_and_says_so(run):
     words = make_bad_data(Path("data"))
-    code, out, err = run("--skip-bad", "--batch-size", 2)
+    code, out, err = run("--skip-bad", "--batch-size", 2, "--warmup", 0)
     lines = [line for line in err.splitlines() if line.startswith("note: skipped: ")]
     assert code == 0 and len(lines) == len(words)
     assert all(sum(word in line for line in lines) == 1 for word in words)
@@ -1185,7 +1186,7 @@ def test_a_bank_that_does_not_belong_to_the_checkpoint(begun, recorded, what):
 def test_a_bank_that_the_disk_cannot_hold(run, monkeypatch):
     make_people(Path("data"), TWO_BUCKETS)
     monkeypatch.setattr(people_files.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    assert refused(run(), "the bank of 5 people needs")
+    assert refused(run("--warmup", 0), "the bank of 5 people needs")
     assert not list(Path("run").rglob("bank*"))
 
 
@@ -1311,6 +1312,14 @@ def test_malformed_options(run, capsys, args, words):
     code = meta_train.main(base + given)
     assert refused((code, *capsys.readouterr()), words)
     assert sorted(Path().rglob("*")) == before
+
+
+def test_a_run_in_which_lomd_learns_nothing(run):
+    """Four people with 5 pictures, batch 2: a bucket has 100 iterations, its warm-up is the first 40."""
+    make_people(Path("data"), {name: 5 for name in ("ann", "bob", "cy", "dot")})
+    options = "--batch-size", 2, "--warmup", 0.4
+    assert refused(run(*options, iters=40), "--iters 40 is all warm-up", "--warmup 0") and not Path("run").exists()
+    assert run(*options, iters=41)[0] == 0
 
 
 def test_data_must_be_given(run, capsys):
