@@ -27,7 +27,7 @@ from support.finding import (HUB, Model, Place, add_model_options, autoencoder_f
                              check_text_files, find_model, text_files, tokenizers_of, transformer_files)
 from support.speed import (E4M3, GIB, Fp8Linear, TiledDecoder, Work, adapter_bytes, blocks_of,
                            blocks_on_device, check_memory, choose_attention, compile_blocks, host_memory,
-                           memory_left, offload_blocks, step_bytes)
+                           memory_left, multiplies_fp8, offload_blocks, step_bytes)
 from support.tensors import TensorFiles
 from support.text import LoudTextEncoders
 
@@ -500,6 +500,12 @@ def check_fit(args: Namespace, device: torch.device, work: Work) -> None:
         print(line)
 
 
+def compiling_pays(args: Namespace, device: torch.device, steps: int) -> bool:
+    """Not in 8 bits on cards before 8.9: their Triton has no such type, and torch before 2.14 fails."""
+    able = device.type == "cuda" and find_spec("triton") and (not args.fp8 or multiplies_fp8(device))
+    return bool(able) and steps >= LONG_RUN and not is_small(args.folder)
+
+
 def open_flux(args: Namespace, device: torch.device, steps: int, work: Work) -> Flux:
     """The transformer as `args` wants it, for so many steps of such work."""
     stay = 0
@@ -507,8 +513,7 @@ def open_flux(args: Namespace, device: torch.device, steps: int, work: Work) -> 
         flux, beside = bytes_beside(args.folder, args.dtype, work)
         stay = blocks_on_device(flux, device, args.dtype, args.fp8, beside)
     flux = load_flux(args.folder, device, args.dtype, args.fp8, args.offload, stay)
-    pays = device.type == "cuda" and steps >= LONG_RUN and not is_small(args.folder) and find_spec("triton")
-    if pays if args.compile is None else args.compile:
+    if compiling_pays(args, device, steps) if args.compile is None else args.compile:
         compile_blocks(flux)
     heads, width = flux.config.num_heads, flux.config.hidden_size
     choose_attention((1, heads, work.tokens, width // heads), device, args.dtype, work.training)

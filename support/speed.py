@@ -67,11 +67,10 @@ class Fp8Product(torch.autograd.Function):
     saves.
     """
     @staticmethod
-    def forward(ctx, x, weight, scale, unit, bias):
+    def forward(ctx, x, weight, scale, unit, kernel, bias):
         ctx.save_for_backward(weight, scale)
         ctx.unit = unit
-        fits = len(scale) == 1 and not any(n % 16 for n in weight.shape)    # kernels take multiples of 16
-        if fits and x.dtype == torch.bfloat16 and multiplies_fp8(x.device):
+        if kernel and x.dtype == torch.bfloat16:
             x8, x_scale = quantize(x)
             return torch._scaled_mm(x8, weight.T, scale_a=x_scale, scale_b=scale, bias=bias,
                                     out_dtype=x.dtype, use_fast_accum=True)
@@ -80,7 +79,7 @@ class Fp8Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         weight, scale = ctx.saved_tensors
-        return Fp8Product.in_16_bits(dy, weight, scale, ctx.unit, None, True), None, None, None, None
+        return Fp8Product.in_16_bits(dy, weight, scale, ctx.unit, None, True), *[None] * 5
 
     @staticmethod
     def in_16_bits(x: Tensor, weight: Tensor, scale: Tensor, unit: float | None, bias: Tensor | None,
@@ -97,7 +96,8 @@ class Fp8Product(torch.autograd.Function):
 
 class Fp8Linear(nn.Module):
     """A frozen Linear of 8 bits a weight: `weight` float8_e4m3 (d_out, d_in), `scale` fp32 (1, 1), or (d_out,
-    1) of a file that has several, `bias` or None. `unit` is the one scale as a number, else 1.
+    1) of a file that has several, `bias` or None. `unit` is the one scale as a number, else 1; `kernel`
+    whether the device multiplies 8 bits of this size.
 
     Filled by checkpoints.load_flux, or from a Linear by `Fp8Linear.of`.
     """
@@ -105,7 +105,7 @@ class Fp8Linear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype, device=None):
         super().__init__()
-        self.in_features, self.out_features, self.dtype, self.unit = in_features, out_features, dtype, 1.0
+        self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
         frozen = lambda dtype, *shape: nn.Parameter(torch.empty(shape, dtype=dtype, device=device), False)
         self.weight = frozen(E4M3, out_features, in_features)
         self.scale = frozen(torch.float32, 1, 1)
@@ -121,14 +121,17 @@ class Fp8Linear(nn.Module):
         return out
 
     def fill(self, weight: Tensor, scale: Tensor) -> None:
+        """With what lies on the device where it will run, even if its own weight is kept elsewhere."""
         self.weight.data.copy_(weight)
         self.scale.data = scale.to(self.weight.device)
         self.unit = scale.item() if len(scale) == 1 else 1.0
+        fits = len(scale) == 1 and not any(n % 16 for n in weight.shape)    # kernels take multiples of 16
+        self.kernel = fits and multiplies_fp8(weight.device)           # here, since a compiler cannot ask
 
     def forward(self, x: Tensor) -> Tensor:
         # to a compiler a number is code, another for every block
         unit = None if torch.compiler.is_compiling() else self.unit
-        y = Fp8Product.apply(x.flatten(0, -2), self.weight, self.scale, unit, self.bias)
+        y = Fp8Product.apply(x.flatten(0, -2), self.weight, self.scale, unit, self.kernel, self.bias)
         return y.unflatten(0, x.shape[:-1])
 
 

@@ -204,10 +204,10 @@ class TensorFiles:
         return scale.view(-1, 1) if scale.numel() > 1 else scale.view(1)
 
     def quantized(self, names: list[str], device: str | torch.device = "cpu") -> tuple[Tensor, Tensor]:
-        """Weights (.., d_in), one below the other, as float8_e4m3 (d_out, d_in) with a scale (1, 1), computed
-        on `device`; those that have 8 bits stay as they are, with scales (d_out, 1) where theirs differ."""
+        """Weights (.., d_in), one below the other, as float8_e4m3 (d_out, d_in) on `device`, and a scale (1,
+        1); those that have 8 bits stay as they are, with scales (d_out, 1) where theirs differ."""
         parts = [self.tensor(name) for name in names]
         if any(part.dtype != E4M3 for part in parts):
             return quantize(torch.cat([self[name].to(device) for name in names]))
         scales = torch.cat([self.scale(name).expand(len(part), 1) for name, part in zip(names, parts)])
-        return torch.cat(parts), scales[:1] if (scales == scales[0]).all() else scales
+        return torch.cat(parts).to(device), scales[:1] if (scales == scales[0]).all() else scales

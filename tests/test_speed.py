@@ -3,6 +3,8 @@
 Everything runs on the CPU, where torch multiplies float8 matrices by the same call as on a card. Copies to a card on a
 second stream, and what any of it saves, cannot be seen here. With -m slow: compilation (a minute or two).
 """
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -11,7 +13,7 @@ from flux_model import Flux, FluxConfig, denoise, flow_matching_loss
 from metalora import AdaptedLinear, MetaLoRA, apply_loras
 from personalize import main as personalize
 from sample import main as sample
-from support import speed
+from support import checkpoints, speed
 from support.checkpoints import TensorFiles, find_model, find_targets, load_flux, open_flux
 from support.speed import (E4M3, Fp8Linear, Offload, blocks_of, check_memory, keep_as_it_is,
                            plan_recompute, quantize, recompute_blocks, step_bytes, weight_bytes)
@@ -356,13 +358,23 @@ def test_where_compilation_is_given_up_it_is_said(capsys):
 
 
 def test_a_small_model_is_not_compiled_unless_asked(monkeypatch):
-    from types import SimpleNamespace
     asked = []
     monkeypatch.setattr("support.checkpoints.compile_blocks", asked.append)
     for wanted, steps, expected in ((None, 10_000, 0), (False, 10_000, 0), (True, 1, 1)):
         args = SimpleNamespace(folder=HUB, dtype=torch.float32, fp8=False, offload=False, compile=wanted)
         open_flux(args, torch.device("cpu"), steps, speed.Work(100))
         assert len(asked) == expected
+
+
+@pytest.mark.parametrize("fp8, capability, pays", [(False, (8, 6), True), (True, (8, 6), False), (True, (8, 9), True)])
+def test_8_bits_are_not_compiled_where_the_compiler_has_none(fp8, capability, pays, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(checkpoints, "find_spec", lambda name: True)
+    monkeypatch.setattr(checkpoints, "is_small", lambda folder: False)
+    args = SimpleNamespace(folder=HUB, fp8=fp8)
+    assert checkpoints.compiling_pays(args, torch.device("cuda"), 375) == pays
+    assert not checkpoints.compiling_pays(args, torch.device("cuda"), 10)
 
 
 @pytest.mark.slow
