@@ -5,4 +5,4 @@ import os
 # beside another busy program make everything tens of times slower; if they sleep at once, a small model is
 # half as fast when nothing else runs. Read once, when torch loads its OpenMP: so every script imports this
 # package before torch.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault("GOMP_SPINCOUNT", "500")
