@@ -85,7 +85,8 @@ class Fp8Product(torch.autograd.Function):
     def in_16_bits(x: Tensor, weight: Tensor, scale: Tensor, unit: float | None, bias: Tensor | None,
                    back: bool = False) -> Tensor:
         """x times the weight as a matrix of x's dtype, which holds 8 bits exactly; back: not transposed."""
-        W = weight.to(x.dtype) if len(scale) == 1 else (weight.float() * scale).to(x.dtype)
+        W = weight.to(x.dtype)
+        W = W if len(scale) == 1 else W.mul_(scale)
         W = W if back else W.T
         if unit is not None:                                 # the scale is part of the GEMM
             beta, bias = bias is not None, x.new_empty(()) if bias is None else bias
