@@ -130,8 +130,8 @@ def draw_study(rows: list[dict], path: Path) -> None:
 
 
 def draw_stage_1(rows: list[dict], path: Path) -> None:
-    """Both scores of stage 2 against the pictures that stage 1 has seen, a line for each start and number of
-    people; a row of panels for each number of iterations of stage 2."""
+    """Both scores of stage 2, less the full stage 1's, against the pictures that stage 1 has seen: a line for
+    each start and number of people, a row of panels for each number of iterations of stage 2."""
     counts = sorted({row["stage 2"] for row in rows})
     figure = new_figure(10, 3.5 * len(counts))
     for panels, count in zip(figure.subplots(len(counts), 2, squeeze=False, sharex=True), counts):
@@ -142,10 +142,12 @@ def draw_stage_1(rows: list[dict], path: Path) -> None:
                 line = [row for row in own if (row["start"], row["people"]) == (start, people)]
                 line += random if start == "random" else []
                 points = sorted((4 * row["iterations"] + GRADIENTS * (row["start"] == "gradients"),
-                                 100 * row[metric]["mean"], 100 * row[metric]["error"]) for row in line)
+                                 100 * row[metric]["more"]["mean"], 100 * row[metric]["more"]["error"])
+                                for row in line)
                 axes.errorbar(*zip(*points), marker="o", markersize=4, capsize=2,
                               label=f"{people} people, from {start.replace('random', 'a random A')}")
-            axes.set(ylabel=name, title=f"stage 2: {count} iterations")
+            axes.axhline(0, color="grey", linewidth=0.8)
+            axes.set(ylabel=f"{name}, less the full stage 1's", title=f"stage 2: {count} iterations")
             axes.set_xscale("symlog", linthresh=400)
     for axes in panels:
         axes.set(xlabel="pictures seen by stage 1 (iterations x batch)")
