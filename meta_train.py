@@ -292,7 +292,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of all random numbers (default: 0)")
     add("--skip-bad", action="store_true", help="go on without the files and people that are no good")
     add("--save-every", type=positive, default=500, metavar="N", help="between checkpoints (default: 500)")
-    add("--preview-every", type=count, default=1000, metavar="N", help="of previews; 0: none (default: 1000)")
+    add("--preview-every", type=count, default=1000, help="between previews; 0: none (default: 1000)")
     add("--deterministic", action="store_true", help="on a GPU: the same bits in each run, somewhat slower")
     add_speed_options(add, training=True)
     add("--device", help="cuda, mps or cpu (default: the best there is)")

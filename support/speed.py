@@ -74,24 +74,22 @@ class Fp8Product(torch.autograd.Function):
             x8, x_scale = quantize(x)
             return torch._scaled_mm(x8, weight.T, scale_a=x_scale, scale_b=scale, bias=bias,
                                     out_dtype=x.dtype, use_fast_accum=True)
-        return Fp8Product.in_16_bits(x, weight, scale, unit, bias)
+        return Fp8Product.in_16_bits(x, weight.T, scale.T, unit, bias)
 
     @staticmethod
     def backward(ctx, dy):
         weight, scale = ctx.saved_tensors
-        return Fp8Product.in_16_bits(dy, weight, scale, ctx.unit, None, True), *[None] * 5
+        return Fp8Product.in_16_bits(dy, weight, scale, ctx.unit, None), *[None] * 5
 
     @staticmethod
-    def in_16_bits(x: Tensor, weight: Tensor, scale: Tensor, unit: float | None, bias: Tensor | None,
-                   back: bool = False) -> Tensor:
-        """x times the weight as a matrix of x's dtype, which holds 8 bits exactly; back: not transposed."""
-        W = weight.to(x.dtype)
-        W = W if len(scale) == 1 else W.mul_(scale)
-        W = W if back else W.T
+    def in_16_bits(x: Tensor, weight: Tensor, scale: Tensor, unit: float | None,
+                   bias: Tensor | None) -> Tensor:
+        """x times the weight, or its transpose, as a matrix of x's dtype, which holds 8 bits exactly."""
+        W = weight.to(x.dtype) if scale.numel() == 1 else weight.to(x.dtype).mul_(scale)
         if unit is not None:                                 # the scale is part of the GEMM
             beta, bias = bias is not None, x.new_empty(()) if bias is None else bias
             return torch.addmm(bias, x, W, beta=beta, alpha=unit)
-        y = x @ W if len(scale) > 1 else ((x @ W).float() * scale).to(x.dtype)
+        y = x @ W if scale.numel() > 1 else ((x @ W).float() * scale).to(x.dtype)
         return y if bias is None else y + bias
 
 
