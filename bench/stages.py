@@ -2,13 +2,15 @@
 
     python -m bench.stages                                 # the baby, and a random mid-size model
     python -m bench.stages --model flux-dev --random   # full size, random weights, on a card: all switches
-    python -m bench.stages --model flux-dev --fp8 --offload --resolution 768
+    python -m bench.stages --model flux-dev --random --fp8 --offload --resolution 768
 
-First a row for each stage: text, autoencoder, a sampling step, a training step of stage 2 with none, half and
-all of the blocks run twice, an iteration of stage 1, and personalize.py from photo to file. Then what the
-adapter costs: both steps beside those of the frozen base alone, timed in turn, A B A B, so that whatever else
-the machine does hits both. Inputs are random, never zeros; everything is warmed up; medians, in brackets the
-quartiles.
+First a row for each stage, in the product's order: text, autoencoder, a sampling step, a training step of
+stage 2 with none, half and all of the blocks run twice, an iteration of stage 1, and personalize.py from
+photo to file. Then, on a CPU, what the adapter costs: both steps beside those of the frozen base alone, timed
+in turn, A B A B, so that whatever else the machine does hits both. On a card random weights without a switch
+are timed with one set of switches after the other (EVERY), in less than ten minutes, and diffusers + peft
+beside them where they are installed. Inputs are random, never zeros; everything is warmed up; medians, in
+brackets the quartiles.
 
 The bound is the FLOPs of the stage (of a training step: what the base alone must compute) over the rate of a
 large matmul here in the same dtype, timed between the steps. Two FLOPs per multiply-add; elementwise work,
@@ -17,6 +19,7 @@ rate is still that of the 16-bit matmul, and the share may pass 100 %.
 """
 import argparse
 import copy
+import gc
 import math
 import re
 import statistics
@@ -27,6 +30,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import support  # before torch: how its threads wait
 import torch
@@ -39,6 +43,7 @@ from flux_model import AutoEncoder, AutoEncoderConfig, Flux, FluxConfig, denoise
 from metalora import MetaLoRA, apply_loras, random_lomd
 from support.checkpoints import (
     HUB,
+    fill_flux,
     find_model,
     find_targets,
     load_autoencoder,
@@ -50,8 +55,8 @@ from support.checkpoints import (
 from support.common import Parser, free, pick_device, run_script
 from support.lora_files import save_lora
 from support.photos import load_crops
-from support.speed import (KERNELS, RESERVE, Fp8Linear, Work, adapter_bytes, blocks_of, choose_attention,
-                           compile_blocks, is_offloaded, offload_blocks, plan_recompute, recompute_blocks,
+from support.speed import (KERNELS, RESERVE, Work, adapter_bytes, blocks_of, choose_attention,
+                           compile_blocks, is_offloaded, plan_recompute, quantize, recompute_blocks,
                            seconds_compiling, seconds_of_attention, step_bytes, weight_bytes)
 
 # of random weights: config, image tokens, text tokens
@@ -165,8 +170,6 @@ def measure(base: Flux, image_tokens: int, text_tokens: int, rank: int, seconds:
           f"rank {rank}, r1 {R1}; {forward:.3g} FLOP forward, {flops['step']:.3g} per training step")
 
     latent, noise, t, txt, y = random_inputs(base, 1, image_tokens, text_tokens)
-    inputs = latent.clone().requires_grad_(), txt.clone().requires_grad_()
-
     flux = copy.deepcopy(base)
     adapter = MetaLoRA(flux, rank, lomd=random_lomd(find_targets(flux), R1))
     adapter.bank.weight.add_(1e-2 * torch.randn_like(adapter.bank.weight))                     # no U of zeros
@@ -177,11 +180,8 @@ def measure(base: Flux, image_tokens: int, text_tokens: int, rank: int, seconds:
         flow_matching_loss(flux, latent, noise, t, txt, y).sum().backward()
         adapter.step(1e-4)
 
-    def base_step():
-        loss = flow_matching_loss(base, inputs[0], noise, t, inputs[1], y).mean()
-        torch.autograd.grad(loss, inputs)
-
-    report("personalisation step", personalisation_step, base_step, flops["step"], weight, seconds)
+    report("personalisation step", personalisation_step, partial(base_step, base, latent, noise, t, txt, y),
+           flops["step"], weight, seconds)
     lora = adapter.collapse()
     apply_loras(flux, [(lora, 1.0)])
     report("sampling step", lambda: denoise(flux, noise, txt, y, 1, 3.5),
@@ -221,51 +221,102 @@ def count(function: Callable) -> float:
 
 
 class Rows:
-    """Prints a row for each stage. One that fails has its error in the row, and the next one comes."""
-    def __init__(self, weight: torch.Tensor, seconds: float):
-        self.device, self.seconds = weight.device, seconds
-        self.side = 1024 if weight.device.type == "cpu" else 8192
-        self.matrices = torch.randn(2, self.side, self.side, device=self.device, dtype=weight.dtype).unbind()
-        print(f"  {'stage':<46} {'seconds':>26} {'TFLOP/s':>9} {'of bound':>9}  peak, foreseen")
+    """Prints a row for each stage, each timed for `seconds`, `until` a time.perf_counter(). One that fails
+    has its error in the row, and the next one comes."""
+    def __init__(self, device: torch.device, dtype: torch.dtype, seconds: float, until: float = math.inf):
+        self.device, self.seconds, self.until = device, seconds, until
+        self.side = 1024 if device.type == "cpu" else 8192
+        self.matrices = torch.randn(2, self.side, self.side, device=device, dtype=dtype).unbind()
 
-    def __call__(self, name: str, function: Callable, flops: float | Callable, foreseen: float = 0.0) -> None:
-        """flops: of a call, or what counts them; foreseen: bytes that the plan of memory has for it."""
+    def tried(self, name: str, function: Callable[[], str]) -> None:
+        """A row of what a call says."""
+        if time.perf_counter() > self.until:
+            return print(f"  {name:<46} left out: the time is over", flush=True)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         try:
-            flops = flops() if callable(flops) else flops
+            row = function()
+        except Exception as error:                            # whatever it is: it is a result
+            row = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+        print(f"  {name:<46} {row}", flush=True)
+
+    def __call__(self, name: str, function: Callable, flops: float | Callable, foreseen: float = 0.0) -> None:
+        """flops: of a call, or what counts them; foreseen: bytes that the plan of memory has for it."""
+        def measured() -> str:
+            done = flops() if callable(flops) else flops
             times, matmuls = interleave([function, lambda: self.matrices[0] @ self.matrices[1]], self.device,
                                         self.seconds)
-        except Exception as error:                            # whatever it is: it is a result
-            print(f"  {name:<46} {type(error).__name__}: {' '.join(str(error).split())[:150]}", flush=True)
-            return
-        median, rate = statistics.median(times), 2 * self.side ** 3 / statistics.median(matmuls)
-        print(
-            f"  {name:<46} {spread(times, 3):>26} {flops / median / 1e12:>9.3g} "
-            f"{flops / rate / median:>9.1%}  "
-            f"{private_memory(self.device) / 1e3:.1f} GB" + f", {foreseen / 1e9:.1f}" * (foreseen > 0),
-            flush=True,
-        )
+            median, rate = statistics.median(times), 2 * self.side ** 3 / statistics.median(matmuls)
+            row = (f"{spread(times, 3):>26} {done / median / 1e12:>9.3g} {done / rate / median:>9.1%}  "
+                   f"{private_memory(self.device) / 1e3:.1f} GB")
+            return row + f", {foreseen / 1e9:.1f}" * (foreseen > 0)
+        self.tried(name, measured)
 
 
-def measure_stages(models: SimpleNamespace, resolutions: list[int], text_tokens: int, rank: int,
-                   seconds: float) -> None:
-    """A row for each stage of the product, at each resolution: models.text (a call) and models.autoencoder
-    may be None."""
-    flux, rows = models.flux, Rows(models.flux.img_in.weight, seconds)
+class Plan(NamedTuple):
+    """Which switches are on, and what is timed beside a sampling and a training step."""
+    fp8: bool = False
+    offload: bool = False
+    compile: bool = False
+    rows: str = "encoders attention base twice stage-1 photo"
+    sizes: slice = slice(None)                                                     # of the resolutions
+
+
+# a card's, in one command: what costs little first, compiling last
+EVERY = (
+    Plan(rows="encoders attention base twice stage-1 peer"),
+    Plan(fp8=True, rows="twice stage-1"),
+    Plan(offload=True, rows="", sizes=slice(1, 2)),
+    Plan(fp8=True, offload=True, rows="", sizes=slice(1, 2)),
+    Plan(compile=True, rows="base photo"),
+    Plan(fp8=True, compile=True, rows=""),
+)
+MINUTES = 9                                                    # after which no further row of these begins
+
+
+def measure_encoders(rows: Rows, models: SimpleNamespace, plan: Plan, resolutions: list[int]) -> tuple:
+    """Text and autoencoder -> the autoencoder, txt, y and the seconds they took, for `photo`. As in
+    personalize.py, the text encoders have gone when the transformer comes."""
+    encode = models.text()
     with torch.no_grad():
-        if models.text:
-            rows("text, one prompt", models.text, partial(count, models.text))
-        for size in resolutions if models.autoencoder else []:
+        if "encoders" in plan.rows:
+            rows("text, one prompt", encode, partial(count, encode))
+        seconds, texts = seconds_of(encode, rows.device), encode()
+        del encode
+        gc.collect()                                 # transformers' models hold reference cycles
+        free(rows.device)
+        autoencoder = models.autoencoder()
+        for size in resolutions if "encoders" in plan.rows else []:
             picture = torch.randn(1, 3, size, size, device=rows.device).clamp(-1, 1)
             latent = torch.randn(1, 16, size // 8, size // 8, device=rows.device)
-            for name, call in (("encode", partial(models.autoencoder.encode, picture)),
-                               ("decode", partial(models.autoencoder.decode, latent))):
+            for name, call in (("encode", partial(autoencoder.encode, picture)),
+                               ("decode", partial(autoencoder.decode, latent))):
                 rows(f"{name} a picture, {size} px", call, partial(count, call))
-    measure_kernels(flux, resolutions, text_tokens)
+    return autoencoder, *texts, seconds
+
+
+def measure_stages(rows: Rows, models: SimpleNamespace, plan: Plan, resolutions: list[int], text_tokens: int,
+                   rank: int) -> Flux:
+    """The rows of a plan; models.text and models.autoencoder (calls, as models.flux) may be None -> the
+    transformer, without an adapter."""
+    print(f"  {'stage':<46} {'seconds':>26} {'TFLOP/s':>9} {'of bound':>9}  peak, foreseen")
+    if models.text and ("photo" in plan.rows or "encoders" in plan.rows):
+        encoded = measure_encoders(rows, models, plan, resolutions)
+    flux = models.flux()
+    if plan.compile:
+        compile_blocks(flux)
+    device, dtype = flux.img_in.weight.device, flux.img_in.weight.dtype
+    weights = weight_bytes(flux, dtype, plan.fp8, plan.offload) if device.type == "cuda" else 0
+
+    def foreseen(work: Work, twice: int | None) -> float:
+        """Bytes that the plan has for a step of `work` on a card, with weights and adapter; 0 elsewhere."""
+        beside = adapter_bytes(find_targets(flux), work, dtype) + step_bytes(flux, work, dtype, twice)
+        return (weights + beside + RESERVE) * (device.type == "cuda")
+    if "attention" in plan.rows:
+        measure_kernels(flux, resolutions, text_tokens)
     lora = {t.path: (torch.randn(rank, t.d_in) / 100, torch.randn(t.rows, rank) / 100)
             for t in find_targets(flux)}
-    for applied in (False, True):
+    for applied in (False, True) if "base" in plan.rows else (True,):
         apply_loras(flux, [(lora, 1.0)] if applied else [])
         for size in resolutions:
             tokens = (size // 16) ** 2
@@ -273,22 +324,33 @@ def measure_stages(models: SimpleNamespace, resolutions: list[int], text_tokens:
             _, noise, _, txt, y = random_inputs(flux, 1, tokens, text_tokens)
             rows(f"sampling step, {size} px{', one LoRA' if applied else ''}",
                  partial(denoise, flux, noise, txt, y, 1, 3.5), flops["linears"] + flops["attention"],
-                 foreseen(flux, Work(tokens + text_tokens, rank=rank), None))
-    for people in (1, 4):
-        measure_training(rows, flux, people, resolutions, text_tokens, rank)
-    recompute_blocks(flux, 0)
-    for size in resolutions if models.autoencoder else []:
-        try:
-            whole(models, size, text_tokens, random_lomd(find_targets(flux), R1), rank)
-        except Exception as error:
-            print(f"  photo to LoRA, {size} px: {type(error).__name__}: {' '.join(str(error).split())[:150]}")
-        finally:
-            apply_loras(flux, [])
+                 foreseen(Work(tokens + text_tokens, rank=rank), None))
+    apply_loras(flux, [])
+    for size in resolutions if "base" in plan.rows and not plan.offload else []:
+        flops = count_flops(flux.config, (size // 16) ** 2, text_tokens)["step"]
+        inputs = random_inputs(flux, 1, (size // 16) ** 2, text_tokens)
+        rows(f"base alone, forward and backward, {size} px", partial(base_step, flux, *inputs), flops)
+    for people in (1, 4) if "stage-1" in plan.rows else (1,):
+        measure_training(rows, flux, people, resolutions, text_tokens, rank, plan, foreseen)
+    if models.text and "photo" in plan.rows:
+        size = resolutions[len(resolutions) // 2]
+        rows.tried(f"photo to LoRA, {size} px", partial(whole, flux, *encoded, size, rank))
+        recompute_blocks(flux, 0)
+        apply_loras(flux, [])
+    return flux
+
+
+def base_step(flux: Flux, latent: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, txt: torch.Tensor,
+              y: torch.Tensor) -> None:
+    """Forward, and backward to the inputs."""
+    inputs = latent.detach().requires_grad_(), txt.detach().requires_grad_()
+    loss = flow_matching_loss(flux, inputs[0], noise, t, inputs[1], y).mean()
+    torch.autograd.grad(loss, inputs)
 
 
 def measure_training(rows: Rows, flux: Flux, people: int, resolutions: list[int], text_tokens: int,
-                     rank: int) -> None:
-    """A step of stage 2 with none, half and all of the blocks run twice, or of stage 1 as it is planned."""
+                     rank: int, plan: Plan, foreseen: Callable[[Work, int], float]) -> None:
+    """A step of stage 2, or of stage 1 with the blocks run twice that are planned."""
     blocks = len(blocks_of(flux))
     adapter = MetaLoRA(flux, rank, lomd=random_lomd(find_targets(flux), R1), num_identities=people,
                        slots=people)
@@ -305,27 +367,18 @@ def measure_training(rows: Rows, flux: Flux, people: int, resolutions: list[int]
             flow_matching_loss(flux, *inputs).sum().backward()
             adapter.step(1e-4)
         counts, work = [0, blocks // 2, blocks], Work(tokens + text_tokens, people, rank, R1, people, True)
-        if people > 1 or is_offloaded(flux):
+        if people > 1 or is_offloaded(flux) or "twice" not in plan.rows:
             try:
                 counts = [plan_recompute(adapter, tokens + text_tokens)]
             except ValueError as error:
-                print(f"  {people} people, {size} px: {error}")
+                print(f"  training, {people} people, {size} px: {error}", flush=True)
                 continue
         for twice in counts:
             what = "training step" if people == 1 else "stage 1, 4 pictures of 4 people"
             rows(f"{what}, {size} px, {twice} of {blocks} twice", partial(step, twice), flops,
-                 foreseen(flux, work, twice))
+                 foreseen(work, twice))
+    recompute_blocks(flux, 0)
     apply_loras(flux, [])
-
-
-def foreseen(flux: Flux, work: Work, twice: int | None) -> float:
-    """Bytes that the plan has for a step of `work` on a card, with weights and adapter; 0 elsewhere."""
-    if flux.img_in.weight.device.type != "cuda":
-        return 0.0
-    fp8, dtype = any(isinstance(m, Fp8Linear) for m in flux.modules()), flux.img_in.weight.dtype
-    weights = weight_bytes(flux, dtype, fp8, is_offloaded(flux))
-    beside = adapter_bytes(find_targets(flux), work, dtype) + step_bytes(flux, work, dtype, twice)
-    return weights + beside + RESERVE
 
 
 def measure_kernels(flux: Flux, resolutions: list[int], text_tokens: int) -> None:
@@ -340,77 +393,98 @@ def measure_kernels(flux: Flux, resolutions: list[int], text_tokens: int) -> Non
         print(f"  attention, {size} px: {times}; chosen: {chosen}")
 
 
-def whole(models: SimpleNamespace, size: int, text_tokens: int, lomd: dict, rank: int) -> None:
-    """personalize.py from photo to file, its 375 iterations, but for reading the weights from disk."""
-    start, laps, flux = time.perf_counter(), {}, models.flux
-    device = flux.img_in.weight.device
+def whole(flux: Flux, autoencoder: nn.Module, txt: torch.Tensor, y: torch.Tensor, text_seconds: float,
+          size: int, rank: int) -> str:
+    """personalize.py from photo to file, its 375 iterations, but for reading the weights from disk -> what
+    each part took."""
+    laps, device = {"text": text_seconds}, flux.img_in.weight.device
+    start = time.perf_counter() - text_seconds
 
     def lap(name):
         seconds_of(lambda: None, device)                                            # waits for what is queued
         laps[name] = time.perf_counter() - start - sum(laps.values())
     crops = load_crops([Path(__file__).resolve().parents[1] / "baby" / "example.png"], [size])
     lap("crops")
-    txt, y = models.text()
-    lap("text")
-    latents, weights = personalize.encode_crops(models.autoencoder, crops)
+    latents, weights = personalize.encode_crops(autoencoder, crops)
     lap("encoding")
-    adapter = MetaLoRA(flux, rank, lomd=lomd)
-    twice = plan_recompute(adapter, max(part[0, 0, 0].numel() // 4 for part in latents) + text_tokens)
+    adapter = MetaLoRA(flux, rank, lomd=random_lomd(find_targets(flux), R1))
+    twice = plan_recompute(adapter, max(part[0, 0, 0].numel() // 4 for part in latents) + txt.shape[1])
     recompute_blocks(flux, twice)
     personalize.train(flux, adapter, latents, weights, txt, y, personalize.ITERATIONS["meta-lora"], 1e-4)
     lap("training")
     with tempfile.TemporaryDirectory() as folder:
         save_lora(Path(folder) / "lora.safetensors", adapter.collapse())
     lap("saving")
-    print(f"  photo to LoRA, {size} px, {len(crops)} crops, {twice} of {len(blocks_of(flux))} twice: "
-          f"{sum(laps.values()):.1f} s ({', '.join(f'{name} {value:.1f}' for name, value in laps.items())})")
+    parts = ", ".join(f"{name} {value:.1f}" for name, value in laps.items())
+    return f"{sum(laps.values()):.1f} s ({parts}), {len(crops)} crops, {twice} blocks twice"
 
 
-def random_models(
-    config: FluxConfig, device: torch.device, dtype: torch.dtype, text_tokens: int
-) -> SimpleNamespace:
-    """FLUX.1's four networks with random weights, made on the device; the text encoders at their published
-    sizes."""
+class RandomFiles:
+    """What checkpoints.TensorFiles is to a checkpoint, for one of random weights, each drawn on the device
+    when it is asked for, at the size that keeps activations about as large."""
+    metadata, path = {}, Path("random weights")
+
+    def __init__(self, config: FluxConfig, device: torch.device, dtype: torch.dtype):
+        with torch.device("meta"):
+            self.file_of = dict(Flux(config).named_parameters())
+        self.like = dict(device=device, dtype=dtype)
+
+    def shape(self, name: str) -> list[int]:
+        return list(self.file_of[name].shape)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return draw(name, torch.empty(self.shape(name), **self.like))
+
+    def quantized(self, names: list[str], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        return quantize(torch.cat([self[name] for name in names]))
+
+
+def draw(name: str, weight: torch.Tensor) -> torch.Tensor:
+    vector = weight.dim() == 1
+    return weight.normal_(float("norm" in name and vector), 0.02 if vector else weight[0].numel() ** -0.5)
+
+
+def random_models(config: FluxConfig, device: torch.device, dtype: torch.dtype, text_tokens: int,
+                  plan: Plan) -> SimpleNamespace:
+    """FLUX.1's four networks with random weights, made on the device by a call each; the text encoders at
+    their published sizes."""
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
-    t5_config = T5Config(vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
-                         feed_forward_proj="gated-gelu")
-    clip_config = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
-                                 num_attention_heads=12)
-    flux, autoencoder, t5, clip = (
-        random_weights(kind, config_, device, dtype)
-        for kind, config_ in (
-            (Flux, config),
-            (AutoEncoder, AutoEncoderConfig()),
-            (T5EncoderModel, t5_config),
-            (CLIPTextModel, clip_config),
-        )
-    )
-    words, few = (torch.randint(2, 10_000, (1, length), device=device) for length in (text_tokens, 77))
-    autoencoder = autoencoder.to(memory_format=torch.channels_last) if device.type == "cuda" else autoencoder
-    return SimpleNamespace(
-        flux=flux,
-        autoencoder=autoencoder,
-        text=torch.no_grad()(lambda: (t5(words).last_hidden_state, clip(few).pooler_output)),
-    )
+
+    def text() -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+        t5 = random_weights(T5EncoderModel, T5Config(
+            vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
+            feed_forward_proj="gated-gelu"), device, dtype)
+        clip = random_weights(CLIPTextModel, CLIPTextConfig(
+            hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12),
+            device, dtype)
+        words, few = (torch.randint(2, 10_000, (1, length), device=device) for length in (text_tokens, 77))
+        return lambda: (t5(words).last_hidden_state, clip(few).pooler_output)
+
+    def autoencoder() -> AutoEncoder:
+        model = random_weights(AutoEncoder, AutoEncoderConfig(), device, dtype)
+        return model.to(memory_format=torch.channels_last) if device.type == "cuda" else model
+    return SimpleNamespace(flux=partial(random_flux, config, device, dtype, plan), text=text,
+                           autoencoder=autoencoder)
+
+
+def random_flux(config: FluxConfig, device: torch.device, dtype: torch.dtype, plan: Plan) -> Flux:
+    return fill_flux(RandomFiles(config, device, dtype), config, False, device, dtype, plan.fp8, plan.offload)
 
 
 def random_weights(kind: type, config: object, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A frozen model on the device, each tensor drawn there at the size that keeps activations about as
-    large."""
+    """A frozen model, made on the device."""
     with torch.device("meta"):
         model = kind(config).to(dtype)
     model = model.to_empty(device=device).requires_grad_(False).eval()
     for name, p in model.named_parameters():
-        torch.nn.init.normal_(
-            p, mean=float("norm" in name and p.dim() == 1), std=0.02 if p.dim() == 1 else p[0].numel() ** -0.5
-        )
+        draw(name, p)
     for name, buffer in model.named_buffers():                           # CLIP's and T5's counts of positions
         buffer.copy_(torch.arange(buffer.shape[-1], device=device).expand_as(buffer))
     return model
 
 
-def choose(args: argparse.Namespace, name: str, device: torch.device) -> tuple:
-    """--model -> its networks, image and text tokens, and what its weights are."""
+def choose(args: argparse.Namespace, name: str, device: torch.device, plan: Plan) -> tuple:
+    """--model -> its networks, a call each, image and text tokens, dtype, and what its weights are."""
     dtype = args.dtype and getattr(torch, args.dtype)
     if args.random and name in HUB or name in MODELS:
         dtype = dtype or (torch.float32 if device.type == "cpu" and name in MODELS else torch.bfloat16)
@@ -420,37 +494,20 @@ def choose(args: argparse.Namespace, name: str, device: torch.device) -> tuple:
             512 if name == "flux-dev" else 256,
         )
         if name in HUB:
-            models = random_models(config, device, dtype, tokens[1])
+            models = random_models(config, device, dtype, tokens[1], plan)
         else:
-            models = SimpleNamespace(
-                flux=Flux(config).requires_grad_(False).to(device, dtype), autoencoder=None, text=None
-            )
-        switch(models.flux, args)
-        return models, *tokens, "random weights"
+            models = SimpleNamespace(flux=partial(random_flux, config, device, dtype, plan), autoencoder=None,
+                                     text=None)
+        return models, *tokens, dtype, "random weights"
     folder = find_model(name)
-    dtype = dtype or pick_dtype(device, folder)
-    flux = load_flux(folder, device, dtype, args.fp8, args.offload)
-    encoders, autoencoder = load_text_encoders(folder, device, dtype), load_autoencoder(folder, device, dtype)
-    prompt, tokens = [model_defaults(folder)["prompt"]], (model_defaults(folder)["resolution"] // 16) ** 2
-    if args.compile:
-        compile_blocks(flux)
-    return (
-        SimpleNamespace(flux=flux, autoencoder=autoencoder, text=lambda: encoders.encode(prompt)),
-        tokens,
-        encoders.max_length,
-        "its own weights",
+    dtype, defaults = dtype or pick_dtype(device, folder), model_defaults(folder)
+    encoders = [load_text_encoders(folder, device, dtype)]
+    models = SimpleNamespace(
+        flux=partial(load_flux, folder, device, dtype, plan.fp8, plan.offload),
+        autoencoder=partial(load_autoencoder, folder, device, dtype),
+        text=lambda: partial(encoders.pop().encode, [defaults["prompt"]]),                 # nobody keeps them
     )
-
-
-def switch(flux: Flux, args: argparse.Namespace) -> None:
-    """--fp8, --offload and --compile for a model of random weights."""
-    for name, module in list(flux.named_modules()) if args.fp8 else []:
-        if isinstance(module, nn.Linear) and "_blocks." in name:
-            flux.set_submodule(name, Fp8Linear.of(module))
-    if args.offload:
-        offload_blocks(flux, flux.img_in.weight.device)
-    if args.compile:
-        compile_blocks(flux)
+    return models, (defaults["resolution"] // 16) ** 2, encoders[0].max_length, dtype, "its own weights"
 
 
 def positive(kind: type) -> Callable[[str], float]:
@@ -472,7 +529,7 @@ def options(prog: str, description: str) -> Parser:
         action="store_true",
         help="flux-dev or flux-schnell with random weights, made on the device",
     )
-    add("--seconds", type=positive(float), help="time for each row (default: 10; of all of a card's rows: 1)")
+    add("--seconds", type=positive(float), help="time for each row (default: 10; for all of a card: 0.5)")
     add(
         "--resolution",
         type=positive(int),
@@ -491,24 +548,25 @@ def options(prog: str, description: str) -> Parser:
     return parser
 
 
-VARIANTS = "", "compile", "fp8", "fp8 compile", "offload", "fp8 offload"        # a card's, in one command
-
-
-def bench_one(args: argparse.Namespace, name: str, device: torch.device) -> None:
-    """All rows of one model with the switches of args."""
-    models, image_tokens, text_tokens, weights = choose(args, name, device)
-    flux, text_tokens = models.flux, args.text_tokens or text_tokens
+def bench_one(args: argparse.Namespace, name: str, device: torch.device, plan: Plan, until: float) -> None:
+    """The rows of one model and plan."""
+    models, image_tokens, text_tokens, dtype, weights = choose(args, name, device, plan)
+    text_tokens = args.text_tokens or text_tokens
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    switches = "".join(f", {word}" for word in ("fp8", "offload", "compile") if getattr(args, word))
+    switches = "".join(f", {word}" for word in ("fp8", "offload", "compile") if getattr(plan, word))
     print(f"{name}, {weights}: torch {torch.__version__}, {where}, {torch.get_num_threads()} threads, "
-          f"{str(flux.img_in.weight.dtype)[6:]}{switches}", flush=True)
+          f"{str(dtype)[6:]}{switches}", flush=True)
     resolutions = args.resolution or (
         [512, 768, 1024] if image_tokens == 4096 else [16 * math.isqrt(image_tokens)]
     )
-    measure_stages(models, resolutions, text_tokens, args.rank, args.seconds)
-    if args.compile:
+    rows = Rows(device, dtype, args.seconds, until)
+    flux = measure_stages(rows, models, plan, resolutions[plan.sizes] or resolutions, text_tokens, args.rank)
+    if plan.compile:
         print(f"  {seconds_compiling():.0f} s went into compiling so far")
-    if not (args.fp8 or args.offload or args.compile or device.type == "cuda"):   # beside plain Linears
+    if "peer" in plan.rows:
+        from bench.peer import measure_peer                           # which takes this file's measures
+        measure_peer(flux, rows, resolutions[0], text_tokens, args.rank)
+    if not (plan.fp8 or plan.offload or plan.compile or device.type == "cuda"):   # beside plain Linears
         tokens = (resolutions[-1] // 16) ** 2, text_tokens
         measure(flux, *tokens, args.rank, args.seconds)
         measure_mixing(flux, *tokens, args.rank, args.seconds)
@@ -521,21 +579,18 @@ def bench(argv: list[str] | None = None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    every = args.random and device.type == "cuda" and not (args.fp8 or args.offload or args.compile)
-    args.seconds = args.seconds or (1.0 if every else 10.0)
+    own = Plan(args.fp8, args.offload, args.compile)
+    every = args.random and device.type == "cuda" and own == Plan()
+    args.seconds = args.seconds or (0.5 if every else 10.0)
+    until = time.perf_counter() + 60 * MINUTES if every else math.inf
     for name in [args.model] if args.model else ["baby", "mid"]:
-        for variant in VARIANTS if every else [None]:
-            for word in ("fp8", "offload", "compile") if every else ():
-                setattr(args, word, word in variant.split())
+        for plan in EVERY if every else [own]:
             try:
-                bench_one(args, name, device)
-            except (RuntimeError, OSError) as error:
+                bench_one(args, name, device, plan, until)
+            except Exception as error:
                 if not every:
                     raise
-                print(
-                    f"{name}, {variant}: {type(error).__name__}: {' '.join(str(error).split())[:300]}",
-                    flush=True,
-                )
+                print(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}", flush=True)
             free(device)
 
 

@@ -229,7 +229,12 @@ def load_flux(folder: Place, device: Device = "cpu", dtype: torch.dtype = BF16,
     fp8: the blocks' Linears in 8 bits. offload: the blocks live in CPU memory, but for the first `stay`.
     ValueError, in one line, where the files are missing, torn or of another model.
     """
-    files, config, is_diffusers = flux_files(folder)
+    return fill_flux(*flux_files(folder), device, dtype, fp8, offload, stay)
+
+
+def fill_flux(files: TensorFiles, config: FluxConfig, is_diffusers: bool, device: Device, dtype: torch.dtype,
+              fp8: bool = False, offload: bool = False, stay: int = 0) -> Flux:
+    """load_flux of what flux_files gives."""
     sources = diffusers_flux_names if is_diffusers else lambda name: [name]
     with torch.device("meta"):
         model = Flux(config)

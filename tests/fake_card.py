@@ -43,6 +43,9 @@ class Allocator:
         self.blocks, self.ids = {}, itertools.count()            # id -> [size, pool, segment, prev, next, is_free, whole segment size]
         self.releases = 0
 
+    def reset_peaks(self):
+        self.peak_allocated, self.peak_reserved = self.allocated, self.reserved
+
     def malloc(self, nbytes):
         size = max(512, -(-nbytes // 512) * 512)
         pool = "small" if size <= MIB else "large"
@@ -126,8 +129,7 @@ class FakeCard(TorchDispatchMode):
         self.launches, self.bytes, self.flops = collections.Counter(), zeros(), zeros()
         self.syncs, self.ops, self.times = collections.Counter(), collections.Counter(), []
         self.by_op = collections.defaultdict(lambda: [0, 0.0, 0.0])
-        self.memory.peak_allocated = self.memory.allocated
-        self.memory.peak_reserved = self.memory.reserved
+        self.memory.reset_peaks()
 
     # -- where in the project
 
@@ -331,7 +333,7 @@ class FakeCard(TorchDispatchMode):
         for name, new in {
                 "mem_get_info": lambda *a: (card.total - memory.reserved, card.total), "memory_reserved": lambda *a: memory.reserved,
                 "memory_allocated": lambda *a: memory.allocated, "max_memory_allocated": lambda *a: memory.peak_allocated,
-                "reset_peak_memory_stats": lambda *a: None, "empty_cache": lambda: memory.release(), "Stream": Stream, "Event": Event,
+                "reset_peak_memory_stats": lambda *a: memory.reset_peaks(), "empty_cache": lambda: memory.release(), "Stream": Stream, "Event": Event,
                 "current_stream": lambda *a: Stream(), "stream": lambda s: contextlib.nullcontext(),
                 "get_device_capability": lambda *a: card.capability, "synchronize": lambda *a: card.sync("synchronize")}.items():
             patch(torch.cuda, name, new)
@@ -351,14 +353,14 @@ class FakeCard(TorchDispatchMode):
             finally:
                 card.phase, card.in_backward = before, False
 
-        def sdpa(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-            if q.device.type != "cuda":
-                return real_sdpa(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-            if attn_mask is not None or q.shape[-1] > 256:
-                return aten._scaled_dot_product_efficient_attention(q, k, v, attn_mask, q.requires_grad)[0]
+        def sdpa(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+            if query.device.type != "cuda":
+                return real_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+            if attn_mask is not None or query.shape[-1] > 256:
+                return aten._scaled_dot_product_efficient_attention(query, key, value, attn_mask, query.requires_grad)[0]
             if card.attention == "cudnn":
-                return aten._scaled_dot_product_cudnn_attention(q, k, v, None, q.requires_grad)[0]
-            return aten._scaled_dot_product_flash_attention(q, k, v)[0]
+                return aten._scaled_dot_product_cudnn_attention(query, key, value, None, query.requires_grad)[0]
+            return aten._scaled_dot_product_flash_attention(query, key, value)[0]
 
         def rms_norm(x, shape, weight=None, eps=None):           # as on a card: one kernel where the dtypes agree
             if x.device.type != "cuda":
@@ -451,8 +453,7 @@ def full_size_flux(card, fp8=False, offload=False, stay=0, config=None):
         card.stack.enter_context(mock.patch.object(speed.Offload, "place", staticmethod(fake_place)))
         card.stack.enter_context(mock.patch.object(checkpoints, "host_memory", lambda: 64 * GIB))
     card.big = 0 if offload else BIG                             # what moves between the two is fake on either side
-    with mock.patch.object(checkpoints, "flux_files", lambda folder: (files, config, False)):
-        flux = checkpoints.load_flux("shapes", card.device, torch.bfloat16, fp8, offload, stay)
+    flux = checkpoints.fill_flux(files, config, False, card.device, torch.bfloat16, fp8, offload, stay)
     card.big = BIG
     for block in speed.blocks_of(flux):
         for tensor in itertools.chain(*block.offload.tensors) if getattr(block, "offload", None) else ():

@@ -8,6 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import peer, stages
 from flux_model import Flux, FluxConfig, flow_matching_loss
+from metalora import MetaLoRA
+from support.speed import Fp8Linear
 
 TINY = FluxConfig(vec_in_dim=24, context_in_dim=40, hidden_size=64, num_heads=2, depth=1,
                   depth_single_blocks=1, axes_dim=(4, 14, 14))
@@ -46,9 +48,10 @@ def test_prints_what_it_measured(monkeypatch, capsys):
     assert f"{torch.get_num_threads()} threads, float32" in out
     assert "16 image + 7 text tokens, rank 2" in out
     found = re.findall(r"([\d.e+-]+) \(([\d.e+-]+) to ([\d.e+-]+)\)", out)
-    assert len(found) == 9 + 6 and all(0 < float(low) <= float(mid) <= float(high) for low, mid, high in [(f[1], f[0], f[2]) for f in found])
+    assert len(found) == 9 + 7 and all(0 < float(low) <= float(mid) <= float(high) for low, mid, high in [(f[1], f[0], f[2]) for f in found])
     assert len(re.findall(r"([\d.]+)% of the bound", out)) == 6 and out.count("3 pairs") == 3
-    for row in ("sampling step, 64 px  ", "sampling step, 64 px, one LoRA", *(f"training step, 64 px, {n} of 2 twice" for n in (0, 1, 2)),
+    for row in ("sampling step, 64 px  ", "sampling step, 64 px, one LoRA", "base alone, forward and backward, 64 px",
+                *(f"training step, 64 px, {n} of 2 twice" for n in (0, 1, 2)),
                 "stage 1, 4 pictures of 4 people, 64 px, 0 of 2 twice"):
         assert out.count(row) == 1, row
 
@@ -66,17 +69,23 @@ def test_every_stage_of_the_baby(switches, monkeypatch, capsys):
 
 
 def test_random_weights_of_full_size_are_of_the_right_shapes(monkeypatch):
-    """FLUX.1's published sizes of T5 and CLIP, in parameters, on meta; a small one of each kind really runs."""
-    made = {}
-    monkeypatch.setattr(stages, "random_weights", lambda kind, config, device, dtype: made.setdefault(kind, kind(config)))
-    with torch.device("meta"):
-        stages.random_models(FluxConfig(), torch.device("meta"), torch.bfloat16, 512)
-    millions = {kind.__name__: round(sum(p.numel() for p in model.parameters()) / 1e6) for kind, model in made.items()}
-    assert millions == {"Flux": 11901, "AutoEncoder": 84, "T5EncoderModel": 4762, "CLIPTextModel": 123}
-    monkeypatch.undo()
-    model = stages.random_weights(Flux, TINY, torch.device("cpu"), torch.float32)
-    inputs = stages.random_inputs(model, 1, 16, 7)
-    assert 0.3 < flow_matching_loss(model, *inputs).item() < 100
+    """FLUX.1's published sizes of T5 and CLIP, in parameters, on meta; a small transformer really runs."""
+    made, meta = {}, torch.device("meta")
+    def random_weights(kind, config, *like):
+        with meta:
+            made[kind.__name__] = kind(config)
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "random_weights", random_weights)
+        models = stages.random_models(FluxConfig(), meta, torch.bfloat16, 512, stages.Plan())
+        models.text(), models.autoencoder()
+    millions = {name: round(sum(p.numel() for p in model.parameters()) / 1e6) for name, model in made.items()}
+    files = stages.RandomFiles(FluxConfig(), meta, torch.bfloat16)
+    assert millions == {"AutoEncoder": 84, "T5EncoderModel": 4762, "CLIPTextModel": 123}
+    assert round(sum(p.numel() for p in files.file_of.values()) / 1e6) == 11901
+    for fp8 in (False, True):
+        model = stages.random_flux(TINY, torch.device("cpu"), torch.float32, stages.Plan(fp8=fp8))
+        assert sum(isinstance(m, Fp8Linear) for m in model.modules()) == 13 * fp8
+        assert 0.3 < flow_matching_loss(model, *stages.random_inputs(model, 1, 16, 7)).item() < 100
 
 
 @pytest.mark.parametrize("words", ["--seconds 0", "--resolution -4", "--rank x", "--device quantum",
@@ -88,21 +97,36 @@ def test_bad_input_is_one_line(words, capsys):
 
 
 def test_against_diffusers_and_peft(monkeypatch, capsys):
-    """With them their numbers stand beside ours; without, one line says what is missing."""
+    """With them: the same velocities on the same weights, and their numbers beside ours; without, one line."""
     monkeypatch.setitem(stages.MODELS, "small", (TINY, 16, 7))
     words = ["--device", "cpu", "--seconds", "0.001"]
     try:
         import diffusers, peft  # noqa: E401, F401
         assert peer.main(words) == 0
         out = capsys.readouterr().out
-        assert "training step" in out and "sampling step, one LoRA" in out and out.count("ratio") == 2
+        assert float(re.search(r"diffusers, 64 px +(\S+) of the velocity", out)[1]) < 1e-5
+        assert "training step" in out and "sampling step, 64 px, one LoRA" in out and out.count("ratio") == 2
     except ImportError:
         assert peer.main(words) == 2 and "pip install diffusers peft" in capsys.readouterr().err
 
 
+def test_all_weights_have_a_name_of_diffusers():
+    """Those of an adapted model too, without a copy; but for the last modulation, whose halves are exchanged there."""
+    flux = stages.random_flux(TINY, torch.device("cpu"), torch.float32, stages.Plan())
+    plain = {name: tensor.clone() for name, tensor in peer.shared_weights(flux).items()}
+    MetaLoRA(flux, 1)
+    shared, own = peer.shared_weights(flux), {p.untyped_storage().data_ptr() for p in flux.parameters()}
+    assert len(plain) == len(shared) == len(set(shared)) and all(torch.equal(plain[name], shared[name]) for name in plain)
+    copies = {name for name, tensor in shared.items() if tensor.untyped_storage().data_ptr() not in own}
+    assert copies == {"norm_out.linear.weight", "norm_out.linear.bias"}
+    assert torch.equal(shared["norm_out.linear.bias"][:64], flux.final_layer.adaLN_modulation[1].bias[64:])
+
+
 def test_a_stage_that_fails_is_a_row(capsys):
-    rows = stages.Rows(torch.zeros(1), 0.001)
+    rows = stages.Rows(torch.device("cpu"), torch.float32, 0.001)
     rows("broken", lambda: 1 / 0, 1.0)
     rows("sound", lambda: None, 1.0)
-    broken, sound = capsys.readouterr().out.splitlines()[1:]
+    broken, sound = capsys.readouterr().out.splitlines()
     assert "ZeroDivisionError" in broken and "GB" in sound
+    stages.Rows(torch.device("cpu"), torch.float32, 0.001, until=0)("late", lambda: 1 / 0, 1.0)
+    assert "left out" in capsys.readouterr().out
