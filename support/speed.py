@@ -244,16 +244,14 @@ class Offload:
     def __init__(self, blocks: list[nn.Module], device: torch.device):
         self.device, self.cuda = torch.device(device), torch.device(device).type == "cuda"
         self.tensors = [[p for p in block.parameters() if not p.requires_grad] for block in blocks]
-        self.homes = []
-        for tensors in self.tensors:                        # one flat piece for each block: one copy moves it
-            size = sum(padded(t.nbytes) for t in tensors)
-            home = torch.empty(size, dtype=torch.uint8)
+        sizes = [sum(padded(t.nbytes) for t in tensors) for tensors in self.tensors]
+        flat = torch.empty(sum(sizes), dtype=torch.uint8)
+        self.homes = flat.split(sizes)                       # a piece for each block: one copy moves it
+        for tensors, home in zip(self.tensors, self.homes):
             self.place(tensors, home, fill=True)
-            self.homes.append(home)
         if self.cuda:
-            pin(self.homes)
-        size = max(map(len, self.homes))
-        self.slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
+            pin(flat)
+        self.slots = [torch.empty(max(sizes), dtype=torch.uint8, device=device) for _ in range(2)]
         self.held, self.last = [None, None], None               # which block a slot holds; which one ran last
         self.stream = torch.cuda.Stream(device) if self.cuda else None
         self.arrived = [torch.cuda.Event() if self.cuda else None for _ in range(2)]
@@ -300,16 +298,14 @@ class Offload:
         return forward(*inputs)
 
 
-def pin(homes: list[Tensor]) -> None:
-    """Page-locks CPU memory where it lies: torch's own allocator of pinned memory would round each up to a
-    power of two."""
+def pin(flat: Tensor) -> None:
+    """Page-locks CPU memory where it lies: torch's own allocator of pinned memory would round it up to a
+    power of two. All at once, since pages that two pieces share cannot be locked twice."""
     cudart = torch.cuda.cudart()
-    for home in homes:
-        if int(cudart.cudaHostRegister(home.data_ptr(), home.nbytes, 0)):
-            size = sum(home.nbytes for home in homes) / GIB
-            raise OSError(f"the system does not let --offload lock {size:.0f} GiB of its memory: a higher "
-                          "limit (ulimit -l) or --fp8 helps")
-        weakref.finalize(home.untyped_storage(), cudart.cudaHostUnregister, home.data_ptr())
+    if int(cudart.cudaHostRegister(flat.data_ptr(), flat.nbytes, 0)):
+        raise OSError(f"the system does not let --offload lock {flat.nbytes / GIB:.0f} GiB of its memory: a "
+                      "higher limit (ulimit -l) or --fp8 helps")
+    weakref.finalize(flat.untyped_storage(), cudart.cudaHostUnregister, flat.data_ptr())
 
 
 def padded(size: int) -> int:

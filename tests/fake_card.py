@@ -226,7 +226,7 @@ class FakeCard(TorchDispatchMode):
         if name == "nonzero" and cuda:
             self.sync("nonzero (D2H)")
             return self.on_card(torch.zeros(0, args[0].dim(), dtype=torch.long))
-        if name == "_to_copy" and cuda and device is not None and device.type == "cpu":
+        if name == "_to_copy" and cuda and device is not None and device.type == "cpu" and self.big:
             self.sync("copy to the CPU (D2H)")
             self.bytes[self.phase] += 0
             with _disable_current_modes():
