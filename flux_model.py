@@ -463,7 +463,7 @@ def get_noise(height: int, width: int, seed: int, channels: int = 16) -> Tensor:
     device.
 
     Drawn on the CPU and directly in bf16: to draw in fp32 and round gives other numbers in some versions of
-    torch.
+    torch. From one seed torch 2.9 and 2.14 draw different bf16 numbers.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
     return torch.randn(1, channels, 2 * math.ceil(height / 16), 2 * math.ceil(width / 16),

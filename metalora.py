@@ -57,7 +57,7 @@ class Adapted(torch.autograd.Function):
 
 class AdaptedLinear(nn.Module):
     """A frozen Linear and its update: C (R, d_in), and U in parts, (rows, columns) slices of one target each.
-    The weight moves into S, unless it must stay as it is (`widen` False: 8 bits, offloaded, compiled)."""
+    The weight moves into S, unless it must stay as it is (`widen` False: 8 bits, offloaded)."""
     def __init__(self, base: nn.Module, parts: list[tuple[slice, slice]]):
         super().__init__()
         self.base, self.weight, self.parts, self.columns = base, base.weight, parts, parts[-1][1].stop

@@ -197,7 +197,6 @@ def compile_blocks(flux: nn.Module) -> None:
     logger.handlers = [h for h in logger.handlers if not isinstance(h, GivenUp)] + [GivenUp()]
     for block in managed(flux):
         block.compiled = compiled(super(Managed, block).forward.__func__)
-        keep_as_it_is(block)
 
 
 @cache
@@ -211,15 +210,9 @@ def offload_blocks(flux: nn.Module, device, first: int = 0) -> None:
     offload = Offload(blocks_of(flux)[first:], device)
     for index, block in enumerate(managed(flux)[first:]):
         block.offload, block.place = offload, index
-        keep_as_it_is(block)
-
-
-def keep_as_it_is(block: nn.Module) -> None:
-    """Tells metalora.py that updates go beside these weights: a copy of an offloaded one would not move
-    along, and plain products are what a compiler understands."""
-    for module in block.modules():
-        if isinstance(module, nn.Linear):
-            module.widen = False
+        for module in block.modules():
+            if isinstance(module, nn.Linear):
+                module.widen = False             # for metalora.py: a copy of this weight would not move along
 
 
 def is_compiled(flux: nn.Module) -> bool:

@@ -27,6 +27,8 @@ from support import gradients, speed
 from support.checkpoints import find_targets
 
 BF16 = torch.bfloat16
+pytestmark = pytest.mark.skipif(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14), reason="older tensors without "
+                                "numbers ask for a driver: seen with torch 2.9, not tried between")
 
 
 def plan(card, work, fp8=False, offload=False):

@@ -15,7 +15,7 @@ from personalize import main as personalize
 from sample import main as sample
 from support import checkpoints, speed
 from support.checkpoints import TensorFiles, find_model, find_targets, load_flux, open_flux
-from support.speed import (E4M3, Fp8Linear, Offload, blocks_of, check_memory, keep_as_it_is,
+from support.speed import (E4M3, Fp8Linear, Offload, blocks_of, check_memory,
                            plan_recompute, quantize, recompute_blocks, step_bytes, weight_bytes)
 from test_flux_model import DIFFUSERS, HUB, ORIGINAL, TEXT_PARTS, link, message, relative
 
@@ -47,7 +47,8 @@ def draws(size=16, batch=2, dtype=torch.float32):
 def beside(flux):
     """The model, whose weights are not to be widened: its updates have products of their own."""
     for block in blocks_of(flux):
-        keep_as_it_is(block)
+        for module in block.modules():
+            module.widen = False
     return flux
 
 
@@ -404,7 +405,7 @@ def test_compiled_blocks(fp8, rounding):
     torch._dynamo.reset()
     from torch._dynamo.utils import counters
     counters.clear()
-    exact, plain = ([trained(beside(load_flux(BABY, dtype=dtype, fp8=fp8)), steps=1, size=size) for size in (16, 12, 20)]
+    exact, plain = ([trained(load_flux(BABY, dtype=dtype, fp8=fp8), steps=1, size=size) for size in (16, 12, 20)]
                     for dtype in (torch.float32, torch.bfloat16))
     flux = load_flux(BABY, dtype=torch.bfloat16, fp8=fp8)
     speed.compile_blocks(flux)
