@@ -27,9 +27,8 @@ def shared_weights(flux: Flux) -> dict[str, Tensor]:
         if name.endswith(".S"):                                        # of which the weight is a view
             continue
         parts = diffusers_flux_names(name.replace(".base.", "."))
-        module, _, _ = name.rpartition(".")
-        width = getattr(flux.get_submodule(module), "base", flux.get_submodule(module))
-        sizes = part_sizes(len(parts), len(p), getattr(width, "in_features", 0))
+        layer = flux.get_submodule(name.rpartition(".")[0])
+        sizes = part_sizes(len(parts), len(p), getattr(getattr(layer, "base", layer), "in_features", 0))
         found |= zip(parts, p.detach().split(sizes))
     for name in [name for name in found if name.startswith("norm_out.linear")]:
         found[name] = found[name].roll(len(found[name]) // 2, 0)       # diffusers has scale before shift
