@@ -106,7 +106,7 @@ def test_meta_train(tmp_path, monkeypatch, capsys):
         pixels = np.random.default_rng(i).integers(0, 256, (4, 4, 3), np.uint8)
         Image.fromarray(pixels).resize((64, 64), Image.BICUBIC).save(path)
     words = ["--data", str(tmp_path / "data"), "--resolution", "64", "--iters", "4", "--batch-size", "2", "--r1", "3",
-             "--save-every", "1", "--preview-every", "2", *SMALL]
+             "--warmup", "0", "--save-every", "1", "--preview-every", "2", *SMALL]
     assert fill_disks(lambda: meta_train.main(words), tmp_path, monkeypatch, capsys) > 7
 
 
