@@ -230,12 +230,10 @@ class Rows:
 
     def tried(self, name: str, function: Callable[[], str]) -> None:
         """A row of what a call says."""
-        if time.perf_counter() > self.until:
-            return print(f"  {name:<46} left out: the time is over", flush=True)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         try:
-            row = function()
+            row = function() if time.perf_counter() <= self.until else "left out: the time is over"
         except Exception as error:                            # whatever it is: it is a result
             row = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
         print(f"  {name:<46} {row}", flush=True)

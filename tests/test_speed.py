@@ -234,6 +234,7 @@ def test_only_two_blocks_are_elsewhere():
     within = [[home.data_ptr() <= p.data_ptr() and p.data_ptr() + p.nbytes <= home.data_ptr() + home.nbytes
                for p in block.parameters()] for block, home in zip(blocks_of(flux), homes, strict=True)]
     assert all(all(block) or not any(block) for block in within) and sum(not any(block) for block in within) <= 2
+    assert all(within[3])
 
 
 def test_memory_is_locked_in_one_piece(monkeypatch):
@@ -398,7 +399,7 @@ def test_8_bits_are_not_compiled_where_the_compiler_has_none(fp8, capability, pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fp8, rounding", [(False, 2 ** -8), (True, 2 ** -6)])
+@pytest.mark.parametrize("fp8, rounding", [(False, 1e-3), (True, 2 ** -6)])
 def test_compiled_blocks(fp8, rounding):
     """Two pieces of code for all blocks, no new ones for other aspect ratios, losses but for rounding, and gradients at most
     as far from fp32's as those of the blocks as they are written."""
