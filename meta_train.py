@@ -31,7 +31,6 @@ from metalora import IdentityBank, MetaLoRA
 from support.checkpoints import (add_speed_options, find_targets, flux_fingerprint, open_flux, take_model)
 from support.common import (Interruption, Parser, check_apart, check_out_file, check_training, count,
                             note, positive, run_script, to_device, write_whole)
-from support.gradients import choose_people, lomd_from_gradients, plan_gradients
 from support.lora_files import random_lomd, save_lomd
 from support.people import (Buckets, Cache, DiskBank, data_fingerprint, draw_batch, generator, read_buckets,
                             room_for, tell_bare)
@@ -106,15 +105,12 @@ class Run:
         """Encodes all pictures and captions; then the adapted model, as the newest checkpoint has it."""
         args = self.args
         used = [self.members[bucket] for bucket in {now.bucket: None for now in self.passes}]
-        few = choose_people(self.buckets, args.seed)[self.group.rank::self.group.size] * args.from_gradients
-        pictures = dict.fromkeys(each for members in [*used, few] for *_, own in members for each in own)
+        pictures = dict.fromkeys(each for members in used for *_, own in members for each in own)
         captions = [args.prompt] + [p.caption for p in pictures if p.caption is not None]
         with self.interruption as stop:          # before the transformer is there: T5 takes 9.5 GB
             self.cache.fill([*pictures], captions, stop.raise_if_asked, show=self.group.rank == 0)
         flux = open_flux(args, self.group.device, args.iters, args.work)
-        lomd = random_lomd(find_targets(flux), args.r1, args.seed) if not args.from_gradients else \
-            lomd_from_gradients(lambda rank: MetaLoRA(flux, rank, num_identities=0), few, args, self.cache,
-                                self.group, self.folder, self.interruption)
+        lomd = random_lomd(find_targets(flux), args.r1, args.seed)
         self.adapter = MetaLoRA(flux, args.r2, lomd, num_identities=0, slots=args.batch_size)
         recompute_blocks(flux, plan_recompute(self.adapter, args.work.tokens, args.recompute))
         self.checkpoints = Checkpoints(self.folder, self.group)
@@ -277,9 +273,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--model", default="flux-dev", help="flux-dev (default), flux-schnell, baby, a folder or a file")
     add("--out", type=Path, default=Path("lomd.safetensors"), help="file (default: lomd.safetensors)")
     add("--run", type=Path, default=Path("run"), help="folder of state, log and previews (default: run)")
-    add("--iters", type=count, help="in all; may be raised later; 1000 with --warmup 0 for a first try "
-        "(default: 50000, the paper's; after gradients 0)")
-    add("--from-gradients", action="store_true", help="LoMD starts from the gradients of 120 people")
+    add("--iters", type=positive, default=50_000, help="in all; may be raised later; 1000 with --warmup 0 "
+        "for a first try (default: 50000, the paper's)")
     add("--batch-size", type=positive, default=4, help="pictures an iteration, on each GPU (default: 4)")
     add("--r1", type=positive, default=16, help="rows of LoMD; bounds the ranks of stage 2 (default: 16)")
     add("--r2", type=positive, default=1, help="rank of the people's LoRAs in training (default: 1)")
@@ -305,9 +300,6 @@ def check(args: argparse.Namespace, device) -> None:
         raise ValueError(f"--data: no such folder: {args.data}")
     check_out_file(args.out, ".safetensors")
     check_apart(args.run, "--run", [args.data])
-    args.iters = (0 if args.from_gradients else 50_000) if args.iters is None else args.iters
-    if not (args.iters or args.from_gradients):
-        raise ValueError("--iters 0 trains nothing; it goes with --from-gradients")
     check_training(args)
     if args.warmup is not None and not 0 <= args.warmup < 1:
         raise ValueError(f"--warmup is a share from 0 to below 1, not {args.warmup}")
@@ -315,8 +307,6 @@ def check(args: argparse.Namespace, device) -> None:
         raise ValueError(f"--r2 {args.r2} is more than the --r1 {args.r1} rows of LoMD that it combines")
     take_model(args, device, "stage 1", batch=args.batch_size, rank=args.r2, r1=args.r1,
                people=args.identities_per_bucket)
-    if args.from_gradients:
-        plan_gradients(args, device)
     args.resolution = sorted(set(args.resolution))
     if any(r % 16 for r in args.resolution):
         raise ValueError("--resolution takes multiples of 16")
@@ -327,8 +317,8 @@ def check_settings(args: argparse.Namespace, buckets: Buckets, group: Group) -> 
     for bucket, members in buckets.items():
         if len(members) < group.size:
             raise ValueError(f"bucket {bucket} has {len(members)} people for {group.size} processes: too few")
-    args.people, start = sum(map(len, buckets.values())), "gradients" if args.from_gradients else "random"
-    own = {"order of a row's numbers": "by width", "AdamW's eps": 1e-6, "start": start}
+    args.people = sum(map(len, buckets.values()))
+    own = {"order of a row's numbers": "by width", "AdamW's eps": 1e-6}
     for name in ("batch_size", "r1", "r2", "lr", "warmup", "prompt", "resolution", "seed"):
         own[name.replace("_", "-")] = getattr(args, name)
     args.settings = {"model": flux_fingerprint(args.folder), DATA: data_fingerprint(buckets),
@@ -346,7 +336,7 @@ def meta_train(argv: list[str] | None) -> None:
                                       args.identities_per_bucket, args.seed, group.rank == 0)
         check_settings(args, buckets, group)
         run = Run(args, buckets, group)
-        if args.iters and all(each.joint == each.stop for each in run.passes):
+        if all(each.joint == each.stop for each in run.passes):
             raise ValueError(f"--iters {args.iters} is all warm-up: LoMD would not learn; try --warmup 0")
         if args.deterministic:
             os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
@@ -365,7 +355,7 @@ def meta_train(argv: list[str] | None) -> None:
                       f"{args.iters} iterations, {len(run.passes)} passes over a bucket"
                       + (f"; going on from iteration {run.iteration}" if run.iteration else ""))
                 tell_bare(buckets)
-                if 0 < len(run.passes) < len(buckets):
+                if len(run.passes) < len(buckets):
                     note(f"{len(buckets) - len(run.passes)} buckets are never used; raise --iters")
             run.train()
             if group.rank == 0:

@@ -9,14 +9,12 @@ import numpy as np
 
 import personalize
 from support.common import save_figure
-from support.gradients import DRAWS, PEOPLE, PICTURES
 from support.identities import Person, Picture
 from support.sheets import sheet
 
 METHODS = {"meta-lora": "Meta-LoRA", "lora": "LoRA", "lora-crops": "LoRA + augmented inputs",
            "random-lomd": "Meta-LoRA, random LoMD", "none": "no LoRA"}
 AXES = {"r_facesim": "R-FaceSim (%)", "clip_t": "CLIP-T (%)"}
-GRADIENTS = 2 * PEOPLE * PICTURES * DRAWS       # pictures that a LoMD from gradients has seen, in two passes
 OFFSETS = {"lora": (-8, -8), "lora-crops": (0, 10), "random-lomd": (11, -8), "meta-lora": (9, 9)}   # points
 
 
@@ -110,48 +108,6 @@ def draw_rates(tried: dict, chosen: dict[str, float], floor: float, path: Path) 
     axes.margins(0.08)
     axes.set(xlabel=AXES["clip_t"], ylabel=AXES["r_facesim"])
     axes.legend(fontsize=8, title="learning rates in 1e-4", title_fontsize=8)
-    save_figure(figure, path)
-
-
-def draw_study(rows: list[dict], path: Path) -> None:
-    """A line for each variant: the dotted line is the base's mean; the dots are that plus the mean of the
-    differences person by person, with their standard errors."""
-    figure = new_figure(10, 0.32 * len(rows) + 1.2)
-    panels = figure.subplots(1, 2, sharey=True)
-    for axes, (metric, name) in zip(panels, AXES.items()):
-        base, gaps = 100 * rows[0][metric]["mean"], [row[metric]["less base"] for row in rows]
-        axes.errorbar([base + 100 * gap["mean"] for gap in gaps], range(len(rows)),
-                      xerr=[100 * gap["error"] for gap in gaps], fmt="o", capsize=3)
-        axes.axvline(base, color="grey", linestyle=":", linewidth=1)
-        axes.set(xlabel=name)
-    panels[0].set_yticks(range(len(rows)), [f"{row['question']}: {row['value']}" for row in rows])
-    panels[0].invert_yaxis()
-    save_figure(figure, path)
-
-
-def draw_stage_1(rows: list[dict], path: Path) -> None:
-    """Both scores of stage 2, less the full stage 1's, against the pictures that stage 1 has seen: a line for
-    each start and number of people, a row of panels for each number of iterations of stage 2."""
-    counts = sorted({row["stage 2"] for row in rows})
-    figure = new_figure(10, 3.5 * len(counts))
-    for panels, count in zip(figure.subplots(len(counts), 2, squeeze=False, sharex=True), counts):
-        own = [row for row in rows if row["stage 2"] == count]
-        random = [row for row in own if not row["people"]]
-        for axes, (metric, name) in zip(panels, AXES.items()):
-            for start, people in sorted({(row["start"], row["people"]) for row in own if row["people"]}):
-                line = [row for row in own if (row["start"], row["people"]) == (start, people)]
-                line += random if start == "random" else []
-                points = sorted((4 * row["iterations"] + GRADIENTS * (row["start"] == "gradients"),
-                                 100 * row[metric]["more"]["mean"], 100 * row[metric]["more"]["error"])
-                                for row in line)
-                axes.errorbar(*zip(*points), marker="o", markersize=4, capsize=2,
-                              label=f"{people} people, from {start.replace('random', 'a random A')}")
-            axes.axhline(0, color="grey", linewidth=0.8)
-            axes.set(ylabel=f"{name}, less the full stage 1's", title=f"stage 2: {count} iterations")
-            axes.set_xscale("symlog", linthresh=400)
-    for axes in panels:
-        axes.set(xlabel="pictures seen by stage 1 (iterations x batch)")
-    panels[0].legend(fontsize=8)
     save_figure(figure, path)
 
 

@@ -53,10 +53,9 @@ PHOTOS, SIDE = 6, 384                                     # of each person, the 
 SCORES = "r_facesim", "clip_t"
 
 
-def draw_people(judges: evaluation.Judges, folder: Path, first: int, count: int, pictures: int,
-                captions: bool = False) -> None:
+def draw_people(judges: evaluation.Judges, folder: Path, first: int, count: int, pictures: int) -> None:
     """`count` identities from seed `first`, photo style; a picture without a face is drawn anew. The
-    reference is nearly frontal, as one would choose it. `captions`: each beside its picture."""
+    reference is nearly frontal, as one would choose it."""
     for seed in tqdm(range(first, first + count), f"people in {folder.name}", disable=None, leave=False):
         person, index = folder / faces.identity(seed)["gender"] / f"{seed}", 0
         frontal = {"yaw": float(np.random.default_rng([seed, 8]).uniform(-8, 8))}
@@ -64,22 +63,10 @@ def draw_people(judges: evaluation.Judges, folder: Path, first: int, count: int,
             path = person / f"{i}.png"
             while not path.is_file():
                 options = {"style": "photo", **({} if i else frontal)}
-                pixels, caption = faces.sample(seed, 1000 * i + index, SIDE, SIDE, **options)
+                pixels, _ = faces.sample(seed, 1000 * i + index, SIDE, SIDE, **options)
                 index += 1
                 if judges.crop(image := Image.fromarray(pixels)) is not None:
-                    if captions:
-                        path.parent.mkdir(parents=True, exist_ok=True)
-                        write_whole(path.with_suffix(".txt"), caption.encode())
                     save_png(image, path)
-
-
-def draw_meta(run: Path, counts: list[int], pictures: int) -> None:
-    """People of stage 1, run/meta<count> for each number of them, unless they are there."""
-    for count in counts:
-        folder, first = run / f"meta{count}", faces.META.start
-        if not (folder / f"{first + count - 1:06d}" / f"{pictures - 1:04d}.txt").is_file():
-            faces.main(["--identities", str(count), "--images", str(pictures), "--out", str(folder), "--seed",
-                        str(first)])
 
 
 def workers(args: argparse.Namespace) -> concurrent.futures.Executor | None:
@@ -257,8 +244,7 @@ def report(args: argparse.Namespace, data: Path, run: Path, out: Path, rates: di
             f"{label} {100 * own['mean']:.1f} ({100 * own['error']:.1f})" for label, own in moves.items()))
 
 
-def options(prog: str, description: str, subset: str, lomd: bool = True) -> Parser:
-    """The command line of this script and of its neighbours. lomd: whether it takes one."""
+def options(prog: str, description: str, subset: str) -> Parser:
     parser = Parser(prog=prog, description=description, allow_abbrev=False)
     add = parser.add_argument
     add("--subset", action="store_true", help=subset)
@@ -266,8 +252,7 @@ def options(prog: str, description: str, subset: str, lomd: bool = True) -> Pars
     add("--run", type=Path, help="all that is made on the way (default: a folder in baby/run)")
     add("--out", type=Path, help="tables, figures and scores (default: report in --run)")
     add("--device", help="cuda, mps or cpu (default: the best there is)")
-    if lomd:
-        add("--lomd", type=Path, help="weights of stage 1 (default: the model's own)")
+    add("--lomd", type=Path, help="weights of stage 1 (default: the model's own)")
     add("--jobs", type=positive, help="processes (default: on a CPU one for each core, up to 8; else 1)")
     return parser
 
@@ -283,7 +268,7 @@ def model_words(args: argparse.Namespace) -> list:
 
 def common_words(args: argparse.Namespace) -> list:
     """What all calls of paper/compare.py here have in common."""
-    lomd = ["--lomd", args.lomd] if getattr(args, "lomd", None) else []
+    lomd = ["--lomd", args.lomd] if args.lomd else []
     return [*model_words(args), *lomd, "--steps", STEPS, "--guidance", GUIDANCE, "--no-face-as-zero"]
 
 

@@ -6,8 +6,6 @@ launches and bytes stay within bounds, and what the plan of memory foresees is w
 import math
 import re
 import sys
-import tempfile
-from argparse import Namespace
 from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
@@ -23,7 +21,7 @@ import personalize
 import sample
 from bench import stages
 from metalora import MetaLoRA, apply_loras, random_lomd
-from support import gradients, speed
+from support import speed
 from support.checkpoints import find_targets
 
 BF16 = torch.bfloat16
@@ -81,25 +79,6 @@ def sampling(card, px=1024, fp8=False, offload=False):
     texts = {"a": (torch.zeros(1, 512, 4096).bfloat16(), torch.zeros(1, 768).bfloat16())}
     with torch.no_grad(), mock.patch.object(flux_model, "get_schedule", lambda *a, **k: [1.0, 0.5, 0.0]):
         list(sample.sample_latents(flux, texts, [("a", 0)], px, px, 2, 3.5))
-    return foreseen
-
-
-def from_gradients(card, px=1024, fp8=False, offload=False):
-    """Both passes over two people, of whom each half is a picture -> GiB foreseen with all blocks run twice."""
-    tokens = (px // 16) ** 2 + 512
-    work = speed.Work(tokens, rank=gradients.SKETCH, people=2, training=True)
-    foreseen, stay = plan(card, work, fp8, offload)
-    flux = full_size_flux(card, fp8, offload, stay)
-    adapter = MetaLoRA(flux, gradients.SKETCH, num_identities=0)
-    picture = [torch.randn(1, 16, px // 8, px // 8, device="cuda"), torch.randn(1, 16, px // 8, px // 8, device="cuda"),
-               torch.rand(1, device="cuda"), torch.randn(1, 512, 4096, dtype=BF16, device="cuda"), torch.randn(1, 768, dtype=BF16, device="cuda")]
-    args, alone = Namespace(seed=0, r1=16, save_every=1000, prompt="", work=work, recompute=None, folder=Path("flux")), mock.Mock(rank=0, size=1, sum=lambda tensor: tensor, gather=lambda thing: [thing])
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(gradients, "batches", lambda *a: [picture]), \
-            mock.patch.object(gradients, "is_small", lambda folder: False):
-        run = gradients.Gradients(adapter, [(0, "a", [0, 1]), (1, "b", [0, 1])], args, None, alone, Path(folder))
-        run.plan()
-        lomd = run.run(lambda: None)
-    assert {path: tuple(rows.shape) for path, rows in lomd.items()} == {t.path: (16, t.d_in) for t in find_targets(flux)}
     return foreseen
 
 
@@ -168,15 +147,6 @@ def test_loading_in_8_bits_leaves_no_holes():
     with FakeCard(24, (8, 9)) as card:
         flux = full_size_flux(card, fp8=True)
         assert flux and not card.problems and card.memory.reserved - card.memory.allocated < 0.6 * GIB, card.report()
-
-
-@pytest.mark.slow
-def test_a_lomd_from_gradients():
-    """1024 px on the smallest card that is not refused: what is foreseen with all blocks run twice does."""
-    with FakeCard(48, (8, 9)) as card:
-        foreseen = from_gradients(card)
-        assert not card.problems, card.problems
-        assert foreseen <= held(card) <= 48
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""eval_rfacesim.py --loras: rules, candidates of all kinds, photos that were trained on, a run in pieces; and paper/which.py."""
+"""eval_rfacesim.py --loras: rules, candidates of all kinds, photos that were trained on, a run in pieces."""
 import functools
 import json
 import sys
@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 
 import eval_rfacesim as ev
 from metalora import MetaLoRA
-from paper import compare, which
 from support import candidates
 from support.candidates import iterations_of, labels_of, read_candidates, read_person
 from support.checkpoints import find_model, flux_files, load_flux
@@ -229,51 +228,3 @@ def test_prompts(tmp_path, capsys):
     assert "no prompt has the words 'zwx'" in capsys.readouterr().err
     args.model, args.gender = "flux-dev", "woman"
     assert len(own := words("a photo of a person")) == 6 and all("woman" in text and "[" not in text for text in own)
-
-
-# paper/which.py
-
-def test_rules_are_compared_person_by_person_and_numbers_chosen_on_the_other_half():
-    """Half of the people are best at 150 and half at 600, as a rule sees it too: the best number of one half is wrong for the other."""
-    def person(best):
-        judged = {i: {"likeness": 0.5 + 0.1 * (i == best), "text": 0.7, "sum": 1.2 + 0.1 * (i == best)} for i in (150, 375, 600)}
-        rows = [row(i, own["likeness"], own["text"]) | {"judge": own} for i, own in judged.items()]
-        return {"person": "x", "base": row(None, 0, 0.7), "candidates": rows}
-    rows = which.compare_rules([[person(150)] * 3, [person(600)] * 3], [150, 375, 600])
-    by_name = {own["rule"]: own for own in rows}
-    gain = lambda name: by_name[name]["gains"]["sum"]["mean"]
-    assert gain("always the same number: 375") == 0 and gain("always the same number: 600") == pytest.approx(0.05)
-    assert gain("always the same number, chosen on the other half: 600 and 150") == pytest.approx(0)
-    assert gain("the highest likeness") == gain("the highest sum of both") == gain("(the judge's own choice)") == pytest.approx(0.1)
-    assert by_name["the highest sum of both"]["behind the best"]["mean"] == pytest.approx(0, abs=1e-9)
-    assert by_name["always the same number: 375"]["behind the best"]["mean"] == pytest.approx(0.1)
-    assert by_name["the highest likeness"]["iterations"] == 375                                         # the mean of 150 and 600
-    best = next(own for own in rows if own["held out"] and own["rule"] == "the highest likeness")
-    best["gains"]["sum"]["error"] = 0.04
-    assert which.verdict(rows).endswith("more than two errors: RULE = ('likeness', 0.0).")
-    best["gains"]["sum"]["error"] = 0.06
-    assert which.verdict(rows).endswith("not more than two errors: RULE = None.") and "| +10.0 (6.0) |" in which.table(rows)
-    assert which.FIRST + which.FULL["people"] <= faces.TEST.stop and which.ALWAYS == ("iterations", 375)
-    theirs = (BABY / "prompts.txt").read_text().splitlines()
-    assert len(which.PROMPTS.splitlines()) == 10 and not {*theirs} & {*which.PROMPTS.splitlines()}
-
-
-@pytest.mark.slow
-def test_the_study_in_small(tmp_path, monkeypatch, capsys):
-    """Two people, three photos, three numbers of iterations, two steps of the sampler, one prompt of the judge's."""
-    monkeypatch.setattr(which, "PHOTOS", 3)
-    monkeypatch.setattr(which, "SUBSET", dict(people=2, iters=(1, 2, 3), seeds=1))
-    monkeypatch.setattr(which, "PROMPTS", "a photo of a [man/woman]\n")
-    monkeypatch.setattr(candidates, "STEPS", 2)
-    real = compare.sample_latents
-    monkeypatch.setattr(compare, "sample_latents", lambda *args, **kwargs: real(*args[:5], 2, *args[6:], **kwargs))
-    words = ["--subset", "--jobs", "1", "--run", str(tmp_path)]
-    which.which(words)
-    out = capsys.readouterr().out
-    found = json.loads((tmp_path / "report/which.json").read_text())
-    assert [[own["iterations"] for own in person["candidates"]] for half in found["people"] for person in half] == [[1, 2, 3]] * 2
-    assert "2 people. Of what was not chosen on the people" in out and out.strip().endswith((tmp_path / "report/which.md").read_text().strip())
-    monkeypatch.setattr(compare, "sample_latents", None)                                     # all is there: nothing is made again
-    monkeypatch.setattr(ev, "denoise", None)
-    which.which(words)
-    assert json.loads((tmp_path / "report/which.json").read_text()) == found
