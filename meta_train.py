@@ -27,11 +27,12 @@ import support  # before torch: how its threads wait
 import torch
 
 import flux_model
-from metalora import IdentityBank, MetaLoRA
-from support.checkpoints import (add_speed_options, find_targets, flux_fingerprint, open_flux, take_model)
+from metalora import IdentityBank, MetaLoRA, random_lomd
+from support.checkpoints import add_speed_options, flux_fingerprint, open_flux, take_model
 from support.common import (Interruption, Parser, check_apart, check_out_file, check_training, count,
                             note, positive, run_script, to_device, write_whole)
-from support.lora_files import random_lomd, save_lomd
+from support.lora_files import save_lomd
+from support.names import find_targets
 from support.people import (Buckets, Cache, DiskBank, data_fingerprint, draw_batch, generator, read_buckets,
                             room_for, tell_bare)
 from support.runs import Checkpoints, Group, Log, compare_settings, draw_preview, locked, plot

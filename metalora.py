@@ -22,9 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from support.checkpoints import Target, find_targets
 from support.common import free, to_device
-from support.lora_files import random_lomd
+from support.names import Target, find_targets
 
 
 def product(x: Tensor, S: Tensor, P: Tensor, mask: Tensor | None, bias: Tensor | None = None):
@@ -159,6 +158,17 @@ def views(flat: Tensor, shapes: list[tuple[int, ...]]) -> list[Tensor]:
     return [part.unflatten(-1, s) for part, s in zip(flat.split([*map(math.prod, shapes)], dim=-1), shapes)]
 
 
+def initial_M(rank: int, r1: int, generator: torch.Generator) -> Tensor:
+    """M's initialisation (rank, r1), as the paper's trainer draws the A of a plain LoRA. U starts at zero."""
+    return nn.init.kaiming_uniform_(torch.empty(rank, r1), a=5 ** 0.5, generator=generator)
+
+
+def random_lomd(targets: list[Target], r1: int, seed: int = 0) -> dict[str, Tensor]:
+    """An untrained LoMD {path: (r1, d_in)}: where stage 1 starts, and the control of its experiments."""
+    generator = torch.Generator().manual_seed(seed)
+    return {target.path: initial_M(r1, target.d_in, generator) for target in targets}
+
+
 class MetaLoRA:
     """The adapters of N identities on one frozen Flux: puts itself in, trains in fp32, collapses.
 
@@ -186,7 +196,7 @@ class MetaLoRA:
 
     def new_row(self, generator: torch.Generator) -> Tensor:
         """What an identity starts from (P,): M (or A) drawn, U zero."""
-        drawn = random_lomd([t._replace(d_in=self.r1 or t.d_in) for t in self.found], self.rank, generator)
+        drawn = {t.path: initial_M(self.rank, self.r1 or t.d_in, generator) for t in self.found}
         downs = torch.cat([drawn[t.path].flatten() for t in self.targets])
         return F.pad(downs, (0, self.size - len(downs)))
 

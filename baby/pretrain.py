@@ -57,9 +57,10 @@ from flux_model import (AutoEncoder, AutoEncoderConfig, Flux, FluxConfig, flow_m
                         velocity)
 from metalora import random_lomd  # noqa: E402
 from support import photos  # noqa: E402
-from support.checkpoints import find_targets, load_autoencoder, load_flux, load_text_encoders  # noqa: E402
+from support.checkpoints import load_autoencoder, load_flux, load_text_encoders  # noqa: E402
 from support.common import whole  # noqa: E402
 from support.lora_files import save_lomd  # noqa: E402
+from support.names import find_targets  # noqa: E402
 
 SEED, CPU = 0, torch.device("cpu")
 SHAPES = {(128, 128): 24_000, (144, 112): 4_000, (112, 144): 4_000, (176, 96): 2_500, (96, 176): 2_500}  # (w, h): count

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from bench.stages import Plan, Rows, choose, interleave, options, random_inputs, spread
 from flux_model import Flux, denoise, flow_matching_loss, pack, position_ids
 from metalora import MetaLoRA
-from support.checkpoints import diffusers_flux_names, part_sizes
 from support.common import pick_device, run_script
+from support.names import diffusers_flux_names, part_sizes
 
 
 def shared_weights(flux: Flux) -> dict[str, Tensor]:

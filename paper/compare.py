@@ -27,18 +27,19 @@ from tqdm import tqdm
 import personalize
 from eval_rfacesim import Judges, add_options, embed_real, report, score_all
 from flux_model import Flux, flow_matching_loss
-from metalora import IdentityBank, MetaLoRA, apply_loras
+from metalora import IdentityBank, MetaLoRA, apply_loras, random_lomd
 from paper.report import METHODS, figures, sheets
 from sample import decode_latent, sample_latents
 from support import photos
-from support.checkpoints import (add_speed_options, autoencoder_fingerprint, encode_prompts, find_targets,
-                                 flux_fingerprint, is_small, learning_rate, load_autoencoder, model_defaults,
+from support.checkpoints import (add_speed_options, autoencoder_fingerprint, encode_prompts, flux_fingerprint,
+                                 is_small, learning_rate, load_autoencoder, model_defaults,
                                  open_flux, take_model)
 from support.common import (Interruption, JsonFile, check_apart, check_training, digest, finite_number, free,
                             note, Parser, pick_device, positive, run_script, save_png, whole, write_whole)
 from support.folders import captions_beside
 from support.identities import Person, Picture, fill, own_folder, prompts_for, read_people
-from support.lora_files import load_lora, random_lomd, read_lomd, save_lora
+from support.lora_files import load_lora, read_lomd, save_lora
+from support.names import find_targets
 from support.speed import blocks_of, recompute_blocks
 
 

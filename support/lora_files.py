@@ -30,12 +30,12 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from flux_model import Flux, FluxConfig
-from support.checkpoints import (FLUX_LINEARS, FLUX_NAMES, Place, Target, TensorFiles, find_targets,
-                                 flux_files, flux_fingerprint, is_copy, part_sizes, split_number)
+from support.checkpoints import Place, TensorFiles, flux_files, flux_fingerprint, is_copy
 from support.common import check_file, finite_number, not_content, note, JsonFile, whole
+from support.names import FINAL, FLUX_LINEARS, FLUX_NAMES, Target, find_targets, part_sizes, split_number
 
 Pair = tuple[Tensor, Tensor]                     # A (r, in) and B (out, r); the update of a weight is B A
 Lora = dict[str, Pair]                           # by diffusers module paths
@@ -54,7 +54,6 @@ CHANGE = re.compile(r"(?:\.scale)?\.(?:diff(?:_b)?|[wb]_norm|lora_(?:B|up)\.bias
 TEXT_ENCODER = re.compile(r"(base_model\.model\.)?"
                           r"(text_encoders?(_\d)?\.|lora_te\d?_|(clip_[lg]|t5(xxl)?)\.)")
 EMBEDDING = re.compile(r"bundle_emb\.|emb_params|.*string_to_param|(clip_[lg]|t5(xxl)?|text_encoders_\d)$")
-FINAL = "final_layer.adaLN_modulation.1"                    # diffusers swaps its halves: scale before shift
 PEFT_METADATA = "lora_adapter_metadata"
 ORIGINAL_OF = {part: original for original, parts in FLUX_LINEARS.items() for part in parts}
 
@@ -510,13 +509,6 @@ def save_lora(path: Place, lora: Lora, format: str = "diffusers", metadata: dict
     write_tensors(path, tensors, standard_metadata(lora, metadata))
 
 # LoMD -------------------------------------------------------------------------------------------------------
-
-def random_lomd(targets: list[Target], r1: int, seed: int | torch.Generator = 0) -> dict[str, Tensor]:
-    """An untrained LoMD {path: (r1, d_in)}: where stage 1 starts, and the control of its experiments."""
-    generator = torch.Generator().manual_seed(seed) if isinstance(seed, int) else seed
-    return {t.path: nn.init.kaiming_uniform_(torch.empty(r1, t.d_in), 5 ** 0.5, generator=generator)
-            for t in targets}
-
 
 def check_lomd(lomd: dict[str, Tensor], targets: list[Target]) -> None:
     """ValueError, naming the first difference, where a LoMD is of another model."""

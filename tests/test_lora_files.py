@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from flux_model import Flux, FluxConfig
-from support.checkpoints import FLUX_LINEARS, find_targets
-from support.lora_files import FORMATS, NAMES, ORIGINAL_OF, load_lora, parse_key, read_metadata, save_lora, split_number
+from support.lora_files import FORMATS, NAMES, ORIGINAL_OF, load_lora, parse_key, read_metadata, save_lora
+from support.names import FLUX_LINEARS, find_targets, split_number
 
 LAYOUTS = Path(__file__).parents[2] / "shared" / "golden" / "checkpoint_layouts.json"
 H, MLP = 16, 48                                              # an MLP ratio of 3, so that nothing relies on 4

@@ -1,0 +1,131 @@
+"""FLUX.1's module names in the original and the diffusers layout, and which Linears a LoRA adapts.
+
+The ground floor: imports nothing of ours. The original layout fuses q, k, v (and the MLP's input) into one
+Linear; diffusers keeps a Linear for each.
+"""
+import re
+from typing import NamedTuple
+
+from torch import nn
+
+
+def table(original: str, diffusers: str, names: dict[str, str]) -> dict[str, tuple[str, ...]]:
+    """{name: diffusers names separated by spaces} -> the same with both prefixes in front, as tuples."""
+    prefixed = {}
+    for name, parts in names.items():
+        prefixed[original + name] = tuple(diffusers + part for part in parts.split())
+    return prefixed
+
+
+# original module -> diffusers modules, {} for a block's number; a fused layer's rows are theirs in turn
+FLUX_NAMES = {
+    **table("", "", {
+        "img_in": "x_embedder",
+        "txt_in": "context_embedder",
+        "final_layer.linear": "proj_out",
+        "final_layer.adaLN_modulation.1": "norm_out.linear",         # diffusers: scale before shift
+    }),
+    **table("double_blocks.{}.", "transformer_blocks.{}.", {
+        "img_mod.lin": "norm1.linear",
+        "txt_mod.lin": "norm1_context.linear",
+        "img_attn.qkv": "attn.to_q attn.to_k attn.to_v",
+        "txt_attn.qkv": "attn.add_q_proj attn.add_k_proj attn.add_v_proj",
+        "img_attn.norm.query_norm": "attn.norm_q",
+        "txt_attn.norm.query_norm": "attn.norm_added_q",
+        "img_attn.norm.key_norm": "attn.norm_k",
+        "txt_attn.norm.key_norm": "attn.norm_added_k",
+        "img_attn.proj": "attn.to_out.0",
+        "txt_attn.proj": "attn.to_add_out",
+        "img_mlp.0": "ff.net.0.proj",
+        "txt_mlp.0": "ff_context.net.0.proj",
+        "img_mlp.2": "ff.net.2",
+        "txt_mlp.2": "ff_context.net.2",
+    }),
+    **table("single_blocks.{}.", "single_transformer_blocks.{}.", {
+        "modulation.lin": "norm.linear",
+        "norm.query_norm": "attn.norm_q",
+        "norm.key_norm": "attn.norm_k",
+        "linear1": "attn.to_q attn.to_k attn.to_v proj_mlp",
+        "linear2": "proj_out",
+    }),
+}
+for ours, theirs in {"time": "timestep", "vector": "text", "guidance": "guidance"}.items():
+    layers = {"in_layer": "linear_1", "out_layer": "linear_2"}
+    FLUX_NAMES |= table(f"{ours}_in.", f"time_text_embed.{theirs}_embedder.", layers)
+
+FLUX_LINEARS = {name: parts for name, parts in FLUX_NAMES.items() if not name.endswith("_norm")}
+FINAL = "final_layer.adaLN_modulation.1"         # the one Linear whose rows diffusers has in another order
+
+AUTOENCODER_NAMES = (                            # original pattern -> diffusers replacement, in this order
+    (r"(down|up)\.(\d+)\.block\.", r"\1_blocks.\2.resnets."),
+    (r"nin_shortcut", "conv_shortcut"),
+    (r"(down|up)\.(\d+)\.(down|up)sample\.", r"\1_blocks.\2.\3samplers.0."),
+    (r"mid\.block_1\.", "mid_block.resnets.0."),
+    (r"mid\.block_2\.", "mid_block.resnets.1."),
+    (r"mid\.attn_1\.", "mid_block.attentions.0."),
+    (r"attentions\.0\.norm\.", "attentions.0.group_norm."),
+    (r"attentions\.0\.([qkv])\.", r"attentions.0.to_\1."),
+    (r"\.proj_out\.", ".to_out.0."),
+    (r"\.norm_out\.", ".conv_norm_out."))
+
+BLOCK = re.compile(r"blocks[._](0|[1-9]\d*)[._]")
+
+
+def split_number(name: str) -> tuple[str, str]:
+    """Module path -> its template, with {} for the block's number, and that number ("" if none)."""
+    found = BLOCK.search(name)
+    if not found:
+        return name, ""
+    return f"{name[:found.start(1)]}{{}}{name[found.end(1):]}", found[1]
+
+
+def diffusers_flux_names(name: str) -> list[str]:
+    """Parameter of Flux -> the diffusers parameters whose rows, one after the other, are its rows."""
+    module, _, kind = name.rpartition(".")
+    template, number = split_number(module)
+    kind = kind.replace("scale", "weight")
+    return [f"{part.format(number)}.{kind}" for part in FLUX_NAMES[template]]
+
+
+def diffusers_autoencoder_names(name: str, levels: int) -> list[str]:
+    """Parameter of AutoEncoder with this many resolutions -> the one diffusers parameter."""
+    for pattern, replacement in AUTOENCODER_NAMES:
+        name = re.sub(pattern, replacement, name)
+
+    def from_the_top(found: re.Match) -> str:
+        return f"up_blocks.{levels - 1 - int(found[1])}"
+
+    return [re.sub(r"up_blocks\.(\d+)", from_the_top, name)]
+
+
+def part_sizes(num_parts: int, rows: int, width: int) -> list[int]:
+    """Rows of each part of a Linear: q, k and v are as wide as the input, the MLP gets what is left."""
+    if num_parts == 1:
+        return [rows]
+    return [width] * 3 + [rows - 3 * width] * (num_parts - 3)
+
+
+class Target(NamedTuple):
+    """A Linear of the transformer as diffusers has it: q, k, v and the MLP's input are one each."""
+    path: str             # diffusers module path
+    module: str           # the Linear of Flux that holds it
+    start: int            # first of its rows there
+    rows: int             # d_out
+    d_in: int
+
+
+def find_targets(flux: nn.Module, outside: bool = False) -> list[Target]:
+    """What a LoRA adapts: 14 targets per double and 6 per single block; `outside` adds the other Linears."""
+    targets = []
+    for name, module in flux.named_modules():
+        name = name.removesuffix(".base")        # the Linear within one that is adapted already
+        is_linear = hasattr(module, "in_features")                   # of 8 bits too, which is no nn.Linear
+        if not is_linear or not (outside or "_blocks." in name):
+            continue
+        paths = FLUX_LINEARS[split_number(name)[0]]
+        number = split_number(name)[1]
+        start = 0
+        for path, rows in zip(paths, part_sizes(len(paths), module.out_features, module.in_features)):
+            targets.append(Target(path.format(number), name, start, rows, module.in_features))
+            start += rows
+    return targets
