@@ -40,6 +40,7 @@ from support.checkpoints import (encode_texts, load_autoencoder, load_transforme
                                  quiet_transformers)
 from support.common import (Interruption, JsonFile, Parser, digest, note, pick_device, positive, run_script,
                             save_png, write_whole)
+from support.finding import model_name
 from support.identities import (META_PHD, Person, Picture, check_complete, complain, find_pictures,
                                 own_folder, prompts_for, read_people)
 from support.judges import load_face_embedder
@@ -325,7 +326,8 @@ def add_options(add: Callable[..., object]) -> None:
     add("--data", type=Path, nargs="+", required=True, metavar="DIR", help="real pictures: DIR/[man|woman/]"
         "<identity>/<pictures>, or DIR/[man|woman/]<pictures> of one person each, for CLIP-T alone")
     add("--out", type=Path, default=Path("report"), help="folder of all results (default: report)")
-    add("--model", default="flux-dev", help="baby or a folder may have judges, prompts (default: flux-dev)")
+    add("--model", type=model_name, default="flux-dev",
+        help="baby or a folder may have judges, prompts (default: flux-dev)")
     add("--prompts", type=Path, help="text file; [man/woman] by gender, `man: ...` for men only (default: "
         "the model's, else paper/meta_phd/unsplash.txt, for one-picture people ffhq.txt)")
     add("--reference", choices=("first", "all"), default="first", help="the picture called reference.*, else "

@@ -31,6 +31,7 @@ from metalora import IdentityBank, MetaLoRA, random_lomd
 from support.checkpoints import add_speed_options, flux_fingerprint, open_flux, take_model
 from support.common import (Interruption, Parser, check_apart, check_out_file, check_training, count,
                             note, positive, run_script, to_device, write_whole)
+from support.finding import model_name
 from support.lora_files import save_lomd
 from support.names import find_targets
 from support.people import (Buckets, Cache, DiskBank, data_fingerprint, draw_batch, generator, read_buckets,
@@ -271,7 +272,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                     description="Learns LoMD, what all people share, from buckets of people.")
     add = parser.add_argument
     add("--data", type=Path, required=True, help="buckets/<bucket>/<person>/, or faces/<person>/")
-    add("--model", default="flux-dev", help="flux-dev (default), flux-schnell, baby, a folder or a file")
+    add("--model", type=model_name, default="flux-dev",
+        help="flux-dev (default), flux-schnell, baby, a folder or a file")
     add("--out", type=Path, default=Path("lomd.safetensors"), help="file (default: lomd.safetensors)")
     add("--run", type=Path, default=Path("run"), help="folder of state, log and previews (default: run)")
     add("--iters", type=positive, default=50_000, help="in all; may be raised later; 1000 with --warmup 0 "

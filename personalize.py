@@ -32,7 +32,7 @@ from support.checkpoints import (add_speed_options, encode_texts, is_small, load
 from support.common import (Interruption, Parser, check_out_file, check_out_folder, check_training, free,
                             note, pick_device, positive, run_script, to_device, use_threads)
 from support.folders import captions_beside
-from support.finding import HUB, home_of, model_words
+from support.finding import HUB, home_of, model_name, model_words
 from support.lora_files import find_lomd, read_lomd, save_lora
 from support.speed import blocks_of, is_compiled, plan_recompute, recompute_blocks, seconds_compiling
 
@@ -117,7 +117,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                     description="Turns one photo of a person, or a few, into a LoRA.", allow_abbrev=False)
     add = parser.add_argument
     add("photos", nargs="+", metavar="photo", help="photos of one person")
-    add("--model", default="flux-dev", help="flux-dev (default), flux-schnell, baby, a folder or a file")
+    add("--model", type=model_name, default="flux-dev",
+        help="flux-dev (default), flux-schnell, baby, a folder or a file")
     add("--out", type=Path, default=Path("out.safetensors"), help="file to write (default: out.safetensors)")
     add("--format", choices=("diffusers", "kohya", "original"), default="diffusers", help="read by "
         "diffusers, ComfyUI, nunchaku | by every program | by ComfyUI, Forge, InvokeAI, not diffusers")

@@ -29,6 +29,7 @@ from support.checkpoints import (add_speed_options, check_fit, encode_prompts, f
                                  text_device)
 from support.common import (Parser, finite_number, free, note, pick_device, positive, read_prompts,
                             run_script, save_png, shorten, side, use_threads)
+from support.finding import model_name
 from support.lora_files import load_loras, split_lora
 from support.photos import plan_files, to_image
 from support.speed import Work
@@ -92,7 +93,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="how far to steer away from the negative or empty prompt; twice the time (default: 1, off)")
     add("--out", type=Path, help="PNG file for one picture, folder for several (default: out.png, samples/); "
         "replaces files of the same name. Their text fields hold all settings")
-    add("--model", default="flux-dev", help="flux-dev (default), flux-schnell, baby, a folder or a file")
+    add("--model", type=model_name, default="flux-dev",
+        help="flux-dev (default), flux-schnell, baby, a folder or a file")
     add_speed_options(add, training=False)
     add("--device", help="cuda, mps or cpu (default: the best there is)")
     args = parser.parse_intermixed_args(argv)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -86,6 +87,9 @@ def not_content(path: str | Path) -> str | None:
         return f"it is a pointer of git-lfs, not the content: `git lfs pull` in {path.parent} brings that"
     if b"annex/objects/" in head:
         return f"it is a pointer of git-annex, not the content: `git annex get` in {path.parent} brings that"
+    # a pickle by its first bytes, alone or in a zip; a safetensors file has a brace after 8 of any value
+    if head[:4] == b"PK\x03\x04" or re.match(rb"\x80[\x02-\x05]", head) and head[8:9] != b"{":
+        return "it is a pickle, which is never loaded: take a .safetensors file"
     if head.lstrip()[:5].lower() in (b"<!doc", b"<html", b"<?xml"):
         return "it is a web page that was saved in its place: download the file itself"
     return None if head else "it is empty: download it again"

@@ -6,14 +6,17 @@ A model is a folder in the hub's layout: original files (flux1-dev.safetensors, 
 files (transformer/, vae/) or both; text_encoder/, tokenizer/ (CLIP), text_encoder_2/, tokenizer_2/ (T5). Or
 it is a `Model`, whose parts lie anywhere.
 """
+import os
+import re
 import shlex
+import textwrap
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from support.common import JsonFile, not_content
-from support.tensors import TensorFiles
+from support.common import JsonFile, digest, not_content
+from support.tensors import SHARD, TensorFiles
 
 FLUX_FILES = tuple(f"flux1-{kind}{bits}.safetensors" for bits in ("", "-fp8") for kind in ("dev", "schnell"))
 HUB = {"flux-dev": ("black-forest-labs/FLUX.1-dev", "flux1-dev.safetensors",
@@ -24,6 +27,7 @@ OPTION = {"autoencoder": "--ae", "clip": "--clip", "t5": "--t5"}
 COMFY = {"transformer": ("unet", "diffusion_models", "checkpoints"), "autoencoder": ("vae", "checkpoints"),
          "clip": ("text_encoders", "clip", "checkpoints"), "t5": ("text_encoders", "clip", "checkpoints")}
 SUFFIXES = ".safetensors", ".sft", ".gguf"
+PICKLES = ".bin", ".pt", ".pth", ".ckpt"
 PREFERRED = {"autoencoder": ("ae",), "clip": ("clip_l",),                  # where a folder holds several
              "t5": ("t5xxl_fp16", "t5xxl_fp8_e4m3fn_scaled", "t5xxl_fp8_e4m3fn")}
 
@@ -33,8 +37,14 @@ OTHER_MAKES = {                                  # what only another model has -
     "controlnet_": "a ControlNet",
     "txt_in.individual_token_refiner.": "HunyuanVideo", "context_refiner.": "HunyuanVideo",
     "transformer_blocks.0.img_mod.": "Qwen-Image", "input_blocks.": "Stable Diffusion 1, 2 or XL",
+    ".to_qkv_mlp_proj": "FLUX.2", ".to_qkv_mlp.": "FLUX.1 under DiffSynth's own names",
     "noise_refiner.": "Z-Image or Lumina", "double_layers.": "AuraFlow", "blocks.0.self_attn.": "Wan",
     "lora_": "a LoRA", ".lora": "a LoRA"}
+# Stable Diffusion 3's autoencoder has the names and shapes of FLUX.1's: its scale, the published file
+SD3_SCALE = 1.5305
+SD3_BYTES = 167_666_654
+SD3_DIGEST = "f9b67a279283625c"                  # how its SHA-256 begins
+OTHER_AUTOENCODER = re.compile(r"(?i)(?<![a-z])(sd[-_. ]?(xl|[1-3])|stable.?diff|qwen|wan|hunyuan|cosmos)")
 INPUTS = {384: "FLUX.1 Fill", 128: "FLUX.1 Canny or Depth", 196: "Flex.2"}     # channels of a token -> model
 
 
@@ -66,16 +76,29 @@ def check_content(path: Path) -> None:
         raise ValueError(f"{path} cannot be read: {why}")
 
 
+def name_formats(folder: Path) -> None:
+    """ValueError where a folder without usable weights holds pickles, or a format that is not read."""
+    for path in sorted(folder.glob("*")):
+        if path.suffix in (".safetensors", *PICKLES) and not SHARD.search(path.name):
+            TensorFiles([path])
+
+
 def weight_files(folder: Path, stem: str = "diffusion_pytorch_model") -> list[Path]:
-    """Weights of a model's folder: what the index lists, if there is one, so that half a download shows."""
-    index = folder / f"{stem}.safetensors.index.json"
-    names, why = [f"{stem}.safetensors"], ""
-    if index.exists():
+    """Weights of a model's folder: what the index lists, if there is one, so that half a download shows.
+
+    Where there are none without a variant (model.fp16.safetensors), those of the first variant by name."""
+    places = [folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"]
+    places += sorted(folder.glob(f"{stem}.safetensors*.json")) + sorted(folder.glob(f"{stem}.*.safetensors"))
+    there = (path for path in places if path.is_file() and not SHARD.search(path.name))
+    index = next(there, places[1])
+    names, why = [index.name], ""
+    if index.suffix == ".json":
         if not isinstance(listed := JsonFile(index)["weight_map"], dict):
             raise ValueError(f"{index} is no index of weights: its weight_map is no object")
         names, why = sorted(set(listed.values())), f", which {index.name} lists"
     for name in names:
         if not (folder / name).is_file():
+            name_formats(folder)
             raise ValueError(f"{folder} lacks {name}{why}: complete the download")
         check_content(folder / name)
     return [folder / name for name in names]
@@ -94,6 +117,7 @@ def locate(folder: Place, names: Sequence[str], diffusers: str, what: str) -> tu
             return [path / name], None
     if (inner / "config.json").is_file():
         return weight_files(inner), JsonFile(inner / "config.json")
+    name_formats(inner)
     raise ValueError(f"{folder} holds no {what}: neither {' nor '.join(names)} nor {diffusers}/")
 
 
@@ -103,7 +127,15 @@ def transformer_files(folder: Place) -> tuple[list[Path], dict | None]:
 
 def autoencoder_files(folder: Place) -> tuple[list[Path], dict | None]:
     """As `locate`: ae.safetensors, or vae/ and its config."""
-    return locate(folder, ("ae.safetensors",), "vae", "autoencoder")
+    paths, config = locate(folder, ("ae.safetensors",), "vae", "autoencoder")
+    if is_sd3(paths[0]) or config and config.get("scaling_factor") == SD3_SCALE:
+        raise ValueError(f"{paths[0]} is the autoencoder of Stable Diffusion 3, not of FLUX.1")
+    return paths, config
+
+
+def is_sd3(path: Path) -> bool:
+    """Is it the published autoencoder of Stable Diffusion 3, whatever it is called?"""
+    return path.stat().st_size == SD3_BYTES and digest(path.read_bytes()) == SD3_DIGEST
 
 
 def text_files(folder: Place, part: str) -> tuple[list[Path], Path]:
@@ -161,6 +193,8 @@ def holds(path: Path, part: str, widths: dict[str, int]) -> bool:
     """Whether a file holds such a part, by its names and the width that the transformer asks for."""
     try:
         files = TensorFiles([path], part, check=False)
+        if part == "autoencoder":                # that of another model, in a file with everything
+            check_make(TensorFiles([path], check=False))
     except (OSError, ValueError):                # of GGUF without its package the name is all there is
         return path.suffix == ".gguf" and part == ("t5" if "t5" in path.stem.lower() else "transformer")
     names, first = files.file_of, lambda name: files.shape(name)[-1]
@@ -169,7 +203,8 @@ def holds(path: Path, part: str, widths: dict[str, int]) -> bool:
         first_layer = "img_in.weight" in names or "x_embedder.weight" in names          # a LoRA has none
         return blocks and first_layer and not any("controlnet" in name for name in names)
     if part == "autoencoder":
-        return "decoder.conv_in.weight" in names and files.shape("decoder.conv_in.weight")[1] == 16
+        layer = "decoder.conv_in.weight"
+        return layer in names and files.shape(layer)[1] == 16 and not is_sd3(path)
     if part == "clip":
         norms = (f"{start}final_layer_norm.weight" for start in ("", "text_model."))
         return any(name in names and first(name) == widths[part] for name in norms)
@@ -203,7 +238,16 @@ def widths_of(transformer: Path) -> dict[str, int]:
 
 
 def files_in(folder: Path, deep: bool = False) -> list[Path]:
-    found = folder.rglob("*") if deep else folder.glob("*")
+    """Whole files of weights, sorted; deep: of the folders inside too, linked ones as well, each once."""
+    found, seen = [], set()
+    for place, inner, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:
+            inner.clear()
+            continue
+        seen.add(real)
+        found += [Path(place, name) for name in names if not SHARD.search(name)]
+        if not deep:
+            break
     return sorted(path for path in found if path.suffix in SUFFIXES and path.is_file())
 
 
@@ -234,7 +278,8 @@ def cached(name: str) -> Path | None:
     """What the hub's cache has of a model, without asking the hub."""
     import huggingface_hub
     try:
-        return Path(huggingface_hub.snapshot_download(HUB[name][0], local_files_only=True))
+        # without a pattern a cache counts as incomplete that holds all that we take
+        return Path(huggingface_hub.snapshot_download(HUB[name][0], allow_patterns=[], local_files_only=True))
     except (OSError, ValueError):
         return None
 
@@ -243,10 +288,14 @@ def find_part(part: str, transformer: Path, widths: dict[str, int]) -> Path:
     """Where the autoencoder or a text encoder is that goes with a transformer. ValueError: nowhere."""
     if transformer.is_file() and holds(transformer, part, widths):
         return transformer
+    foreign = []
     for folder, files in places_of(part, transformer):
         if found := in_hub_layout(part, folder):
             return found
         fit = [path for path in files if path != transformer and holds(path, part, widths)]
+        if part == "autoencoder":
+            foreign += [path for path in fit if OTHER_AUTOENCODER.search(str(path.relative_to(folder)))]
+            fit = [path for path in fit if path not in foreign]
         best = [path for stem in PREFERRED[part] for path in fit if path.stem == stem] or fit
         if len(best) == 1 or best and best is not fit:
             return best[0]
@@ -257,7 +306,8 @@ def find_part(part: str, transformer: Path, widths: dict[str, int]) -> Path:
         if found := in_hub_layout(part, folder):
             return found
     raise ValueError(f"no {part} found for {transformer}, neither in the file nor beside it, nor in the "
-                     f"folders of ComfyUI or the hub's cache: name it with {OPTION[part]}")
+                     f"folders of ComfyUI or the hub's cache: name it with {OPTION[part]}"
+                     + "".join(f" ({path} is named for another model)" for path in foreign[:1]))
 
 
 def find_tokenizers(transformer: Path, configs: Sequence[str]) -> Path:
@@ -308,7 +358,9 @@ def assemble(transformer: Path, given: dict[str, str | None]) -> Model:
     where = {part: "in the same file" if path == transformer else path for part, path in parts.items()}
     print(f"{transformer}: autoencoder {where['autoencoder']}, CLIP {where['clip']}, T5 {where['t5']}, "
           f"tokenizers {tokenizers}")
-    return Model(transformer, **parts, tokenizers=tokenizers)
+    model = Model(transformer, **parts, tokenizers=tokenizers)
+    autoencoder_files(model)                                         # raises for Stable Diffusion 3's
+    return model
 
 
 def find_transformer(folder: Path) -> Path:
@@ -357,15 +409,26 @@ def from_hub(name: str) -> Path:
     from huggingface_hub.errors import HTTPError                      # its http client's own
     repo, weights, licence = HUB[name]
     wanted = [weights, "ae.safetensors", "text_encoder/*", "text_encoder_2/*", "tokenizer/*", "tokenizer_2/*"]
-    for options in ({"local_files_only": True}, {"allow_patterns": wanted}):
+    for options in ({"local_files_only": True, "allow_patterns": []}, {"allow_patterns": wanted}):
         try:                                     # without network the hub gives what it has, in silence
             return check_snapshot(Path(huggingface_hub.snapshot_download(repo, **options)))
         except (HTTPError, OSError, ValueError) as error:
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            status = getattr(getattr(error, "response", None), "status_code", None)
+    todo = "connect to the network"
+    if status in (401, 403):
+        todo = f"accept its licence ({licence}) at huggingface.co/{repo}, run `hf auth login`"
     raise ValueError(
-        f"{repo} is neither in the hub cache nor could it be downloaded ({reason[:200]}): accept its licence "
-        f"({licence}) at huggingface.co/{repo}, run `hf auth login` and then this command again (it "
-        "downloads 34 GB), or try --model baby, which needs no download")
+        f"{repo} is neither in the hub cache nor could it be downloaded "
+        f"({textwrap.shorten(reason, 300, placeholder=' ...')}): {todo} and run this command again (it "
+        "downloads 34 GB), name a folder, or try --model baby, which needs no download")
+
+
+def model_name(text: str) -> str:
+    """What --model says; of a name or an address on the hub flux-dev or flux-schnell."""
+    repos = {repo.lower(): name for name, (repo, *_) in HUB.items()}
+    repo = text.rpartition("huggingface.co/")[2].rstrip("/")
+    return text if Path(text).exists() else repos.get(repo.lower(), text)
 
 
 def home_of(name: str) -> Path | None:

@@ -231,8 +231,7 @@ def open_lora(path: Place) -> safe_open:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         why = not_content(path) or error
-        raise ValueError(f"{path} cannot be read as a safetensors file: {why} (and a .pt, .ckpt or .bin is "
-                         "a pickle, which is never loaded)") from None
+        raise ValueError(f"{path} cannot be read as a safetensors file: {why}") from None
 
 
 def read_metadata(path: Place) -> dict[str, str]:

@@ -25,6 +25,7 @@ PREFIXES = {"transformer": ("model.diffusion_model.",), "autoencoder": ("vae.", 
             "t5": ("text_encoders.t5xxl.transformer.", "text_encoders.t5xxl.")}
 OTHERS = *sum(PREFIXES.values(), ()), "text_encoders.", "cond_stage_model.", "conditioner.", "model_ema."
 SCALES = ".scale_weight", ".weight_scale"        # of 8-bit weights: ComfyUI's, and those of others
+SHARD = re.compile(r"-\d+-of-(?!0*1\D)\d+")      # in the name of a file that is not the only one
 MARKS = "scaled_fp8", "comfy_quant", "scale_input", "input_scale"          # of the makers of such files
 READ = "float8_e4m3fn", "float8_e5m2", "int8_tensorwise"                   # of what comfy_quant can say
 FORMATS = {                                      # a piece of a key -> the format that has such keys
@@ -33,7 +34,9 @@ FORMATS = {                                      # a piece of a key -> the forma
     "bitsandbytes__nf4": "NF4 (bitsandbytes)", "bitsandbytes__fp4": "FP4 (bitsandbytes)",
     ".quant_map": "bitsandbytes", ".absmax": "bitsandbytes", ".SCB": "LLM.int8 (bitsandbytes)",
     ".weight_scale_2": "nvfp4", ".weight_global_scale": "nvfp4", ".qzeros": "GPTQ or AWQ",
-    ".qweight": "nunchaku (SVDQuant), GPTQ or AWQ", "._data": "optimum-quanto"}
+    ".qweight": "nunchaku (SVDQuant), GPTQ or AWQ", "._data": "optimum-quanto",
+    "._weight_qdata": "torchao", ".biases": "MLX (mflux)", ".encoded_exponent": "DFloat11",
+    ".svd_up": "SDNQ", ".float8_data": "flux-fp8-api"}
 INSTEAD = "take a copy in bf16, fp8 or GGUF Q8_0"
 NORM = re.compile(r"(query|key)_norm\.weight$")  # as ComfyUI saves them; the original's end in .scale
 T5_GGUF = {"attn_q": "0.SelfAttention.q", "attn_k": "0.SelfAttention.k", "attn_v": "0.SelfAttention.v",
@@ -121,6 +124,8 @@ class TensorFiles:
     part: a key of PREFIXES. check: what is quantised in a format that is not read raises ValueError.
     """
     def __init__(self, files: list[Path], part: str = "transformer", check: bool = True) -> None:
+        if check and len(files) == 1 and SHARD.search(files[0].name):
+            raise ValueError(f"{files[0]} is one part of several: name its folder, {files[0].parent}")
         self.metadata, found = {}, {}
         for path in files:
             file = open_tensors(path)

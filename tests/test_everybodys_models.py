@@ -144,6 +144,10 @@ U8 = torch.zeros(8, 8, dtype=torch.uint8)
     ({f"{LAYER}.comfy_quant": torch.zeros(3, dtype=torch.uint8)}, "cannot be read"),
     ({f"{LAYER}.weight": torch.zeros(192, 64, dtype=torch.int8)}, "8-bit integers without scales"),
     ({"transformer_blocks.0.qkv_proj.qweight": U8, "transformer_blocks.0.qkv_proj.wscales": torch.ones(2)}, "nunchaku"),
+    ({f"{LAYER}._weight_qdata": U8, f"{LAYER}._weight_scale": torch.ones(2)}, "torchao"),
+    ({f"{LAYER}.scales": torch.ones(2), f"{LAYER}.biases": torch.ones(2)}, "MLX"),
+    ({f"{LAYER}.encoded_exponent": U8, f"{LAYER}.luts": U8[:4].clone()}, "DFloat11"),
+    ({f"{LAYER}.svd_up": torch.ones(2), f"{LAYER}.svd_down": torch.ones(2)}, "SDNQ"), ({f"{LAYER}.float8_data": U8}, "flux-fp8-api"),
     ({f"{LAYER}.weight.absmax": torch.ones(2), f"{LAYER}.weight.quant_state.bitsandbytes__nf4": U8}, "NF4 (bitsandbytes)")])
 def test_formats_that_are_not_read_are_refused_by_name(tmp_path, extra, name):
     path = write(tmp_path / "x.safetensors", load_file(HUB / FLUX) | extra)
@@ -161,6 +165,8 @@ def test_formats_that_are_not_read_are_refused_by_name(tmp_path, extra, name):
     ({"img_in.weight": torch.zeros(64, 384)}, "FLUX.1 Fill"), ({"img_in.weight": torch.zeros(64, 128)}, "Canny or Depth"),
     ({"distilled_guidance_layer.in_proj.weight": torch.zeros(2)}, "Chroma"), ({"redux_up.weight": torch.zeros(2)}, "Redux"),
     ({"double_stream_modulation_img.lin.weight": torch.zeros(2)}, "FLUX.2"), ({"joint_blocks.0.x": torch.zeros(2)}, "Stable"),
+    ({"single_transformer_blocks.0.attn.to_qkv_mlp_proj.weight": torch.zeros(2)}, "FLUX.2"),
+    ({"single_blocks.0.to_qkv_mlp.weight": torch.zeros(2)}, "DiffSynth"),
     ({"double_blocks.0.img_attn.qkv.lora_A.weight": torch.zeros(2)}, "LoRA")])
 def test_models_of_another_make_are_refused_by_name(tmp_path, change, make):
     path = write(tmp_path / "flux1.safetensors", load_file(HUB / FLUX) | change)
@@ -288,6 +294,135 @@ def test_parts_by_name_and_what_is_not_found(tmp_path):
         assert f"--{option} nowhere" in message(find_model, str(path), Given(**given | {option: "nowhere"}))
     assert "--clip" in message(find_model, str(path), Given(**given | {"clip": str(tmp_path)}))
     assert find_model(str(HUB), Given(ae=str(HUB / "vae"), clip=None, t5=None, tokenizers=None)).autoencoder == HUB / "vae"
+
+
+def in_parts(folder, stem, variant=""):
+    """A folder's one file of weights as two and their index, as save_pretrained(variant=...) names them."""
+    weights, names = load_file(folder / f"{stem}.safetensors"), {}
+    for i, part in enumerate((sorted(weights)[::2], sorted(weights)[1::2]), 1):
+        name = f"{stem}{variant}-{i:05}-of-00002.safetensors"
+        write(folder / name, {key: weights[key] for key in part}, {"format": "pt"})
+        names |= dict.fromkeys(part, name)
+    index = folder / f"{stem}.safetensors.index{variant}.json"
+    index.write_text(json.dumps({"weight_map": names}))
+    (folder / f"{stem}.safetensors").unlink()
+    return index
+
+
+def test_weights_of_a_variant(tmp_path):
+    folder, diffusion = tmp_path / "hub", "diffusion_pytorch_model"
+    shutil.copytree(HUB, folder)
+    for name in (FLUX, "ae.safetensors"):
+        (folder / name).unlink()
+    index = in_parts(folder / "text_encoder_2", "model", ".bf16")
+    in_parts(folder / "transformer", diffusion, ".fp16").rename(folder / "transformer" / f"{diffusion}.safetensors.fp16.index.json")
+    for part, stem in (("vae", diffusion), ("text_encoder", "model")):
+        (folder / part / f"{stem}.safetensors").rename(folder / part / f"{stem}.fp16.safetensors")
+    same_weights(load_flux(find_model(str(folder)), dtype=torch.float32), load_file(HUB / FLUX))
+    assert all(map(torch.equal, load_autoencoder(folder).parameters(), load_autoencoder(HUB).parameters()))
+    found, expected = (load_text_encoders(place, dtype=torch.float32).encode(PROMPTS) for place in (folder, HUB))
+    assert all(map(torch.equal, found, expected))
+    shutil.copy(HUB / "text_encoder/model.safetensors", folder / "text_encoder")
+    assert finding.text_files(folder, "clip")[0] == [folder / "text_encoder/model.safetensors"]           # before a variant
+    missing = "model.bf16-00002-of-00002.safetensors"
+    (folder / "text_encoder_2" / missing).unlink()
+    found = message(find_model, str(folder))
+    assert missing in found and index.name in found and "complete" in found
+
+
+def test_one_part_of_several_by_name(tmp_path):
+    folder = tmp_path / "hub"
+    shutil.copytree(HUB, folder)
+    in_parts(folder / "transformer", "diffusion_pytorch_model")
+    in_parts(folder / "text_encoder_2", "model")
+    for inner, given in (("transformer", None), ("text_encoder_2", "t5")):
+        part = next((folder / inner).glob("*-00002-of-00002.safetensors"))
+        found = message(find_model, str(folder), Given(t5=str(part))) if given else message(find_model, str(part))
+        assert f"name its folder, {folder / inner}" in found
+    write(tmp_path / "x" / "all-00001-of-00001.safetensors", load_file(HUB / FLUX))
+    assert "--ae" in message(find_model, str(tmp_path / "x" / "all-00001-of-00001.safetensors"))          # the only one is whole
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "t5.pt", "whatever.ckpt"])
+def test_pickles_are_called_what_they_are(tmp_path, name):
+    folder = tmp_path / "hub"
+    shutil.copytree(HUB, folder)
+    (folder / "text_encoder_2" / "model.safetensors").unlink()
+    torch.save(T5, folder / "text_encoder_2" / name, _use_new_zipfile_serialization=name[0] == "p")
+    for given in (Given(), Given(t5=str(folder / "text_encoder_2" / name))):
+        found = message(find_model, str(folder), given)
+        assert name in found and "pickle, which is never loaded" in found and "torn" not in found
+
+
+def test_a_length_that_looks_like_a_pickle(tmp_path):
+    path = tmp_path / "x.safetensors"
+    text = b'{"a":{"dtype":"F16","shape":[1],"data_offsets":[0,2]}}'.ljust(0x280)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"ab")
+    assert path.read_bytes()[:2] == b"\x80\x02" and finding.not_content(path) is None and "a" in TensorFiles([path]).file_of
+
+
+def test_a_folder_with_another_programs_format(tmp_path):
+    """mflux saves numbered files without a config, DFloat11 files of other names than the config's."""
+    weights = load_file(HUB / "transformer/diffusion_pytorch_model.safetensors")
+    write(tmp_path / "mflux/transformer/0.safetensors", weights | {"x_embedder.scales": U8, "x_embedder.biases": U8.clone()}, {})
+    write(tmp_path / "df11/model.safetensors", weights | {"x_embedder.encoded_exponent": U8}, {})
+    shutil.copy(HUB / "transformer/config.json", tmp_path / "df11")
+    assert "MLX" in message(find_model, str(tmp_path / "mflux")) and "DFloat11" in message(find_model, str(tmp_path / "df11"))
+
+
+@pytest.mark.parametrize("name, taken", [("sd3.5_vae", False), ("SDXL/ae16", False), ("sd3/diffusion_pytorch_model", False),
+                                         ("qwen_image_vae", False), ("mine", True), ("swansdown-flux", True)])
+def test_a_lone_autoencoder_that_is_named_for_another_model(tmp_path, name, taken):
+    models = comfy(tmp_path, hub=HUB)
+    tokenizers(models, HUB)
+    path = models / "vae" / f"{name}.safetensors"
+    path.parent.mkdir(exist_ok=True)
+    (models / "vae" / "ae.safetensors").rename(path)
+    transformer = str(models / "unet" / "my own merge.safetensors")
+    if taken:
+        assert find_model(transformer).autoencoder == path
+    else:
+        found = message(find_model, transformer)
+        assert str(path) in found and "--ae" in found
+    assert find_model(transformer, Given(ae=str(path))).autoencoder == path
+
+
+def test_the_autoencoder_of_stable_diffusion_3_by_its_numbers(tmp_path, monkeypatch):
+    """The published file by its digest, a folder by its scale, and one with everything by its transformer."""
+    models = comfy(tmp_path, hub=HUB)
+    tokenizers(models, HUB)
+    transformer, path = str(models / "unet" / "my own merge.safetensors"), models / "vae" / "ae.safetensors"
+    find_model(transformer)
+    monkeypatch.setattr(finding, "SD3_BYTES", path.stat().st_size)
+    find_model(transformer)                                             # as many bytes are not enough
+    monkeypatch.setattr(finding, "SD3_DIGEST", finding.digest(path.read_bytes()))
+    assert "no autoencoder" in message(find_model, transformer)
+    assert "Stable Diffusion 3" in message(find_model, transformer, Given(ae=str(path)))
+    path.unlink()
+    shutil.copytree(HUB / "vae", tmp_path / "vae3")
+    config = json.loads((tmp_path / "vae3/config.json").read_text()) | {"scaling_factor": 1.5305, "shift_factor": 0.0609}
+    (tmp_path / "vae3/config.json").write_text(json.dumps(config))
+    assert "Stable Diffusion 3" in message(find_model, transformer, Given(ae=str(tmp_path / "vae3")))
+    everything = {f"first_stage_model.{name}": tensor for name, tensor in load_file(HUB / "ae.safetensors").items()}
+    everything["model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"] = torch.zeros(2)
+    write(models / "checkpoints" / "everything.safetensors", everything, {})
+    assert "no autoencoder" in message(find_model, transformer)
+
+
+def test_linked_folders_are_looked_into_once(tmp_path):
+    models = comfy(tmp_path, hub=HUB)
+    tokenizers(models, HUB)
+    expected = find_model(str(models))
+    (tmp_path / "disk").mkdir()
+    (models / "vae" / "ae.safetensors").rename(tmp_path / "disk" / "my_vae.safetensors")
+    (models / "vae" / "flux").symlink_to(tmp_path / "disk")
+    (models / "vae" / "again").symlink_to(models / "vae")
+    (models / "unet").rename(tmp_path / "unets")
+    (models / "unet").mkdir()
+    (models / "unet" / "elsewhere").symlink_to(tmp_path / "unets")
+    found = find_model(str(models))
+    assert found.autoencoder.resolve() == tmp_path / "disk" / "my_vae.safetensors" and "vae/" in str(found.autoencoder)
+    assert found.t5 == expected.t5 and found.transformer.resolve() == tmp_path / "unets" / expected.transformer.name
 
 
 def test_a_folder_with_one_transformer_of_any_name_or_several(tmp_path):

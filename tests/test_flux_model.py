@@ -26,6 +26,7 @@ from support import speed
 from support.checkpoints import (diffusers_autoencoder_names, diffusers_flux_names, find_model, flux_files, load_autoencoder,
                                  load_flux, load_text_encoders)
 from support.common import pick_device
+from support.finding import model_name
 
 GOLDEN = Path(__file__).parent / "golden"
 HUB = GOLDEN / "hub"
@@ -814,8 +815,9 @@ def test_local_cache_without_network(tmp_path):
     assert (child.returncode, errors) == (0, "")
     found, refused = output.splitlines()
     assert found == str(snapshot)
-    for word in ("black-forest-labs/FLUX.1-schnell", "Apache 2.0", "hf auth login", "--model baby"):
+    for word in ("black-forest-labs/FLUX.1-schnell", "HF_HUB_OFFLINE=0' as environment variable", "--model baby"):
         assert word in refused
+    assert "licence" not in refused                                     # that of a file that nobody asked for yet
 
 
 @pytest.mark.parametrize("parts, whole", [
@@ -827,7 +829,7 @@ def test_cached_snapshots_of_either_layout(tmp_path, hub, parts, whole):
         assert find_model("flux-dev") == snapshot
     else:
         text = message(find_model, "flux-dev")
-        assert "Non-Commercial" in text and "hf auth login" in text and "--model baby" in text
+        assert "connect to the network" in text and "--model baby" in text
 
 
 def test_half_a_download_of_the_text_encoder_is_completed(tmp_path, hub, monkeypatch):
@@ -862,6 +864,47 @@ def test_a_broken_connection_is_one_line(tmp_path, hub, monkeypatch):
         raise HTTPError("connection reset\nby peer")
     monkeypatch.setattr(hub, "snapshot_download", download)
     assert "connection reset" in message(find_model, "flux-dev")
+
+
+@pytest.mark.parametrize("status, gated", [(401, True), (403, True), (503, False)])
+def test_a_licence_is_asked_for_where_it_is_what_is_missing(hub, monkeypatch, status, gated):
+    from huggingface_hub.errors import HfHubHTTPError
+    from types import SimpleNamespace
+
+    def download(repo, **options):
+        error = HfHubHTTPError.__new__(HfHubHTTPError)
+        error.args, error.response = ("word " * 100,), SimpleNamespace(status_code=status)
+        raise error
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    text = message(find_model, "flux-dev")
+    assert ("Non-Commercial" in text and "hf auth login" in text) == gated
+    assert "word ...)" in text and text.count("word") < 100             # cut, but between words
+
+
+def test_a_listing_that_has_more_than_is_taken(tmp_path, hub):
+    """The hub's library keeps a listing, and calls a snapshot incomplete that lacks any file of it."""
+    snapshot = cache(tmp_path, ORIGINAL)
+    listing = tmp_path / "hub" / DEV / "trees" / f"{snapshot.name}.json"
+    listing.parent.mkdir()
+    files = {name: {"size": 1, "blob_id": "0" * 40} for name in ("flux1-dev.safetensors", "transformer/config.json")}
+    listing.write_text(json.dumps({"format_version": 1, "files": files}))
+    with pytest.raises(hub.errors.LocalEntryNotFoundError, match="incomplete"):
+        hub.snapshot_download("black-forest-labs/FLUX.1-dev", local_files_only=True)
+    assert find_model("flux-dev") == snapshot
+    (tmp_path / "mine").mkdir()
+    shutil.copy(HUB / "flux1-dev.safetensors", tmp_path / "mine" / "merge.safetensors")
+    assert find_model(str(tmp_path / "mine" / "merge.safetensors")).autoencoder == snapshot / "ae.safetensors"
+
+
+def test_names_of_the_hub(tmp_path, monkeypatch):
+    assert {name: model_name(name) for name in ("flux-dev", "Baby", "ostris/Flex.1-alpha", "FLUX.1-dev")} == {
+        name: name for name in ("flux-dev", "Baby", "ostris/Flex.1-alpha", "FLUX.1-dev")}
+    for name in ("Black-Forest-Labs/flux.1-schnell", "https://huggingface.co/black-forest-labs/FLUX.1-schnell/"):
+        assert model_name(name) == "flux-schnell"
+    (tmp_path / "black-forest-labs" / "FLUX.1-dev").mkdir(parents=True)
+    assert model_name("black-forest-labs/FLUX.1-dev") == "flux-dev"
+    monkeypatch.chdir(tmp_path)
+    assert model_name("black-forest-labs/FLUX.1-dev") == "black-forest-labs/FLUX.1-dev"
 
 
 def test_importing_does_nothing(tmp_path):
