@@ -1,8 +1,30 @@
-"""What the six files at the top stand on; a first reader may skip it."""
+"""What the six files at the top stand on; not needed on a first reading."""
 import os
+import signal
+import sys
+from pathlib import Path
 
 # How often a thread of GNU's OpenMP looks before it sleeps. By default two threads that wait for each other
 # beside another busy program make everything tens of times slower; if they sleep at once, a small model is
 # half as fast when nothing else runs. Read once, when torch loads its OpenMP: so every script imports this
 # package before torch.
 os.environ.setdefault("GOMP_SPINCOUNT", "500")
+
+SCRIPTS = "meta_train.py", "personalize.py", "sample.py", "eval_rfacesim.py"
+SIGHUP = getattr(signal, "SIGHUP", signal.SIGTERM)                   # Windows has none
+SIGNALS = {signal.SIGINT, signal.SIGTERM, SIGHUP}
+
+
+def end(number: int, frame: object) -> None:
+    """A line instead of a traceback while a script is still importing: there is nothing to save yet."""
+    try:
+        os.write(2, f"{running.name}: interrupted\n".encode())
+    finally:
+        os._exit(128 + number)
+
+
+running = Path(getattr(sys.modules["__main__"], "__file__", None) or "").absolute()
+if running.name in SCRIPTS and running.parent == Path(__file__).absolute().parents[1]:
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, end)

@@ -1,41 +1,115 @@
 """What every script stands on: files that are whole or absent, command lines, Ctrl-C, devices."""
 import argparse
+import errno
 import hashlib
 import json
 import math
 import os
 import re
+import secrets
 import signal
+import stat
 import sys
+import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any, BinaryIO, TextIO
 
 import torch
 from PIL import Image, PngImagePlugin
 from safetensors import SafetensorError
 
+from support import SIGHUP, SIGNALS
+
+NOT_SUPPORTED = errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK      # by a file system
+RESERVED: dict[Path, Path] = {}                  # file -> its temporary file, which has its room already
+
+
+def new_part(place: Path) -> Path:
+    """A new, empty file beside `place`; its name is short, whatever that of `place`."""
+    part = place.with_name(f"{place.name[:20]}.{secrets.token_hex(4)}.part")
+    part.touch(exist_ok=False)
+    return part
+
 
 @contextmanager
 def whole(path: str | Path) -> Iterator[Path]:
-    """with whole(path) as part: `part` takes the place of `path` at the end, on disk. OSError names path."""
-    path = Path(path)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    """with whole(path) as part: at the end `part` is on disk in the place of `path`. OSError names path.
+
+    A link stays, and what it points to is replaced. The mode is that of the old file, else umask's.
+    """
+    path, place = Path(path), Path(os.path.realpath(path))
+    part = RESERVED.pop(place, None)
     try:
+        part = part or new_part(place)
+        mode = (place if place.exists() else part).stat().st_mode
         yield part
         with open(part, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-        if os.name == "posix":         # the name too, so that what is written after it never comes without it
-            folder = os.open(path.absolute().parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+            sync(file.fileno())
+        with suppress(OSError):                  # save_file makes 0600; some file systems have no modes
+            part.chmod(stat.S_IMODE(mode))
+        os.replace(part, place)
+        if os.name == "posix":         # the name too: what is written later never comes without it
+            with suppress(PermissionError):      # a folder may take files and show none
+                folder = os.open(place.parent, os.O_RDONLY)
+                sync(folder)
+                os.close(folder)
     except (OSError, SafetensorError) as error:
         raise OSError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from None
     finally:
-        with suppress(OSError):                  # a disk that is gone, or became read-only
+        with suppress(OSError, AttributeError):  # a disk that is gone, or became read-only
             part.unlink(missing_ok=True)
+
+
+def sync(descriptor: int) -> None:
+    """Waits for the disk, where the file system can say: some cannot of folders (CIFS, FUSE)."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NOT_SUPPORTED:
+            raise
+
+
+def take_room(file: BinaryIO, size: int) -> None:
+    """Makes an open file `size` bytes long and gives it all its blocks; what is in it stays. OSError."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
+    else:                                        # macOS, Windows: zeros, where there is nothing yet
+        file.seek(0, os.SEEK_END)
+        while (missing := size - file.tell()) > 0:
+            file.write(bytes(min(missing, 2 ** 24)))
+
+
+@contextmanager
+def reserved(paths: Iterable[Path], size: int) -> Iterator[None]:
+    """Meanwhile `size` bytes of disk are kept for each of these files, for write_whole. OSError: no room."""
+    with ExitStack() as parts:
+        for path in paths:
+            place = Path(os.path.realpath(path))
+            with naming(path):
+                RESERVED[place] = part = new_part(place)
+                parts.callback(part.unlink, missing_ok=True)
+                parts.callback(RESERVED.pop, place, None)
+                with open(part, "rb+") as file:
+                    take_room(file, size)
+        yield
+
+
+def keep(path: Path, save: Callable[[Path], object]) -> None:
+    """save(path); where it cannot be written it is saved elsewhere, and the OSError says where."""
+    try:
+        save(path)
+    except OSError as error:
+        for folder in (Path.cwd(), Path(tempfile.gettempdir()), Path.home()):
+            second = folder / f"kept-{os.getpid()}-{path.name[-60:]}"
+            with suppress(OSError):
+                save(second)
+                error = OSError(f"{error}; it is in {second}")
+                break
+        raise error from None
 
 
 @contextmanager
@@ -47,16 +121,23 @@ def naming(path: Path) -> Iterator[None]:
         raise OSError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
-def write_whole(path: str | Path, data: bytes) -> None:
-    with whole(path) as part:
-        part.write_bytes(data)
+def write_whole(path: str | Path, data: bytes | str) -> None:
+    """Text in UTF-8."""
+    with whole(path) as part, open(part, "rb+") as file:
+        file.write(data if isinstance(data, bytes) else encodable(data).encode())
+        file.truncate()                          # its room may be larger
+
+
+def encodable(text: object) -> str:
+    """Text that every file takes: bytes of names that are not UTF-8 (old archives) become escapes."""
+    return str(text).encode("utf-8", "backslashreplace").decode()
 
 
 def save_png(image: Image.Image, path: Path, fields: dict | None = None) -> None:
     """A PNG with text fields {name: value}; makes its folder."""
     text = PngImagePlugin.PngInfo()
     for name, value in (fields or {}).items():
-        text.add_text(name, str(value))
+        text.add_text(name, encodable(value))
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as part:
         image.save(part, format="PNG", pnginfo=text)
@@ -81,8 +162,11 @@ def not_content(path: str | Path) -> str | None:
         return f"it is a folder: name a file in it ({inside}, ...)" if inside else "it is an empty folder"
     if not path.is_file():
         return "it is a dead link" if path.is_symlink() else None
-    with open(path, "rb") as file:
-        head = file.read(100)
+    try:
+        with open(path, "rb") as file:
+            head = file.read(100)
+    except PermissionError:
+        return "it may not be read, by its owner or mode (`ls -l`)"
     if head.startswith(b"version https://git-lfs"):
         return f"it is a pointer of git-lfs, not the content: `git lfs pull` in {path.parent} brings that"
     if b"annex/objects/" in head:
@@ -121,8 +205,12 @@ class JsonFile(dict):
 def check_writable(path: Path, option: str) -> None:
     """ValueError unless `path`, or the folders above it that are not there yet, can be made."""
     base = next(p for p in (path, *path.absolute().parents) if p.exists())
-    if not base.is_dir() or not os.access(base, os.W_OK | os.X_OK):
-        raise ValueError(f"{option} {path}: {base} is {'not writable' if base.is_dir() else 'not a folder'}")
+    if not base.is_dir():
+        raise ValueError(f"{option} {path}: {base} is not a folder")
+    try:
+        new_part(base / "try").unlink()
+    except OSError as error:
+        raise ValueError(f"{option} {path}: {base} is not writable: {error.strerror}") from None
 
 
 def check_apart(path: Path, option: str, data: list[Path]) -> None:
@@ -144,9 +232,12 @@ def check_out_file(path: Path, suffix: str, option: str = "--out") -> None:
     """ValueError unless a file can be written: its folder must be there, and its name end in `suffix`."""
     if path.suffix != suffix or path.is_dir():
         raise ValueError(f"{option} must be a file that ends in {suffix}, not {path}")
-    if not path.absolute().parent.is_dir():
+    place = Path(os.path.realpath(path))
+    if not place.parent.is_dir():
         raise ValueError(f"the folder of {option} does not exist: {path.parent}")
-    check_writable(path.absolute().parent, f"the folder of {option},")
+    if place.exists() and not os.access(place, os.W_OK):
+        raise ValueError(f"{option} {path} is write-protected")
+    check_writable(place.parent, f"the folder of {option},")
 
 
 def read_prompts(words: list[str], path: Path | None) -> list[str]:
@@ -220,38 +311,104 @@ def check_training(args: argparse.Namespace) -> None:
         raise ValueError(f"--recompute takes 0 or more blocks, not {args.recompute}")
 
 
-def run_script(name: str, script: Callable[[list[str] | None], object], argv: list[str] | None = None) -> int:
-    """script(argv) -> exit code 0 or, with a line on stderr, 1 failed computing, 2 bad input, 130 Ctrl-C."""
+class Console:
+    """Standard output or error: that nobody reads on, or that it cannot show a letter, is not an error."""
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        self.attempt(self.stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self.attempt(self.stream.flush)
+
+    def attempt(self, act: Callable[..., object], *words: str) -> None:
+        try:
+            act(*words)
+        except (OSError, ValueError):            # a closed pipe or terminal, a full disk
+            with suppress(OSError, ValueError):  # what the stream still holds goes nowhere, too
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+@contextmanager
+def consoles() -> Iterator[None]:
+    """Meanwhile printing decides nothing."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (stream and Console(stream) for stream in before)
     try:
-        script(argv)
-    except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
-        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, (ValueError, OSError)) else 1
+        yield
+    finally:
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
+        sys.stdout, sys.stderr = before
+
+
+@contextmanager
+def on_signals(act: Callable[[int, object], object]) -> Iterator[None]:
+    """Meanwhile Ctrl-C, SIGTERM and SIGHUP (a closed terminal) call `act`; under nohup SIGHUP does not."""
+    able = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in SIGNALS if able}
+    if before.get(SIGHUP) is signal.SIG_IGN:
+        del before[SIGHUP]
+    for number in before:
+        signal.signal(number, act)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Stopped(KeyboardInterrupt):
+    """By the signal of this number."""
+
+
+def stop(number: int, frame: object = None) -> None:
+    raise Stopped(number)
+
+
+def run_script(name: str, script: Callable[[list[str] | None], object],
+               argv: list[str] | None = None) -> int:
+    """script(argv) -> exit code: 0 or, with a line on stderr, 1 failed computing, 2 bad input, 130 Ctrl-C,
+    143 SIGTERM, 129 SIGHUP."""
+    with consoles(), on_signals(stop):
+        try:
+            script(argv)
+        except KeyboardInterrupt as error:
+            print(f"{name}: interrupted", file=sys.stderr)
+            return 128 + (error.args[0] if isinstance(error, Stopped) else signal.SIGINT)
+        except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+            print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+            return 2 if isinstance(error, (ValueError, OSError)) else 1
     return 0
 
 
 class Interruption:
-    """with Interruption(): Ctrl-C and SIGTERM are a flag, read between two iterations; a second one acts."""
+    """with Interruption(): a signal is a flag, read between two iterations; a second one acts."""
     def __enter__(self) -> "Interruption":
-        self.asked = None                        # when
-        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.asked = self.time = None            # the number of the signal, and when it came
+        self.signals = on_signals(self.ask)
+        self.signals.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        self.signals.__exit__(None, None, None)
 
     def ask(self, number: int, frame: object) -> None:
-        self.asked = self.asked or time.monotonic()
-        if time.monotonic() - self.asked > 3:    # torchrun passes on what the terminal has already sent
-            raise KeyboardInterrupt
+        if self.asked and time.monotonic() - self.time > 3:
+            stop(number)
+        if not self.asked:                       # torchrun passes on what the terminal has already sent
+            self.asked, self.time = number, time.monotonic()
 
     def raise_if_asked(self) -> None:
         if self.asked:
-            raise KeyboardInterrupt
+            stop(self.asked)
 
 
 def pick_device(name: str | None = None) -> torch.device:

@@ -29,12 +29,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from flux_model import Flux, FluxConfig
 from support.checkpoints import Place, TensorFiles, flux_files, flux_fingerprint, is_copy
-from support.common import check_file, finite_number, not_content, note, JsonFile, whole
+from support.common import (JsonFile, check_file, encodable, finite_number, not_content, note,
+                            write_whole)
 from support.names import FINAL, FLUX_LINEARS, FLUX_NAMES, Target, find_targets, part_sizes, split_number
 
 Pair = tuple[Tensor, Tensor]                     # A (r, in) and B (out, r); the update of a weight is B A
@@ -442,21 +443,18 @@ def to_original(lora: Lora, mlp_ratio: float) -> Lora:
     return fused
 
 
-def write_tensors(path: Place, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """A safetensors file, whole or absent, of the same bytes for the same content.
+def tensor_bytes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """A safetensors file, of the same bytes for the same content.
 
-    save_file writes the metadata in another order each time: they are put in order afterwards.
+    `save` puts the metadata in another order each time: they are put in order afterwards.
     """
-    with whole(path) as part:
-        save_file(tensors, part, metadata=metadata)
-        with open(part, "rb+") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size))
-            header["__metadata__"] = dict(sorted(metadata.items()))
-            text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-            assert len(text) <= size, "the same header takes the same room"
-            file.seek(8)
-            file.write(text.ljust(size))
+    metadata = {encodable(name): encodable(text) for name, text in sorted(metadata.items())}
+    data = save(tensors, metadata=metadata)
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:8 + size]) | {"__metadata__": metadata}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    assert len(text) <= size, "the same header takes the same room"
+    return data[:8] + text.ljust(size) + data[8 + size:]
 
 
 def standard_metadata(lora: Lora, metadata: dict[str, str]) -> dict[str, str]:
@@ -484,10 +482,17 @@ def save_lora(path: Place, lora: Lora, format: str = "diffusers", metadata: dict
     ValueError for a LoRA or a path that cannot be written. mlp_ratio: for the rows of an MLP without a LoRA.
     """
     path = Path(path)
-    if format not in FORMATS:
-        raise ValueError(f"there is no LoRA format {format!r}, only {', '.join(FORMATS)}")
     if path.is_dir() or not path.parent.is_dir():
         raise ValueError(f"{path} is a folder" if path.is_dir() else f"there is no folder {path.parent}")
+    write_whole(path, lora_bytes(lora, format, metadata, dtype, mlp_ratio, path))
+
+
+def lora_bytes(lora: Lora, format: str = "diffusers", metadata: dict[str, str] | None = None,
+               dtype: torch.dtype = torch.float16, mlp_ratio: float = FluxConfig.mlp_ratio,
+               path: Place = "the LoRA") -> bytes:
+    """What save_lora writes; `path` is for messages."""
+    if format not in FORMATS:
+        raise ValueError(f"there is no LoRA format {format!r}, only {', '.join(FORMATS)}")
     metadata = {key: text for key, text in (metadata or {}).items() if key != PEFT_METADATA}  # now it is in B
     if not all(isinstance(text, str) for text in (*metadata, *metadata.values())):
         raise ValueError(f"{path}: the metadata of a LoRA must be text, str to str")
@@ -505,7 +510,7 @@ def save_lora(path: Place, lora: Lora, format: str = "diffusers", metadata: dict
         tensors[name + down], tensors[name + up] = A.clone().contiguous(), B.clone().contiguous()
         if format == "kohya":
             tensors[f"{name}.alpha"] = torch.tensor(float(len(A)))        # the rank: scale 1
-    write_tensors(path, tensors, standard_metadata(lora, metadata))
+    return tensor_bytes(tensors, standard_metadata(lora, metadata))
 
 # LoMD -------------------------------------------------------------------------------------------------------
 
@@ -526,8 +531,9 @@ def check_lomd(lomd: dict[str, Tensor], targets: list[Target]) -> None:
 def save_lomd(path: Place, lomd: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Writes {diffusers path: (r1, d_in)} as <path>.lomd, in fp32; the file is whole or absent."""
     r1 = len(next(iter(lomd.values())))
-    write_tensors(path, {f"{k}.lomd": v.detach().float().cpu().contiguous() for k, v in lomd.items()},
-                  {"format": "pt", "r1": str(r1), "targets": str(len(lomd))} | metadata)
+    tensors = {f"{k}.lomd": v.detach().float().cpu().contiguous() for k, v in lomd.items()}
+    facts = {"format": "pt", "r1": str(r1), "targets": str(len(lomd))}
+    write_whole(path, tensor_bytes(tensors, facts | metadata))
 
 
 def load_lomd(path: Place) -> tuple[dict[str, Tensor], dict[str, str]]:

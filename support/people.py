@@ -13,7 +13,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from tqdm import tqdm
 from flux_model import sample_times
 from support.checkpoints import (autoencoder_fingerprint, load_autoencoder, load_text_encoders,
                                  text_fingerprints)
-from support.common import JsonFile, free, naming, note, whole
+from support.common import JsonFile, free, naming, note, take_room, whole
 from support.folders import Captions, dead_links, unused
 from support.photos import fit_to_grid, grid_size, image_files, read_photo, subfolders, to_tensor
 
@@ -276,16 +276,6 @@ def draw_batch(posteriors: list[Tensor], texts: list[dict[str, Tensor]],
 
 # ----------------------------------------------------------------------------------------------------------
 # The rows of people
-
-
-def take_room(file: BinaryIO, size: int) -> None:
-    """Makes an open file `size` bytes long and gives it all its blocks; what is in it stays. OSError."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(file.fileno(), 0, size)
-    else:                                        # macOS, Windows: zeros, where there is nothing yet
-        file.seek(0, os.SEEK_END)
-        while (missing := size - file.tell()) > 0:
-            file.write(bytes(min(missing, 2 ** 24)))
 
 
 def room_for(cache: Cache, members: list[list[tuple]], prompt: str, adapter: object) -> dict[str, int]:
