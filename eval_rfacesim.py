@@ -374,7 +374,7 @@ def evaluate(argv: list[str] | None = None) -> None:
         note(" ".join(problem.split()))
     report(args.out, people, rows, real, judges, problems, args.no_face_as_zero, args.paper,
            settings={"reference": args.reference})
-    print((args.out / "tables.md").read_text())
+    print((args.out / "tables.md").read_text("utf-8"))
     print(f"{args.out}: scores.json, tables.md")
 
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from support.common import free, to_device
+from support.devices import free, to_device
 from support.names import Target, find_targets
 
 

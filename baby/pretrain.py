@@ -189,7 +189,7 @@ def make_framings(run: Path):
     part.mkdir(parents=True, exist_ok=True)
     for (width, height), pairs in found.items():
         np.save(part / f"{width}x{height}.npy", np.stack([image for image, _ in pairs]))
-        (part / f"{width}x{height}.txt").write_text("\n".join(text for _, text in pairs))
+        (part / f"{width}x{height}.txt").write_text("\n".join(text for _, text in pairs), "utf-8")
     os.replace(part, run / "data")
 
 
@@ -211,7 +211,7 @@ def make_data(run: Path):
             for i, (image, text) in enumerate(tqdm(pool.imap(draw, jobs, 64), total=count, desc=f"faces {width}x{height}")):
                 images[i] = image
                 captions.append(text)
-            path.with_suffix(".txt").write_text("\n".join(captions))
+            path.with_suffix(".txt").write_text("\n".join(captions), "utf-8")
             np.save(f"{path}.part.npy", images)
             os.replace(f"{path}.part.npy", path)
 
@@ -395,7 +395,7 @@ def encode_latents(run: Path, out: Path, device=CPU):
 
 def make_text(run: Path, out: Path):
     """Tokenizers on the captions, and untrained text encoders to go with them."""
-    captions = sorted({line for path in (run / "data").glob("*.txt") for line in path.read_text().splitlines()})
+    captions = sorted({line for path in (run / "data").glob("*.txt") for line in path.read_text("utf-8").splitlines()})
     captions += ["a photo of a person"] * (len(captions) // 4)
     # sentencepiece only considers pieces that it sees in two different words: give every word a plural
     captions += [" ".join(word + "s" for word in faces.VOCABULARY + ["person"])]
@@ -409,7 +409,7 @@ def make_text(run: Path, out: Path):
     pieces = sentencepiece.SentencePieceProcessor(str(out / "tokenizer_2" / "spiece.model")).get_piece_size()
     (out / "tokenizer_2" / "tokenizer_config.json").write_text(json.dumps(dict(
         tokenizer_class="T5Tokenizer", extra_ids=0, model_max_length=T5_TOKENS, eos_token="</s>", pad_token="<pad>",
-        unk_token="<unk>"), indent=1))
+        unk_token="<unk>"), indent=1), "utf-8")
     # CLIP's BPE: 256 bytes, the same at the end of a word, merges, start and end
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -418,11 +418,11 @@ def make_text(run: Path, out: Path):
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     words = alphabet + [a + "</w>" for a in alphabet] + ["".join(pair) for pair in merges]
     words += ["<|startoftext|>", "<|endoftext|>"]
-    (out / "tokenizer" / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
-    (out / "tokenizer" / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+    (out / "tokenizer" / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}), "utf-8")
+    (out / "tokenizer" / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), "utf-8")
     (out / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(dict(
         tokenizer_class="CLIPTokenizer", model_max_length=CLIP_TOKENS, bos_token="<|startoftext|>",
-        eos_token="<|endoftext|>", pad_token="<|endoftext|>", unk_token="<|endoftext|>"), indent=1))
+        eos_token="<|endoftext|>", pad_token="<|endoftext|>", unk_token="<|endoftext|>"), indent=1), "utf-8")
     torch.manual_seed(SEED)
     CLIPTextModel(CLIPTextConfig(
         vocab_size=len(words), hidden_size=WIDTH_TEXT, intermediate_size=2 * WIDTH_TEXT, num_hidden_layers=2,
@@ -529,7 +529,7 @@ def export(average: Baby, out: Path):
     save_whole(part("flux"), out / "flux1-dev.safetensors", {"config": json.dumps(vars(average.flux.config))})
     for name, folder in (("clip", "text_encoder"), ("t5", "text_encoder_2")):
         save_whole(part(name), out / folder / "model.safetensors", {"format": "pt"})
-    (out / "defaults.json").write_text(json.dumps(DEFAULTS, indent=1) + "\n")
+    (out / "defaults.json").write_text(json.dumps(DEFAULTS, indent=1) + "\n", "utf-8")
 
 
 def load_checkpoint(baby: Baby, folder: Path) -> Baby:
@@ -575,7 +575,7 @@ def grow(small: Flux, large: Flux):
 def load_data(run: Path, plan: Plan) -> tuple[dict, dict, dict, dict]:
     """Of each shape the latents, the weights of the loss, the captions, and how often each picture is drawn."""
     # a picture in another style than a photo is drawn twice as often: 10 % each of the data are too few to learn from
-    chances, captions = {}, {s: (run / "data" / f"{s[0]}x{s[1]}.txt").read_text().splitlines() for s in SHAPES}
+    chances, captions = {}, {s: (run / "data" / f"{s[0]}x{s[1]}.txt").read_text("utf-8").splitlines() for s in SHAPES}
     latents, face, first = {}, {}, 0
     for (width, height), count in SHAPES.items():
         with safe_open(run / "latents" / f"{width}x{height}.safetensors", "pt") as file:
@@ -612,7 +612,7 @@ def train_transformer(run: Path, out: Path, steps: int, init: Path | None = None
             block.compile(dynamic=False)
     bar = tqdm(range(start, steps), initial=start, total=steps, desc="transformer", mininterval=10)
     interrupted = Interrupted()
-    shown, log = None, open(path.with_suffix(".jsonl"), "a")
+    shown, log = None, open(path.with_suffix(".jsonl"), "a", encoding="utf-8")
     for step in bar:
         left = (steps - step) / steps
         if not given and (step == int((1 - plan.guided) * steps) or step == start and left < plan.guided):

@@ -210,7 +210,7 @@ def private_memory(device: torch.device) -> float:
     """MB: the peak on a GPU, else what this process holds by itself (Linux), its mapped files not counted."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
-    return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e6
+    return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text("utf-8"))[1]) * 1024 / 1e6
 
 
 def count(function: Callable) -> float:

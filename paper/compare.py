@@ -418,7 +418,7 @@ def compare(argv: list[str] | None = None, quiet: bool = False) -> None:
         return
     figures(methods, quoted, args.out)
     sheets(pictures, people, args.out, describe)
-    print((args.out / "tables.md").read_text())
+    print((args.out / "tables.md").read_text("utf-8"))
     print(f"{args.out}: scores.json, tables.md, {', '.join(sorted(p.name for p in args.out.glob('*.png')))}")
     print(f"seconds: {drawn - start:.0f} for the pictures, {time.perf_counter() - drawn:.0f} for the rest")
 

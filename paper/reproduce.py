@@ -84,7 +84,7 @@ def workers(args: argparse.Namespace) -> concurrent.futures.Executor | None:
 def set_up(threads: int) -> None:
     """Of a worker: its share of the cores; silent, since bars would overwrite each other."""
     torch.set_num_threads(threads)
-    sys.stdout = sys.stderr = open(os.devnull, "w")
+    sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
 
 
 def work(function: Callable[..., object], *args: object) -> None:
@@ -235,7 +235,7 @@ def report(args: argparse.Namespace, data: Path, run: Path, out: Path, rates: di
                                         Path(args.model).name, settings, compare.describe)
     figures(methods, quoted, out)
     sheets(pictures, people, out, compare.describe)
-    print((out / "tables.md").read_text())
+    print((out / "tables.md").read_text("utf-8"))
     for names, gap in gaps.items():
         values = (f"{m} {100 * own['mean']:+.2f} ({100 * own['error']:.2f})" for m, own in gap.items())
         print(f"{names}: {', '.join(values)}, n = {gap['clip_t']['identities']}")

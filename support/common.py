@@ -1,4 +1,4 @@
-"""What every script stands on: files that are whole or absent, command lines, Ctrl-C, devices."""
+"""What every script stands on: files that are whole or absent, command lines, printing, Ctrl-C."""
 import argparse
 import errno
 import hashlib
@@ -23,6 +23,7 @@ from PIL import Image, PngImagePlugin
 from safetensors import SafetensorError
 
 from support import SIGHUP, SIGNALS
+from support.devices import free, pick_device, to_device, use_threads  # noqa: F401: asked for here
 
 NOT_SUPPORTED = errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK      # by a file system
 RESERVED: dict[Path, Path] = {}                  # file -> its temporary file, which has its room already
@@ -409,32 +410,3 @@ class Interruption:
     def raise_if_asked(self) -> None:
         if self.asked:
             stop(self.asked)
-
-
-def pick_device(name: str | None = None) -> torch.device:
-    """The device by name, or the best one here. ValueError where the named one is not there."""
-    available = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    kind, colon, index = (available[0] if name is None else name).partition(":")
-    count = torch.cuda.device_count() if kind == "cuda" else 1
-    if kind not in available or colon and not (index.isdecimal() and int(index) < count):
-        raise ValueError(f"--device {name} is not available here; available: {', '.join(available)}")
-    return torch.device(kind + colon + index)
-
-
-def use_threads(small: bool) -> None:
-    """One thread for a small model on a CPU: on small tensors, two that wait for each other are slower."""
-    if small and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)
-
-
-def to_device(tensor: torch.Tensor, device: str | torch.device) -> torch.Tensor:
-    """A small tensor of the CPU on the device, without waiting for what the device still has to do."""
-    if torch.device(device).type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
-
-
-def free(device: str | torch.device) -> None:
-    """Gives the memory of models that were just dropped back to the device."""
-    if torch.device(device).type in ("cuda", "mps"):
-        getattr(torch, torch.device(device).type).empty_cache()

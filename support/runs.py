@@ -38,7 +38,7 @@ T_BINS = 10                                      # of the loss by time
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Holds a run's lock. ValueError where another process does."""
-    with open(path, "w") as lock:
+    with open(path, "wb") as lock:
         try:
             if fcntl:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -153,7 +153,7 @@ class Log:
         self.bar = tqdm(total=args.iters, initial=iteration, desc="meta-training", unit="it", smoothing=0.02,
                         disable=True if group.rank else None)
         if group.rank == 0:
-            lines = self.path.read_text().splitlines() if self.path.exists() else []
+            lines = self.path.read_text("utf-8").splitlines() if self.path.exists() else []
             lines = [line for line in lines if line.endswith("}")]    # a kill may tear the last
             kept = [line for line in lines if json.loads(line)["iteration"] <= iteration]
             self.smooth = json.loads(kept[-1])["loss"] if kept else None
@@ -181,7 +181,7 @@ class Log:
                 "loss_by_t": [losses[bins == b].mean() if (bins == b).any() else None for b in range(T_BINS)],
                 "seconds": np.mean(seconds), "bytes_sent": int(np.mean(sent)), "peak_gb": memory[-1]}
         rounded = json.loads(json.dumps(line, default=float), parse_float=lambda x: float(f"{float(x):.5g}"))
-        with naming(self.path), open(self.path, "a") as file:
+        with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(rounded) + "\n")
         self.entries = []
 
@@ -189,7 +189,7 @@ class Log:
 def plot(log: Path, path: Path) -> None:
     """loss.png: the loss of both phases over the run, and by time, early and late."""
     from matplotlib.figure import Figure
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    lines = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
     if not lines:
         return
     figure = Figure(figsize=(11, 4), layout="constrained")

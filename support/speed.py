@@ -341,7 +341,7 @@ def memory_left(device) -> float:
 def host_memory() -> float:
     """Bytes of CPU memory that are free for use."""
     try:
-        return int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
+        return int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text("utf-8"))[1]) * 1024
     except (OSError, TypeError):
         return math.inf                                                            # not Linux: no way to know
 

@@ -1,5 +1,7 @@
 """LoRA files: the update in every format against one built by hand, conversions bit for bit, refusals."""
+import errno
 import json
+import os
 import re
 import warnings
 from pathlib import Path
@@ -712,10 +714,9 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     save_lora(path, {Q: good()})
     before = path.read_bytes()
 
-    def torn(tensors, target, metadata):
-        Path(target).write_bytes(b"half")
-        raise OSError("No space left on device")
-    monkeypatch.setattr("support.lora_files.save_file", torn)
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="cannot be written: No space left on device"):
         save_lora(path, {Q: good(value=2.0)})
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,198 @@
+"""What is finished is on disk: modes, links, room, second places, signals and consoles, of support/common.py."""
+import ast
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from support import common
+from support.common import encodable, keep, reserved, save_figure, save_png, whole, write_whole
+from support.lora_files import save_lomd, save_lora
+
+ROOT = Path(__file__).parents[1]
+posix = pytest.mark.skipif(os.name != "posix", reason="modes and links of POSIX")
+
+
+@pytest.fixture(params=["000", "022", "077"])
+def umask(request):
+    before = os.umask(int(request.param, 8))
+    yield int(request.param, 8)
+    os.umask(before)
+
+
+class Figure:
+    def savefig(self, path, **options):
+        Path(path).write_bytes(b"figure")
+
+
+LORA = {"transformer_blocks.0.attn.to_q": (torch.ones(1, 4), torch.ones(4, 1))}
+WRITERS = {
+    "bytes": lambda path: write_whole(path, b"some bytes"), "text": lambda path: write_whole(path, "söme text"),
+    "picture": lambda path: save_png(Image.new("RGB", (20, 20)), path, {"seed": 1}),
+    "figure": lambda path: save_figure(Figure(), path), "lora": lambda path: save_lora(path, LORA),
+    "lomd": lambda path: save_lomd(path, {"transformer_blocks.0.attn.to_q": torch.ones(2, 4)}, {})}
+
+
+def save_tensors(path):
+    with whole(path) as part:
+        save_file({"a": torch.ones(3)}, part)
+
+
+WRITERS["tensors"] = save_tensors
+
+
+@posix
+@pytest.mark.parametrize("write", WRITERS.values(), ids=[*WRITERS])
+def test_modes_and_links_are_as_after_open(write, umask, tmp_path):
+    """As open(path, "w") would leave them: new ones by umask, replaced ones as they were, links as links."""
+    new, old, link, target = (tmp_path / name for name in ("new", "old", "link", "elsewhere/target"))
+    write(new)
+    assert new.stat().st_mode & 0o777 == 0o666 & ~umask
+    for mode in (0o640, 0o604, 0o600):
+        old.write_bytes(b"before")
+        old.chmod(mode)
+        write(old)
+        assert old.stat().st_mode & 0o777 == mode and old.read_bytes() == new.read_bytes()
+    target.parent.mkdir()
+    link.symlink_to("elsewhere/target")              # to nothing yet
+    for mode in (0o666 & ~umask, 0o664):
+        write(link)
+        assert link.is_symlink() and target.read_bytes() == new.read_bytes()
+        assert target.stat().st_mode & 0o777 == mode
+        target.chmod(0o664)
+    assert not list(tmp_path.rglob("*.part"))
+
+
+@posix
+def test_the_longest_name_that_there_may_be(tmp_path):
+    for name in ("n" * 255, "é" * 127, os.fsdecode(b"caf\xe9.bin")):
+        write_whole(tmp_path / name, b"here")
+        assert (tmp_path / name).read_bytes() == b"here"
+
+
+@pytest.mark.parametrize("number, good", [(errno.EINVAL, True), (errno.ENOTSUP, True), (errno.EIO, False)])
+def test_a_folder_that_cannot_be_synced(number, good, tmp_path, monkeypatch):
+    real = os.fsync
+
+    def fsync(descriptor):
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(number, os.strerror(number))
+        real(descriptor)
+    monkeypatch.setattr(os, "fsync", fsync)
+    if not os.path.isdir("/proc/self/fd"):
+        pytest.skip("no /proc")
+    if good:
+        write_whole(tmp_path / "a", b"whole")
+    else:
+        with pytest.raises(OSError, match="a cannot be written"):
+            write_whole(tmp_path / "a", b"whole")
+    assert (tmp_path / "a").read_bytes() == b"whole"
+
+
+def test_room_is_kept_until_it_is_needed(tmp_path, monkeypatch):
+    first, second = tmp_path / "first", tmp_path / "second"
+    with reserved([first, second], 100_000):
+        parts = list(tmp_path.glob("*.part"))
+        assert len(parts) == 2 and all(part.stat().st_size == 100_000 for part in parts)
+        monkeypatch.setattr(common, "new_part", None)                        # nothing new is made: the room is taken
+        write_whole(first, b"short")
+        assert first.read_bytes() == b"short" and len(list(tmp_path.glob("*.part"))) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["first"]
+
+
+def test_without_room_nothing_begins(tmp_path):
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
+    try:
+        with pytest.raises(OSError, match="big cannot be written"), reserved([tmp_path / "big", tmp_path / "other"], 6000):
+            raise AssertionError("began")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir()) and not common.RESERVED
+
+
+def test_what_fails_at_the_end_is_kept_elsewhere_and_named(tmp_path, monkeypatch):
+    away, here = tmp_path / "away", tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    with pytest.raises(OSError, match="cannot be written") as caught:
+        keep(away / ("x" * 240 + ".bin"), lambda path: write_whole(path, b"hours of work"))
+    (kept,) = here.iterdir()
+    assert str(kept) in str(caught.value) and kept.read_bytes() == b"hours of work" and kept.suffix == ".bin"
+    keep(here / "fine", lambda path: write_whole(path, b"1"))
+
+
+def test_text_that_is_not_utf_8_becomes_escapes(tmp_path):
+    name = os.fsdecode(b"gr\xfc\xdfe.png")
+    assert encodable(name) == "gr\\udcfc\\udcdfe.png" and encodable("größe") == "größe"
+    save_png(Image.new("RGB", (20, 20)), tmp_path / "a.png", {"model": name})
+    assert Image.open(tmp_path / "a.png").text["model"] == encodable(name)
+    save_lora(tmp_path / "a.safetensors", LORA, metadata={"photos": name})
+    assert len(load_file(tmp_path / "a.safetensors")) == 2
+
+
+TALK = """
+import sys
+sys.path.insert(0, {root!r})
+from support.common import note, run_script
+def script(argv):
+    for i in range(3000):
+        print("↑", i, "x" * 50, flush=i % 2)
+        note("\\udce9 ↓")
+    open("done", "w").close()
+sys.exit(run_script("talk", script))
+"""
+
+
+@posix
+@pytest.mark.parametrize("unbuffered", [True, False])
+def test_a_reader_that_goes_away_changes_nothing(unbuffered, tmp_path):
+    (tmp_path / "talk.py").write_text(TALK.format(root=str(ROOT)), "utf-8")
+    flag = "-u" if unbuffered else ""
+    code = f"{sys.executable} {flag} talk.py 2>&1 | head -1; exit ${{PIPESTATUS[0]}}"
+    child = subprocess.run(["bash", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert (child.returncode, child.stderr) == (0, "") and (tmp_path / "done").exists(), child
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_a_console_of_another_encoding_changes_nothing(encoding, tmp_path):
+    (tmp_path / "talk.py").write_text(TALK.format(root=str(ROOT)), "utf-8")
+    child = subprocess.run([sys.executable, "talk.py"], cwd=tmp_path, capture_output=True, env=os.environ | {"PYTHONIOENCODING": encoding})
+    assert child.returncode == 0 and (tmp_path / "done").exists(), child.stderr[-500:]
+    assert child.stdout.count(b"x" * 50) == 3000
+
+
+def test_output_that_is_closed_or_full(tmp_path):
+    (tmp_path / "talk.py").write_text(TALK.format(root=str(ROOT)), "utf-8")
+    for redirection in (">&- 2>/dev/full", "2>&- >/dev/full"):
+        child = subprocess.run(["bash", "-c", f"{sys.executable} talk.py {redirection}"], cwd=tmp_path, capture_output=True)
+        assert child.returncode == 0 and (tmp_path / "done").exists(), (redirection, child.stderr[-500:])
+        (tmp_path / "done").unlink()
+
+
+FILES = [path for folder in (".", "support", "paper", "bench", "baby") for path in sorted((ROOT / folder).glob("*.py"))]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_file_of_text_is_utf_8(path):
+    """The default encoding is the computer's."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if not isinstance(node, ast.Call):
+            continue
+        name = getattr(node.func, "attr", getattr(node.func, "id", None))
+        words = [word.value for word in node.args if isinstance(word, ast.Constant)]
+        named = any(word.arg == "encoding" for word in node.keywords)
+        method = isinstance(node.func, ast.Attribute)
+        if name == "read_text" and method:
+            assert words or named, f"{path}, line {node.lineno}"
+        if name == "write_text":
+            assert len(node.args) > 1 or named, f"{path}, line {node.lineno}"
+        if name == "open" and not method and not any("b" in str(word) for word in words[-1:]):
+            assert named, f"{path}, line {node.lineno}"
