@@ -121,7 +121,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="flux-dev (default), flux-schnell, baby, a folder or a file")
     add("--out", type=Path, default=Path("out.safetensors"), help="file to write (default: out.safetensors)")
     add("--format", choices=("diffusers", "kohya", "original"), default="diffusers", help="read by "
-        "diffusers, ComfyUI, nunchaku | by every program | by ComfyUI, Forge, InvokeAI, not diffusers")
+        "most programs | most, and sd-scripts | ComfyUI, Forge, InvokeAI, not diffusers (docs/LORAS.md)")
     add("--method", choices=tuple(ITERATIONS), default="meta-lora", help="lora is the paper's baseline")
     add("--lomd", help="weights of stage 1 (default: lomd.safetensors of the model's folder, else here)")
     add("--rank", type=positive, default=1, help="rank of the LoRA (default: 1)")

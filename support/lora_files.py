@@ -9,7 +9,8 @@
     original   diffusion_model.<original path>.lora_A.weight, .lora_B.weight        (ComfyUI)
 
 Also read: .lora.down.weight, .lora_A.<adapter>.weight, prefixes in any mixture, XLabs' and USO's processors,
-OneTrainer's parts of fused layers, ComfyUI's .diff. The same LoRA under two names counts once.
+OneTrainer's parts of fused layers, fused layers of diffusers (to_qkv), DiffSynth's names, ComfyUI's .diff.
+The same LoRA under two names counts once.
 
 The original layout fuses q, k, v (and the MLP's input) into one Linear. Its LoRA gives every part the same A
 and rows of B of its own. LoRAs of the parts become one by stacking: A above A, B block-diagonal, all padded
@@ -69,11 +70,31 @@ def spellings(layers: dict[str, Layer]) -> dict[str, Layer]:
 NAMES = spellings({original: (original, parts) for original, parts in FLUX_LINEARS.items()}
                   | {part: (part, (part,)) for part in ORIGINAL_OF})
 SINGLE_QKV = ("single_blocks.{}.linear1_qkv", FLUX_LINEARS["single_blocks.{}.linear1"][:3])
-# those of single programs: OneTrainer numbers the parts of a fused layer; XLabs and USO name processors
+# what single programs call these: diffusers fused ones, OneTrainer the same in backups, DiffSynth all
+ALIASES = {}
+for original, names in {
+        "double_blocks.{}.img_attn.qkv":
+            "transformer_blocks.{}.attn.to_qkv transformer_blocks.{}.attn.qkv blocks.{}.attn.a_to_qkv",
+        "double_blocks.{}.txt_attn.qkv":
+            "transformer_blocks.{}.attn.to_added_qkv transformer_blocks.{}.attn.added_qkv "
+            "blocks.{}.attn.b_to_qkv",
+        "double_blocks.{}.img_mod.lin": "blocks.{}.norm1_a.linear",
+        "double_blocks.{}.txt_mod.lin": "blocks.{}.norm1_b.linear",
+        "double_blocks.{}.img_attn.proj": "blocks.{}.attn.a_to_out",
+        "double_blocks.{}.txt_attn.proj": "blocks.{}.attn.b_to_out",
+        "double_blocks.{}.img_mlp.0": "blocks.{}.ff_a.0", "double_blocks.{}.img_mlp.2": "blocks.{}.ff_a.2",
+        "double_blocks.{}.txt_mlp.0": "blocks.{}.ff_b.0", "double_blocks.{}.txt_mlp.2": "blocks.{}.ff_b.2",
+        "single_blocks.{}.linear1": "single_transformer_blocks.{}.qkv_mlp single_blocks.{}.to_qkv_mlp",
+        "single_blocks.{}.modulation.lin": "single_blocks.{}.norm.linear",
+        "single_blocks.{}.linear2": "single_blocks.{}.proj_out"}.items():
+    ALIASES |= dict.fromkeys(names.split(), NAMES[original])
+# OneTrainer numbers the parts of a fused layer; XLabs and USO name processors
 MORE_NAMES = spellings(
-    {f"{original}.{i}": (part, (part,)) for original, parts in FLUX_LINEARS.items() if len(parts) > 1
-     for i, part in enumerate(parts)}
-    | {"img_in.proj": NAMES["img_in"], SINGLE_QKV[0]: SINGLE_QKV,
+    ALIASES
+    | {f"{name}.{i}": (part, (part,)) for name, (_, parts) in (NAMES | ALIASES).items() if len(parts) > 1
+       for i, part in enumerate(parts)}
+    | {"single_transformer_blocks.{}.attn.to_qkv": SINGLE_QKV, SINGLE_QKV[0]: SINGLE_QKV,
+       "img_in.proj": NAMES["img_in"],
        "single_blocks.{}.processor.qkv_lora": SINGLE_QKV,
        "single_blocks.{}.processor.proj_lora": NAMES["single_blocks.{}.linear2"]}
     | {f"double_blocks.{{}}.processor.{layer}_lora{i}": NAMES[f"double_blocks.{{}}.{stream}_attn.{layer}"]
@@ -159,7 +180,7 @@ UNSUPPORTED = {r"(qkv|to_q|linear1|proj_mlp)\.weight$": "whole model", r"lokr_":
                r"norm\.scale$|norm_(added_)?[qk]\.weight$|\.(reshape|set)_weight$": "control LoRA",
                r"ip_adapter": "IP-Adapter", r"controlnet": "ControlNet"}
 OTHER_MODELS = {
-    r"(double|single)_stream_modulation|to_qkv_mlp|[._]linear_(in|out)\b|time_guidance_embed|"
+    r"(double|single)_stream_modulation|to_qkv_mlp_proj|[._]linear_(in|out)\b|time_guidance_embed|"
     r"single_transformer_blocks[._]\d+[._]attn[._]to_out[._]lora": "FLUX.2",
     r"(img|txt)_mlp[._]net[._]|(img|txt)_mod[._]1\b": "Qwen-Image",
     r"\.(img|txt)_attn_(qkv|proj|q|k|v)\b|(img|txt)_mlp[._]fc[12]|(img|txt)_mod[._]linear|"

@@ -402,7 +402,43 @@ def mixed(lora) -> tuple[dict, float]:
     return tensors, 1.0
 
 
+def fused(names, lora) -> tuple[dict, float]:
+    """One pair for the q, k and v of a layer, and for the MLP where `names` has it: A of all, B block-diagonal."""
+    tensors, rest = {}, dict(lora)
+    for block, count in (("transformer_blocks", CONFIG.depth), ("single_transformer_blocks", CONFIG.depth_single_blocks)):
+        for number, (name, parts) in ((i, item) for i in range(count) for item in names[block].items()):
+            pairs = [rest.pop(f"{block}.{number}.{part}") for part in parts.split()]
+            key = f"transformer.{name}" if "{" in name else f"transformer.{block}.{number}.{name}"
+            tensors |= {f"{key.format(number)}.lora_A.weight": torch.cat([A for A, _ in pairs]),
+                        f"{key.format(number)}.lora_B.weight": torch.block_diag(*(B for _, B in pairs))}
+    return tensors | {f"transformer.{path}{end}": t for path, pair in rest.items() for end, t in zip((".lora_A.weight", ".lora_B.weight"), pair)}, 1.0
+
+
+QKV, ADDED = "attn.to_q attn.to_k attn.to_v", "attn.add_q_proj attn.add_k_proj attn.add_v_proj"
+TO_QKV = {"transformer_blocks": {"attn.to_qkv": QKV, "attn.to_added_qkv": ADDED}, "single_transformer_blocks": {"attn.to_qkv": QKV}}
+BACKUP = {"transformer_blocks": {"attn.qkv": QKV, "attn.added_qkv": ADDED}, "single_transformer_blocks": {"qkv_mlp": f"{QKV} proj_mlp"}}
+DIFFSYNTH = {
+    "transformer_blocks": {
+        "blocks.{}.attn.a_to_qkv": QKV, "blocks.{}.attn.b_to_qkv": ADDED, "blocks.{}.attn.a_to_out": "attn.to_out.0",
+        "blocks.{}.attn.b_to_out": "attn.to_add_out", "blocks.{}.ff_a.0": "ff.net.0.proj", "blocks.{}.ff_a.2": "ff.net.2",
+        "blocks.{}.ff_b.0": "ff_context.net.0.proj", "blocks.{}.ff_b.2": "ff_context.net.2",
+        "blocks.{}.norm1_a.linear": "norm1.linear", "blocks.{}.norm1_b.linear": "norm1_context.linear"},
+    "single_transformer_blocks": {
+        "single_blocks.{}.to_qkv_mlp": f"{QKV} proj_mlp", "single_blocks.{}.norm.linear": "norm.linear",
+        "single_blocks.{}.proj_out": "proj_out"}}
+
+
+def numbered(lora) -> tuple[dict, float]:
+    """OneTrainer's parts of fused layers under diffusers' names."""
+    numbers = {part: f"attn.{name}.{i}" for name, parts in (("qkv", QKV), ("added_qkv", ADDED)) for i, part in enumerate(parts.split())}
+    rename = lambda path: "transformer." + next((path.replace(part, new) for part, new in numbers.items()
+                                                if path.startswith("transformer_blocks") and path.endswith(part)), path)
+    return halves(lora, ".lora_A.weight", ".lora_B.weight", rename), 1.0
+
+
 WRITERS = {
+    "fused": lambda lora: fused(TO_QKV, lora), "a backup of onetrainer": lambda lora: fused(BACKUP, lora),
+    "diffsynth": lambda lora: fused(DIFFSYNTH, lora), "numbered": numbered,
     "lora.down": renamed("", ".lora.down.weight", ".lora.up.weight"),
     "diffusers lora.down": renamed("transformer.", ".lora.down.weight", ".lora.up.weight"),
     "lora_linear_layer": renamed("transformer.", ".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
