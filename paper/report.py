@@ -15,7 +15,10 @@ from support.sheets import sheet
 METHODS = {"meta-lora": "Meta-LoRA", "lora": "LoRA", "lora-crops": "LoRA + augmented inputs",
            "random-lomd": "Meta-LoRA, random LoMD", "none": "no LoRA"}
 AXES = {"r_facesim": "R-FaceSim (%)", "clip_t": "CLIP-T (%)"}
-OFFSETS = {"lora": (-8, -8), "lora-crops": (0, 10), "random-lomd": (11, -8), "meta-lora": (9, 9)}   # points
+OTHERS = "lora", "lora-crops", "random-lomd"     # what Meta-LoRA is compared with
+METRICS = "likeness", "text", "sum", "found", "background", "move"
+LEVELS = 0.60, 0.65, 0.70                        # of likeness, at which text is compared
+RESAMPLES = 2000
 
 
 def new_figure(width: float, height: float) -> object:
@@ -91,23 +94,217 @@ def draw_ranks(by_method: dict[str, list[dict]], colours: dict[str, str], path: 
     save_figure(figure, path)
 
 
-def draw_rates(tried: dict, chosen: dict[str, float], floor: float, path: Path) -> None:
-    """Likeness against text, a line for each method through its learning rates, which are written at the
-    points in 1e-4, a ring around the chosen one; the dotted line is the model's own text score."""
-    figure = new_figure(6, 4.5)
+# The miniature: scores {(method, rate): one `measure` for each seed of training} -------------------------
+
+
+def mean_error(values: list[float] | np.ndarray) -> list[float]:
+    """Mean and standard error over people, without those that have no value."""
+    values = np.asarray(values, dtype=float)
+    values = values[np.isfinite(values)]
+    return [float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5)]
+
+
+def of_people(found: list[dict], count: int, metric: str) -> np.ndarray:
+    """A metric of each person (P,) after so many steps, averaged over seeds of training."""
+    people = sorted(found[0][str(count)])
+    seeds = []
+    for one in found:
+        seeds.append([one[str(count)][name][metric] for name in people])
+    return np.mean(seeds, axis=0)
+
+
+def curve(steps: list[int], rates: dict, scores: dict, method: str, metric: str) -> np.ndarray:
+    """A metric of each person at each number of steps, at the rate chosen for it (S, P)."""
+    rows = []
+    for count in steps:
+        rate = rates[method][count]["rate"]
+        rows.append(of_people(scores[method, rate], count, metric))
+    return np.stack(rows)
+
+
+def steps_to_reach(target: float, steps: list[int], sums: np.ndarray) -> float:
+    """Where a curve (S,) first reaches `target`, interpolated in the logarithm of the number of steps; the
+    first number where it begins above, infinite where it never gets there."""
+    above = np.flatnonzero(sums >= target)
+    if not len(above):
+        return np.inf
+    i = above[0]
+    if i == 0:
+        return steps[0]
+    return float(np.exp(np.interp(target, sums[i - 1:i + 1], np.log(steps[i - 1:i + 1]))))
+
+
+def resamples(count: int) -> list[np.ndarray]:
+    """Indices of people: everybody, then RESAMPLES draws with replacement."""
+    rng = np.random.default_rng(0)
+    return [np.arange(count), *rng.integers(count, size=(RESAMPLES, count))]
+
+
+def steps_needed(own: np.ndarray, other: np.ndarray, i: int, steps: list[int]) -> dict:
+    """How many steps a method needs for the sum that another has at steps[i], both (S, P), with the
+    interval of 68 % of resamples of people, and the share of these in which it gets there."""
+    needed = []
+    for people in resamples(own.shape[1]):
+        target = other[i, people].mean()
+        needed.append(steps_to_reach(target, steps, own[:, people].mean(axis=1)))
+    low, high = np.quantile(needed[1:], [0.16, 0.84], method="nearest")
+    reached = np.isfinite(needed[1:]).mean()
+    return {"needed": needed[0], "low": low, "high": high, "reached": reached}
+
+
+def text_at(level: float, lines: list[np.ndarray]) -> float:
+    """The highest text at a likeness on any of the lines (2, S) of likeness and text, interpolated; nan
+    where none of them crosses it."""
+    texts = [np.nan]
+    for likeness, text in lines:
+        for i in range(len(likeness) - 1):
+            ends = likeness[i:i + 2]
+            if min(ends) <= level <= max(ends) and ends[0] != ends[1]:
+                share = (level - ends[0]) / (ends[1] - ends[0])
+                texts.append(text[i] + share * (text[i + 1] - text[i]))
+    return np.nanmax(texts) if np.isfinite(texts).any() else np.nan
+
+
+def lines_of(scores: dict, method: str) -> list[np.ndarray]:
+    """For each rate of a method, likeness and text of everybody at each number of steps (2, S, P)."""
+    lines = []
+    for (name, _), found in scores.items():
+        if name == method:
+            counts = sorted(map(int, found[0]))
+            line = []
+            for metric in ("likeness", "text"):
+                line.append([of_people(found, count, metric) for count in counts])
+            lines.append(np.array(line))
+    return lines
+
+
+def text_at_levels(lines: list[np.ndarray]) -> np.ndarray:
+    """Text at each of LEVELS, for everybody and for each resample of people (1 + RESAMPLES, levels)."""
+    found = []
+    for people in resamples(lines[0].shape[2]):
+        means = [line[:, :, people].mean(axis=2) for line in lines]
+        found.append([text_at(level, means) for level in LEVELS])
+    return np.array(found)
+
+
+def percent(values: np.ndarray, sign: str = "") -> str:
+    mean, error = mean_error(values)
+    return f"{100 * mean:{sign}.1f} ({100 * error:.1f})"
+
+
+def write_report(steps: list[int], rates: dict, scores: dict) -> str:
+    """The tables of a rank, as Markdown; mean over people, and in brackets its standard error."""
+    parts = [score_table, difference_table, level_table, front_table, rate_table]
+    return "\n".join(part(steps, rates, scores) for part in parts)
+
+
+def score_table(steps: list[int], rates: dict, scores: dict) -> str:
+    floor = {metric: of_people(scores["none", 0.0], 0, metric) for metric in METRICS}
+    rows = [[f"n = {len(floor['text'])}", "steps", "rate", "R-FaceSim", "CLIP-T", "sum", "faces found",
+             "background copied", "head moves"]]
+    shown = "likeness", "text", "sum", "found"
+    rows.append([METHODS["none"], "", "", *(percent(floor[metric]) for metric in shown), "",
+                 percent(floor["move"])])
+    for method in rates:
+        curves = {metric: curve(steps, rates, scores, method, metric) for metric in METRICS}
+        for i, count in enumerate(steps):
+            cells = [percent(curves[metric][i]) for metric in shown]
+            copied = 1 - curves["background"][i] / floor["background"]
+            rows.append([METHODS[method], f"{count}", f"{rates[method][count]['rate']:g}", *cells,
+                         percent(copied), percent(curves["move"][i])])
+    return markdown(rows)
+
+
+def difference_table(steps: list[int], rates: dict, scores: dict) -> str:
+    rows = [["Meta-LoRA less", "steps", "R-FaceSim", "CLIP-T", "sum"]]
+    for other in OTHERS:
+        for i, count in enumerate(steps):
+            cells = []
+            for metric in ("likeness", "text", "sum"):
+                own = curve(steps, rates, scores, "meta-lora", metric)[i]
+                cells.append(percent(own - curve(steps, rates, scores, other, metric)[i], "+"))
+            rows.append([METHODS[other], f"{count}", *cells])
+    return markdown(rows)
+
+
+def level_table(steps: list[int], rates: dict, scores: dict) -> str:
+    rows = [["for the sum of", "at steps", "Meta-LoRA needs", "68 % of resamples", "reached in"]]
+    own = curve(steps, rates, scores, "meta-lora", "sum")
+    for other in OTHERS:
+        theirs = curve(steps, rates, scores, other, "sum")
+        for i, count in enumerate(steps):
+            found = steps_needed(own, theirs, i, steps)
+            rows.append([METHODS[other], f"{count}", f"{found['needed']:.0f}",
+                         f"{found['low']:.0f} to {found['high']:.0f}", f"{found['reached']:.0%}"])
+    return markdown(rows)
+
+
+def front_table(steps: list[int], rates: dict, scores: dict) -> str:
+    rows = [["CLIP-T at a likeness of", *(f"{100 * level:.0f}; lead" for level in LEVELS)]]
+    own = text_at_levels(lines_of(scores, "meta-lora"))
+    for method in rates:
+        texts = text_at_levels(lines_of(scores, method))
+        cells = []
+        for text, lead in zip(texts.T, (own - texts).T):
+            cells.append(f"{100 * text[0]:.1f} ({100 * np.nanstd(text):.1f}); "
+                         f"{100 * lead[0]:+.1f} ({100 * np.nanstd(lead):.1f})")
+        rows.append([METHODS[method], *cells])
+    return markdown(rows)
+
+
+def rate_table(steps: list[int], rates: dict, scores: dict) -> str:
+    rows = [["rate chosen for", "steps", "rate", "second best", "lead in the sum"]]
+    for method in rates:
+        for count in steps:
+            own = rates[method][count]
+            lead, error = own["lead"]
+            rows.append([METHODS[method], f"{count}", f"{own['rate']:g}", f"{own['second']:g}",
+                         f"{100 * lead:.1f} ({100 * error:.1f})"])
+    return markdown(rows)
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """A table whose first row is its head."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    lines.insert(1, f"|{' --- |' * len(rows[0])}")
+    return "\n".join(lines) + "\n"
+
+
+def draw_steps(steps: list[int], rates: dict, scores: dict, path: Path) -> None:
+    """Likeness, text and their sum against the number of steps, a line for each method."""
+    figure = new_figure(12, 3.8)
+    panels = {"likeness": AXES["r_facesim"], "text": AXES["clip_t"], "sum": "sum of both"}
+    for axes, (metric, name) in zip(figure.subplots(1, 3), panels.items()):
+        for method in rates:
+            points = [mean_error(own) for own in curve(steps, rates, scores, method, metric)]
+            means, errors = 100 * np.array(points).T
+            axes.errorbar(steps, means, errors, marker="o", markersize=4, capsize=3,
+                          label=METHODS[method])
+        axes.set_xscale("log")
+        axes.set_xticks(steps, steps)
+        axes.minorticks_off()
+        axes.set(xlabel="steps", ylabel=name)
+    axes.legend(fontsize=8)
+    save_figure(figure, path)
+
+
+def draw_front(rates: dict, scores: dict, path: Path) -> None:
+    """Likeness against text, a line through the numbers of steps for each method and rate, the rate in 1e-4
+    at its end."""
+    figure = new_figure(7, 5)
     axes = figure.subplots()
-    for method, by_rate in tried.items():
-        places = [(100 * own["clip_t"], 100 * own["r_facesim"]) for own in by_rate.values()]
-        (line,) = axes.plot(*zip(*places), marker="o", markersize=4, label=METHODS[method])
-        axes.plot(*places[[*map(float, by_rate)].index(chosen[method])], marker="o", markersize=10,
-                  fillstyle="none", color=line.get_color())
-        for rate, place in zip(by_rate, places):
-            axes.annotate(f"{1e4 * float(rate):g}", place, textcoords="offset points", fontsize=8,
-                          color=line.get_color(), xytext=OFFSETS[method], ha="center", va="center")
-    axes.axvline(100 * floor, color="grey", linestyle=":", linewidth=1)
-    axes.margins(0.08)
+    for i, method in enumerate(rates):
+        names = [METHODS[method]]
+        for (name, rate), found in scores.items():
+            if name == method:
+                counts = sorted(map(int, found[0]))
+                x, y = ([100 * of_people(found, count, metric).mean() for count in counts]
+                        for metric in ("text", "likeness"))
+                axes.plot(x, y, marker="o", markersize=4, color=f"C{i}", label=names.pop() if names else None)
+                axes.annotate(f"{1e4 * rate:g}", (x[-1], y[-1]), textcoords="offset points", xytext=(4, 3),
+                              fontsize=7, color=f"C{i}")
     axes.set(xlabel=AXES["clip_t"], ylabel=AXES["r_facesim"])
-    axes.legend(fontsize=8, title="learning rates in 1e-4", title_fontsize=8)
+    axes.legend(fontsize=8, title="a point a number of steps; at its end the rate in 1e-4")
     save_figure(figure, path)
 
 

@@ -1,24 +1,24 @@
-"""The paper's comparison in miniature: does a meta-learned LoMD beat a plain LoRA on people never seen?
+"""The paper's comparison in miniature: how many steps does each method need, at its own best learning rate?
 
-    python -m paper.reproduce --subset         # minutes: 8 people, rank 1, one seed of each kind
-    python -m paper.reproduce                  # hours: 48 people, 3 and 2 seeds; then a sweep
+    python -m paper.reproduce --subset         # 8 people, one seed of training and of noise
+    python -m paper.reproduce                  # hours: 48 people, 2 seeds of training and of noise; rank 4
 
-Stages, each by paper/compare.py, each going on where it was stopped:
-  people    drawn TEST and CHOOSE identities, 6 photos of each, with a face in every one
-  rates     every method at several learning rates on the CHOOSE people       -> rates.json, rates.png
-  main      every method at rank 1, at 250, 375 and 625 iterations, all seeds       -> --out
-  sweep     12 of the people at ranks 4 and 16                                      -> --out/sweep
+Rerun the command to resume. Its stages, each of which calls paper/compare.py:
+  people    draws people that no part of the baby was trained on, six photos of each
+  rates     for each method and number of steps, climbs to the learning rate with the highest sum of
+            R-FaceSim and CLIP-T, on people of its own                            -> rates.json
+  measure   trains and draws each method at these rates, on other people          -> steps.json
+  report    tables, figures, and the steps that Meta-LoRA needs to draw level     -> report.md, *.png
+What a call found lies in --run/scores, a small file a call, and is not computed again.
 
-The learning rate of a method is the one with the highest sum of R-FaceSim (a picture without a face counts as
-0) and CLIP-T. random-lomd is Meta-LoRA over a random frozen A of the same r1; `none` is the floor.
+random-lomd is Meta-LoRA over a random frozen A of the same r1; `none` is the model without a LoRA.
+A picture without a face has the likeness 0.
 
 Source: "Meta-LoRA" (Topal et al. 2025), section 4 and appendices D, F and I.
 """
 import argparse
 import atexit
 import concurrent.futures
-import functools
-import itertools
 import json
 import multiprocessing
 import os
@@ -26,6 +26,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import support  # before torch: how its threads wait
 import numpy as np
@@ -36,66 +37,97 @@ from tqdm import tqdm
 import eval_rfacesim as evaluation
 from baby import faces
 from paper import compare
-from paper.report import draw_rates, figures, sheets
+from paper.report import METHODS as TITLES
+from paper.report import draw_front, draw_steps, mean_error, write_report
 from support import photos
-from support.common import JsonFile, Parser, pick_device, positive, run_script, save_png, write_whole
+from support.checkpoints import find_model, model_defaults
+from support.common import (JsonFile, Parser, pick_device, positive, run_script, save_png,
+                            write_whole)
+from support.sheets import sheet
 
 METHODS = ("lora", "lora-crops", "random-lomd", "meta-lora")
-GUIDANCE = 3.5          # the paper's
-STEPS = 10              # against 30: R-FaceSim up to 1.6 points off, of five methods' 160 pictures, one order
-RATES = dict.fromkeys(METHODS, (3e-4, 6e-4, 1.2e-3, 2.4e-3))
-RATES |= {"random-lomd": tuple(4 * rate for rate in RATES["lora"])}                     # its rows are shorter
-FEW = dict.fromkeys(METHODS, (6e-4, 1.2e-3)) | {"random-lomd": (2.4e-3, 4.8e-3)}
-FULL = dict(people=48, choose=8, rates=RATES, iters=(250, 375, 625), sweep=12, ranks=(4, 16), noises=3,
-            trainings=2)
-SUBSET = FULL | dict(people=8, choose=4, rates=FEW, iters=(375, 625), sweep=0, noises=1, trainings=1)
-PHOTOS, SIDE = 6, 384                                     # of each person, the first is the reference; pixels
-SCORES = "r_facesim", "clip_t"
+FIRST_RATES = {"lora": 1.2e-3, "lora-crops": 1.2e-3, "random-lomd": 9.6e-3, "meta-lora": 1.2e-3}
+GUIDANCE = 3.5                                   # the paper's
+EULER_STEPS = 10                                 # R-FaceSim differs from 30 steps by up to 1.6 points
+PHOTOS = 6                                       # of each person; the first is the reference
+SIDE = 384                                       # of a photo, in pixels
+
+RANK_1 = dict(rank=1, steps=(100, 175, 250, 375, 625), people=48)
+RANK_4 = dict(rank=4, steps=(100, 250, 625), people=24)
+FULL = dict(choose=16, sweeps=(RANK_1, RANK_4), trainings=2, noises=2)
+SUBSET = dict(choose=4, sweeps=(dict(rank=1, steps=(100, 250), people=8),), trainings=1, noises=1)
+
+
+class Trial(NamedTuple):
+    """One run of training for everybody in a folder of people."""
+    people: str
+    method: str
+    rank: int
+    rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}_r{self.rank}_s{self.seed}_{self.rate:g}"
+
+
+# ----------------------------------------------------------------------------------------------------
+# People
 
 
 def draw_people(judges: evaluation.Judges, folder: Path, first: int, count: int, pictures: int) -> None:
-    """`count` identities from seed `first`, photo style; a picture without a face is drawn anew. The
-    reference is nearly frontal, as one would choose it."""
-    for seed in tqdm(range(first, first + count), f"people in {folder.name}", disable=None, leave=False):
-        person, index = folder / faces.identity(seed)["gender"] / f"{seed}", 0
+    """Draws `count` identities from seed `first` in the style of a photo. A picture in which the judges
+    find no face is drawn anew. The first picture is nearly frontal, as one would choose a reference."""
+    seeds = range(first, first + count)
+    for seed in tqdm(seeds, f"people in {folder.name}", disable=None, leave=False):
+        person = folder / faces.identity(seed)["gender"] / f"{seed}"
         frontal = {"yaw": float(np.random.default_rng([seed, 8]).uniform(-8, 8))}
+        index = 0
         for i in range(pictures):
             path = person / f"{i}.png"
+            pose = frontal if i == 0 else {}
             while not path.is_file():
-                options = {"style": "photo", **({} if i else frontal)}
-                pixels, _ = faces.sample(seed, 1000 * i + index, SIDE, SIDE, **options)
+                pixels, _ = faces.sample(seed, 1000 * i + index, SIDE, SIDE, style="photo", **pose)
                 index += 1
-                if judges.crop(image := Image.fromarray(pixels)) is not None:
+                image = Image.fromarray(pixels)
+                if judges.crop(image) is not None:
                     save_png(image, path)
 
 
+# ----------------------------------------------------------------------------------------------------
+# Processes side by side
+
+
 def workers(args: argparse.Namespace) -> concurrent.futures.Executor | None:
-    """--jobs processes, by itself one for each core of a CPU, at most 8; None where this one does all."""
-    jobs = args.jobs or (min(8, os.cpu_count()) if pick_device(args.device).type == "cpu" else 1)
-    context = multiprocessing.get_context("spawn")       # a fork of a process with threads may wait for ever
-    threads = max(1, os.cpu_count() // jobs)
+    """--jobs processes, by default one for each core of a CPU, at most 8; None where one is enough."""
+    on_cpu = pick_device(args.device).type == "cpu"
+    jobs = args.jobs or (min(8, os.cpu_count()) if on_cpu else 1)
     if jobs == 1:
         return None
+    threads = max(1, os.cpu_count() // jobs)
+    context = multiprocessing.get_context("spawn")     # a fork of a process with threads may hang
     pool = concurrent.futures.ProcessPoolExecutor(jobs, context, set_up, (threads,))
     atexit.register(pool.shutdown)           # else the interpreter may end first: "Bad file descriptor"
     return pool
 
 
 def set_up(threads: int) -> None:
-    """Of a worker: its share of the cores; silent, since bars would overwrite each other."""
+    """Gives a worker its share of the cores, and silences it: bars would overwrite each other."""
     torch.set_num_threads(threads)
     sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
 
 
-def work(function: Callable[..., object], *args: object) -> None:
+def work(function: Callable[..., object], *args: object) -> object:
     try:
-        function(*args)
+        return function(*args)
     except KeyboardInterrupt:              # its work is saved; a pool would give it the next call
         os._exit(130)
 
 
-def side_by_side(pool: concurrent.futures.Executor, calls: list[tuple], name: str) -> None:
-    """Calls (function, *arguments) in the workers of `pool`; what they find they leave in files."""
+def side_by_side(pool: concurrent.futures.Executor | None, calls: list[tuple], name: str) -> list:
+    """Results of the calls (function, *arguments), in their order, computed by the workers of `pool`."""
+    if pool is None:
+        return [function(*args) for function, *args in calls]
     with tqdm(total=len(calls), desc=name, disable=None, leave=False) as bar:
         futures = [pool.submit(work, *call) for call in calls]
         try:
@@ -105,207 +137,213 @@ def side_by_side(pool: concurrent.futures.Executor, calls: list[tuple], name: st
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+    return [future.result() for future in futures]
 
 
-def evaluate(pool: concurrent.futures.Executor | None, out: Path, methods: list[str], ranks: list[int],
-             *words: object) -> dict:
-    """paper/compare.py with these words -> its scores.json. With a pool each method at each rank is a call of
-    its own, and one more puts together what they leave in `out`."""
-    call = lambda methods, ranks: [str(word) for word in (*words, "--out", out, "--methods", *methods,
-                                                          "--ranks", *ranks)]
-    if pool:                                             # without a LoRA there is no rank
-        calls = [call([m], [r]) for m, r in itertools.product(methods, ranks) if m != "none" or r == ranks[0]]
-        side_by_side(pool, [(compare.compare, own, True) for own in calls], f"methods of {out.name}")
-    compare.compare(call(methods, ranks), quiet=True)
-    return JsonFile(out / "scores.json")
+# ----------------------------------------------------------------------------------------------------
+# One trial
 
 
-def choose_rates(pool: concurrent.futures.Executor | None, common: list, data: Path, run: Path,
-                 rates: dict[str, tuple]) -> dict[str, float]:
-    """The learning rate of each method, of those in `rates`, by the people in `data`; goes to rates.json."""
-    tried = {}
-    for rate in sorted({rate for own in rates.values() for rate in own}):
-        methods = ["none", *(method for method, own in rates.items() if rate in own)]
-        scores = evaluate(pool, run / "rates" / f"{rate:g}", methods, [1], *common, "--data", data, "--lr",
-                          rate, "--seeds", 1)
-        for row in scores["methods"]:
-            tried.setdefault(row["method"], {})[f"{rate:g}"] = {name: row[name]["mean"] for name in SCORES}
-    floor = next(iter(tried.pop("none").values()))["clip_t"]
-    chosen = {method: float(max(by_rate, key=lambda rate: sum(by_rate[rate].values())))
-              for method, by_rate in tried.items()}
-    facts = {"chosen": chosen, "text score without a LoRA": floor, "tried": tried}
-    write_whole(run / "rates.json", json.dumps(facts, indent=1).encode())
-    draw_rates(tried, chosen, floor, run / "rates.png")
+def measure(args: argparse.Namespace, trial: Trial, steps: list[int], noises: int,
+            copies: bool = False) -> dict[str, dict[str, dict[str, float]]]:
+    """{number of steps: {person: {metric: value}}} of a trial, as far as it has not been found before.
+
+    copies: also what the scores do not see (`copy_of`), for people that a result is about."""
+    path = args.run / "scores" / trial.people / f"{trial.name}.json"
+    known = dict(JsonFile(path)) if path.is_file() else {}
+    missing = [count for count in steps if str(count) not in known]
+    if not missing:
+        return known
+    out = args.run / "trials" / trial.people / trial.name
+    data = args.run / trial.people
+    every = sorted({*map(int, known), *missing})
+    words = ["--data", data, "--out", out, "--model", args.model, "--methods", trial.method,
+             "--seed", trial.seed, "--seeds", noises, "--steps", EULER_STEPS, "--guidance", GUIDANCE,
+             "--no-face-as-zero"]
+    if trial.rank:
+        words += ["--ranks", trial.rank, "--lr", trial.rate, "--iters", *every]
+    words += ["--device", args.device] if args.device else []
+    words += ["--lomd", args.lomd] if args.lomd else []
+    compare.compare([str(word) for word in words], quiet=True)
+
+    people = evaluation.read_people([data])
+    rows = JsonFile(out / "scores.json")["pictures"]
+    for count in missing:
+        label = compare.Setting(trial.method, trial.rank, count).label if trial.rank else trial.method
+        known[str(count)] = {}
+        for person in people:
+            own = [row for row in rows if (row["method"], row["identity"]) == (label, person.name)]
+            values = scores_of(own, person)
+            if copies:
+                values |= copy_of(args, out / "images" / label / person.name, person)
+            known[str(count)][person.name] = values
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(known).encode())
+    return known
+
+
+def scores_of(rows: list[dict], person: evaluation.Person) -> dict[str, float]:
+    """One person's likeness, and text, and their sum, and the share of pictures with a face."""
+    robust = evaluation.summarise(rows, [person], "r_facesim", no_face_as_zero=True)
+    facesim = evaluation.summarise(rows, [person], "facesim", no_face_as_zero=True)
+    text = evaluation.summarise(rows, [person], "clip_t")
+    return {"likeness": robust["mean"], "text": text["mean"], "sum": robust["mean"] + text["mean"],
+            "facesim": facesim["mean"], "found": robust["found"]}
+
+
+def copy_of(args: argparse.Namespace, images: Path, person: evaluation.Person) -> dict[str, float]:
+    """How much of the photo itself comes through, in pictures (prompt, seed) of one person.
+
+    background: mean difference to the crop that was trained on, outside of its head, of 1; the smaller,
+    the more is copied. move: how far the face's centre moves among the first three prompts and all seeds,
+    as standard deviation over the picture's side; nan with fewer than two faces."""
+    defaults = model_defaults(find_model(args.model))
+    crop = photos.load_crops([person.reference], defaults["resolution"], True, defaults["aspects"],
+                             defaults["scales"])[0]
+    photo = np.asarray(crop.picture, dtype=np.float32)
+    outside = np.asarray(crop.head) < 128
+    differences, centres = [], []
+    for path in sorted(images.glob("*.png")):
+        picture = photos.read_photo(path)
+        pixels = np.asarray(picture.resize(crop.picture.size), dtype=np.float32)
+        differences.append(np.abs(pixels - photo)[outside].mean() / 255)
+        if int(path.stem.split("_")[0]) < 3:
+            centres += [centre(face, picture) for face in photos.find_faces(picture)[:1]]
+    move = np.linalg.norm(np.std(centres, axis=0, ddof=1)) if len(centres) > 1 else np.nan
+    return {"background": float(np.mean(differences)), "move": float(move)}
+
+
+def centre(face: tuple[float, ...], picture: Image.Image) -> tuple[float, float]:
+    """The centre of a face's box, as a share of the picture's sides."""
+    x0, y0, x1, y1 = face[:4]
+    return (x0 + x1) / 2 / picture.width, (y0 + y1) / 2 / picture.height
+
+
+# ----------------------------------------------------------------------------------------------------
+# Learning rates
+
+
+def climb(score: Callable[[int], float], start: int) -> int:
+    """The best place of a ladder: from `start` in strides of two, until the best has a worse one on either
+    side; then its two neighbours are tried as well."""
+    best = start
+    while True:
+        here = max((best, best - 2, best + 2), key=score)
+        if here == best:
+            return max((best, best - 1, best + 1), key=score)
+        best = here
+
+
+def rate_at(method: str, place: int) -> float:
+    """The rate of a place of the ladder, whose rungs are a factor of 1.4 apart."""
+    return float(f"{FIRST_RATES[method] * 2 ** (place / 2):.2g}")
+
+
+def choose_rates(args: argparse.Namespace, method: str, rank: int, steps: tuple[int, ...]) -> dict:
+    """{number of steps: rate, its lead over the second best with an error, all sums that were tried}.
+
+    A run of more steps passes through the smaller numbers, so the search begins with the largest."""
+    chosen, place = {}, 0
+    for count in sorted(steps, reverse=True):
+        tried = {}
+
+        def score(place: int) -> float:
+            rate = rate_at(method, place)
+            if rate not in tried:
+                trial = Trial("choose", method, rank, rate, seed=0)
+                found = measure(args, trial, [n for n in steps if n <= count], noises=1)
+                tried[rate] = [own["sum"] for own in found[str(count)].values()]
+            return float(np.mean(tried[rate]))
+
+        place = climb(score, place)
+        rate = rate_at(method, place)
+        others = [other for other in tried if other != rate]
+        second = max(others, key=lambda other: np.mean(tried[other]))
+        lead = mean_error(np.subtract(tried[rate], tried[second]))
+        sums = {f"{other:g}": mean_error(values) for other, values in sorted(tried.items())}
+        chosen[count] = {"rate": rate, "second": second, "lead": lead, "sums": sums}
+        place -= place % 2                       # the next search goes in whole strides again
     return chosen
 
 
-def together(people: list[evaluation.Person],
-             runs: dict[int, dict]) -> tuple[list[evaluation.Person], dict[str, list[dict]]]:
-    """Scores {seed of training: {method: rows}} as of one evaluation: each seed is a person of the same
-    identity."""
-    persons = [person._replace(name=f"{person.name} seed {seed}") for seed in runs for person in people]
-    rows = {}
-    for seed, methods in runs.items():
-        for method, own in methods.items():
-            rows.setdefault(method, []).extend(r | {"identity": f"{r['identity']} seed {seed}"} for r in own)
-
-    def order(label: str) -> tuple[int, int, int]:
-        setting = compare.Setting.read(label)
-        return ("none", *METHODS).index(setting.method), setting.rank, setting.iterations
-    return persons, {label: rows[label] for label in sorted(rows, key=order)}
+# ----------------------------------------------------------------------------------------------------
+# The command
 
 
-def difference(rows: dict, people: list[evaluation.Person], one: str, other: str, metric: str) -> dict:
-    """Mean over identities of one method's score less another's, its standard error and n: paired."""
-    gaps = []
-    for identity in sorted({p.identity for p in people}):
-        own = [p for p in people if p.identity == identity]
-        names = {p.name for p in own}
-        a, b = (evaluation.summarise([r for r in rows[label] if r["identity"] in names], own, metric, True)
-                for label in (one, other))
-        gaps.append(a["mean"] - b["mean"])
-    return mean_error(gaps) | {"identities": len(gaps)}
+def run_sweep(args: argparse.Namespace, size: SimpleNamespace, pool: concurrent.futures.Executor | None,
+              rank: int, steps: tuple[int, ...], people: int) -> None:
+    """Rates, measurement and report at one rank."""
+    calls = [(choose_rates, args, method, rank, steps) for method in METHODS]
+    rates = dict(zip(METHODS, side_by_side(pool, calls, f"rates, rank {rank}")))
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_whole(args.out / f"rates_r{rank}.json", json.dumps(rates, indent=1).encode())
+
+    folder = f"people{people}"
+    trials = {Trial(folder, "none", 0, 0.0, seed=0): [0]}
+    for method in METHODS:
+        for count in sorted(steps, reverse=True):
+            for seed in range(size.trainings):
+                trial = Trial(folder, method, rank, rates[method][count]["rate"], seed)
+                trials.setdefault(trial, [n for n in steps if n <= count])
+    calls = [(measure, args, trial, counts, size.noises, True) for trial, counts in trials.items()]
+    found = side_by_side(pool, calls, f"people, rank {rank}")
+
+    scores = {}
+    for trial, own in zip(trials, found):
+        scores.setdefault((trial.method, trial.rate), []).append(own)
+    text = write_report(steps, rates, scores)
+    write_whole(args.out / f"report_r{rank}.md", text.encode())
+    draw_steps(steps, rates, scores, args.out / f"steps_r{rank}.png")
+    draw_front(rates, scores, args.out / f"front_r{rank}.png")
+    draw_sheet(args, folder, rank, rates, args.out / f"sheet_r{rank}.png")
+    print(text)
 
 
-def mean_error(values: list[float]) -> dict:
-    return {"mean": float(np.mean(values)), "error": float(np.std(values, ddof=1) / len(values) ** 0.5)}
+def draw_sheet(args: argparse.Namespace, folder: str, rank: int, rates: dict, path: Path) -> None:
+    """Eight people across, each with a prompt of its own; the photo and the methods at 250 steps down."""
+    people = evaluation.read_people([args.run / folder])
+    people = people[::max(1, len(people) // 8)][:8]
+    prompts = evaluation.prompts_for(people, None, evaluation.own_folder(args.model))
+    columns = [prompts[person.name][i] for i, person in enumerate(people)]
+    rows = [("the photo", [person.reference for person in people])]
+    for method in ("none", *METHODS):
+        trial, label = Trial(folder, "none", 0, 0.0, seed=0), "none"
+        if method != "none":
+            trial = Trial(folder, method, rank, rates[method][250]["rate"], seed=0)
+            label = compare.Setting(method, rank, 250).label
+        images = args.run / "trials" / folder / trial.name / "images" / label
+        files = [images / person.name / f"{i}_0.png" for i, person in enumerate(people)]
+        rows.append((TITLES[method], files))
+    sheet(path, columns, rows)
 
 
-def rows_of(scores: dict) -> dict[str, list[dict]]:
-    """The pictures' scores of an evaluation, by method."""
-    methods = {}
-    for row in scores["pictures"]:
-        methods.setdefault(row["method"], []).append(row)
-    return methods
-
-
-def compared(labels: list[str]) -> list[tuple[str, str]]:
-    """What Meta-LoRA is compared with: at each rank each other method, at its own number of iterations where
-    this is there; and at the same number."""
-    pairs = []
-    for label in labels:
-        method, rank, iterations = compare.Setting.read(label)
-        for other in METHODS[:-1] if method == "meta-lora" else ():
-            pairs += [(label, name) for i in dict.fromkeys([*compare.iterations_of(other, None), iterations])
-                      if (name := compare.Setting(other, rank, i).label) in labels]
-    return pairs
-
-
-@functools.cache
-def centre(path: Path) -> tuple[float, float] | None:
-    """Of the largest face, in parts of the picture's sides; None without a face."""
-    image = photos.read_photo(path)
-    boxes = [((x0 + x1) / 2 / image.width, (y0 + y1) / 2 / image.height)
-             for x0, y0, x1, y1, _ in photos.find_faces(image)]
-    return boxes[0] if boxes else None
-
-
-def spread(pictures: list[evaluation.Picture]) -> dict[str, dict]:
-    """How far the face's centre moves among seeds of noise, for the first prompt: {method: standard deviation
-    over the picture's side, mean over people, its error, their number}. A LoRA that knows its photo by heart
-    puts the face where the photo has it; face scores do not see that."""
-    centres, found = {}, {}
-    for picture in pictures:
-        if picture.prompt == 0 and (own := centre(picture.path)):
-            centres.setdefault(picture.label, {}).setdefault(picture.person, []).append(own)
-    for label, people in centres.items():
-        moves = [np.linalg.norm(np.std(own, axis=0, ddof=1)) for own in people.values() if len(own) > 1]
-        if len(moves) > 1:
-            found[label] = mean_error(moves) | {"people": len(moves)}
-    return found
-
-
-def report(args: argparse.Namespace, data: Path, run: Path, out: Path, rates: dict, runs: dict,
-           judges: evaluation.Judges) -> None:
-    """All seeds of training together, and the differences that the paper is about; pictures of `run`."""
-    people = evaluation.read_people([data])
-    persons, rows = together(people, runs)
-    real, pictures = evaluation.embed_real(judges, people), []
-    for row in (row for own in runs[0].values() for row in own):
-        at = row["method"], row["identity"], row["number"], row["seed"]
-        path = run / "images" / at[0] / at[1] / f"{at[2]}_{at[3]}.png"
-        pictures.append(evaluation.Picture(*at, path, row["prompt"]))
-    gaps = {f"{one} less {other}": {m: difference(rows, persons, one, other, m) for m in SCORES}
-            for one, other in compared(list(rows))}
-    moves = spread(pictures)
-    settings = {"learning rates": rates, "seeds of training": len(runs), "Euler steps": STEPS,
-                "differences": gaps, "spread": moves}
-    real = {p.name: real[p.name.split()[0]] for p in persons}
-    methods, quoted = evaluation.report(out, persons, rows, real, judges, [], True, False,
-                                        Path(args.model).name, settings, compare.describe)
-    figures(methods, quoted, out)
-    sheets(pictures, people, out, compare.describe)
-    print((out / "tables.md").read_text("utf-8"))
-    for names, gap in gaps.items():
-        values = (f"{m} {100 * own['mean']:+.2f} ({100 * own['error']:.2f})" for m, own in gap.items())
-        print(f"{names}: {', '.join(values)}, n = {gap['clip_t']['identities']}")
-    if moves:
-        print("spread of the face over seeds of noise, % of the side: " + ", ".join(
-            f"{label} {100 * own['mean']:.1f} ({100 * own['error']:.1f})" for label, own in moves.items()))
-
-
-def options(prog: str, description: str, subset: str) -> Parser:
-    parser = Parser(prog=prog, description=description, allow_abbrev=False)
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="paper.reproduce", allow_abbrev=False,
+                    description="Compares the methods, each at its own best rate, on people never seen.")
     add = parser.add_argument
-    add("--subset", action="store_true", help=subset)
+    add("--subset", action="store_true", help="8 people, 100 and 250 steps, one seed of each kind")
     add("--model", default="baby", help="baby (default), or a folder like it")
-    add("--run", type=Path, help="all that is made on the way (default: a folder in baby/run)")
-    add("--out", type=Path, help="tables, figures and scores (default: report in --run)")
-    add("--device", help="cuda, mps or cpu (default: the best there is)")
     add("--lomd", type=Path, help="weights of stage 1 (default: the model's own)")
+    add("--run", type=Path, help="folder of everything made on the way (default: one in baby/run)")
+    add("--out", type=Path, help="folder of tables and figures (default: report in --run)")
+    add("--device", help="cuda, mps or cpu (default: the best there is)")
     add("--jobs", type=positive, help="processes (default: on a CPU one for each core, up to 8; else 1)")
-    return parser
-
-
-def run_folder(args: argparse.Namespace, name: str) -> Path:
-    root = Path(__file__).resolve().parents[1]
-    return args.run or root / "baby" / "run" / (f"{name}-subset" if args.subset else name)
-
-
-def model_words(args: argparse.Namespace) -> list:
-    return ["--model", args.model, *(["--device", args.device] if args.device else [])]
-
-
-def common_words(args: argparse.Namespace) -> list:
-    """What all calls of paper/compare.py here have in common."""
-    lomd = ["--lomd", args.lomd] if args.lomd else []
-    return [*model_words(args), *lomd, "--steps", STEPS, "--guidance", GUIDANCE, "--no-face-as-zero"]
+    return parser.parse_args(argv)
 
 
 def reproduce(argv: list[str] | None = None) -> None:
-    parser = options("paper.reproduce", "LoRA, LoRA + crops and Meta-LoRA on people never seen.",
-                     "8 people, rank 1, two learning rates, one seed of noise and of training")
-    parser.add_argument("--people", type=int, help="of the comparison (default: 48, with --subset 8)")
-    parser.add_argument("--sweep", type=int, metavar="PEOPLE", help="how many of them for ranks 4 "
-                        "and 16, 0 for none (default: 12, with --subset 0)")
-    args = parser.parse_args(argv)
-    size, run = SimpleNamespace(**(SUBSET if args.subset else FULL)), run_folder(args, "reproduce")
-    size.people = size.people if args.people is None else args.people
-    size.sweep = min(size.sweep, size.people) if args.sweep is None else args.sweep
-    if not 2 <= size.people <= 500:
-        raise ValueError(f"--people is 2 to 500, not {size.people}")
-    if not (size.sweep == 0 or 2 <= size.sweep <= size.people):
-        raise ValueError(f"--sweep is 0 or 2 to {size.people}, not {size.sweep}")
-
-    judges, pool, first = evaluation.Judges(args.model), workers(args), faces.TEST.start + 3000
-    draw_people(judges, run / "people", first, size.people, PHOTOS)
-    draw_people(judges, run / "choose", faces.CHOOSE.start + 500, size.choose, PHOTOS)
-    common = common_words(args)
-    rates = choose_rates(pool, common, run / "choose", run, size.rates)
-    print(f"learning rates: {', '.join(f'{method} {rate:g}' for method, rate in rates.items())}")
-    common += ["--lr", *(f"{method}={rate}" for method, rate in rates.items())]
-    methods, runs, out = ["none", *METHODS], {}, args.out or run / "report"
-    for seed in range(size.trainings):
-        runs[seed] = rows_of(evaluate(pool, run / f"seed{seed}", methods, [1], *common, "--data",
-                                      run / "people", "--seed", seed, "--seeds", size.noises, "--iters",
-                                      *size.iters))
-        report(args, run / "people", run / "seed0", out, rates, runs, judges)
-    if size.sweep:
-        people = run / "sweep people"
-        draw_people(judges, people, first, size.sweep, PHOTOS)                                # the same again
-        scores = evaluate(pool, run / "sweep", methods, size.ranks, *common, "--data", people, "--seeds", 1,
-                          "--iters", *size.iters)
-        report(args, people, run / "sweep", out / "sweep", rates, {0: rows_of(scores)}, judges)
+    args = parse(argv)
+    size = SimpleNamespace(**(SUBSET if args.subset else FULL))
+    root = Path(__file__).resolve().parents[1]
+    args.run = args.run or root / "baby" / "run" / ("reproduce-subset" if args.subset else "reproduce")
+    args.out = args.out or args.run / "report"
+    judges, pool = evaluation.Judges(args.model), workers(args)
+    draw_people(judges, args.run / "choose", faces.CHOOSE.start + 500, size.choose, PHOTOS)
+    for sweep in size.sweeps:
+        people = sweep["people"]
+        draw_people(judges, args.run / f"people{people}", faces.TEST.start + 3000, people, PHOTOS)
+    for sweep in size.sweeps:
+        run_sweep(args, size, pool, **sweep)
 
 
 if __name__ == "__main__":
