@@ -28,10 +28,11 @@ def new_figure(width: float, height: float) -> object:
 
 def line_of(axes: object, points: list[dict], metric: str, **style: object) -> None:
     """A metric with its errors against iterations."""
-    points = sorted(points, key=lambda p: p["iterations"])
-    errors = [100 * (p[metric]["error"] or 0) for p in points]
-    axes.errorbar([p["iterations"] for p in points], [100 * p[metric]["mean"] for p in points], errors,
-                  marker="o", markersize=4, capsize=3, **style)
+    points = sorted(points, key=lambda point: point["iterations"])
+    iterations = [point["iterations"] for point in points]
+    means = [100 * point[metric]["mean"] for point in points]
+    errors = [100 * (point[metric]["error"] or 0) for point in points]
+    axes.errorbar(iterations, means, errors, marker="o", markersize=4, capsize=3, **style)
 
 
 def figures(methods: list[dict], quoted: dict | None, out: Path) -> None:
@@ -43,54 +44,71 @@ def figures(methods: list[dict], quoted: dict | None, out: Path) -> None:
             by_method.setdefault(method["method"], []).append(method)
     if not by_method:
         return
-    colours = {method: f"C{i % 10}" for i, method in enumerate(by_method)}
     figure = new_figure(12, 5)
     grid = figure.add_gridspec(2, 2)
-    plane, upper = figure.add_subplot(grid[:, 0]), figure.add_subplot(grid[0, 1])
-    panels = {"r_facesim": upper, "clip_t": figure.add_subplot(grid[1, 1], sharex=upper)}
-    for method, points in by_method.items():
-        x, y = (np.array([100 * p[metric]["mean"] for p in points]) for metric in ("clip_t", "r_facesim"))
-        colour, trained = colours[method], points[0]["rank"] > 0
-        plane.scatter(x, y, s=[20 + 6 * p["rank"] for p in points], marker="o" if trained else "*",
-                      color=colour, label=METHODS.get(method, method), alpha=0.8)
-        if len(set(x.tolist())) > 3:
-            at = np.linspace(x.min(), x.max(), 50)
-            fit = np.poly1d(np.polyfit(x - x.mean(), y, 2))
-            plane.plot(at, fit(at - x.mean()), color=colour, linewidth=1)
-        lowest = [p for p in points if p["rank"] == min(q["rank"] for q in points)]
+    plane = figure.add_subplot(grid[:, 0])
+    upper = figure.add_subplot(grid[0, 1])
+    lower = figure.add_subplot(grid[1, 1], sharex=upper)
+    panels = {"r_facesim": upper, "clip_t": lower}
+    colours = {}
+    for i, (method, points) in enumerate(by_method.items()):
+        colours[method] = f"C{i % 10}"
+        draw_plane(plane, method, points, colours[method])
+        first = min(point["rank"] for point in points)
+        lowest = [point for point in points if point["rank"] == first]
         for metric, axes in panels.items():
-            if trained:
-                line_of(axes, lowest, metric, color=colour)
+            if first > 0:
+                line_of(axes, lowest, metric, color=colours[method])
             else:
-                axes.axhline(100 * points[0][metric]["mean"], color=colour, linestyle="--")
+                level = 100 * points[0][metric]["mean"]
+                axes.axhline(level, color=colours[method], linestyle="--")
     for i, row in enumerate(quoted["table 5"] if quoted else []):
-        plane.scatter(row["clip_t"], row["r_facesim"], marker=f"${i + 1}$", color="grey",
-                      label=f"quoted: {row['method']}, {row['base']}")
+        label = f"quoted: {row['method']}, {row['base']}"
+        plane.scatter(row["clip_t"], row["r_facesim"], marker=f"${i + 1}$", color="grey", label=label)
     plane.set(xlabel=AXES["clip_t"], ylabel=AXES["r_facesim"], title="each rank (size) and iterations")
-    for metric, axes in panels.items():
-        axes.set(ylabel=AXES[metric], xlabel="iterations" if metric == "clip_t" else "")
-    upper.set(title="the lowest rank")
-    figure.legend(*plane.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    upper.set(ylabel=AXES["r_facesim"], title="the lowest rank")
+    lower.set(ylabel=AXES["clip_t"], xlabel="iterations")
+    handles = plane.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=4, fontsize=8)
     save_figure(figure, out / "scores.png")
     draw_ranks(by_method, colours, out / "ranks.png")
 
 
+def draw_plane(axes: object, method: str, points: list[dict], colour: str) -> None:
+    """A method's points of likeness against text, and a quadratic through more than three."""
+    x = np.array([100 * point["clip_t"]["mean"] for point in points])
+    y = np.array([100 * point["r_facesim"]["mean"] for point in points])
+    sizes = [20 + 6 * point["rank"] for point in points]
+    marker = "o" if points[0]["rank"] > 0 else "*"
+    label = METHODS.get(method, method)
+    axes.scatter(x, y, s=sizes, marker=marker, color=colour, label=label, alpha=0.8)
+    if len(np.unique(x)) > 3:
+        at = np.linspace(x.min(), x.max(), 50)
+        fit = np.poly1d(np.polyfit(x - x.mean(), y, 2))
+        axes.plot(at, fit(at - x.mean()), color=colour, linewidth=1)
+
+
 def draw_ranks(by_method: dict[str, list[dict]], colours: dict[str, str], path: Path) -> None:
-    ranks = sorted({p["rank"] for points in by_method.values() for p in points if p["rank"]})
+    ranks = set()
+    for points in by_method.values():
+        ranks |= {point["rank"] for point in points if point["rank"] > 0}
     if not ranks:
         return
     figure = new_figure(3.5 * len(ranks) + 1, 5)
-    axes = figure.subplots(2, len(ranks), sharex=True, sharey="row", squeeze=False)
-    for column, rank in enumerate(ranks):
-        for row, metric in enumerate(AXES):
+    grid = figure.subplots(2, len(ranks), sharex=True, sharey="row", squeeze=False)
+    for rank, (upper, lower) in zip(sorted(ranks), grid.T):
+        for metric, axes in zip(AXES, (upper, lower)):
             for method, points in by_method.items():
-                if some := [p for p in points if p["rank"] == rank]:
-                    line_of(axes[row, column], some, metric, color=colours[method],
-                            label=METHODS.get(method, method))
-            axes[row, 0].set(ylabel=AXES[metric])
-        axes[0, column].set(title=f"rank {rank}")
-        axes[1, column].set(xlabel="iterations")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+                own = [point for point in points if point["rank"] == rank]
+                if own:
+                    label = METHODS.get(method, method)
+                    line_of(axes, own, metric, color=colours[method], label=label)
+        upper.set(title=f"rank {rank}")
+        lower.set(xlabel="iterations")
+    for metric, axes in zip(AXES, grid[:, 0]):
+        axes.set(ylabel=AXES[metric])
+    handles = grid[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=4, fontsize=8)
     save_figure(figure, path)
 
 
@@ -308,37 +326,56 @@ def draw_front(rates: dict, scores: dict, path: Path) -> None:
     save_figure(figure, path)
 
 
-def sheets(pictures: list[Picture], people: list[Person], out: Path, describe: Callable[[str], dict]) -> None:
-    """For each gender people and prompts across, methods down (Figures 4, 7, 8); one person's seeds (Figure
-    4, right). Of each method the lowest rank, and the iterations nearest the paper's."""
-    chosen, settings = {}, {p.label: describe(p.label) for p in pictures}
-    for label, setting in settings.items():
-        method = setting["method"]
-        wish = personalize.ITERATIONS["lora" if method.startswith("lora") else "meta-lora"]
-        better = setting["rank"], abs(setting["iterations"] - wish)
-        if method not in chosen or better < chosen[method][0]:
-            chosen[method] = better, label
-    at = {p[:4]: p.path for p in pictures}                         # (label, person, prompt, seed)
-    of = {p.name: [q for q in pictures if q.person == p.name] for p in people}
+# Contact sheets --------------------------------------------------------------------------------------
 
-    def lines(cells: list[tuple[Person, int, int]]) -> list[tuple[str, list[Path | None]]]:
-        places = [(person.name, prompt, seed) for person, prompt, seed in cells]
-        return [(settings[label]["title"], [at.get((label, *place)) for place in places])
-                for _, label in chosen.values()]
-    for gender in dict.fromkeys(p.gender for p in people):
-        own, columns = [p for p in people if p.gender == gender and of[p.name]], {}
+
+def labels_shown(pictures: list[Picture], describe: Callable[[str], dict]) -> dict[str, str]:
+    """{label: title}: for each method the lowest rank, and the iterations nearest to the paper's."""
+    best = {}
+    for label in dict.fromkeys(picture.label for picture in pictures):
+        setting = describe(label)
+        method = setting["method"]
+        paper = personalize.ITERATIONS["lora" if method.startswith("lora") else "meta-lora"]
+        order = setting["rank"], abs(setting["iterations"] - paper)
+        if method not in best or order < best[method][0]:
+            best[method] = order, label, setting["title"]
+    return {label: title for _, label, title in best.values()}
+
+
+def sheets(pictures: list[Picture], people: list[Person], out: Path,
+           describe: Callable[[str], dict]) -> None:
+    """For each gender people and prompts across, methods down (Figures 4, 7, 8); one person's seeds (Figure
+    4, right)."""
+    titles = labels_shown(pictures, describe)
+    at, of = {}, {}
+    for picture in pictures:
+        at[picture.label, picture.person, picture.prompt, picture.seed] = picture.path
+        of.setdefault(picture.person, []).append(picture)
+
+    def rows(cells: list[tuple[Person, int, int]]) -> list[tuple[str, list[Path | None]]]:
+        """The photos of people, then for each method the pictures of (person, prompt, seed)."""
+        found = [("input", [person.reference for person, _, _ in cells])]
+        for label, title in titles.items():
+            files = [at.get((label, person.name, prompt, seed)) for person, prompt, seed in cells]
+            found.append((title, files))
+        return found
+
+    for gender in dict.fromkeys(person.gender for person in people):
+        own = [person for person in people if person.gender == gender and person.name in of]
+        columns = {}
         for i in range(8 if own else 0):
             person = own[i % len(own)]
-            seed = min(q.seed for q in of[person.name])
-            there = sorted({(q.prompt, q.text) for q in of[person.name] if q.seed == seed})
-            turn = i if len(own) < len(there) else i // len(own) + i
-            prompt, text = there[turn % len(there)]
-            columns[person, prompt, seed] = text, person.reference
+            seed = min(picture.seed for picture in of[person.name])
+            drawn = {picture.prompt: picture.text for picture in of[person.name] if picture.seed == seed}
+            # everybody with another prompt, and the next ones in the second round
+            turn = i if len(own) < len(drawn) else i // len(own) + i
+            prompt = sorted(drawn)[turn % len(drawn)]
+            columns[person, prompt, seed] = drawn[prompt]
         if columns:
-            texts, photos = zip(*columns.values())
-            sheet(out / f"sheet_{gender or 'people'}.png", texts, [("input", photos), *lines([*columns])])
-    person = next(p for p in people if of[p.name])
-    prompt, text = min((q.prompt, q.text) for q in of[person.name])
-    seeds = sorted({q.seed for q in of[person.name] if q.prompt == prompt})[:6]
-    sheet(out / "sheet_seeds.png", [f"seed {seed}: {text}" for seed in seeds],
-          [("input", [person.reference] * len(seeds)), *lines([(person, prompt, seed) for seed in seeds])])
+            sheet(out / f"sheet_{gender or 'people'}.png", [*columns.values()], rows([*columns]))
+
+    person = next(person for person in people if person.name in of)
+    prompt, text = min((picture.prompt, picture.text) for picture in of[person.name])
+    seeds = sorted({picture.seed for picture in of[person.name] if picture.prompt == prompt})[:6]
+    names = [f"seed {seed}: {text}" for seed in seeds]
+    sheet(out / "sheet_seeds.png", names, rows([(person, prompt, seed) for seed in seeds]))

@@ -198,7 +198,7 @@ def copy_of(args: argparse.Namespace, images: Path, person: evaluation.Person) -
     the more is copied. move: how far the face's centre moves among the first three prompts and all seeds,
     as standard deviation over the picture's side; nan with fewer than two faces."""
     defaults = model_defaults(find_model(args.model))
-    crop = photos.load_crops([person.reference], defaults["resolution"], True, defaults["aspects"],
+    crop = photos.load_crops([person.reference], [defaults["resolution"]], True, defaults["aspects"],
                              defaults["scales"])[0]
     photo = np.asarray(crop.picture, dtype=np.float32)
     outside = np.asarray(crop.head) < 128
