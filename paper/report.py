@@ -205,9 +205,17 @@ def text_at_levels(lines: list[np.ndarray]) -> np.ndarray:
     return np.array(found)
 
 
+def with_error(mean: float, error: float, sign: str = "") -> str:
+    """As percent, the error in brackets; a dash for what does not exist."""
+    return f"{100 * mean:{sign}.1f} ({100 * error:.1f})" if np.isfinite(mean) else "–"
+
+
 def percent(values: np.ndarray, sign: str = "") -> str:
-    mean, error = mean_error(values)
-    return f"{100 * mean:{sign}.1f} ({100 * error:.1f})"
+    return with_error(*mean_error(values), sign)
+
+
+def number_of_steps(value: float) -> str:
+    return f"{value:.0f}" if np.isfinite(value) else "more than tried"
 
 
 def write_report(steps: list[int], rates: dict, scores: dict) -> str:
@@ -246,26 +254,27 @@ def difference_table(steps: list[int], rates: dict, scores: dict) -> str:
 
 
 def level_table(steps: list[int], rates: dict, scores: dict) -> str:
-    rows = [["for the sum of", "at steps", "Meta-LoRA needs", "68 % of resamples", "reached in"]]
+    rows = [["for the sum of", "at steps", "Meta-LoRA needs", "16 % quantile", "84 %", "reached in"]]
     own = curve(steps, rates, scores, "meta-lora", "sum")
     for other in OTHERS:
         theirs = curve(steps, rates, scores, other, "sum")
         for i, count in enumerate(steps):
             found = steps_needed(own, theirs, i, steps)
-            rows.append([METHODS[other], f"{count}", f"{found['needed']:.0f}",
-                         f"{found['low']:.0f} to {found['high']:.0f}", f"{found['reached']:.0%}"])
+            cells = [number_of_steps(found[name]) for name in ("needed", "low", "high")]
+            rows.append([METHODS[other], f"{count}", *cells, f"{found['reached']:.0%}"])
     return markdown(rows)
 
 
 def front_table(steps: list[int], rates: dict, scores: dict) -> str:
-    rows = [["CLIP-T at a likeness of", *(f"{100 * level:.0f}; lead" for level in LEVELS)]]
+    rows = [["CLIP-T at a likeness of"]]
+    for level in LEVELS:
+        rows[0] += [f"{100 * level:.0f}", "Meta-LoRA's lead"]
     own = text_at_levels(lines_of(scores, "meta-lora"))
     for method in rates:
         texts = text_at_levels(lines_of(scores, method))
         cells = []
         for text, lead in zip(texts.T, (own - texts).T):
-            cells.append(f"{100 * text[0]:.1f} ({100 * np.nanstd(text):.1f}); "
-                         f"{100 * lead[0]:+.1f} ({100 * np.nanstd(lead):.1f})")
+            cells += [with_error(text[0], np.nanstd(text)), with_error(lead[0], np.nanstd(lead), "+")]
         rows.append([METHODS[method], *cells])
     return markdown(rows)
 
@@ -275,9 +284,8 @@ def rate_table(steps: list[int], rates: dict, scores: dict) -> str:
     for method in rates:
         for count in steps:
             own = rates[method][count]
-            lead, error = own["lead"]
             rows.append([METHODS[method], f"{count}", f"{own['rate']:g}", f"{own['second']:g}",
-                         f"{100 * lead:.1f} ({100 * error:.1f})"])
+                         with_error(*own["lead"])])
     return markdown(rows)
 
 
@@ -312,15 +320,15 @@ def draw_front(rates: dict, scores: dict, path: Path) -> None:
     figure = new_figure(7, 5)
     axes = figure.subplots()
     for i, method in enumerate(rates):
-        names = [METHODS[method]]
-        for (name, rate), found in scores.items():
-            if name == method:
-                counts = sorted(map(int, found[0]))
-                x, y = ([100 * of_people(found, count, metric).mean() for count in counts]
-                        for metric in ("text", "likeness"))
-                axes.plot(x, y, marker="o", markersize=4, color=f"C{i}", label=names.pop() if names else None)
-                axes.annotate(f"{1e4 * rate:g}", (x[-1], y[-1]), textcoords="offset points", xytext=(4, 3),
-                              fontsize=7, color=f"C{i}")
+        label = METHODS[method]
+        tried = [rate for name, rate in scores if name == method]
+        for rate, line in zip(tried, lines_of(scores, method)):
+            likeness, text = 100 * line.mean(axis=2)
+            axes.plot(text, likeness, marker="o", markersize=4, color=f"C{i}", label=label)
+            label = None                         # one entry of the legend for all rates
+            end = text[-1], likeness[-1]
+            axes.annotate(f"{1e4 * rate:g}", end, textcoords="offset points", xytext=(4, 3), fontsize=7,
+                          color=f"C{i}")
     axes.set(xlabel=AXES["clip_t"], ylabel=AXES["r_facesim"])
     axes.legend(fontsize=8, title="a point a number of steps; at its end the rate in 1e-4")
     save_figure(figure, path)

@@ -51,6 +51,7 @@ GUIDANCE = 3.5                                   # the paper's
 EULER_STEPS = 10                                 # R-FaceSim differs from 30 steps by up to 1.6 points
 PHOTOS = 6                                       # of each person; the first is the reference
 SIDE = 384                                       # of a photo, in pixels
+SHEET_STEPS = 250                                # of the LoRAs in the sheet of pictures
 
 RANK_1 = dict(rank=1, steps=(100, 175, 250, 375, 625), people=48)
 RANK_4 = dict(rank=4, steps=(100, 250, 625), people=24)
@@ -300,7 +301,7 @@ def run_sweep(args: argparse.Namespace, size: SimpleNamespace, pool: concurrent.
 
 
 def draw_sheet(args: argparse.Namespace, folder: str, rank: int, rates: dict, path: Path) -> None:
-    """Eight people across, each with a prompt of its own; the photo and the methods at 250 steps down."""
+    """Eight people across, each with a prompt of its own; the photo and the methods down."""
     people = evaluation.read_people([args.run / folder])
     people = people[::max(1, len(people) // 8)][:8]
     prompts = evaluation.prompts_for(people, None, evaluation.own_folder(args.model))
@@ -309,8 +310,8 @@ def draw_sheet(args: argparse.Namespace, folder: str, rank: int, rates: dict, pa
     for method in ("none", *METHODS):
         trial, label = Trial(folder, "none", 0, 0.0, seed=0), "none"
         if method != "none":
-            trial = Trial(folder, method, rank, rates[method][250]["rate"], seed=0)
-            label = compare.Setting(method, rank, 250).label
+            trial = Trial(folder, method, rank, rates[method][SHEET_STEPS]["rate"], seed=0)
+            label = compare.Setting(method, rank, SHEET_STEPS).label
         images = args.run / "trials" / folder / trial.name / "images" / label
         files = [images / person.name / f"{i}_0.png" for i, person in enumerate(people)]
         rows.append((TITLES[method], files))
