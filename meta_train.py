@@ -5,7 +5,7 @@
     torchrun --nproc-per-node 8 meta_train.py --data buckets/     # each GPU its own share of the people
 
 buckets/<bucket>/<person>/<pictures and captions>; a flat faces/<person>/ is cut into buckets. The same
-command goes on where the last one ended, however it ended: the run's state is its checkpoints and the bank of
+command goes on where the last one ended, however it ended: the run's state is its checkpoints and the rows of
 people in --run. Every random number depends on the seed and on where the run is, nothing else.
 
 Source: Meta-LoRA, Algorithm 1, and the settings of its trainer, ai-toolkit.
@@ -28,15 +28,16 @@ import torch
 
 import flux_model
 from metalora import IdentityBank, MetaLoRA, random_lomd
-from support.checkpoints import add_speed_options, flux_fingerprint, open_flux, take_model
+from support.checkpoints import (add_speed_options, flux_files, flux_fingerprint, open_flux, take_model,
+                                 targets_of)
 from support.common import (Interruption, Parser, check_apart, check_out_file, check_training, count,
                             note, positive, run_script, to_device, write_whole)
 from support.finding import model_name
 from support.lora_files import save_lomd
-from support.names import find_targets
-from support.people import (Buckets, Cache, DiskBank, data_fingerprint, draw_batch, generator, read_buckets,
-                            room_for, tell_bare)
-from support.runs import Checkpoints, Group, Log, compare_settings, draw_preview, locked, plot
+from support.people import (Buckets, Cache, data_fingerprint, draw_batch, generator, read_buckets, room_for,
+                            tell_bare)
+from support.runs import (Checkpoints, Group, Log, WaitingRows, check_room, compare_settings, draw_preview,
+                          locked, plot)
 from support.speed import plan_recompute, recompute_blocks
 
 USES = 10                                        # of each picture in one pass over its bucket
@@ -96,8 +97,6 @@ class Run:
         everyone = iter(range(sum(map(len, buckets.values()))))       # people are numbered over all buckets
         self.members = [[(next(everyone), *member) for member in people.items()][group.rank::group.size]
                         for people in buckets.values()]               # by bucket, [(number, name, pictures)]
-        place = iter(range(sum(map(len, self.members))))
-        self.rows = [[next(place) for _ in members] for members in self.members]     # in the bank, by bucket
         self.batch_size = args.batch_size * group.size
         self.passes = schedule([sum(map(len, people.values())) for people in buckets.values()], args.iters,
                                self.batch_size, args.warmup)
@@ -106,18 +105,28 @@ class Run:
     def load(self):
         """Encodes all pictures and captions; then the adapted model, as the newest checkpoint has it."""
         args = self.args
-        used = [self.members[bucket] for bucket in {now.bucket: None for now in self.passes}]
-        pictures = dict.fromkeys(each for members in used for *_, own in members for each in own)
+        used = {now.bucket for now in self.passes}
+        pictures = []
+        for bucket in sorted(used):
+            for _, _, own in self.members[bucket]:
+                pictures += own
         captions = [args.prompt] + [p.caption for p in pictures if p.caption is not None]
+
+        config = flux_files(args.folder)[1]
+        targets = targets_of(config)
+        row = args.r2 * sum(args.r1 + target.rows for target in targets)                # a person's M and U
+        self.checkpoints = Checkpoints(self.folder, self.group)
+        self.waiting = WaitingRows(self.folder, [len(members) for members in self.members], row)
+        text = 512 * config.context_in_dim * args.dtype.itemsize
+        check_room(self.waiting, used, args.r1 * sum(target.d_in for target in targets),
+                   room_for(self.cache, pictures, captions, text), self.group)
+
         with self.interruption as stop:          # before the transformer is there: T5 takes 9.5 GB
-            self.cache.fill([*pictures], captions, stop.raise_if_asked, show=self.group.rank == 0)
+            self.cache.fill(pictures, captions, stop.raise_if_asked, show=self.group.rank == 0)
         flux = open_flux(args, self.group.device, args.iters, args.work)
-        lomd = random_lomd(find_targets(flux), args.r1, args.seed)
+        lomd = random_lomd(targets, args.r1, args.seed)
         self.adapter = MetaLoRA(flux, args.r2, lomd, num_identities=0, slots=args.batch_size)
         recompute_blocks(flux, plan_recompute(self.adapter, args.work.tokens, args.recompute))
-        self.checkpoints = Checkpoints(self.folder, self.group)
-        more = room_for(self.cache, used, args.prompt, self.adapter)
-        self.disk = DiskBank(self.folder / "bank", sum(map(len, self.rows)), self.adapter.size, more)
         self.resume()
 
     def open_bucket(self, number: int):
@@ -135,20 +144,30 @@ class Run:
         self.order = draw_order(shapes, now.stop - now.start, args.batch_size,
                                 generator(args.seed, ORDER, number, self.group.rank))
         if self.open != number:
-            bank = IdentityBank(*self.disk.read(self.rows[now.bucket], self.group.device))
-            for i in (bank.steps == 0).nonzero()[:, 0].tolist():      # people who never trained
-                row = self.adapter.new_row(generator(args.seed, ROWS, members[i][0]))
-                bank.weight[i] = row.to(self.group.device)
-            self.adapter.bank, self.open = bank, number
+            waiting = self.waiting.load(number, self.group.device)
+            self.adapter.bank = IdentityBank(**waiting) if waiting else self.new_bank(members)
+            self.open = number
+
+    def new_bank(self, members: list[tuple]) -> IdentityBank:
+        """The rows of a bucket's people before their first step."""
+        weight = torch.empty(len(members), self.adapter.size, device=self.group.device)
+        for row, (person, _, _) in zip(weight, members):
+            row.copy_(self.adapter.new_row(generator(self.args.seed, ROWS, person)))
+        bank = IdentityBank(weight)
+        bank.make_moments()
+        return bank
 
     def draw(self, offset: int):
-        """A batch: [(person, picture)] for messages, and ids, latent, noise, t, txt, y."""
+        """A batch: [(person, picture)] for messages, and ids, latent, noise, t, txt, y.
+
+        ids and t stay on the CPU, where they are read again."""
         rng = generator(self.args.seed, DRAW, self.iteration, self.group.rank)
         chosen = [(*self.shown[i][:3], self.shown[i][3][which]) for i, which in self.order[offset]]
         rows, people, pictures, posteriors = zip(*chosen)
         texts = [self.texts[self.args.prompt if p.caption is None else p.caption] for p in pictures]
-        batch = torch.tensor(rows), *draw_batch(posteriors, texts, rng)
-        return list(zip(people, pictures)), [to_device(part, self.group.device) for part in batch]
+        latent, noise, t, txt, y = draw_batch(posteriors, texts, rng)
+        latent, noise, txt, y = (to_device(part, self.group.device) for part in (latent, noise, txt, y))
+        return list(zip(people, pictures)), [torch.tensor(rows), latent, noise, t, txt, y]
 
     def step(self, now: BucketPass):
         """One iteration -> losses (B,), times (B,), gradient norms of the rows (n,), of LoMD.
@@ -158,7 +177,8 @@ class Run:
         adapter = self.adapter
         adapter.train_lomd = self.iteration >= now.joint
         adapter.assign(ids)
-        losses = flux_model.flow_matching_loss(adapter.flux, latent, noise, t, txt, y, guidance=1.0)
+        losses = flux_model.flow_matching_loss(adapter.flux, latent, noise, to_device(t, self.group.device),
+                                               txt, y, guidance=1.0)
         losses.sum().backward()
         try:
             norms, lomd_norm = adapter.step(self.args.lr, average=self.average)
@@ -188,7 +208,7 @@ class Run:
                             self.iterate(now, log)
                         self.close_bucket()
                     elif self.open == number and self.iteration == now.stop:
-                        self.close_bucket()      # the kill came between checkpoint and bank
+                        self.close_bucket()      # the kill came between the checkpoint and the rows' file
             except KeyboardInterrupt:
                 note(f"at iteration {self.iteration} of {self.args.iters}; the same command goes on")
                 raise
@@ -218,37 +238,33 @@ class Run:
 
     def stop_asked(self, joint: bool) -> bool:
         """Ctrl-C of any process, where all wait for each other anyway; in a warm-up each has its own."""
-        asked = torch.tensor([float(self.interruption.asked is not None)], device=self.group.device)
-        return bool(self.group.sum(asked) if joint else asked)
+        asked = self.interruption.asked is not None
+        if self.group.size == 1 or not joint:
+            return asked
+        return bool(self.group.sum(torch.tensor([float(asked)])))
 
     def save(self):
-        """All that is not on disk yet: LoMD and the open bucket's rows; and how often the others trained."""
-        tensors, steps = {"disk_steps": self.disk.steps()}, int(self.adapter.shared.steps[0])
-        for name, bank in (("lomd", self.adapter.shared), ("rows", self.adapter.bank)):
-            tensors |= {f"{name}.{part}": getattr(bank, part) for part in bank.PARTS}
+        """All that is not on disk yet: LoMD and the open bucket's rows."""
+        tensors = {f"lomd.{part}": getattr(self.adapter.shared, part) for part in IdentityBank.PARTS}
+        tensors |= {f"rows.{part}": getattr(self.adapter.bank, part) for part in IdentityBank.PARTS}
+        steps = int(self.adapter.shared.steps[0])
         self.checkpoints.save(self.iteration, steps, tensors, str(self.open))
 
     def resume(self):
-        """The newest state that all processes have; the bank on disk must belong to it."""
+        """The newest state that all processes have, and the files that it will need."""
         path, open_at, tensors = self.checkpoints.newest(self.group.device)
-        mine, expected = [], 0
         if path:
             self.iteration, self.open = int(path.stem.split("-")[0]), int(open_at)
-            self.adapter.shared, self.adapter.bank = (
-                IdentityBank(*(tensors[f"{bank}.{part}"] for part in IdentityBank.PARTS))
-                for bank in ("lomd", "rows"))
-            mine, expected = self.rows[self.open % len(self.rows)], tensors["disk_steps"].cpu()
-        differs = self.disk.steps() != expected
-        differs[mine] = False                    # the bank may have these as they were later
-        if differs.any():
-            path = path or "a run without checkpoints"
-            raise ValueError(f"{self.folder / 'bank'} does not belong to {path}; use another --run")
+            self.adapter.shared = IdentityBank(*(tensors[f"lomd.{part}"] for part in IdentityBank.PARTS))
+            self.adapter.bank = IdentityBank(*(tensors[f"rows.{part}"] for part in IdentityBank.PARTS))
+            self.waiting.check(self.open, len(self.passes))
+        self.adapter.shared.make_moments()
 
     def close_bucket(self):
-        """Rows back to the bank. A kill meanwhile does no harm: the last checkpoint holds them too."""
+        """Puts the rows away. A kill meanwhile does no harm: the last checkpoint holds them too."""
         if self.open == len(self.passes) - 1:
             self.group.gather(None)              # if this is all warm-up, others may be in the pass before
-        self.disk.write(self.rows[self.passes[self.open].bucket], self.adapter.bank)
+        self.waiting.save(self.open, {part: getattr(self.adapter.bank, part) for part in IdentityBank.PARTS})
         if self.group.rank == 0:
             self.export(self.args.run / "lomd.safetensors")
 

@@ -138,14 +138,25 @@ def apply_loras(flux: nn.Module, loras: list[tuple[dict[str, tuple[Tensor, Tenso
 class IdentityBank:
     """One flat fp32 row of weights per identity (N, P), with AdamW moments and a step count of its own."""
     PARTS = "weight", "exp_avg", "exp_avg_sq", "steps"
-    def __init__(self, weight: Tensor, *state: Tensor):
-        new = *torch.zeros(2, *weight.shape, device=weight.device), torch.zeros(len(weight), dtype=int)
-        self.weight, self.exp_avg, self.exp_avg_sq, steps = weight, *(state or new)
-        self.steps = steps.cpu()                         # counts are numbers: nothing waits for the card
+
+    def __init__(self, weight: Tensor, exp_avg: Tensor | None = None, exp_avg_sq: Tensor | None = None,
+                 steps: Tensor | None = None):
+        self.weight = weight
+        self.exp_avg = exp_avg
+        self.exp_avg_sq = exp_avg_sq
+        # on the CPU: to read a count never waits for the card
+        self.steps = torch.zeros(len(weight), dtype=torch.long) if steps is None else steps.cpu()
+
+    def make_moments(self) -> None:
+        """AdamW's moments, where there are none yet: a LoMD that does not learn never gets any."""
+        if self.exp_avg is None:
+            self.exp_avg = torch.zeros_like(self.weight)
+            self.exp_avg_sq = torch.zeros_like(self.weight)
 
     @torch.no_grad()
     def step(self, ids: Tensor, grad: Tensor, lr: float, eps: float = 1e-6, weight_decay: float = 0.01):
         """AdamW on the rows `ids` (n,) with grad (n, P). eps is that of the paper's trainer, ai-toolkit."""
+        self.make_moments()
         parts = [[part[row] for row in ids.tolist()] for part in (self.weight, self.exp_avg, self.exp_avg_sq)]
         counts = list(to_device(self.steps[ids].float(), grad.device).unbind())      # the kernel counts on
         adamw(parts[0], list(grad.unbind()), *parts[1:], [], counts, fused=True, amsgrad=False, beta1=0.9,

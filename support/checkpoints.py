@@ -25,7 +25,8 @@ from flux_model import AutoEncoder, AutoEncoderConfig, Flux, FluxConfig, TextEnc
 from support.common import JsonFile, free
 from support.finding import (HUB, Model, Place, add_model_options, autoencoder_files, check_make,
                              check_text_files, find_model, text_files, tokenizers_of, transformer_files)
-from support.names import BLOCK, diffusers_autoencoder_names, diffusers_flux_names, find_targets, part_sizes
+from support.names import (BLOCK, Target, diffusers_autoencoder_names, diffusers_flux_names, find_targets,
+                           part_sizes)
 from support.speed import (E4M3, GIB, Fp8Linear, TiledDecoder, Work, adapter_bytes, blocks_of,
                            blocks_on_device, check_memory, choose_attention, compile_blocks, host_memory,
                            memory_left, multiplies_fp8, offload_blocks, step_bytes)
@@ -136,6 +137,12 @@ def flux_files(folder: Place) -> tuple[TensorFiles, FluxConfig, bool]:
             return files, flux_files(folder.tokenizers)[1], theirs
     guidance = diffusers_flux_names(GUIDANCE)[0] if theirs else GUIDANCE
     return files, FluxConfig(guidance_embed=guidance in files.file_of, **known), theirs
+
+
+def targets_of(config: FluxConfig, outside: bool = False) -> list[Target]:
+    """`find_targets` of a model that is not loaded."""
+    with torch.device("meta"):
+        return find_targets(Flux(config), outside)
 
 
 def load_flux(folder: Place, device: Device = "cpu", dtype: torch.dtype = BF16,

@@ -33,11 +33,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from flux_model import Flux, FluxConfig
-from support.checkpoints import Place, TensorFiles, flux_files, flux_fingerprint, is_copy
+from flux_model import FluxConfig
+from support.checkpoints import Place, TensorFiles, flux_files, flux_fingerprint, is_copy, targets_of
 from support.common import (JsonFile, check_file, encodable, finite_number, not_content, note,
                             write_whole)
-from support.names import FINAL, FLUX_LINEARS, FLUX_NAMES, Target, find_targets, part_sizes, split_number
+from support.names import FINAL, FLUX_LINEARS, FLUX_NAMES, Target, part_sizes, split_number
 
 Pair = tuple[Tensor, Tensor]                     # A (r, in) and B (out, r); the update of a weight is B A
 Lora = dict[str, Pair]                           # by diffusers module paths
@@ -400,8 +400,7 @@ def same_update(one: Pair | None, other: Pair | None) -> bool:
 def check_model(path: Place, lora: Lora, config: FluxConfig) -> None:
     """ValueError unless every module of a LoRA is in this model and has the shape of its weight."""
     blocks = f"{config.depth} double and {config.depth_single_blocks} single blocks"
-    with torch.device("meta"):
-        shapes = {target.path: [target.rows, target.d_in] for target in find_targets(Flux(config), True)}
+    shapes = {target.path: [target.rows, target.d_in] for target in targets_of(config, outside=True)}
     for part, (A, B) in lora.items():
         shape = [len(B), A.shape[1]]
         if part not in shapes:
@@ -585,15 +584,13 @@ def read_lomd(folder: Place, path: Place | None = None) -> tuple[dict[str, Tenso
     """The LoMD for the model in `folder` -> ({path: (r1, d_in)}, its hash, was it never trained?)."""
     path = find_lomd(folder, path)
     lomd, metadata = load_lomd(path)
-    with torch.device("meta"):
-        flux = Flux(flux_files(folder)[1])
     mine, name = flux_fingerprint(folder), metadata.get("model", "unnamed")
     theirs = metadata.get("model_fingerprint", mine)
     fits = is_copy(folder, theirs)
     if fits is None:
         note(f"{path}: whether this 8-bit copy is of the model it was trained on, {name}, cannot be known")
     try:
-        check_lomd(lomd, find_targets(flux))
+        check_lomd(lomd, targets_of(flux_files(folder)[1]))
         if fits is False:
             raise ValueError(f"it was trained on another model of this shape, {name}"
                              f" with fingerprint {theirs}; this one has {mine}")

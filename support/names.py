@@ -1,7 +1,7 @@
 """FLUX.1's module names in the original and the diffusers layout, and which Linears a LoRA adapts.
 
-The ground floor: imports nothing of ours. The original layout fuses q, k, v (and the MLP's input) into one
-Linear; diffusers keeps a Linear for each.
+The ground floor: imports nothing of ours. The original layout fuses q, k, v (and the MLP's input)
+into one Linear; diffusers keeps a Linear for each.
 """
 import re
 from typing import NamedTuple
@@ -10,14 +10,14 @@ from torch import nn
 
 
 def table(original: str, diffusers: str, names: dict[str, str]) -> dict[str, tuple[str, ...]]:
-    """{name: diffusers names separated by spaces} -> the same with both prefixes in front, as tuples."""
+    """{name: diffusers names with spaces between} -> the same with both prefixes in front, as tuples."""
     prefixed = {}
     for name, parts in names.items():
         prefixed[original + name] = tuple(diffusers + part for part in parts.split())
     return prefixed
 
 
-# original module -> diffusers modules, {} for a block's number; a fused layer's rows are theirs in turn
+# original module -> diffusers modules, {} for a block's number; a fused layer has their rows in turn
 FLUX_NAMES = {
     **table("", "", {
         "img_in": "x_embedder",
@@ -54,9 +54,9 @@ for ours, theirs in {"time": "timestep", "vector": "text", "guidance": "guidance
     FLUX_NAMES |= table(f"{ours}_in.", f"time_text_embed.{theirs}_embedder.", layers)
 
 FLUX_LINEARS = {name: parts for name, parts in FLUX_NAMES.items() if not name.endswith("_norm")}
-FINAL = "final_layer.adaLN_modulation.1"         # the one Linear whose rows diffusers has in another order
+FINAL = "final_layer.adaLN_modulation.1"         # its halves are swapped in diffusers
 
-AUTOENCODER_NAMES = (                            # original pattern -> diffusers replacement, in this order
+AUTOENCODER_NAMES = (                            # original pattern, diffusers replacement
     (r"(down|up)\.(\d+)\.block\.", r"\1_blocks.\2.resnets."),
     (r"nin_shortcut", "conv_shortcut"),
     (r"(down|up)\.(\d+)\.(down|up)sample\.", r"\1_blocks.\2.\3samplers.0."),
@@ -80,7 +80,7 @@ def split_number(name: str) -> tuple[str, str]:
 
 
 def diffusers_flux_names(name: str) -> list[str]:
-    """Parameter of Flux -> the diffusers parameters whose rows, one after the other, are its rows."""
+    """Parameter of Flux -> the diffusers parameters whose rows, in turn, are its rows."""
     module, _, kind = name.rpartition(".")
     template, number = split_number(module)
     kind = kind.replace("scale", "weight")
@@ -99,7 +99,7 @@ def diffusers_autoencoder_names(name: str, levels: int) -> list[str]:
 
 
 def part_sizes(num_parts: int, rows: int, width: int) -> list[int]:
-    """Rows of each part of a Linear: q, k and v are as wide as the input, the MLP gets what is left."""
+    """Rows of each part of a Linear: q, k, v are as wide as the input, the MLP gets what is left."""
     if num_parts == 1:
         return [rows]
     return [width] * 3 + [rows - 3 * width] * (num_parts - 3)
@@ -115,17 +115,20 @@ class Target(NamedTuple):
 
 
 def find_targets(flux: nn.Module, outside: bool = False) -> list[Target]:
-    """What a LoRA adapts: 14 targets per double and 6 per single block; `outside` adds the other Linears."""
+    """What a LoRA adapts: 14 targets a double block and 6 a single one.
+
+    outside: the Linears outside of the blocks too."""
     targets = []
     for name, module in flux.named_modules():
         name = name.removesuffix(".base")        # the Linear within one that is adapted already
-        is_linear = hasattr(module, "in_features")                   # of 8 bits too, which is no nn.Linear
+        is_linear = hasattr(module, "in_features")          # 8-bit ones are not nn.Linear
         if not is_linear or not (outside or "_blocks." in name):
             continue
         paths = FLUX_LINEARS[split_number(name)[0]]
         number = split_number(name)[1]
         start = 0
-        for path, rows in zip(paths, part_sizes(len(paths), module.out_features, module.in_features)):
+        sizes = part_sizes(len(paths), module.out_features, module.in_features)
+        for path, rows in zip(paths, sizes):
             targets.append(Target(path.format(number), name, start, rows, module.in_features))
             start += rows
     return targets

@@ -1,5 +1,4 @@
-"""Stage 1's data: folders of people, captions, buckets; latents and text encoded once; everybody's rows on
-disk.
+"""Stage 1's data: folders of people, captions, buckets; latents and text encoded once.
 
     buckets/<bucket>/<person>/<pictures, captions as folders.py says>, or faces/<person>/<pictures>, which is
     cut into buckets
@@ -8,8 +7,6 @@ import collections
 import gc
 import hashlib
 import math
-import os
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,12 +22,11 @@ from tqdm import tqdm
 from flux_model import sample_times
 from support.checkpoints import (autoencoder_fingerprint, load_autoencoder, load_text_encoders,
                                  text_fingerprints)
-from support.common import JsonFile, free, naming, note, take_room, whole
+from support.common import JsonFile, free, note, whole
 from support.folders import Captions, dead_links, unused
 from support.photos import fit_to_grid, grid_size, image_files, read_photo, subfolders, to_tensor
 
 MIN_PICTURES = 2          # of one picture M and U would learn the picture, not the person
-PARTS = "weight", "exp_avg", "exp_avg_sq", "steps"                         # of an IdentityBank (metalora.py)
 
 # ----------------------------------------------------------------------------------------------------------
 # The folder of people
@@ -274,66 +270,11 @@ def draw_batch(posteriors: list[Tensor], texts: list[dict[str, Tensor]],
     return [latent, noise, t, *(torch.stack([text[part] for text in texts]) for part in ("txt", "y"))]
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The rows of people
-
-
-def room_for(cache: Cache, members: list[list[tuple]], prompt: str, adapter: object) -> dict[str, int]:
-    """{"checkpoints", "cache": bytes} that a process is going to write, besides its bank.
-
-    members: [(number, name, pictures)] of each bucket. Two checkpoints are kept while a third is written.
-    """
-    rows = max(map(len, members), default=0) * adapter.size + adapter.shared.weight.numel()
-    pictures = [picture for bucket in members for *_, own in bucket for picture in own]
-    captions = [prompt, *(picture.caption for picture in pictures if picture.caption is not None)]
+def room_for(cache: Cache, pictures: list[Picture], captions: list[str], text_bytes: int) -> int:
+    """Bytes that the cache will take beyond what is there; text_bytes: of one caption."""
     pictures, captions = cache.missing(pictures, captions)
-    # 2 x 16 numbers of 2 bytes for 8 x 8 pixels: a byte for each pixel
-    latents = sum(width * height for picture in pictures for width, height in cache.sizes(picture))
-    text = len(captions) * 512 * adapter.flux.config.context_in_dim * cache.dtype.itemsize
-    return {"checkpoints": 3 * 12 * rows, "cache": latents + text}
-
-
-class DiskBank:
-    """Rows of any number of identities in one memory-mapped file: step count, weights and both moments of
-    each, in turn.
-
-    Only the rows that are asked for are read. A row whose step count is 0 holds no weights yet. The file has
-    all its room from the start: to a mapped file with holes, a full disk is a bus error and no exception.
-    more: what else will be written there, {name: bytes}. ValueError where the file has another size, or the
-    disk has no room for all.
-    """
-    @staticmethod
-    def bytes(count: int, size: int) -> int:
-        return count * (8 + 12 * size)
-
-    def __init__(self, path: Path, count: int, size: int, more: dict[str, int] | None = None) -> None:
-        layout = np.dtype([("steps", "<i8"), *((part, "<f4", (size,)) for part in PARTS[:3])])
-        self.path, needed = path, self.bytes(count, size)
-        if not path.exists():
-            more = more or {}
-            others = "".join(f", {name} {number / 1e9:.3g} GB" for name, number in more.items())
-            if needed + sum(more.values()) > (free := shutil.disk_usage(path.parent).free):
-                raise ValueError(f"the bank of {count} people needs {needed / 1e9:.3g} GB{others} in "
-                                 f"{path.parent}, and {free / 1e9:.3g} GB are free")
-            with whole(path) as part, open(part, "wb") as file:
-                take_room(file, needed)
-        if path.stat().st_size != self.bytes(count, size):
-            raise ValueError(f"{path} is {path.stat().st_size} bytes, not {count} rows of {layout.itemsize}")
-        with naming(path), open(path, "rb+") as file:         # one of an earlier version is sparse
-            take_room(file, needed)
-        self.rows = np.memmap(path, layout, "r+", shape=(count,))
-
-    def steps(self) -> Tensor:
-        """Step counts of all identities (N,)."""
-        return torch.from_numpy(np.array(self.rows["steps"]))
-
-    def read(self, ids: list[int], device) -> list[Tensor]:
-        """Copies of these rows on `device`: weights, both moments, step counts."""
-        return [torch.from_numpy(self.rows[part][ids]).to(device) for part in PARTS]
-
-    def write(self, ids: list[int], bank) -> None:
-        """Puts the rows back, and waits for the disk."""
-        for part in PARTS:
-            self.rows[part][ids] = getattr(bank, part).cpu().numpy()
-        with naming(self.path):
-            self.rows.flush()
+    size = len(captions) * text_bytes
+    for picture in pictures:
+        # mean and deviation of 16 channels, 2 bytes each, for 8 x 8 pixels: a byte for each pixel
+        size += sum(width * height for width, height in cache.sizes(picture))
+    return size

@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from argparse import Namespace
@@ -71,7 +72,7 @@ class Group:
         self.device, self.sent, backend = pick_device(device_name), 0, "gloo"
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-            backend = "nccl"
+            backend = "cpu:gloo,cuda:nccl"       # a flag of the CPU does not wait for the card
         if self.size > 1:
             dist.init_process_group(backend, timeout=timedelta(hours=2))    # a bucket may take long to encode
 
@@ -92,6 +93,78 @@ class Group:
     def close(self) -> None:
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def read_state(path: Path, device: str | torch.device = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file of a run."""
+    with safe_open(path, "pt", device=str(device)) as file:
+        # clone: on a CPU a matmul's bits depend on how its operands lie in memory, and a file's lie oddly
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+        return tensors, file.metadata() or {}
+
+
+class WaitingRows:
+    """Where one process's people wait for the next pass over their bucket: a file for each pass that has
+    ended, pass0007.safetensors. A pass starts from the file of the pass before it over the same bucket.
+
+    members: how many of its people each bucket has. size: numbers in a row.
+    """
+    def __init__(self, folder: Path, members: list[int], size: int):
+        self.folder, self.members, self.size = folder, members, size
+
+    def path(self, number: int) -> Path:
+        return self.folder / f"pass{number:04d}.safetensors"
+
+    def bytes(self, bucket: int) -> int:
+        """Of a bucket's file: weights and both moments in fp32, and the step counts."""
+        return self.members[bucket] * (3 * 4 * self.size + 8)
+
+    def save(self, number: int, tensors: dict[str, Tensor]) -> None:
+        """The rows at the end of a pass. By now every process has saved the end of the pass before it, so
+        nobody goes back to before that, and the file which that pass started from can go."""
+        self.path(number - 1 - len(self.members)).unlink(missing_ok=True)
+        with whole(self.path(number)) as part:
+            save_file({name: tensor.cpu() for name, tensor in tensors.items()}, part)
+
+    def load(self, number: int, device: torch.device) -> dict[str, Tensor] | None:
+        """What a pass starts from; None: its people have never trained."""
+        before = number - len(self.members)
+        return None if before < 0 else read_state(self.path(before), device)[0]
+
+    def check(self, open_pass: int, passes: int) -> None:
+        """ValueError unless the files are there that the passes after the open one will start from."""
+        buckets = len(self.members)
+        for number in range(max(0, open_pass + 1 - buckets), min(open_pass, passes - buckets)):
+            path, shape = self.path(number), [self.members[number % buckets], self.size]
+            try:
+                with safe_open(path, "pt") as file:
+                    found = file.get_slice("weight").get_shape()
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{path} is missing or damaged, and this run cannot go on without it: name "
+                                 f"a new --run ({error})") from None
+            if found != shape:
+                raise ValueError(f"{path} holds rows of {found}, not {shape}: it is of another run")
+
+
+def check_room(rows: WaitingRows, used: set[int], lomd: int, cache: int, group: Group) -> None:
+    """ValueError where the disk lacks room for what all processes together are still going to write.
+
+    used: the buckets that the run gets to. lomd: numbers in LoMD. cache: bytes of latents and text.
+    """
+    sizes = [rows.bytes(bucket) for bucket in used]
+    largest = max(sizes, default=0)
+    # two checkpoints are kept, of several processes three, while another is written
+    states = (3 if group.size == 1 else 4) * (largest + 3 * 4 * lomd)
+    needed = {"people": sum(sizes) + largest, "checkpoints": states, "latents and text": cache}
+    for what, pattern in (("people", "pass*.safetensors"), ("checkpoints", "*-*.safetensors")):
+        needed[what] -= sum(path.stat().st_size for path in rows.folder.glob(pattern))
+    everybodys = group.gather(needed)
+    totals = {what: sum(max(0, theirs[what]) for theirs in everybodys) for what in needed}
+    free_bytes = shutil.disk_usage(rows.folder).free
+    if sum(totals.values()) > free_bytes:
+        parts = ", ".join(f"{what} {size / 1e9:.3g} GB" for what, size in totals.items())
+        raise ValueError(f"{rows.folder.parent} has no room for this run: {parts}; "
+                         f"{free_bytes / 1e9:.3g} GB are free")
 
 
 class Checkpoints:
@@ -130,10 +203,8 @@ class Checkpoints:
         if not common:
             return None, "", {}
         path = readable[max(common)]
-        with safe_open(path, "pt", device=str(device)) as file:
-            # clone: on a CPU a matmul's bits depend on how its operands lie in memory, and a file's lie oddly
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
-            return path, file.metadata()["pass"], tensors
+        tensors, metadata = read_state(path, device)
+        return path, metadata["pass"], tensors
 
 
 def peak_memory(device) -> float:
@@ -163,12 +234,14 @@ class Log:
         self.time, self.sent = time.perf_counter(), self.group.sent
 
     def add(self, iteration, joint, bucket, losses, t, norms, lomd_norm):
+        # one wait for the card: what lies there comes in one piece
+        values = torch.cat([losses, norms, lomd_norm[None]]).tolist()
+        losses, norms, lomd_norm = values[:len(losses)], values[len(losses):-1], values[-1]
         phase, memory = "joint" if joint else "warm-up", peak_memory(self.group.device)
-        loss = losses.mean().item()
+        loss = sum(losses) / len(losses)
         self.smooth = loss if self.smooth is None else 0.98 * self.smooth + 0.02 * loss
-        self.entries.append((iteration, phase, bucket, losses.tolist(), t.tolist(), norms.tolist(),
-                             float(lomd_norm), time.perf_counter() - self.time, self.group.sent - self.sent,
-                             memory))
+        self.entries.append((iteration, phase, bucket, losses, t.tolist(), norms, lomd_norm,
+                             time.perf_counter() - self.time, self.group.sent - self.sent, memory))
         self.bar.set_postfix_str(f"{phase}, loss {self.smooth:.4f}, peak {memory:.1f} GB", refresh=False)
         self.bar.update()
 

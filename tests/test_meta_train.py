@@ -24,10 +24,11 @@ import flux_model
 import meta_train
 from meta_train import BucketPass, draw_order, generator, schedule
 from metalora import IdentityBank, MetaLoRA, random_lomd, views
-from support import checkpoints, people as people_files, photos
-from support.checkpoints import find_targets
+from support import checkpoints, people as people_files, photos, runs
 from support.lora_files import load_lomd, read_lomd
-from support.people import Cache, DiskBank, Picture, data_fingerprint, find_people, make_buckets, read_people
+from support.names import find_targets
+from support.people import Cache, Picture, data_fingerprint, find_people, make_buckets, read_people
+from support.runs import WaitingRows
 from test_metalora import parts_of, plain_update
 
 ROOT = Path(__file__).parents[1]
@@ -771,8 +772,8 @@ def test_the_learning_rate_is_the_runs(recorded):
 
 def test_a_joint_step_follows_the_mean_of_the_batch(recorded):
     run = recorded.run
-    run.open, run.iteration = None, 16                                 # the 5th of the second pass over bucket a
-    run.open_bucket(2)
+    run.open, run.iteration = None, 22                                 # the 5th of the second pass over bucket b
+    run.open_bucket(3)
     _, (ids, latent, noise, t, txt, y) = run.draw(4)
     adapter = run.adapter
     adapter.train_lomd = True
@@ -780,8 +781,8 @@ def test_a_joint_step_follows_the_mean_of_the_batch(recorded):
     losses = flux_model.flow_matching_loss(adapter.flux, latent, noise, t, txt, y, guidance=1.0)
     losses.sum().backward()
     flat, rows = adapter.flat.grad / 2, adapter.rows.grad / adapter.counts[:, None]
-    found, times, norms, lomd_norm = run.step(run.passes[2])
-    assert torch.equal(found, losses) and torch.equal(times, t) and run.iteration == 17
+    found, times, norms, lomd_norm = run.step(run.passes[3])
+    assert torch.equal(found, losses) and torch.equal(times, t) and run.iteration == 23
     assert torch.allclose(norms, rows.norm(dim=1)) and lomd_norm == pytest.approx(flat.norm().item())
 
 
@@ -797,19 +798,29 @@ def test_lomd_and_rows_start_as_the_seed_says(recorded):
         assert not opened["steps"].any() and not opened["exp_avg"].any() and not opened["exp_avg_sq"].any()
 
 
-def test_a_second_pass_goes_on_from_the_bank(recorded):
+def waiting_files(folder):
+    return sorted(path.name for path in (folder / "run/rank0").glob("pass*"))
+
+
+def assert_same_waiting(folder, other):
+    assert waiting_files(folder) == waiting_files(other) != []
+    for name in waiting_files(folder):
+        assert (folder / "run/rank0" / name).read_bytes() == (other / "run/rank0" / name).read_bytes()
+
+
+def test_a_second_pass_goes_on_from_the_first(recorded):
     for first, second in ((0, 2), (1, 3)):
         assert same(recorded.closed[first], recorded.opened[second])
         assert recorded.opened[second]["steps"].all()
         assert same(recorded.closed[first], recorded.steps[6 * first + 5].rows_after)
-    bank = DiskBank(recorded.folder / "run/rank0/bank", 5, recorded.closed[0]["weight"].shape[1])
-    assert same(state(IdentityBank(*bank.read([0, 1, 2], "cpu"))), recorded.closed[2])
-    assert same(state(IdentityBank(*bank.read([3, 4], "cpu"))), recorded.closed[3])
+    assert waiting_files(recorded.folder) == ["pass0001.safetensors", "pass0002.safetensors", "pass0003.safetensors"]
+    for number in (1, 2, 3):
+        assert same(load_file(recorded.folder / f"run/rank0/pass{number:04d}.safetensors"), recorded.closed[number])
 
 
 def test_a_step_trains_on_the_posterior_and_on_the_pictures_own_caption(recorded):
     run = recorded.run
-    run.open = None                                                              # the run is over
+    run.open = 2                                                                 # the run is over, its rows do not matter
     run.open_bucket(2)                                                           # bucket a
     seen = collections.defaultdict(set)
     for offset in range(6):
@@ -843,77 +854,52 @@ def test_iterations_may_be_raised_and_the_cache_shared(run, recorded):
     assert code == 0 and "going on from iteration 8" in out
     again, expected = load_lomd("lomd.safetensors")[0], load_lomd(recorded.folder / "out.safetensors")[0]
     assert again.keys() == expected.keys() and all(torch.equal(again[k], expected[k]) for k in again)
-    assert Path("run/rank0/bank").read_bytes() == (recorded.folder / "run/rank0/bank").read_bytes()
+    assert_same_waiting(Path(), recorded.folder)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The bank on disk
+# Rows that wait on disk
 
 
-def random_bank(count, size, seed=0):
+def random_rows(count, size, seed=0):
     g = torch.Generator().manual_seed(seed)
-    return IdentityBank(*(torch.randn(count, size, generator=g) for _ in PARTS[:3]),
-                        torch.randint(1, 10 ** 12, (count,), generator=g))
+    return {part: torch.randn(count, size, generator=g) for part in PARTS[:3]} | {
+        "steps": torch.randint(1, 10 ** 12, (count,), generator=g)}
 
 
-def test_disk_bank_round_trip(tmp_path):
-    bank = DiskBank(tmp_path / "bank", 6, 11)
-    assert (tmp_path / "bank").stat().st_size == 6 * (8 + 12 * 11) == DiskBank.bytes(6, 11)
-    assert list(tmp_path.iterdir()) == [tmp_path / "bank"]
-    empty = IdentityBank(*bank.read([0, 5], "cpu"))
-    assert all(not getattr(empty, part).any() for part in PARTS) and empty.steps.dtype == torch.long
-    first, second = random_bank(3, 11), random_bank(2, 11, seed=1)
-    bank.write([4, 1, 2], first)
-    assert same(state(IdentityBank(*bank.read([4, 1, 2], "cpu"))), state(first))
-    assert torch.equal(IdentityBank(*bank.read([1], "cpu")).weight[0], first.weight[1])
-    before = (tmp_path / "bank").read_bytes()
-    bank.write([0, 5], second)
-    after, row = (tmp_path / "bank").read_bytes(), 8 + 12 * 11
-    assert after[row:5 * row] == before[row:5 * row]                     # rows of others, to the byte
-    assert after[:row] != before[:row] and after[5 * row:] != before[5 * row:]
-    reopened = DiskBank(tmp_path / "bank", 6, 11)
-    assert same(state(IdentityBank(*reopened.read([4, 1, 2], "cpu"))), state(first))
-    assert same(state(IdentityBank(*reopened.read([0, 5], "cpu"))), state(second))
-    (s4, s1, s2), (s0, s5) = first.steps.tolist(), second.steps.tolist()
-    assert reopened.steps().tolist() == [s0, s1, s2, 0, s4, s5]
-    copy_of = IdentityBank(*reopened.read([4], "cpu"))
-    copy_of.weight.zero_()                                                              # a copy, not the file
-    assert torch.equal(IdentityBank(*reopened.read([4], "cpu")).weight[0], first.weight[0])
+def test_rows_wait_in_a_file_for_each_pass(tmp_path):
+    waiting = WaitingRows(tmp_path, [3, 2], 11)
+    rows = [random_rows((3, 2)[number % 2], 11, seed=number) for number in range(4)]
+    for number in range(4):
+        found = waiting.load(number, "cpu")
+        if number < 2:
+            assert found is None                                         # these people have never trained
+        else:
+            assert same(found, rows[number - 2]) and found["steps"].dtype == torch.long
+            found["weight"].zero_()                                      # a copy, not the file
+            assert same(waiting.load(number, "cpu"), rows[number - 2])
+        waiting.save(number, rows[number])
+        size = (tmp_path / f"pass{number:04d}.safetensors").stat().st_size
+        assert 0 < size - waiting.bytes(number % 2) < 1000               # its header
+    # of the bucket of pass 2 the file before is there no more: everybody has saved what came of it
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"pass{i:04d}.safetensors" for i in (1, 2, 3)]
 
 
-def test_disk_bank_of_another_size_is_refused(tmp_path):
-    DiskBank(tmp_path / "bank", 6, 11)
-    for count, size in ((5, 11), (7, 11), (6, 12), (6, 10)):
-        assert str(tmp_path / "bank") in one_line(DiskBank, tmp_path / "bank", count, size)
-    (tmp_path / "bank").write_bytes((tmp_path / "bank").read_bytes()[:-1])
-    assert str(6 * (8 + 12 * 11) - 1) in one_line(DiskBank, tmp_path / "bank", 6, 11)
-
-
-def test_a_bank_has_all_its_room_from_the_start(tmp_path):
-    """Rows of about a quarter of FLUX.1-dev's: no hole in the file, which a full disk would make a bus error."""
-    size = 20 * (8 + 12 * 1_400_000)
-    bank = DiskBank(tmp_path / "bank", 20, 1_400_000)
-    assert (tmp_path / "bank").stat().st_size == size
-    some = IdentityBank(*bank.read([19, 17], "cpu"))
-    some.weight.fill_(2)
-    some.steps += 1
-    bank.write([19, 17], some)
-    again = IdentityBank(*bank.read([17], "cpu"))
-    assert again.weight.eq(2).all() and again.steps.tolist() == [1] and not again.exp_avg.any()
-    if hasattr(Path().stat(), "st_blocks"):
-        assert 512 * (tmp_path / "bank").stat().st_blocks >= size
-        with open(tmp_path / "sparse", "wb") as file:                                    # of an earlier version
-            file.truncate(size)
-        DiskBank(tmp_path / "sparse", 20, 1_400_000)
-        assert 512 * (tmp_path / "sparse").stat().st_blocks >= size
-
-
-def test_a_bank_where_there_is_no_fallocate(tmp_path, monkeypatch):
-    monkeypatch.delattr(people_files.os, "posix_fallocate", raising=False)
-    bank = DiskBank(tmp_path / "bank", 3, 11)
-    bank.write([1], random_bank(1, 11))
-    before = (tmp_path / "bank").read_bytes()
-    assert DiskBank(tmp_path / "bank", 3, 11).steps()[1] and (tmp_path / "bank").read_bytes() == before
+def test_rows_of_another_run_are_refused_at_the_start(tmp_path):
+    waiting = WaitingRows(tmp_path, [3, 2], 11)
+    for number in range(3):
+        waiting.save(number, random_rows((3, 2)[number % 2], 11))
+    waiting.check(open_pass=2, passes=4)                                 # pass 3 starts from the file of pass 1
+    for members, size in (([3, 3], 11), ([3, 2], 12)):
+        assert str(waiting.path(1)) in one_line(WaitingRows(tmp_path, members, size).check, 2, 4)
+    whole = waiting.path(1).read_bytes()
+    for content in (whole[:-1], whole[:20], b""):
+        waiting.path(1).write_bytes(content)
+        assert str(waiting.path(1)) in one_line(waiting.check, 2, 4)
+    waiting.path(1).unlink()
+    assert str(waiting.path(1)) in one_line(waiting.check, 2, 4)
+    waiting.check(open_pass=2, passes=3)                                 # a run that ends with pass 2 needs none
+    waiting.check(open_pass=0, passes=4)                                 # and after pass 0 nobody has trained
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1163,61 +1149,66 @@ def test_a_finished_run_is_left_as_it_is(begun, recorded, iters):
     assert code == 0 and "going on from iteration 24" in out
     again, expected = load_lomd("again.safetensors"), load_lomd(recorded.folder / "out.safetensors")
     assert again[1] == expected[1] and all(torch.equal(again[0][k], expected[0][k]) for k in expected[0])
-    assert Path("run/rank0/bank").read_bytes() == (recorded.folder / "run/rank0/bank").read_bytes()
+    assert_same_waiting(Path(), recorded.folder)
 
 
-@pytest.mark.parametrize("what", ["steps", "missing", "short", "older"])
-def test_a_bank_that_does_not_belong_to_the_checkpoint(begun, recorded, what):
-    path = Path("run/rank0/bank")
-    bank = DiskBank(path, 5, recorded.closed[0]["weight"].shape[1])
-    if what == "steps":                                       # of somebody in the bucket that is closed
-        bank.rows["steps"][1] += 1
-        bank.rows.flush()
-    elif what == "older":
-        bank.write([0, 1, 2], IdentityBank(*(recorded.closed[0][part] for part in PARTS)))
-    elif what == "missing":
+@pytest.mark.parametrize("what", ["missing", "short", "of another bucket"])
+def test_waiting_rows_that_are_not_there(begun, what):
+    path = Path("run/rank0/pass0002.safetensors")                                 # which pass 4 is to start from
+    if what == "missing":
         path.unlink()
-    else:
+    elif what == "short":
         path.write_bytes(path.read_bytes()[:-4])
-    assert refused(begun(iters=30), "run/rank0/bank")
+    else:
+        shutil.copy("run/rank0/pass0003.safetensors", path)
+    assert refused(begun(iters=30), "run/rank0/pass0002.safetensors")
     assert not Path("lomd.safetensors").exists()
 
 
-def test_a_bank_that_the_disk_cannot_hold(run, monkeypatch):
+def test_rows_that_the_disk_cannot_hold(run, monkeypatch):
+    """Asked before anything is encoded."""
     make_people(Path("data"), TWO_BUCKETS)
-    monkeypatch.setattr(people_files.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    assert refused(run("--warmup", 0), "the bank of 5 people needs")
-    assert not list(Path("run").rglob("bank*"))
+    monkeypatch.setattr(runs.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    assert refused(run("--warmup", 0), "no room", "people", "checkpoints", "latents and text")
+    assert not list(Path("run").rglob("*.safetensors"))
 
 
 @pytest.mark.slow
-def test_checkpoints_and_cache_count_before_the_start(run, monkeypatch):
+def test_what_a_run_needs_on_disk_is_foreseen(run, monkeypatch):
+    """With what is asked for, and not less, a run ends; what is there already is not asked for again."""
     make_people(Path("data"), TWO_BUCKETS)
-    assert run(iters=24)[0] == 0
-    files = {path: path.stat().st_size for path in Path("run").rglob("*.safetensors")}
-    bank = Path("run/rank0/bank").stat().st_size
+    free, used = [10 ** 9], []
+
+    def disk_usage(path):
+        used.append(sum(file.stat().st_size for file in Path("run").rglob("*.safetensors")))
+        return SimpleNamespace(free=free[0] - used[-1])
+    monkeypatch.setattr(runs.shutil, "disk_usage", disk_usage)
+    assert run(iters=24)[0] == 0 and used == [0]
+    left = sum(file.stat().st_size for file in Path("run").rglob("*.safetensors"))
+    free[0] = left
+    assert run(iters=25)[0] in (0, 2)
     shutil.rmtree("run")
-    free = bank + sum(size for path, size in files.items() if path.parent.name == "cache")
-    monkeypatch.setattr(people_files.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
-    assert refused(run(iters=24), "checkpoints", "cache") and not list(Path("run").rglob("bank*"))
-    free += 2 * max(size for path, size in files.items() if path.parent.name == "rank0")
-    # 3 checkpoints of 2 are counted, but of captions and latents that are all that there will be
-    monkeypatch.setattr(people_files.shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * free))
+    free[0] = left // 2
+    assert refused(run(iters=24), "no room")
+    free[0] = 2 * left                           # a checkpoint and a bucket more than stay, and text counted in full
     assert run(iters=24)[0] == 0
 
 
-def test_a_bank_without_its_checkpoints(begun):
-    for path in Path("run/rank0").glob("*.safetensors"):
+@pytest.mark.parametrize("left", ["nothing", "the rows"])
+def test_a_run_without_its_checkpoints_begins_again(begun, recorded, left):
+    for path in Path("run/rank0").glob("*-*.safetensors" if left == "the rows" else "*.safetensors"):
         path.unlink()
-    assert refused(begun(), "run/rank0/bank", "a run without checkpoints")
+    assert begun()[0] == 0
+    again, expected = load_lomd("lomd.safetensors")[0], load_lomd(recorded.folder / "out.safetensors")[0]
+    assert all(torch.equal(again[k], expected[k]) for k in expected)
+    assert_same_waiting(Path(), recorded.folder)
 
 
 def test_the_open_buckets_rows_come_from_the_checkpoint(begun, recorded):
-    """A kill may have torn them in the bank."""
-    bank = DiskBank(Path("run/rank0/bank"), 5, recorded.closed[0]["weight"].shape[1])
-    bank.write([3, 4], random_bank(2, recorded.closed[0]["weight"].shape[1]))
+    """A kill may have come before they were put away."""
+    save_file(random_rows(2, recorded.closed[0]["weight"].shape[1]), "run/rank0/pass0003.safetensors")
     assert begun()[0] == 0
-    assert Path("run/rank0/bank").read_bytes() == (recorded.folder / "run/rank0/bank").read_bytes()
+    assert_same_waiting(Path(), recorded.folder)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -29,11 +29,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import flux_model
-from support.checkpoints import find_targets, load_flux
+from support.checkpoints import load_flux
+from support.names import find_targets
 import meta_train
 import metalora
 from metalora import IdentityBank, MetaLoRA
-from support.people import DiskBank, read_people
+from support.people import read_people
+from support.runs import WaitingRows
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "tests" / "golden" / "hub"
@@ -185,20 +187,6 @@ def die_at_file(pattern, when, count=1):
     os.replace = hit
 
 
-def die_in_bank(count, parts):
-    """With these parts of the rows written, and of the next one row."""
-    write, calls = DiskBank.write, itertools.count(1)
-
-    def hit(self, ids, bank):
-        if next(calls) < count:
-            return write(self, ids, bank)
-        for i, part in enumerate(IdentityBank.PARTS[:parts + 1]):
-            some = ids if i < parts else ids[:1]
-            self.rows[part][some] = getattr(bank, part)[:len(some)].numpy()
-        die()
-    DiskBank.write = hit
-
-
 def die_in_log(count):
     """With half a line written."""
     write, calls = meta_train.Log.write, itertools.count(1)
@@ -284,18 +272,14 @@ def not_finite_at(iteration):
 
 
 def keep_states():
-    """Copies of each checkpoint and of the bank at each end of a pass, in states/."""
-    save, close = meta_train.Run.save, meta_train.Run.close_bucket
+    """Copies of each checkpoint, in states/."""
+    save = meta_train.Run.save
     Path("states").mkdir()
 
     def save_and_keep(self):
         save(self)
         shutil.copy(self.checkpoints.found()[-1][2], f"states/{self.iteration}.safetensors")
-
-    def close_and_keep(self, *args):
-        close(self, *args)
-        shutil.copy(self.folder / "bank", f"states/{self.iteration}.bank")
-    meta_train.Run.save, meta_train.Run.close_bucket = save_and_keep, close_and_keep
+    meta_train.Run.save = save_and_keep
 
 
 def short_previews():
@@ -333,8 +317,9 @@ def doubled(argv):
     adapter = MetaLoRA(flux, args.r2, lomd=metalora.random_lomd(find_targets(flux), args.r1, args.seed),
                        num_identities=0, slots=2 * args.batch_size)
     for run in runs:
-        run.adapter = SimpleNamespace(new_row=adapter.new_row)
-        run.disk = DiskBank(Path(f"bank{run.group.rank}"), sum(map(len, run.rows)), adapter.size)
+        run.adapter = SimpleNamespace(new_row=adapter.new_row, size=adapter.size)
+        run.waiting = WaitingRows(Path(f"waiting{run.group.rank}"), list(map(len, run.members)), adapter.size)
+        run.waiting.folder.mkdir()
     for number, (bucket, start, joint, stop) in enumerate(runs[0].passes):
         for run in runs:
             run.open_bucket(number)
@@ -352,8 +337,7 @@ def doubled(argv):
             flux_model.flow_matching_loss(flux, *draws, guidance=1.0).sum().backward()
             adapter.step(args.lr)                                 # by the adapter's own mean
         for run, rows in zip(runs, (slice(count), slice(count, None))):
-            own = IdentityBank(*(getattr(adapter.bank, part)[rows] for part in IdentityBank.PARTS))
-            run.disk.write(run.rows[bucket], own)
+            run.waiting.save(number, {part: getattr(adapter.bank, part)[rows].clone() for part in IdentityBank.PARTS})
     save_file({f"lomd.{part}": getattr(adapter.shared, part) for part in IdentityBank.PARTS}, "doubled.safetensors")
 
 
@@ -398,9 +382,9 @@ def assert_same_end(folder, reference, ranks=1, logged=True):
     for rank in range(ranks):
         ends = [newest(f / "run" / f"rank{rank}") for f in (folder, reference)]
         assert ends[0][1].name == ends[1][1].name and contents(ends[0][1]) == contents(ends[1][1])
-        banks = [f / "run" / f"rank{rank}" / "bank" for f in (folder, reference)]
-        assert banks[0].exists() == banks[1].exists()
-        assert not banks[0].exists() or banks[0].read_bytes() == banks[1].read_bytes()
+        waiting, expected = ({path.name: path.read_bytes() for path in (f / "run" / f"rank{rank}").glob("pass*")}
+                             for f in (folder, reference))
+        assert waiting.keys() == expected.keys() != set() and waiting == expected
     if logged:
         assert log_lines(folder / "run") == log_lines(reference / "run")
 
@@ -431,7 +415,8 @@ def warm(reference, tmp_path):
 
 def test_an_undisturbed_run(server, data, reference):
     assert sorted(p.name for p in (reference / "run" / "rank0").iterdir()) == [
-        "00000021-00000013.safetensors", "00000022-00000014.safetensors", "bank"]
+        "00000021-00000013.safetensors", "00000022-00000014.safetensors",
+        *(f"pass{number:04d}.safetensors" for number in range(4))]
     assert sorted(p.name for p in (reference / "run").iterdir()) == [
         "cache", "lock0", "log.jsonl", "lomd.safetensors", "loss.png", "pictures.json", "rank0", "settings.json"]
     assert not list(reference.rglob("*.part"))
@@ -452,21 +437,22 @@ CHAIN = [  # what happens, and the exit code; the same command again after each
     ((die_at_file, "settings.json", "torn"), -9),
     ((die_at_file, "*-text-*", "before"), -9),
     ((die_at_file, "*x64-*", "torn", 2), -9),
-    ((die_at_file, "bank", "before"), -9),
+    ((die_in_resume,), -9),
     ((signal_at, 0, signal.SIGINT), 130),
     ((die_in_log, 2), -9),
     ((die_at_file, "00000004-*", "torn"), -9),
     ((die_in_step, 4), -9),
-    ((die_at_file, "00000006-*", "after"), -9),                   # a pass ends: saved, and not yet in the bank
+    ((die_at_file, "00000006-*", "after"), -9),                   # a pass ends: saved, and its rows not yet put away
     ((die_at_file, "log.jsonl", "torn"), -9),
-    ((die_in_bank, 1, 1), -9),                                    # going on closes it again
+    ((die_at_file, "pass0000.safetensors", "torn"), -9),          # going on closes it again
+    ((die_at_file, "pass0000.safetensors", "after"), -9),
     ((die_at_file, "lomd.safetensors", "torn"), -9),
     ((signal_at, 6, signal.SIGTERM), 130),
     ((signal_at, 9, signal.SIGINT), 130),
     ((die_at_file, "00000012-*", "before"), -9),
     ((die_in_fsync, 7), -9),
     ((die_in_unlink, "*-*.safetensors"), -9),
-    ((die_in_bank, 2, 3), -9),                                    # nothing was saved since the pass before
+    ((die_at_file, "pass0002.safetensors", "before"), -9),        # nothing was saved since the pass before
     ((die_in_resume,), -9),
     ((die_at_file, "00000022-*", "torn"), -9),
     ((signal_at, 21, signal.SIGTERM), 130),                       # in the very last iteration
@@ -550,13 +536,17 @@ def test_more_iterations_later_after_a_torn_checkpoint_and_with_previews(server,
             assert len({picture.crop((x, y, x + 64, y + 64)).tobytes() for x in (0, 64) for y in (0, 64)}) == 4
 
 
-def test_a_bank_that_is_ahead_of_the_checkpoints_is_refused(server, data, reference, warm):
+@pytest.mark.parametrize("end", [12, 22])
+def test_rows_that_are_ahead_of_the_checkpoints(server, data, reference, warm, end):
+    """The checkpoint of the end of a pass is torn, whose rows are put away: it is trained once more, from what it started
+    from, be it that these people are new or the end of their first pass."""
     argv = arguments(data, "--save-every", 100)
-    assert run(server, warm, [*argv, "--iters", "12"])[0] == 0
-    torn = newest(warm / "run" / "rank0")[1]                      # of the end of the pass over b, whose rows are in the bank
+    assert run(server, warm, [*argv, "--iters", str(end)])[0] == 0
+    torn = newest(warm / "run" / "rank0")[1]
     os.truncate(torn, 1000)
     code, out, err = run(server, warm, argv)
-    assert code == 2 and "rank0/bank does not belong to run/rank0/00000006-00000004.safetensors" in err
+    assert code == 0 and f"going on from iteration {dict([(12, 6), (22, 18)])[end]}" in out and "is damaged" in err
+    assert_same_end(warm, reference)
 
 
 def test_two_processes_on_one_run(server, data, reference, warm):
@@ -592,9 +582,10 @@ def test_a_loss_that_is_not_finite(server, data, reference, warm, person, phase)
     assert iteration == int(found[1])
     start, joint, _ = next(each for each in PASSES if each[0] <= iteration < each[2])
     assert phase == ("joint" if iteration >= joint else "warm-up")
-    bank = reference / "states" / f"{start}.bank"
-    assert (warm / "run" / "rank0" / "bank").read_bytes() == (bank.read_bytes() if start else
-                                                              bytes((reference / "run/rank0/bank").stat().st_size))
+    waiting = sorted((warm / "run" / "rank0").glob("pass*"))
+    assert len(waiting) == [each[0] for each in PASSES].index(start)                   # the open pass is not put away
+    for path in waiting:
+        assert path.read_bytes() == (reference / "run" / "rank0" / path.name).read_bytes()
     if phase == "joint":                                          # once the latents are good, it goes on
         latent.write_bytes(good)
         assert run(server, warm, arguments(data))[0] == 0
@@ -619,12 +610,6 @@ def warm_pair(pair, tmp_path):
     return start_with_cache(tmp_path, pair)
 
 
-def bank_of(folder, rank, people):
-    """Rows of a bank, IdentityBank of `people` rows."""
-    path = folder / "run" / f"rank{rank}" / "bank"
-    return IdentityBank(*DiskBank(path, people, (path.stat().st_size // people - 8) // 12).read(range(people), "cpu"))
-
-
 def test_two_processes_equal_one_with_the_doubled_batch(server, squares, pair, warm_pair):
     assert run(server, warm_pair, arguments(squares), script=doubled)[::2] == (0, "")
     one = load_file(warm_pair / "doubled.safetensors")
@@ -635,14 +620,16 @@ def test_two_processes_equal_one_with_the_doubled_batch(server, squares, pair, w
         assert two["lomd.steps"] == one["lomd.steps"] == sum(stop - joint for _, joint, stop in PASSES)
     start_lomd = torch.cat([lomd.flatten() for lomd in start_of_lomd().values()])
     assert (one["lomd.weight"][0] - start_lomd).norm() > 1e-2 * start_lomd.norm()             # it has learned something
-    for rank, people in ((0, 4), (1, 3)):
-        found, size = bank_of(pair, rank, people), (pair / "run" / f"rank{rank}" / "bank").stat().st_size
-        expected = IdentityBank(*DiskBank(warm_pair / f"bank{rank}", people, (size // people - 8) // 12).read(
-            range(people), "cpu"))
-        assert torch.equal(found.steps, expected.steps) and found.steps.min() > 2
+    people = [0, 0]
+    for rank, number in itertools.product(range(2), (1, 2, 3)):                      # the last passes over each bucket
+        name = f"pass{number:04d}.safetensors"
+        found, expected = load_file(pair / "run" / f"rank{rank}" / name), load_file(warm_pair / f"waiting{rank}" / name)
+        assert torch.equal(found["steps"], expected["steps"]) and found["steps"].min() > 2
+        people[rank] += len(found["steps"])
         for part in IdentityBank.PARTS[:3]:
-            for row in range(people):
-                assert_close(getattr(found, part)[row], getattr(expected, part)[row])
+            for row, wanted in zip(found[part], expected[part]):
+                assert_close(row, wanted)
+    assert people == [4, 3]
 
 
 def assert_close(found, expected):
