@@ -153,6 +153,8 @@ def draw(argv: list[str] | None) -> None:
         note("--negative does nothing without --true-cfg")
     if not config.guidance_embed:
         note("this model has no guidance input: --guidance does nothing")
+        if args.true_cfg == 1.0 and "schnell" not in str(folder).lower():
+            note("if it is a de-distilled one and not schnell, it wants --steps 30 --true-cfg 3.5")
 
     defaults = model_defaults(folder)
     width, height = (size or defaults["resolution"] for size in (args.width, args.height))

@@ -219,6 +219,7 @@ class Cache:
                    leave=False)
         if captions:
             encoders = load_text_encoders(self.model, self.device, self.dtype)
+            encoders.tell(captions)
             for caption in captions:
                 txt, y = encoders.encode([caption])
                 self.save(self.text_path(caption), {"txt": txt[0], "y": y[0]}, stop)

@@ -1,4 +1,5 @@
 """sample.py on the small random snapshot: pictures, files, text fields, LoRAs, bad input, Ctrl-C."""
+import json
 import subprocess
 import sys
 import weakref
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import sample
@@ -16,6 +18,7 @@ from support import checkpoints
 from support.checkpoints import (diffusers_flux_names, flux_files, load_autoencoder, load_flux, load_text_encoders,
                                  open_flux)
 from support.lora_files import save_lora, split_lora
+from support.text import LoudTextEncoders
 
 ROOT = Path(__file__).resolve().parents[1]
 HUBS = (ROOT / "tests" / "golden" / "hub", ROOT.parent / "shared" / "golden" / "hub")
@@ -83,7 +86,26 @@ def test_one_prompt_is_out_png_with_its_settings(capsys):
     assert image.text == {"prompt": "a café\u2009→ 東京", "seed": "7", "steps": "2", "guidance": "2.5", "true_cfg": "1.0",
                           "negative": "", "model": "hub", "loras": "", "width": "48", "height": "32"}
     output = capsys.readouterr()
-    assert "saved out.png" in output.out and not output.err
+    assert "saved out.png" in output.out
+    line, = output.err.splitlines()                                     # the small T5 knows no accents either
+    assert "T5 has no letters" in line and line.endswith("is 'café → 東京'")
+
+
+@pytest.mark.parametrize("name, words, noted", [
+    ("flux1-schnell", [], False), ("OpenFLUX", [], True), ("dev-de-distill", ["--true-cfg", 3], False)])
+def test_a_model_without_guidance_that_is_not_schnell(tmp_path, capsys, name, words, noted):
+    (tmp_path / "m").mkdir()
+    for path in HUB.iterdir():
+        (tmp_path / "m" / path.name).symlink_to(path)
+    with safe_open(HUB / "flux1-dev.safetensors", "pt") as file:
+        config = json.loads(file.metadata()["config"]) | {"guidance_embed": False}
+    weights = {key: t for key, t in load_file(HUB / "flux1-dev.safetensors").items() if "guidance" not in key}
+    path = tmp_path / "m" / f"{name}.safetensors"
+    (tmp_path / "m" / "flux1-dev.safetensors").unlink()
+    save_file(weights, path, {"config": json.dumps(config)})
+    assert sample.main([*SMALL[:4], "--device", "cpu", "--model", str(path), "a cat", *map(str, words)]) == 0
+    assert Image.open("out.png").text["steps"] == "4"
+    assert ("--steps 30 --true-cfg 3.5" in capsys.readouterr().err) == noted
 
 
 def test_guidance_is_the_models(tmp_path):
@@ -330,7 +352,7 @@ def test_a_lora_that_is_a_folder_or_a_pointer(capsys):
 def test_words_that_t5_cannot_hold_are_named_once_for_each_prompt(capsys, one_load):
     long = " ".join(f"w{i}" for i in range(300))
     assert run(long, "a cat", "--num", "2", "--out", "some") == 0
-    line, = (line for line in capsys.readouterr().err.splitlines() if "T5" in line)
+    line, = (line for line in capsys.readouterr().err.splitlines() if "T5 sees" in line)
     seen, lost = one_load.t5_tokenizer, line.split(" is ")[-1].strip("'").split()
     kept = long[:long.index(lost[0])].strip()
     assert long == f"{kept} {' '.join(lost)}" and "T5 sees 512 tokens" in line
@@ -340,6 +362,34 @@ def test_words_that_t5_cannot_hold_are_named_once_for_each_prompt(capsys, one_lo
     capsys.readouterr()
     fits.encode([kept]), fits.encode([kept, "a cat"])                                    # schnell's
     assert capsys.readouterr().err.count("T5 sees 256 tokens") == 1
+
+
+def notes(err):
+    return [line for line in err.splitlines() if line.startswith("note: ")]
+
+
+def test_words_that_t5_does_not_know_are_named(capsys, one_load):
+    assert run("a cat", "a cat, море", "海", "a cat, 山 and 川", "--out", "some", "--steps", "1") == 0
+    line, = (line for line in notes(capsys.readouterr().err) if "unknown" in line)
+    assert "'a cat, море'" in line and "is 'море'" in line and "2 more" in line
+    same, other = one_load.encode(["море", "海"])[0]
+    assert torch.equal(same, other)                                     # hence the note
+
+
+@pytest.mark.parametrize("text, words", [
+    ("a photo of [subject] on a beach", "[subject]"), ("<lyco:style:1> a cat", "<lyco:style:1>"), ("a (red:1.3) cat", "(red:1.3)"),
+    ("a cat BREAK a beach", "BREAK"), ("a cat --w 768 --h 512 --d 3", "--w 768 --h 512 --d 3"), ("a {cat|dog}", "{cat|dog}"),
+    ("a __colour__ cat", "__colour__"), ("embedding:style, a cat", "embedding:style,"), ("a ((big)) cat", "((big))"),
+    ("a cat (and a dog), 3:4 -- breaking", ""), ("well-made, a man's cat; 50 mm <3", "")])
+def test_commands_of_other_programs(text, words):
+    assert LoudTextEncoders.commands(text) == words
+
+
+def test_commands_of_other_programs_in_a_file_of_prompts_are_named_once(tmp_path, capsys):
+    Path("prompts.txt").write_text("a cat --n low quality --w 512\na cat\na (photo:1.1) --g 3.5\n")
+    assert run("--prompts", "prompts.txt", "--out", "some") == 0
+    line, = (line for line in notes(capsys.readouterr().err) if "commands" in line)
+    assert "--w 512" in line and "1 more" in line
 
 
 def test_ctrl_c_saves_what_is_finished(monkeypatch, capsys):
