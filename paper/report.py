@@ -4,6 +4,7 @@ Source: "Meta-LoRA" (Topal et al. 2025).
 """
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -79,12 +80,18 @@ def draw_plane(axes: object, method: str, points: list[dict], colour: str) -> No
     x = np.array([100 * point["clip_t"]["mean"] for point in points])
     y = np.array([100 * point["r_facesim"]["mean"] for point in points])
     sizes = [20 + 6 * point["rank"] for point in points]
-    marker = "o" if points[0]["rank"] > 0 else "*"
-    label = METHODS.get(method, method)
-    axes.scatter(x, y, s=sizes, marker=marker, color=colour, label=label, alpha=0.8)
+    trained = points[0]["rank"] > 0
+    axes.scatter(
+        x, y,
+        s=sizes,
+        marker="o" if trained else "*",
+        color=colour,
+        label=METHODS.get(method, method),
+        alpha=0.8,
+    )
     if len(np.unique(x)) > 3:
-        at = np.linspace(x.min(), x.max(), 50)
         fit = np.poly1d(np.polyfit(x - x.mean(), y, 2))
+        at = np.linspace(x.min(), x.max(), 50)
         axes.plot(at, fit(at - x.mean()), color=colour, linewidth=1)
 
 
@@ -112,32 +119,61 @@ def draw_ranks(by_method: dict[str, list[dict]], colours: dict[str, str], path: 
     save_figure(figure, path)
 
 
-# The miniature: scores {(method, rate): one `measure` for each seed of training} -------------------------
+# The miniature ---------------------------------------------------------------------------------------
+
+
+class Found(NamedTuple):
+    """All scores of a rank: the numbers of steps, {method: {steps: {"rate": ..}}} as chosen on other people,
+    and {(method, rate): what `measure` gave for each seed of training}."""
+    steps: list[int]
+    rates: dict[str, dict[int, dict]]
+    scores: dict[tuple[str, float], list[dict]]
+
+    def rate(self, method: str, count: int) -> float:
+        return self.rates[method][count]["rate"]
+
+    def curve(self, method: str, metric: str) -> np.ndarray:
+        """A metric of each person at each number of steps, at the rate chosen for it (S, P)."""
+        rows = []
+        for count in self.steps:
+            found = self.scores[method, self.rate(method, count)]
+            rows.append(of_people(found, count, metric))
+        return np.stack(rows)
+
+    def lines(self, method: str) -> dict[float, np.ndarray]:
+        """{rate: likeness and text of everybody at each number of steps that was run (2, S, P)}."""
+        lines = {}
+        for (name, rate), found in self.scores.items():
+            if name == method:
+                counts = sorted(map(int, found[0]))
+                likeness = [of_people(found, count, "likeness") for count in counts]
+                text = [of_people(found, count, "text") for count in counts]
+                lines[rate] = np.array([likeness, text])
+        return lines
+
+
+def of_people(found: list[dict], count: int, metric: str) -> np.ndarray:
+    """A metric of each person (P,) after so many steps, averaged over seeds of training."""
+    seeds = []
+    for one in found:
+        people = one[str(count)]
+        seeds.append([people[name][metric] for name in sorted(people)])
+    return np.mean(seeds, axis=0)
 
 
 def mean_error(values: list[float] | np.ndarray) -> list[float]:
     """Mean and standard error over people, without those that have no value."""
     values = np.asarray(values, dtype=float)
     values = values[np.isfinite(values)]
-    return [float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5)]
+    error = values.std(ddof=1) / len(values) ** 0.5
+    return [float(values.mean()), float(error)]
 
 
-def of_people(found: list[dict], count: int, metric: str) -> np.ndarray:
-    """A metric of each person (P,) after so many steps, averaged over seeds of training."""
-    people = sorted(found[0][str(count)])
-    seeds = []
-    for one in found:
-        seeds.append([one[str(count)][name][metric] for name in people])
-    return np.mean(seeds, axis=0)
-
-
-def curve(steps: list[int], rates: dict, scores: dict, method: str, metric: str) -> np.ndarray:
-    """A metric of each person at each number of steps, at the rate chosen for it (S, P)."""
-    rows = []
-    for count in steps:
-        rate = rates[method][count]["rate"]
-        rows.append(of_people(scores[method, rate], count, metric))
-    return np.stack(rows)
+def resamples(count: int) -> list[np.ndarray]:
+    """Indices of people: everybody, then RESAMPLES draws with replacement."""
+    rng = np.random.default_rng(0)
+    draws = rng.integers(count, size=(RESAMPLES, count))
+    return [np.arange(count), *draws]
 
 
 def steps_to_reach(target: float, steps: list[int], sums: np.ndarray) -> float:
@@ -146,25 +182,20 @@ def steps_to_reach(target: float, steps: list[int], sums: np.ndarray) -> float:
     above = np.flatnonzero(sums >= target)
     if not len(above):
         return np.inf
-    i = above[0]
-    if i == 0:
+    last = above[0] + 1
+    if last == 1:
         return steps[0]
-    return float(np.exp(np.interp(target, sums[i - 1:i + 1], np.log(steps[i - 1:i + 1]))))
+    between = np.log(steps[last - 2:last])
+    return float(np.exp(np.interp(target, sums[last - 2:last], between)))
 
 
-def resamples(count: int) -> list[np.ndarray]:
-    """Indices of people: everybody, then RESAMPLES draws with replacement."""
-    rng = np.random.default_rng(0)
-    return [np.arange(count), *rng.integers(count, size=(RESAMPLES, count))]
-
-
-def steps_needed(own: np.ndarray, other: np.ndarray, i: int, steps: list[int]) -> dict:
-    """How many steps a method needs for the sum that another has at steps[i], both (S, P), with the
-    interval of 68 % of resamples of people, and the share of these in which it gets there."""
+def steps_needed(own: np.ndarray, target: np.ndarray, steps: list[int]) -> dict:
+    """How many steps a method with the sums own (S, P) needs for the mean of target (P,); the 16 % and 84 %
+    quantiles over resamples of people, and the share of these in which it gets there at all."""
     needed = []
-    for people in resamples(own.shape[1]):
-        target = other[i, people].mean()
-        needed.append(steps_to_reach(target, steps, own[:, people].mean(axis=1)))
+    for people in resamples(len(target)):
+        means = own[:, people].mean(axis=1)
+        needed.append(steps_to_reach(target[people].mean(), steps, means))
     low, high = np.quantile(needed[1:], [0.16, 0.84], method="nearest")
     reached = np.isfinite(needed[1:]).mean()
     return {"needed": needed[0], "low": low, "high": high, "reached": reached}
@@ -173,27 +204,15 @@ def steps_needed(own: np.ndarray, other: np.ndarray, i: int, steps: list[int]) -
 def text_at(level: float, lines: list[np.ndarray]) -> float:
     """The highest text at a likeness on any of the lines (2, S) of likeness and text, interpolated; nan
     where none of them crosses it."""
-    texts = [np.nan]
+    best = np.nan
     for likeness, text in lines:
-        for i in range(len(likeness) - 1):
-            ends = likeness[i:i + 2]
-            if min(ends) <= level <= max(ends) and ends[0] != ends[1]:
-                share = (level - ends[0]) / (ends[1] - ends[0])
-                texts.append(text[i] + share * (text[i + 1] - text[i]))
-    return np.nanmax(texts) if np.isfinite(texts).any() else np.nan
-
-
-def lines_of(scores: dict, method: str) -> list[np.ndarray]:
-    """For each rate of a method, likeness and text of everybody at each number of steps (2, S, P)."""
-    lines = []
-    for (name, _), found in scores.items():
-        if name == method:
-            counts = sorted(map(int, found[0]))
-            line = []
-            for metric in ("likeness", "text"):
-                line.append([of_people(found, count, metric) for count in counts])
-            lines.append(np.array(line))
-    return lines
+        for i in range(1, len(likeness)):
+            start, end = likeness[i - 1:i + 1]
+            if min(start, end) <= level <= max(start, end) and start != end:
+                share = (level - start) / (end - start)
+                found = text[i - 1] + share * (text[i] - text[i - 1])
+                best = np.fmax(best, found)
+    return best
 
 
 def text_at_levels(lines: list[np.ndarray]) -> np.ndarray:
@@ -207,86 +226,90 @@ def text_at_levels(lines: list[np.ndarray]) -> np.ndarray:
 
 def with_error(mean: float, error: float, sign: str = "") -> str:
     """As percent, the error in brackets; a dash for what does not exist."""
-    return f"{100 * mean:{sign}.1f} ({100 * error:.1f})" if np.isfinite(mean) else "–"
+    if not np.isfinite(mean):
+        return "–"
+    return f"{100 * mean:{sign}.1f} ({100 * error:.1f})"
 
 
 def percent(values: np.ndarray, sign: str = "") -> str:
     return with_error(*mean_error(values), sign)
 
 
-def number_of_steps(value: float) -> str:
-    return f"{value:.0f}" if np.isfinite(value) else "more than tried"
-
-
-def write_report(steps: list[int], rates: dict, scores: dict) -> str:
+def write_report(found: Found) -> str:
     """The tables of a rank, as Markdown; mean over people, and in brackets its standard error."""
     parts = [score_table, difference_table, level_table, front_table, rate_table]
-    return "\n".join(part(steps, rates, scores) for part in parts)
+    return "\n".join(markdown(part(found)) for part in parts)
 
 
-def score_table(steps: list[int], rates: dict, scores: dict) -> str:
-    floor = {metric: of_people(scores["none", 0.0], 0, metric) for metric in METRICS}
-    rows = [[f"n = {len(floor['text'])}", "steps", "rate", "R-FaceSim", "CLIP-T", "sum", "faces found",
-             "background copied", "head moves"]]
+def score_table(found: Found) -> list[list[str]]:
+    floor = {metric: of_people(found.scores["none", 0.0], 0, metric) for metric in METRICS}
+    count = len(floor["text"])
     shown = "likeness", "text", "sum", "found"
-    rows.append([METHODS["none"], "", "", *(percent(floor[metric]) for metric in shown), "",
-                 percent(floor["move"])])
-    for method in rates:
-        curves = {metric: curve(steps, rates, scores, method, metric) for metric in METRICS}
-        for i, count in enumerate(steps):
-            cells = [percent(curves[metric][i]) for metric in shown]
-            copied = 1 - curves["background"][i] / floor["background"]
-            rows.append([METHODS[method], f"{count}", f"{rates[method][count]['rate']:g}", *cells,
-                         percent(copied), percent(curves["move"][i])])
-    return markdown(rows)
+    rows = [[f"n = {count}", "steps", "rate", "R-FaceSim", "CLIP-T", "sum", "faces found",
+             "background copied", "head moves"]]
+    scores = [percent(floor[metric]) for metric in shown]
+    rows.append([METHODS["none"], "", "", *scores, "", percent(floor["move"])])
+    for method in found.rates:
+        curves = {metric: found.curve(method, metric) for metric in METRICS}
+        copied = 1 - curves["background"] / floor["background"]
+        for i, count in enumerate(found.steps):
+            rate = f"{found.rate(method, count):g}"
+            scores = [percent(curves[metric][i]) for metric in shown]
+            moves = percent(curves["move"][i])
+            rows.append([METHODS[method], f"{count}", rate, *scores, percent(copied[i]), moves])
+    return rows
 
 
-def difference_table(steps: list[int], rates: dict, scores: dict) -> str:
+def difference_table(found: Found) -> list[list[str]]:
     rows = [["Meta-LoRA less", "steps", "R-FaceSim", "CLIP-T", "sum"]]
     for other in OTHERS:
-        for i, count in enumerate(steps):
-            cells = []
-            for metric in ("likeness", "text", "sum"):
-                own = curve(steps, rates, scores, "meta-lora", metric)[i]
-                cells.append(percent(own - curve(steps, rates, scores, other, metric)[i], "+"))
+        leads = []
+        for metric in ("likeness", "text", "sum"):
+            leads.append(found.curve("meta-lora", metric) - found.curve(other, metric))
+        for i, count in enumerate(found.steps):
+            cells = [percent(lead[i], "+") for lead in leads]
             rows.append([METHODS[other], f"{count}", *cells])
-    return markdown(rows)
+    return rows
 
 
-def level_table(steps: list[int], rates: dict, scores: dict) -> str:
+def level_table(found: Found) -> list[list[str]]:
     rows = [["for the sum of", "at steps", "Meta-LoRA needs", "16 % quantile", "84 %", "reached in"]]
-    own = curve(steps, rates, scores, "meta-lora", "sum")
+    own = found.curve("meta-lora", "sum")
     for other in OTHERS:
-        theirs = curve(steps, rates, scores, other, "sum")
-        for i, count in enumerate(steps):
-            found = steps_needed(own, theirs, i, steps)
-            cells = [number_of_steps(found[name]) for name in ("needed", "low", "high")]
-            rows.append([METHODS[other], f"{count}", *cells, f"{found['reached']:.0%}"])
-    return markdown(rows)
+        for count, target in zip(found.steps, found.curve(other, "sum")):
+            needed = steps_needed(own, target, found.steps)
+            reached = needed.pop("reached")
+            cells = [f"{value:.0f}" if np.isfinite(value) else "more" for value in needed.values()]
+            rows.append([METHODS[other], f"{count}", *cells, f"{reached:.0%}"])
+    return rows
 
 
-def front_table(steps: list[int], rates: dict, scores: dict) -> str:
-    rows = [["CLIP-T at a likeness of"]]
+def front_table(found: Found) -> list[list[str]]:
+    head = ["CLIP-T at a likeness of"]
     for level in LEVELS:
-        rows[0] += [f"{100 * level:.0f}", "Meta-LoRA's lead"]
-    own = text_at_levels(lines_of(scores, "meta-lora"))
-    for method in rates:
-        texts = text_at_levels(lines_of(scores, method))
+        head += [f"{100 * level:.0f}", "Meta-LoRA's lead"]
+    rows = [head]
+    texts = {}
+    for method in found.rates:
+        texts[method] = text_at_levels([*found.lines(method).values()])
+    for method, own in texts.items():
+        leads = texts["meta-lora"] - own
         cells = []
-        for text, lead in zip(texts.T, (own - texts).T):
-            cells += [with_error(text[0], np.nanstd(text)), with_error(lead[0], np.nanstd(lead), "+")]
+        for text, lead in zip(own.T, leads.T):
+            cells.append(with_error(text[0], np.nanstd(text)))
+            cells.append(with_error(lead[0], np.nanstd(lead), "+"))
         rows.append([METHODS[method], *cells])
-    return markdown(rows)
+    return rows
 
 
-def rate_table(steps: list[int], rates: dict, scores: dict) -> str:
+def rate_table(found: Found) -> list[list[str]]:
     rows = [["rate chosen for", "steps", "rate", "second best", "lead in the sum"]]
-    for method in rates:
-        for count in steps:
-            own = rates[method][count]
-            rows.append([METHODS[method], f"{count}", f"{own['rate']:g}", f"{own['second']:g}",
-                         with_error(*own["lead"])])
-    return markdown(rows)
+    for method, rates in found.rates.items():
+        for count in found.steps:
+            own = rates[count]
+            lead = with_error(*own["lead"])
+            rows.append([METHODS[method], f"{count}", f"{own['rate']:g}", f"{own['second']:g}", lead])
+    return rows
 
 
 def markdown(rows: list[list[str]]) -> str:
@@ -296,39 +319,37 @@ def markdown(rows: list[list[str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw_steps(steps: list[int], rates: dict, scores: dict, path: Path) -> None:
+def draw_steps(found: Found, path: Path) -> None:
     """Likeness, text and their sum against the number of steps, a line for each method."""
     figure = new_figure(12, 3.8)
     panels = {"likeness": AXES["r_facesim"], "text": AXES["clip_t"], "sum": "sum of both"}
     for axes, (metric, name) in zip(figure.subplots(1, 3), panels.items()):
-        for method in rates:
-            points = [mean_error(own) for own in curve(steps, rates, scores, method, metric)]
+        for method in found.rates:
+            points = [mean_error(own) for own in found.curve(method, metric)]
             means, errors = 100 * np.array(points).T
-            axes.errorbar(steps, means, errors, marker="o", markersize=4, capsize=3,
-                          label=METHODS[method])
+            label = METHODS[method]
+            axes.errorbar(found.steps, means, errors, marker="o", capsize=3, label=label)
         axes.set_xscale("log")
-        axes.set_xticks(steps, steps)
+        axes.set_xticks(found.steps, found.steps)
         axes.minorticks_off()
         axes.set(xlabel="steps", ylabel=name)
     axes.legend(fontsize=8)
     save_figure(figure, path)
 
 
-def draw_front(rates: dict, scores: dict, path: Path) -> None:
+def draw_front(found: Found, path: Path) -> None:
     """Likeness against text, a line through the numbers of steps for each method and rate, the rate in 1e-4
     at its end."""
     figure = new_figure(7, 5)
     axes = figure.subplots()
-    for i, method in enumerate(rates):
-        label = METHODS[method]
-        tried = [rate for name, rate in scores if name == method]
-        for rate, line in zip(tried, lines_of(scores, method)):
+    for i, method in enumerate(found.rates):
+        colour = f"C{i}"
+        axes.plot([], [], marker="o", color=colour, label=METHODS[method])
+        for rate, line in found.lines(method).items():
             likeness, text = 100 * line.mean(axis=2)
-            axes.plot(text, likeness, marker="o", markersize=4, color=f"C{i}", label=label)
-            label = None                         # one entry of the legend for all rates
+            axes.plot(text, likeness, marker="o", color=colour)
             end = text[-1], likeness[-1]
-            axes.annotate(f"{1e4 * rate:g}", end, textcoords="offset points", xytext=(4, 3), fontsize=7,
-                          color=f"C{i}")
+            axes.annotate(f"{1e4 * rate:g}", end, fontsize=7, color=colour)
     axes.set(xlabel=AXES["clip_t"], ylabel=AXES["r_facesim"])
     axes.legend(fontsize=8, title="a point a number of steps; at its end the rate in 1e-4")
     save_figure(figure, path)

@@ -38,7 +38,7 @@ import eval_rfacesim as evaluation
 from baby import faces
 from paper import compare
 from paper.report import METHODS as TITLES
-from paper.report import draw_front, draw_steps, mean_error, write_report
+from paper.report import Found, draw_front, draw_steps, mean_error, write_report
 from support import photos
 from support.checkpoints import find_model, model_defaults
 from support.common import (JsonFile, Parser, pick_device, positive, run_script, save_png,
@@ -292,10 +292,11 @@ def run_sweep(args: argparse.Namespace, size: SimpleNamespace, pool: concurrent.
     scores = {}
     for trial, own in zip(trials, found):
         scores.setdefault((trial.method, trial.rate), []).append(own)
-    text = write_report(steps, rates, scores)
+    everything = Found(list(steps), rates, scores)
+    text = write_report(everything)
     write_whole(args.out / f"report_r{rank}.md", text.encode())
-    draw_steps(steps, rates, scores, args.out / f"steps_r{rank}.png")
-    draw_front(rates, scores, args.out / f"front_r{rank}.png")
+    draw_steps(everything, args.out / f"steps_r{rank}.png")
+    draw_front(everything, args.out / f"front_r{rank}.png")
     draw_sheet(args, folder, rank, rates, args.out / f"sheet_r{rank}.png")
     print(text)
 

@@ -79,14 +79,14 @@ def scores(gap=0.0):
             seeds.append(own)
         found[method, 1e-3] = seeds
     rates = {m: {count: {"rate": 1e-3, "second": 2e-3, "lead": [0.01, 0.002]} for count in (100, 400)} for m in reproduce.METHODS}
-    return [100, 400], rates, found
+    return report.Found([100, 400], rates, found)
 
 
 def test_seeds_of_training_are_averaged_before_people_are():
-    steps, rates, found = scores()
-    assert report.of_people(found["lora", 1e-3], 100, "likeness") == pytest.approx([0.45, 0.55])
+    found = scores()
+    assert report.of_people(found.scores["lora", 1e-3], 100, "likeness") == pytest.approx([0.45, 0.55])
     assert report.mean_error([0.45, 0.55, np.nan]) == pytest.approx([0.5, 0.05])
-    assert report.curve(steps, rates, found, "lora", "likeness").shape == (2, 2)
+    assert found.curve("lora", "likeness").shape == (2, 2)
 
 
 def test_steps_to_draw_level():
@@ -95,12 +95,11 @@ def test_steps_to_draw_level():
     assert report.steps_to_reach(0.1, steps, sums) == 100 and report.steps_to_reach(0.9, steps, sums) == np.inf
     assert report.steps_to_reach(0.4, steps, sums) == pytest.approx(100 * 2 ** 0.5)    # half-way in the logarithm
     assert report.steps_to_reach(0.7, steps, sums) == pytest.approx(400 * 2 ** (2 / 3))
-    numbers, rates, found = scores(gap=0.08)
-    own, other = (report.curve(numbers, rates, found, method, "sum") for method in ("meta-lora", "lora"))
-    needed = report.steps_needed(own, other, 1, numbers)                # 1.38 of a curve from 1.30 to 1.46, all people alike
+    own, other = (scores(gap=0.08).curve(method, "sum") for method in ("meta-lora", "lora"))
+    needed = report.steps_needed(own, other[1], [100, 400])                # 1.38 of a curve from 1.30 to 1.46, all people alike
     assert needed["needed"] == pytest.approx(200) and needed["reached"] == 1
     assert needed["low"] == pytest.approx(needed["high"])
-    behind = report.steps_needed(other, own, 1, numbers)
+    behind = report.steps_needed(other, own[1], [100, 400])
     assert behind["needed"] == np.inf and behind["reached"] == 0
 
 
@@ -109,19 +108,19 @@ def test_text_at_equal_likeness_is_the_best_of_all_rates():
     assert report.text_at(0.6, lines) == pytest.approx(0.72)             # the second line's, 0.70 on the first
     assert report.text_at(0.65, lines) == pytest.approx(0.69)
     assert np.isnan(report.text_at(0.8, lines))
-    _, _, found = scores(gap=0.05)
-    texts = {m: report.text_at_levels(report.lines_of(found, m)) for m in ("lora", "meta-lora")}
+    found = scores(gap=0.05)
+    texts = {m: report.text_at_levels([*found.lines(m).values()]) for m in ("lora", "meta-lora")}
     assert texts["lora"][0] == pytest.approx([0.70, 0.69, 0.68]) and texts["meta-lora"][0] == pytest.approx([0.71, 0.70, 0.69])
     assert len(texts["lora"]) == 1 + report.RESAMPLES
 
 
 def test_the_tables_and_figures(tmp_path):
-    steps, rates, found = scores(gap=0.05)
-    text = report.write_report(steps, rates, found)
+    found = scores(gap=0.05)
+    text = report.write_report(found)
     assert "| Meta-LoRA | 400 | 0.001 | 75.0 (5.0) | 68.0 (0.0) | 143.0 (5.0) | 100.0 (0.0) | 50.0 (0.0) |" in text
     assert "| LoRA | 100 | +5.0 (0.0) | +0.0 (0.0) | +5.0 (0.0) |" in text
-    report.draw_steps(steps, rates, found, tmp_path / "steps.png")
-    report.draw_front(rates, found, tmp_path / "front.png")
+    report.draw_steps(found, tmp_path / "steps.png")
+    report.draw_front(found, tmp_path / "front.png")
     for name in ("steps", "front"):
         assert np.asarray(Image.open(tmp_path / f"{name}.png").convert("L")).std() > 5
 
