@@ -1,27 +1,25 @@
-"""R-FaceSim: does it look like the person, or only like the photo? And which LoRA of a run to take.
+"""R-FaceSim: does it look like the person, or only like the photo?
 
     python eval_rfacesim.py --data people/ --images results/
-    python eval_rfacesim.py --data face.jpg --loras out-*.safetensors
+    python eval_rfacesim.py --data face.jpg --images compare/        # what sample.py --compare has drawn
 
     people/[man|woman/]<identity>/<pictures>        real; one picture a person and no folders: CLIP-T alone
     results/<method>/<identity>/<prompt>_<seed>.png of any method; <prompt>: its number in --prompts, from 0
 
 One picture of an identity is the reference, which the method was shown. R-FaceSim compares what is generated
-with the *other* real pictures, FaceSim with the reference, CLIP-T with the prompt; all are cosines.
+with the *other* real pictures, FaceSim with the reference, CLIP-T with the prompt; all are cosines. Photos
+themselves as --data, the reference first, are of the identity `person`; a single one has no R-FaceSim.
 
 Sources: "Meta-LoRA" (Topal et al. 2025), Algorithm 3, appendix F, Tables 4 and 5; facenet-pytorch for MTCNN's
 crop (160 pixels, no margin) and InceptionResnetV1 (VGGFace2); CLIP ViT-B/32. Deviation: Algorithm 3 does not
 say what a picture without a face counts. Here it is left out of both face scores, and the share of faces
-found is reported, or it counts as 0 (--no-face-as-zero). --loras draws prompts with each LoRA and with none,
-scores them likewise, no face as 0. It takes one by RULE where there is one: paper/which.py found none.
+found is reported, or it counts as 0 (--no-face-as-zero).
 """
 import argparse
 import importlib.metadata
 import json
 import sys
-import time
 from collections.abc import Callable
-from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,23 +30,17 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from flux_model import denoise, get_noise
-from metalora import apply_loras
 from support import photos
-from support.candidates import add_lora_options, check_words, prepare, row_of, show
-from support.checkpoints import (encode_texts, load_autoencoder, load_transformers_model, open_flux,
-                                 quiet_transformers)
-from support.common import (Interruption, JsonFile, Parser, digest, note, pick_device, positive, run_script,
-                            save_png, write_whole)
+from support.checkpoints import load_transformers_model, quiet_transformers
+from support.common import (JsonFile, Parser, check_apart, digest, note, pick_device, positive,
+                            run_script, write_whole)
 from support.finding import model_name
-from support.identities import (META_PHD, Person, Picture, check_complete, complain, find_pictures,
-                                own_folder, prompts_for, read_people)
-from support.judges import load_face_embedder
-from support.lora_files import load_lora
-from support.sheets import tables
+from support.judges import (META_PHD, Picture, check_complete, find_pictures, load_face_embedder,
+                            own_folder, prompts_for)
+from support.people import Person, complain, read_people
+from support.sheets import PROMPTS, tables
 
 CLIP = "openai/clip-vit-base-patch32"
-RULE = None             # which LoRA is recommended, as ("sum", 0.0); None: the sheet alone, no rule beat 375
 
 # Judges -----------------------------------------------------------------------------------------------------
 
@@ -120,21 +112,28 @@ class Judges:
 class Real(NamedTuple):
     """What is known of a person's real pictures."""
     reference: Tensor                # (E,)
-    tests: Tensor                    # (n, E)
+    tests: Tensor                    # (n, E); n is 0 of a single photo
     key: str                         # of these files
 
 
 def embed_real(judges: Judges, people: list[Person]) -> dict[str, Real]:
-    """Of everybody with test pictures. ValueError names each real picture without a face."""
-    paths = sorted({path for p in people if p.tests for path in (p.reference, *p.tests)})
-    crops = {path: judges.crop(photos.read_photo(path)) for path in tqdm(paths, "real pictures", leave=False,
-                                                                         disable=None)}
+    """Of everybody with test pictures, or of the only person. ValueError names each without a face."""
+    judged = [person for person in people if person.tests or len(people) == 1]
+    paths, found = set(), {}
+    for person in judged:
+        paths |= {person.reference, *person.tests}
+    paths = sorted(paths)
+    bar = tqdm(paths, "real pictures", leave=False, disable=None)
+    crops = {path: judges.crop(photos.read_photo(path)) for path in bar}
     complain([f"no face found in the real picture {path}: take it out of the folder"
-              for path, crop in crops.items() if crop is None])
+              for path, crop in crops.items() if crop is None], "eval_rfacesim.py")
     embeddings = dict(zip(paths, judges.embed([*crops.values()])))
-    key = lambda p: " ".join(digest(path.read_bytes()) for path in (p.reference, *p.tests))
-    return {p.name: Real(embeddings[p.reference], torch.stack([embeddings[path] for path in p.tests]), key(p))
-            for p in people if p.tests}
+    for person in judged:
+        files = person.reference, *person.tests
+        own = torch.stack([embeddings[path] for path in files])
+        key = " ".join(digest(path.read_bytes()) for path in files)
+        found[person.name] = Real(own[0], own[1:], key)
+    return found
 
 
 def score(judges: Judges, real: Real | None, pictures: list[Picture],
@@ -143,7 +142,7 @@ def score(judges: Judges, real: Real | None, pictures: list[Picture],
     folder `kept`, under what they depend on: the judges, the bytes of all pictures, the prompts.
 
     r_facesim: mean cosine with the test pictures; facesim: with the reference; both None where no face was
-    found, absent for people without test pictures. clip_t: cosine with the prompt.
+    found, absent where there is nothing to compare with. clip_t: cosine with the prompt.
     """
     images, problems = {}, []
     for picture in pictures:
@@ -156,13 +155,14 @@ def score(judges: Judges, real: Real | None, pictures: list[Picture],
     path = kept / f"{digest(json.dumps(depends).encode())}.json"
     if not path.is_file():
         matches = judges.match([*images.values()], [p.text for p in images]) if images else []
-        numbers = [{"clip_t": float(value)} | dict.fromkeys(("r_facesim", "facesim") if real else ())
-                   for value in matches]
+        likenesses = ["facesim"] * bool(real) + ["r_facesim"] * bool(real and len(real.tests))
+        numbers = [{"clip_t": float(value)} | dict.fromkeys(likenesses) for value in matches]
         crops = {i: judges.crop(image) for i, image in enumerate(images.values())} if real else {}
         faces = {i: crop for i, crop in crops.items() if crop is not None}
         for i, embedding in zip(faces, judges.embed([*faces.values()])):
-            numbers[i] |= {"r_facesim": (real.tests @ embedding).mean().item(),
-                           "facesim": (real.reference @ embedding).item()}
+            cosines = {"facesim": (real.reference @ embedding).item(),
+                       "r_facesim": (real.tests @ embedding).mean().item()}
+            numbers[i] |= {name: cosines[name] for name in likenesses}
         numbers = [{name: value if value is None else round(value, 6) for name, value in own.items()}
                    for own in numbers]
         kept.mkdir(parents=True, exist_ok=True)
@@ -229,7 +229,7 @@ def report(out: Path, people: list[Person], rows: dict[str, list[dict]], real: d
     if not methods:
         raise ValueError("none of the pictures can be read")
     real_rows = [{"identity": name, "number": 0, "r_facesim": (own.tests @ own.reference).mean().item()}
-                 for name, own in real.items()]
+                 for name, own in real.items() if len(own.tests)]
     ceiling = summarise(real_rows, people, "r_facesim")
     quoted = JsonFile(META_PHD / "published.json") if paper else None
     names = lambda paths: [path.name for path in paths]
@@ -246,90 +246,20 @@ def report(out: Path, people: list[Person], rows: dict[str, list[dict]], real: d
     return methods, quoted
 
 
-# Which LoRA of a run? ---------------------------------------------------------------------------------------
-
-
-def choose(rows: list[dict], base: dict, rule: str, number: float = 0.0) -> tuple[dict, str]:
-    """The candidate that a rule takes, and why. rows: in order of training, likeness and text in cosines.
-
-    "iterations": those nearest to `number`; "likeness", "sum" (with text): the highest; "text": the last
-    whose text is at least `number` of the base's, else the one of the highest text; "early": the first whose
-    likeness is at least `number`, up to 1, of the best. Of equals the first, which was trained the least.
-    """
-    likeness, text = itemgetter("likeness"), itemgetter("text")
-    if rule == "text":
-        kept = [row for row in rows if text(row) >= number * text(base)] or [max(rows, key=text)]
-        return kept[-1], f"it is the last with {number:.0%} of the base's text score, or the best if none has"
-    if rule == "early":
-        early = [row for row in rows if likeness(row) >= number * likeness(max(rows, key=likeness))]
-        return early[0], f"it is the first with {number:.0%} of the best likeness"
-    score, why = {
-        "iterations": (lambda row: -abs(row["iterations"] - number), f"it is nearest to {number} iterations"),
-        "likeness": (likeness, "its likeness is the highest"),
-        "sum": (lambda row: likeness(row) + text(row), "its sum of likeness and text is the highest")}[rule]
-    return max(rows, key=score), why
-
-
-def recommend(rows: list[dict], base: dict) -> tuple[str | None, str]:
-    """The label of the candidate that RULE takes, None without one; a line that says why."""
-    able = [row for row in rows if RULE and (RULE[0] != "iterations" or row["iterations"] is not None)]
-    if max((row["likeness"] for row in able), default=0) <= 0:
-        why = "no candidate has what it takes" if RULE else "no rule was found that beats 375 steps"
-        return None, f"No recommendation: {why}; look at the sheet."
-    taken, why = choose(able, base, *RULE)
-    return taken["label"], f"Recommended: {taken['label']}, since {why}."
-
-
-@torch.no_grad()
-def draw(args: argparse.Namespace, loras: dict[str, Path | None], pictures: list[Picture]) -> None:
-    """The pictures, each alone from its own noise: so they are the same however often the run was stopped."""
-    texts = encode_texts(args, [picture.text for picture in pictures])
-    flux = open_flux(args, args.device, len(texts) * args.steps, args.work)       # steps with one LoRA
-    autoencoder, drawn = load_autoencoder(args.folder, args.device, args.dtype), None
-    with Interruption() as interruption, tqdm(total=len(pictures), desc="drawing", disable=None) as bar:
-        for picture in pictures:
-            if picture.label != drawn:
-                drawn, path = picture.label, loras[picture.label]
-                apply_loras(flux, [(load_lora(path, flux.config), 1.0)] if path else [])
-            noise = get_noise(args.size, args.size, picture.seed).to(args.device)
-            latent = denoise(flux, noise, *texts[picture.text], args.steps, args.guidance,
-                             on_step=interruption.raise_if_asked)
-            if not latent.isfinite().all():
-                raise FloatingPointError(f"{drawn} gave values that are not finite: leave this LoRA out")
-            save_png(photos.to_image(autoencoder.decode(latent)[0]), picture.path,
-                     {"prompt": picture.text, "seed": picture.seed, "lora": drawn, "steps": args.steps})
-            bar.update()
-
-
-def which(args: argparse.Namespace) -> None:
-    """--loras: draws and scores the candidates, and writes what helps to choose one."""
-    start, plan = time.perf_counter(), prepare(args)
-    judges = Judges(args.model, args.face_weights, args.clip, args.device)
-    real = embed_real(judges, [plan.person])
-    if missing := [picture for picture in plan.pictures if not picture.path.is_file()]:
-        draw(args, {own.label: own.path for own in plan.candidates}, missing)
-    scores, problems = score_all(judges, real, plan.pictures, args.out / "parts")
-    complain(problems)
-    base, *rows = [row_of(own, summary_of(scores[own.label], [plan.person], no_face_as_zero=True))
-                   for own in plan.candidates]
-    taken, why = recommend(rows, base)
-    show(args, plan, [base, *rows], taken, why, {"judges": judges.names, "pictures": scores})
-    print(f"{args.out}: which.png, curve.png, which.md, scores.json; {len(missing)} pictures drawn, "
-          f"{time.perf_counter() - start:.0f} s")
-
-
 # The command ------------------------------------------------------------------------------------------------
 
 
 def add_options(add: Callable[..., object]) -> None:
     """What this command and paper/compare.py have in common, for the parser of a script."""
-    add("--data", type=Path, nargs="+", required=True, metavar="DIR", help="real pictures: DIR/[man|woman/]"
-        "<identity>/<pictures>, or DIR/[man|woman/]<pictures> of one person each, for CLIP-T alone")
+    add("--data", type=Path, nargs="+", required=True, metavar="DIR",
+        help="real pictures: DIR/[man|woman/]<identity>/<pictures>, or DIR/[man|woman/]<pictures> of "
+        "one person each, for CLIP-T alone; or photos of one person, who is called `person`")
     add("--out", type=Path, default=Path("report"), help="folder of all results (default: report)")
     add("--model", type=model_name, default="flux-dev",
         help="baby or a folder may have judges, prompts (default: flux-dev)")
-    add("--prompts", type=Path, help="text file; [man/woman] by gender, `man: ...` for men only (default: "
-        "the model's, else paper/meta_phd/unsplash.txt, for one-picture people ffhq.txt)")
+    add("--prompts", type=Path, help="text file; [man/woman] by gender, `man: ...` for men only "
+        "(default: prompts.txt in --images, else the model's, else paper/meta_phd/unsplash.txt, for "
+        "one-picture people ffhq.txt)")
     add("--reference", choices=("first", "all"), default="first", help="the picture called reference.*, else "
         "the first by name; or each in turn")
     add("--gender", choices=("man", "woman"), help="of people whose folder and captions do not say")
@@ -342,31 +272,31 @@ def add_options(add: Callable[..., object]) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="eval_rfacesim.py", allow_abbrev=False, description="R-FaceSim, FaceSim, CLIP-T of "
-                    "pictures (--images), or which LoRA of a run to take (--loras).")
-    add_options(parser.add_argument)
-    add = parser.add_mutually_exclusive_group(required=True).add_argument
-    add("--images", type=Path, metavar="DIR", help="pictures to score: DIR/<method>/<identity>/<number of "
-        "the prompt, from 0>_<seed>.png")
-    add("--loras", type=Path, nargs="+", default=[], metavar="FILE", help="LoRAs of one person, to choose "
-        "from; --data is then photos of the person, or a folder of them, --prompts any (default: 6)")
+    parser = Parser(prog="eval_rfacesim.py", allow_abbrev=False,
+                    description="R-FaceSim, FaceSim, CLIP-T of finished pictures.")
     add = parser.add_argument
-    add("--seeds", type=positive, help="pictures of each prompt (default: all there are; with --loras 1)")
-    add_lora_options(parser.add_argument_group("with --loras").add_argument)
+    add_options(add)
+    add("--images", type=Path, required=True, metavar="DIR",
+        help="pictures to score: DIR/<method>/<identity>/<number of the prompt, from 0>_<seed>.png")
+    add("--seeds", type=positive, help="pictures of each prompt (default: all there are)")
     args = parser.parse_args(argv)
-    check_words(args, parser, RULE is not None)
+    if not args.images.is_dir():
+        raise ValueError(f"no such folder: {args.images}")
+    check_apart(args.out, "--out", args.data)
     return args
 
 
 def evaluate(argv: list[str] | None = None) -> None:
-    if (args := parse(argv)).loras:
-        return which(args)
+    args = parse(argv)
     people = read_people(args.data, args.reference, args.gender)
-    prompts = prompts_for(people, args.prompts, own_folder(args.model))
+    drawn = args.images / PROMPTS
+    own_prompts = args.prompts or (drawn if drawn.is_file() else None)
+    prompts = prompts_for(people, own_prompts, own_folder(args.model))
     pictures, problems = find_pictures(args.images, prompts)
     pictures, incomplete = check_complete(pictures, people, prompts, args.seeds)
     if not pictures:
-        complain([*problems, *incomplete, f"--images {args.images} holds no picture of anybody in --data"])
+        nobody = f"--images {args.images} holds no picture of anybody in --data"
+        complain([*problems, *incomplete, nobody], "eval_rfacesim.py")
     judges = Judges(args.model, args.face_weights, args.clip, pick_device(args.device))
     real = embed_real(judges, people)
     rows, unread = score_all(judges, real, pictures, args.out / "parts")

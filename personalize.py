@@ -26,14 +26,13 @@ from tqdm import tqdm
 from flux_model import AutoEncoder, Flux, flow_matching_loss, sample_times
 from metalora import MetaLoRA
 from support import photos
-from support.candidates import which_command
 from support.checkpoints import (add_speed_options, encode_texts, is_small, load_autoencoder, open_flux,
                                  take_model)
 from support.common import (Interruption, Parser, check_out_file, check_out_folder, check_training, free,
                             note, pick_device, positive, run_script, to_device, use_threads)
-from support.folders import captions_beside
 from support.finding import HUB, home_of, model_name, model_words
 from support.lora_files import find_lomd, read_lomd, save_lora
+from support.people import captions_beside
 from support.speed import blocks_of, is_compiled, plan_recompute, recompute_blocks, seconds_compiling
 
 ITERATIONS = {"meta-lora": 375, "lora": 625}     # the paper's
@@ -165,6 +164,11 @@ def check(args: argparse.Namespace) -> None:
     args.mirror = args.mirror and not args.no_augment
 
 
+def numbered(out: Path, iteration: int) -> Path:
+    """Where the LoRA of an earlier iteration goes."""
+    return out.with_name(f"{out.stem}-{iteration:06d}.safetensors")
+
+
 def metadata(args: argparse.Namespace, done: int, lomd: str) -> dict[str, str]:
     """What the LoRA's file says of how it was made."""
     words = lambda values: " ".join(map(str, values))
@@ -238,7 +242,7 @@ def personalize(argv: list[str] | None) -> None:
         bar.set_postfix_str(f"loss {smooth:.4f}{memory}", refresh=False)
         bar.update()
         if iteration in args.save_at:
-            save(args.out.with_name(f"{args.out.stem}-{iteration:06d}.safetensors"))
+            save(numbered(args.out, iteration))
         if iteration < args.iters:
             interruption.raise_if_asked()
 
@@ -264,7 +268,12 @@ def personalize(argv: list[str] | None) -> None:
     print(f"seconds: {', '.join(f'{part} {value:.1f}' for part, value in seconds.items())}; in all "
           f"{sum(seconds.values()):.1f}, an iteration {seconds['training'] / args.iters:.3f}")
     words = f"{model_words(args)}--lora {shlex.quote(str(args.out))} {shlex.quote(args.prompt)}"
-    print(f"try it:  python sample.py {words}{which_command(args)}")
+    print(f"try it:  python sample.py {words}")
+    if args.save_at:
+        earlier = sorted({*args.save_at} - {args.iters})
+        files = shlex.join([*(str(numbered(args.out, i)) for i in earlier), str(args.out)])
+        prompt = shlex.quote(args.prompt)
+        print(f"which one?  python sample.py {model_words(args)}{prompt} --compare {files}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,6 +2,7 @@
 
     python sample.py --lora out.safetensors "a photo of a person on the beach"
     python sample.py --lora out.safetensors:0.8 --num 4 "a photo of a person" "a watercolour of a person"
+    python sample.py "a photo of a person" --compare out-000250.safetensors out.safetensors
 
 Text encoders, transformer and autoencoder come and go in turn: the peak of memory is the largest of them, not
 their sum. Each picture is made alone, from noise drawn on the CPU, so that a seed means the same on any
@@ -32,6 +33,7 @@ from support.common import (Parser, finite_number, free, note, pick_device, posi
 from support.finding import model_name
 from support.lora_files import load_loras, split_lora
 from support.photos import plan_files, to_image
+from support.sheets import plan_comparison
 from support.speed import Work
 
 Embeddings = dict[str, tuple[Tensor, Tensor]]      # {prompt: (txt (1, T, context_in_dim), y (1, vec_in_dim))}
@@ -82,6 +84,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--prompts", metavar="FILE", type=Path, help="text file of prompts, one per line; # starts a comment")
     add("--lora", metavar="FILE[:STRENGTH]", action="append", default=[],
         help="LoRA file in any of the usual formats (default strength: 1); may be repeated")
+    add("--compare", metavar="FILE[:STRENGTH]", nargs="+", default=[],
+        help="draw everything without these LoRAs and with each; prompts come before it. A sheet with a "
+        "row for each, and the pictures as eval_rfacesim.py --images reads them")
+    add("--person", default="person", metavar="NAME",
+        help="with --compare: who it is, as eval_rfacesim.py --data has it (default: person)")
     add("--steps", type=positive, help="Euler steps (default: 30; schnell: 4)")
     add("--guidance", type=finite_number, help="input of dev models (default: the model's; FLUX.1's is 3.5)")
     add("--width", type=side, help="pixels, a multiple of 16 (default: the model's; FLUX.1's is 1024)")
@@ -91,8 +98,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--negative", metavar="PROMPT", help="what to steer away from; needs --true-cfg")
     add("--true-cfg", type=finite_number, default=1.0,
         help="how far to steer away from the negative or empty prompt; twice the time (default: 1, off)")
-    add("--out", type=Path, help="PNG file for one picture, folder for several (default: out.png, samples/); "
-        "replaces files of the same name. Their text fields hold all settings")
+    add("--out", type=Path, help="PNG file for one picture, folder for several (default: out.png, samples/, "
+        "compare/); replaces files of the same name. Their text fields hold all settings")
     add("--model", type=model_name, default="flux-dev",
         help="flux-dev (default), flux-schnell, baby, a folder or a file")
     add_speed_options(add, training=False)
@@ -103,17 +110,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def denoise_all(args: argparse.Namespace, loras: list, embeddings: Embeddings, jobs: list,
+def denoise_all(args: argparse.Namespace, rows: list[list], embeddings: Embeddings, jobs: list,
                 **settings) -> tuple[list[Tensor], BaseException | None]:
-    """Latents of the jobs, on the CPU, and what stopped them early (Ctrl-C, a value not finite) or None."""
+    """Latents of the jobs, on the CPU, and what stopped them early (Ctrl-C, a value not finite) or None.
+
+    rows: sets of LoRAs; all jobs are drawn with the first set, then with the next."""
     tokens = settings["width"] * settings["height"] // 256 + next(iter(embeddings.values()))[0].shape[1]
-    flux = open_flux(args, args.device, len(jobs) * settings["steps"], Work(tokens))
-    apply_loras(flux, [(lora, strength) for lora, strength in loras if strength])
+    steps = len(rows) * len(jobs) * settings["steps"]
+    flux = open_flux(args, args.device, steps, Work(tokens))
     latents = []
     try:
-        with tqdm(total=len(jobs) * settings["steps"], desc="denoising", unit="step", disable=None) as bar:
-            for latent in sample_latents(flux, embeddings, jobs, on_step=bar.update, **settings):
-                latents.append(latent.cpu())
+        with tqdm(total=steps, desc="denoising", unit="step", disable=None) as bar:
+            for loras in rows:
+                apply_loras(flux, [(lora, strength) for lora, strength in loras if strength])
+                for latent in sample_latents(flux, embeddings, jobs, on_step=bar.update, **settings):
+                    latents.append(latent.cpu())
     except (KeyboardInterrupt, FloatingPointError) as error:
         return latents, error.with_traceback(None)           # a traceback would keep the transformer alive
     return latents, None
@@ -141,14 +152,20 @@ def draw(argv: list[str] | None) -> None:
     """From the command line to the files: cheap checks first, then one model after the other."""
     args = parse(argv)
     prompts, seeds = read_prompts(args.words, args.prompts), range(args.seed, args.seed + args.num)
-    files, grid_file = plan_files(args.out, len(prompts), seeds)
     lora_files = [split_lora(text) for text in args.lora]
+    compared = [split_lora(text, "--compare") for text in args.compare]
+    if compared:
+        plan = plan_comparison(args.out, args.person, compared, prompts, seeds)
+        files, grid_file = plan.files, None
+    else:
+        files, grid_file = plan_files(args.out, len(prompts), seeds)
     device = args.device = pick_device(args.device)
     folder = args.folder = find_model(args.model, args)
     config, dtype = flux_files(folder)[1], pick_dtype(device, folder)
     args.dtype = dtype
     use_threads(device.type == "cpu" and is_small(folder))
     loras = load_loras(lora_files, config)
+    rows = [loras, *([*loras, lora] for lora in load_loras(compared, config))]
     if args.negative and args.true_cfg == 1.0:
         note("--negative does nothing without --true-cfg")
     if not config.guidance_embed:
@@ -162,22 +179,30 @@ def draw(argv: list[str] | None) -> None:
     settings = {"width": width, "height": height, "steps": args.steps or (30 if config.guidance_embed else 4),
                 "guidance": defaults["guidance"] if args.guidance is None else args.guidance,
                 "true_cfg": args.true_cfg, "negative": args.negative or ""}
-    names = ", ".join(f"{Path(path).name}:{strength:g}" for path, strength in lora_files)
-    fields = settings | {"model": Path(args.model).name, "loras": names}
+    fields = settings | {"model": Path(args.model).name}
     jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
-    print(f"{args.model} on {device}, {width} x {height}, {settings['steps']} steps, pictures: {len(jobs)}")
+    print(f"{args.model} on {device}, {width} x {height}, {settings['steps']} steps, pictures: {len(files)}")
     start = time.perf_counter()
     negative = [settings["negative"]] if args.true_cfg != 1.0 else []
     embeddings = encode_prompts(folder, prompts + negative, text_device(args, device), dtype)
-    latents, stopped = denoise_all(args, loras, embeddings, jobs, **settings)
+    latents, stopped = denoise_all(args, rows, embeddings, jobs, **settings)
     free(device)
     if stopped and latents:
-        note(f"stopped: saving the finished pictures, {len(latents)} of {len(jobs)}; Ctrl-C ends at once")
+        note(f"stopped: saving the finished pictures, {len(latents)} of {len(files)}; Ctrl-C ends at once")
     if latents:
         grid_file = None if stopped else grid_file
-        save_pictures(load_autoencoder(folder, device, dtype), latents, jobs, files, grid_file, fields)
+        autoencoder = load_autoencoder(folder, device, dtype)
+        if compared:
+            plan.save_prompts()
+        for i, own in enumerate([lora_files, *([*lora_files, each] for each in compared)]):
+            place = slice(i * len(jobs), (i + 1) * len(jobs))
+            names = ", ".join(f"{Path(path).name}:{strength:g}" for path, strength in own)
+            save_pictures(autoencoder, latents[place], jobs, files[place], grid_file,
+                          fields | {"loras": names})
     if stopped:
         raise stopped
+    if compared:
+        print(f"saved {plan.draw()}")
     memory = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else 0
     print(f"{time.perf_counter() - start:.1f} s" + (f", peak GPU memory {memory:.1f} GB" if memory else ""))
 

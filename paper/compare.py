@@ -36,10 +36,10 @@ from support.checkpoints import (add_speed_options, autoencoder_fingerprint, enc
                                  open_flux, take_model)
 from support.common import (Interruption, JsonFile, check_apart, check_training, digest, finite_number, free,
                             note, Parser, pick_device, positive, run_script, save_png, whole, write_whole)
-from support.folders import captions_beside
-from support.identities import Person, Picture, fill, own_folder, prompts_for, read_people
+from support.judges import Picture, own_folder, prompts_for
 from support.lora_files import load_lora, read_lomd, save_lora
 from support.names import find_targets
+from support.people import Person, captions_beside, fill, read_people
 from support.speed import blocks_of, recompute_blocks
 
 

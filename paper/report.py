@@ -10,7 +10,8 @@ import numpy as np
 
 import personalize
 from support.common import save_figure
-from support.identities import Person, Picture
+from support.judges import Picture
+from support.people import Person
 from support.sheets import sheet
 
 METHODS = {"meta-lora": "Meta-LoRA", "lora": "LoRA", "lora-crops": "LoRA + augmented inputs",

@@ -1,16 +1,26 @@
-"""Networks that tell faces apart: InceptionResnetV1 of facenet-pytorch (VGGFace2), and the baby's own."""
+"""What judges need: networks that tell faces apart, prompts, the generated pictures.
+
+The networks are InceptionResnetV1 of facenet-pytorch (VGGFace2), and the baby's own.
+"""
+import re
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from support.common import check_file, digest, not_content
+from support.common import check_file, digest, not_content, read_prompts
+from support.finding import HUB, find_model
+from support.people import Person, fill
+from support.photos import SUFFIXES, subfolders, visible
+from support.sheets import PROMPTS, SHEET
 
 INCEPTION = ("https://github.com/timesler/facenet-pytorch/releases/download/v2.2.9/"
              "20180402-114759-vggface2.pt")
+META_PHD = Path(__file__).resolve().parents[1] / "paper" / "meta_phd"
 
 
 class FaceEmbedder(nn.Module):
@@ -80,3 +90,73 @@ def load_face_embedder(baby: Path | None, weights: Path | None = None) -> tuple[
     # all else was compared just now: only BatchNorm's counts of batches are absent
     model.load_state_dict({name: state[name] for name, _ in shapes(state)}, strict=False)
     return model.eval(), 64 if baby else 160, f"{type(model).__name__} {digest(path.read_bytes())}"
+
+
+# The pictures to judge ------------------------------------------------------------------------------------
+
+
+class Picture(NamedTuple):
+    label: str                       # of its method: a row of the tables
+    person: str
+    prompt: int                      # its number among the person's prompts
+    seed: int
+    path: Path
+    text: str                        # the prompt
+
+
+def own_folder(model: str) -> Path | None:
+    """The folder of a model that may bring judges and prompts of its own."""
+    if model in HUB or Path(model).is_file():
+        return None if model in HUB else Path(model).parent
+    return Path(find_model(model))
+
+
+def prompts_for(people: list[Person], own: Path | None,
+                model_folder: Path | None) -> dict[str, list[str | None]]:
+    """{person: its prompts, None where one is not for it}: of the file, else the model's or Meta-PHD's."""
+    theirs = model_folder / "prompts.txt" if model_folder else META_PHD / "none"
+    theirs = own or (theirs if theirs.is_file() else None)
+    lists = {kind: read_prompts([], theirs or META_PHD / ("unsplash.txt" if kind else "ffhq.txt"))
+             for kind in {bool(p.tests) for p in people}}
+    return {p.name: [fill(prompt, p.gender) for prompt in lists[bool(p.tests)]] for p in people}
+
+
+def find_pictures(root: Path, prompts: dict[str, list[str | None]]) -> tuple[list[Picture], list[str]]:
+    """Pictures of <root>/<method>/<identity>/<prompt>_<seed>.<suffix>; a line for each thing that is none."""
+    own = PROMPTS, SHEET
+    pictures, loose = [], [p for p in visible(root) if not p.is_dir() and p.name not in own]
+    odd = dict.fromkeys(loose, "it is not in a method's folder")
+    for folder in [path for method in subfolders(root) for path in visible(method)]:
+        if folder.name not in prompts or not folder.is_dir():
+            odd[folder] = "no identity of that name in --data"
+            continue
+        texts = dict(enumerate(prompts[folder.name]))
+        for path in visible(folder):
+            match = re.fullmatch(r"(.+)_([0-9]+)", path.stem)
+            if path.suffix.lower() not in SUFFIXES or not match:
+                odd[path] = "its name is not <prompt>_<seed>.png"
+            elif not match[1].isdecimal() or texts.get(int(match[1])) is None:
+                odd[path] = f"{match[1]} is no prompt of {folder.name}"
+            else:
+                number, seed = int(match[1]), int(match[2])
+                pictures.append(Picture(folder.parent.name, folder.name, number, seed, path, texts[number]))
+    return pictures, [f"{path} is not scored: {why}" for path, why in odd.items()]
+
+
+def check_complete(pictures: list[Picture], people: list[Person], prompts: dict[str, list[str | None]],
+                   seeds: int | None) -> tuple[list[Picture], list[str]]:
+    """Each prompt and seed once, and a line for what is too much and for everybody's missing ones. Wanted are
+    seeds 0 to seeds - 1, else all that there are of anybody by any method."""
+    wanted = range(seeds) if seeds is not None else sorted({p.seed for p in pictures})
+    kept, problems = {}, []
+    for picture in pictures:
+        if picture.seed not in wanted:
+            problems.append(f"{picture.path} is not scored: its seed is beyond --seeds {seeds}")
+        elif (first := kept.setdefault(picture[:4], picture)) is not picture:
+            problems.append(f"{picture.path} is not scored: {first.path.name} is the same prompt and seed")
+    for label, person in ((label, p) for label in dict.fromkeys(p.label for p in pictures) for p in people):
+        cells = [(i, s) for i, text in enumerate(prompts[person.name]) if text is not None for s in wanted]
+        if gone := [cell for cell in cells if (label, person.name, *cell) not in kept]:
+            problems.append(f"{label}: {len(gone)} of {len(cells)} pictures of {person.name} are missing, "
+                            f"the first is prompt {gone[0][0]}, seed {gone[0][1]}")
+    return list(kept.values()), problems

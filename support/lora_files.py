@@ -600,17 +600,17 @@ def read_lomd(folder: Place, path: Place | None = None) -> tuple[dict[str, Tenso
 
 # LoRAs of a command line -----------------------------------------------------------------------------------
 
-def split_lora(text: str) -> tuple[str, float]:
+def split_lora(text: str, option: str = "--lora") -> tuple[str, float]:
     """`file[:strength]` -> (file, strength). File names may contain colons: an existing file wins."""
     path, _, strength = text.rpartition(":")
     if not Path(path).is_file() or Path(text).is_file():
         path, strength = text, "1"
     if not Path(path).is_file():
-        raise ValueError(f"--lora {text}: {not_content(path) or 'there is no such file'}")
+        raise ValueError(f"{option} {text}: {not_content(path) or 'there is no such file'}")
     try:
         return path, finite_number(strength)
     except ValueError:
-        raise ValueError(f"--lora {text}: the strength {strength!r} is not a number") from None
+        raise ValueError(f"{option} {text}: the strength {strength!r} is not a number") from None
 
 
 def load_loras(files: list[tuple[str, float]], config: FluxConfig) -> list[tuple[dict, float]]:

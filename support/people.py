@@ -1,14 +1,22 @@
-"""Stage 1's data: folders of people, captions, buckets; latents and text encoded once.
+"""Folders of people, for stage 1 and the evaluation alike: who is in them, their pictures and captions.
 
-    buckets/<bucket>/<person>/<pictures, captions as folders.py says>, or faces/<person>/<pictures>, which is
-    cut into buckets
+Latents and text of stage 1, encoded once.
+
+    buckets/<bucket>/<person>/<pictures>      stage 1; faces/<person>/<pictures> is dealt into buckets
+    people/[man|woman/]<person>/<pictures>    the evaluation; or pictures of one person each and no folders
+
+Captions are where trainers look for them: a.txt or kohya's a.caption beside a.png, or a.png.txt; else the
+picture's line in the metadata.jsonl of a data set of the hub.
 """
 import collections
 import gc
 import hashlib
+import json
 import math
+import posixpath
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,25 +30,303 @@ from tqdm import tqdm
 from flux_model import sample_times
 from support.checkpoints import (autoencoder_fingerprint, load_autoencoder, load_text_encoders,
                                  text_fingerprints)
-from support.common import JsonFile, free, note, whole
-from support.folders import Captions, dead_links, unused
-from support.photos import fit_to_grid, grid_size, image_files, read_photo, subfolders, to_tensor
+from support.common import JsonFile, digest, free, note, whole
+from support.photos import (SUFFIXES, fit_to_grid, grid_size, image_files, read_photo, subfolders,
+                            to_tensor, visible)
 
-MIN_PICTURES = 2          # of one picture M and U would learn the picture, not the person
+CAPTIONS = ".txt", ".caption"             # the first that is there counts
+METADATA = "metadata.jsonl"               # {"file_name": path from its folder, "text": caption}
+GENDERS = dict(man="man", men="man", male="man", woman="woman", women="woman", female="woman")
+MIN_PICTURES = 2                          # of one picture M and U would learn the picture, not the person
 
 # ----------------------------------------------------------------------------------------------------------
-# The folder of people
+# Captions
 
 
-class Picture(NamedTuple):
+def read_text(path: Path) -> str:
+    """ValueError names a file that is not text in UTF-8."""
+    try:
+        text = path.read_text("utf-8-sig")
+    except UnicodeDecodeError:
+        text = "\0"                              # UTF-16 without its mark decodes, with zeros
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    if "\0" in text:
+        raise ValueError(f"{path} is not text in UTF-8: save it as UTF-8")
+    return text
+
+
+class Captions:
+    """The captions of pictures under `root`; `used` are the files that had one."""
+    def __init__(self, root: Path) -> None:
+        self.root, self.used, self.beside, self.tables = root, set(), {}, {}
+
+    def of(self, picture: Path) -> str | None:
+        """The caption, None without one. ValueError: its file is empty, torn, or no text in UTF-8."""
+        for path in self.candidates(picture):
+            self.used.add(path)
+            return self.one_line(read_text(path), path)
+        for place in (picture.parent, *picture.parent.parents):
+            text = self.table(place / METADATA).get(picture.relative_to(place).as_posix())
+            if text is not None:
+                self.used.add(place / METADATA)
+                return self.one_line(text, f"{place / METADATA}: the text of {picture.name}")
+            if place == self.root:
+                break
+        return None
+
+    def candidates(self, picture: Path) -> list[Path]:
+        if picture.parent not in self.beside:
+            self.beside[picture.parent] = {(path.stem, path.suffix.lower()): path for path in
+                                           visible(picture.parent) if path.suffix.lower() in CAPTIONS}
+        names = [(stem, suffix) for suffix in CAPTIONS for stem in (picture.stem, picture.name)]
+        files = self.beside[picture.parent]
+        return [files[name] for name in names if name in files and not files[name].is_dir()]
+
+    def table(self, path: Path) -> dict[str, str | None]:
+        """{picture: caption} of a metadata.jsonl; read once, {} where there is none."""
+        if path not in self.tables:
+            self.tables[path] = {}
+            if path.is_file():
+                try:
+                    self.tables[path] = read_metadata(path)
+                except ValueError as error:
+                    self.used.add(path)
+                    self.tables[path] = error
+        if isinstance(self.tables[path], ValueError):
+            raise ValueError(*self.tables[path].args)
+        return self.tables[path]
+
+    @staticmethod
+    def one_line(text: str, where: object) -> str:
+        if not (caption := " ".join(text.split())):
+            raise ValueError(f"{where} is empty")
+        return caption
+
+
+def captions_beside(pictures: list[str | Path], prompt: str, tell: bool = False) -> dict[Path, str]:
+    """What each picture is called: what a caption beside it says, else `prompt`. With `tell` the first is
+    printed. ValueError as of Captions."""
+    found = {path: Captions(path.parent).of(path) for path in map(Path, pictures)}
+    for path, caption in found.items() if tell else ():
+        if caption is not None:
+            print(f"{path.name} is called {caption!r}, by the caption beside it")
+    return {path: prompt if caption is None else caption for path, caption in found.items()}
+
+
+def read_metadata(path: Path) -> dict[str, str | None]:
+    """{picture: caption} of a metadata.jsonl. ValueError names the line that cannot be used."""
+    table = {}
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+                name, text = row["file_name"], row.get("text")
+                if not isinstance(name, str) or not isinstance(text, str | None):
+                    raise TypeError
+            except (ValueError, TypeError, KeyError, AttributeError):
+                raise ValueError(f'{path}, line {number}, is not {{"file_name": ..., "text": ...}}') from None
+            table[posixpath.normpath(name)] = text
+    if table and not any(table.values()):
+        raise ValueError(f'{path} has no captions: they are its fields "text", and it has {", ".join(row)}')
+    return table
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What lies in a folder
+
+
+class Photo(NamedTuple):
+    """A picture of a data folder that can be read."""
     path: Path
     digest: str                                  # sha256 of the file
     width: int
     height: int
     caption: str | None                          # None: --prompt
+    pixels: str = ""                             # digest: the same in a copy, whatever its format
 
 
-Buckets = dict[str, dict[str, list[Picture]]]            # {bucket: {person: pictures}}
+def check_photos(paths: Iterable[Path], captions: Captions, known: dict | None = None,
+                 smallest: int = 0) -> tuple[dict[Path, Photo], list[str]]:
+    """{path: Photo} of what can be used, and a line for each that cannot.
+
+    smallest: pixels of the shortest side. known: {path: [bytes, time, digest, width, height, pixels]} of what
+    was decoded before; filled in.
+    """
+    known, found, problems = {} if known is None else known, {}, []
+    for path in paths:
+        try:
+            if not path.is_file():
+                read_photo(path)                 # says what it is
+            status = path.stat()
+            facts = known.get(str(path), [])
+            if facts[:2] != [status.st_size, status.st_mtime_ns] or len(facts) < 6:
+                image = read_photo(path)
+                file_digest = hashlib.sha256(path.read_bytes()).hexdigest()
+                facts = [status.st_size, status.st_mtime_ns, file_digest, *image.size,
+                         digest(image.tobytes())]
+                known[str(path)] = facts
+            *_, file_digest, width, height, pixels = facts
+            if min(width, height) < smallest:
+                raise ValueError(f"{path} is {width} x {height} pixels; its sides must be {smallest} or more")
+            found[path] = Photo(path, file_digest, width, height, captions.of(path), pixels)
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
+    return found, list(dict.fromkeys(problems))       # a damaged metadata.jsonl is the problem of many
+
+
+def find_copies(photos: Iterable[Photo]) -> dict[Path, Path]:
+    """{copy: the picture it repeats}. One that several folders have is a copy in each: whose is it?"""
+    alike, copies = collections.defaultdict(list), {}
+    for photo in photos:
+        alike[photo.width, photo.height, photo.pixels].append(photo.path)
+    for same in alike.values():
+        folders = {path.parent for path in same}
+        for path in same if len(folders) > 1 else same[1:]:
+            others = [other for other in same if other.parent != path.parent]
+            copies[path] = (others or same)[0]
+    return copies
+
+
+def is_dead(path: Path) -> bool:
+    return path.is_symlink() and not path.exists()
+
+
+def dead_links(folder: Path) -> list[str]:
+    """A line for each link in `folder` to what is gone; not of pictures, which readers of theirs name."""
+    pictures = image_files(folder)
+    return [f"{path} is a dead link" for path in visible(folder)
+            if is_dead(path) and path not in pictures]
+
+
+def tell_unused(folder: Path, captions: Captions, folders: bool = False) -> None:
+    """Names all files (and folders) in `folder` that are neither pictures nor a caption of one."""
+    seen = {*image_files(folder), *captions.used}
+    names = [path.name + " (a dead link)" * is_dead(path) + "/" * path.is_dir()
+             for path in visible(folder) if path not in seen and (folders or not path.is_dir())]
+    if names:
+        note(f"{folder}: not used, since neither a picture nor the caption of one: {', '.join(names)}")
+
+
+def complain(problems: list[str], script: str) -> None:
+    """All problems on stderr, the last as ValueError."""
+    problems = [" ".join(problem.split()) for problem in problems]
+    for problem in problems[:-1]:
+        print(f"{script}: {problem}", file=sys.stderr)
+    if problems:
+        raise ValueError(problems[-1])
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The evaluation: identities with their real pictures
+
+
+class Person(NamedTuple):
+    name: str                        # the identity's; with --reference all the picture's too: anna@02
+    identity: str
+    gender: str | None
+    reference: Path
+    tests: tuple[Path, ...]          # the other pictures, never the reference; empty: CLIP-T only
+    more: tuple[Path, ...] = ()      # further references: seen by the method, never a test
+
+
+def find_identities(folder: Path,
+                    count: int) -> tuple[list[tuple[str, str | None, list[Path]]], list[str]]:
+    """A folder of --data -> [(identity, gender or None, pictures)], and a line for each problem."""
+    inside, found, problems = subfolders(folder), [], []
+    sexes = [place for place in inside if place.name.lower() in GENDERS]
+    if sexes and (len(sexes) < len(inside) or image_files(folder)):
+        raise ValueError(f"{folder} holds {sexes[0].name}/ and others: sort all by gender, or none")
+    for place in sexes or [folder]:
+        people, loose = subfolders(place), image_files(place)
+        problems += dead_links(place)
+        if bool(people) == bool(loose):
+            raise ValueError(f"{place} must hold a folder for each person, or one picture for each: it "
+                             f"holds {'both' if people else 'neither'}")
+        gender = GENDERS.get(place.name.lower()) if sexes else None
+        for person in people:
+            paths = image_files(person)
+            found.append((person.name, gender, paths))
+            if len(paths) <= count:
+                problems.append(f"{person} has {len(paths)} pictures: R-FaceSim needs {count} as "
+                                "reference and at least one other")
+        found += [(path.stem, gender, [path]) for path in loose]
+    return found, problems
+
+
+def read_people(folders: list[Path], reference: str = "first", gender: str | None = None,
+                count: int = 1) -> list[Person]:
+    """Identities of the folders, in order; photos among them are all of one identity, `person`.
+
+    reference: "first" by name (or the one called reference.*), or "all", each in turn; the count - 1 after it
+    by name are shown to the method too. Gender: of the folder above, else as a caption says, else `gender`.
+
+    ValueError, after a line for each problem: an unreadable picture, the same picture twice, too few pictures
+    of an identity, two identities of one name.
+    """
+    problems, persons, names = [], [], set()
+    photos = dict.fromkeys(path for path in folders if path.suffix.lower() in SUFFIXES and not path.is_dir())
+    groups = [(folder, *find_identities(folder, count)) for folder in folders if folder not in photos]
+    if photos:
+        groups.append((next(iter(photos)).parent, [("person", None, [*photos])], []))
+    for folder, found, wrong in groups:
+        captions = Captions(folder)
+        problems += wrong
+        for name, sex, paths in found:
+            if name in names:
+                problems.append(f"{folder}: another identity has the name {name} already")
+            names.add(name)
+            sound, wrong = check_photos(paths, captions)
+            problems += wrong
+            problems += [f"{copy} is the same picture as {original.name}"
+                         for copy, original in find_copies(sound.values()).items()]
+            sex = sex or gender_of(sound.values()) or gender
+            persons += persons_of(name, sex, paths, reference, count)
+        for place in dict.fromkeys(path.parent for *_, paths in found for path in paths):
+            if folder in folders:
+                tell_unused(place, captions, folders=True)
+    complain(problems, "eval_rfacesim.py")
+    return persons
+
+
+def persons_of(name: str, gender: str | None, paths: list[Path], reference: str, count: int) -> list[Person]:
+    """An identity, once for each of its references."""
+    persons, several = [], reference == "all" and len(paths) > 1
+    named = [i for i, path in enumerate(paths) if path.stem == "reference"]
+    first = [*named, 0][:1] if paths else []
+    for i in range(len(paths)) if reference == "all" else first:
+        own, *others = paths[i:] + paths[:i]
+        tests, more = tuple(sorted(others[count - 1:])), tuple(others[:count - 1])
+        label = f"{name}@{own.stem}" if several else name
+        persons.append(Person(label, name, gender, own, tests, more))
+    return persons
+
+
+def gender_of(photos: Iterable[Photo]) -> str | None:
+    """What the first caption with one word for a gender says."""
+    for photo in photos:
+        words = {*re.findall(r"[a-z]+", (photo.caption or "").lower())} & {*GENDERS}
+        if len(words) == 1:
+            return GENDERS[words.pop()]
+    return None
+
+
+def fill(prompt: str, gender: str | None) -> str | None:
+    """A prompt for somebody: [man/woman] takes the gender's side; `man: ...` is None for others."""
+    only, _, rest = prompt.partition(":")
+    slots = r"\[([^][/]*)/([^][/]*)\]"
+    if gender is None and (only in ("man", "woman") or re.search(slots, prompt)):
+        raise ValueError(f"the prompt {prompt!r} depends on the gender: sort the people into man/ and "
+                         "woman/, or give --gender")
+    if only in ("man", "woman"):
+        return fill(rest.strip(), gender) if only == gender else None
+    return re.sub(slots, lambda match: match[1 if gender == "man" else 2], prompt)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Stage 1: buckets of people
+
+Buckets = dict[str, dict[str, list[Photo]]]              # {bucket: {person: pictures}}
 
 
 def find_people(data: Path) -> tuple[dict[str, dict[str, Path]], list[str]]:
@@ -65,71 +351,46 @@ def find_people(data: Path) -> tuple[dict[str, dict[str, Path]], list[str]]:
         return {"": flat} if flat else {}, problems
     for folder in flat.values():
         problems.append(f"{folder} is no bucket as the others are: it holds no people")
-    for folder in (person for bucket in people.values() for person in bucket.values()):
-        problems += [f"{inner} is a folder inside a person's" for inner in subfolders(folder)]
+    for members in people.values():
+        for folder in members.values():
+            problems += [f"{inner} is a folder inside a person's" for inner in subfolders(folder)]
     return people, problems
 
 
-def read_people(data: Path, smallest: int, known: dict, show: bool = True) -> tuple[Buckets, list[str]]:
-    """Checks every file -> ({bucket: {person: [Picture]}} of what is sound, problems, one line each).
+def check_people(data: Path, smallest: int, known: dict, show: bool = True) -> tuple[Buckets, list[str]]:
+    """Checks every file -> ({bucket: {person: [Photo]}} of what is sound, problems, one line each).
 
-    smallest: pixels of the shortest side that can be used. known: {path: [size, mtime, digest, width,
-    height]} of pictures that were decoded before; filled in.
+    smallest, known: as of `check_photos`.
     """
     people, problems = find_people(data)
-    captions = Captions(data)
-
-    def examine(path):
-        try:
-            if not path.is_file():
-                read_photo(path)                 # says what it is
-            status = path.stat()
-            found = known.get(str(path), [])
-            if found[:2] != [status.st_size, status.st_mtime_ns]:
-                image = read_photo(path)
-                digest = hashlib.sha256(path.read_bytes()).hexdigest()
-                known[str(path)] = found = [status.st_size, status.st_mtime_ns, digest, *image.size]
-            if min(found[3:]) < smallest:
-                raise ValueError(f"{path} is {found[3]} x {found[4]} pixels; "
-                                 f"its sides must be {smallest} or more")
-            return Picture(path, *found[2:], captions.of(path))
-        except (ValueError, OSError) as error:
-            return str(error)
-
-    everyone = [(bucket, person, folder) for bucket in people for person, folder in people[bucket].items()]
-    files = {folder: image_files(folder) for _, _, folder in everyone}
-    paths = [path for folder in files for path in files[folder]]
+    captions, sound = Captions(data), {}
+    folders = [folder for members in people.values() for folder in members.values()]
+    paths = [path for folder in folders for path in image_files(folder)]
     bar = tqdm(paths, "checking pictures", disable=None if show else True, leave=False)
-    found = {path: examine(path) for path in bar}
-    # a damaged metadata.jsonl is the problem of many pictures
-    problems += dict.fromkeys(result for result in found.values() if isinstance(result, str))
-    for line in filter(None, (unused(folder, captions) for folder in files)) if show else ():
-        note(line)
-
-    owners = collections.defaultdict(list)
-    for folder, pictures in files.items():
-        for path in pictures:
-            if isinstance(found[path], Picture):
-                owners[found[path].digest].append(path)
-    for same in owners.values():
-        shared = len({path.parent for path in same}) > 1         # then nobody knows whose it is
-        for path in same if shared else same[1:]:
-            other = next(p for p in same if p.parent != path.parent) if shared else same[0]
-            problems.append(f"{path} is the same picture as {other}")
-            found[path] = None
-    sound = {bucket: {} for bucket in people}
-    for bucket, person, folder in everyone:
-        pictures = [found[path] for path in files[folder] if isinstance(found[path], Picture)]
-        if len(pictures) < MIN_PICTURES:
-            problems.append(f"{folder} has {len(pictures)} usable picture{'s' * (len(pictures) != 1)}; "
-                            f"a person needs {MIN_PICTURES} or more")
-        else:
-            sound[bucket][person] = pictures
+    photos, wrong = check_photos(bar, captions, known, smallest)
+    problems += wrong
+    for folder in folders if show else ():
+        tell_unused(folder, captions)
+    for copy, original in find_copies(photos.values()).items():
+        problems.append(f"{copy} is the same picture as {original}")
+        del photos[copy]
+    of_folder = collections.defaultdict(list)
+    for photo in photos.values():
+        of_folder[photo.path.parent].append(photo)
+    for bucket, members in people.items():
+        sound[bucket] = {}
+        for person, folder in members.items():
+            own = of_folder[folder]
+            if len(own) < MIN_PICTURES:
+                problems.append(f"{folder} has {len(own)} usable picture{'s' * (len(own) != 1)}; "
+                                f"a person needs {MIN_PICTURES} or more")
+            else:
+                sound[bucket][person] = own
     return {bucket: members for bucket, members in sound.items() if members}, problems
 
 
 def make_buckets(people: Buckets, size: int, seed: int) -> Buckets:
-    """{bucket: {person: [Picture]}} -> the same; a flat one is dealt at random into buckets of about
+    """{bucket: {person: [Photo]}} -> the same; a flat one is dealt at random into buckets of about
     `size`."""
     if list(people) != [""]:
         return people
@@ -153,14 +414,11 @@ def read_buckets(data: Path, listing: Path, smallest: int, skip_bad: bool, size:
 
     ValueError at anything wrong, after a line for each; with skip_bad notes, and the rest."""
     known = JsonFile(listing) if listing.exists() else {}
-    people, problems = read_people(data, smallest, known, show)
-    problems = [" ".join(problem.split()) for problem in problems]
-    if problems and not skip_bad:
-        for problem in problems[:-1]:
-            print(f"meta_train.py: {problem}", file=sys.stderr)
-        raise ValueError(problems[-1])
+    people, problems = check_people(data, smallest, known, show)
+    if not skip_bad:
+        complain(problems, "meta_train.py")
     for problem in problems if show else []:
-        note(f"skipped: {problem}")
+        note(f"skipped: {' '.join(problem.split())}")
     if not people:
         raise ValueError(f"{data} holds no people with pictures")
     return make_buckets(people, size, seed), known
@@ -193,24 +451,24 @@ class Cache:
         """Sides are multiples of this: 64 pixels as in the paper's trainer, less for a baby."""
         return min(64, max(16, resolution // 8 // 16 * 16))
 
-    def sizes(self, picture: Picture) -> dict[tuple[int, int], int]:
+    def sizes(self, picture: Photo) -> dict[tuple[int, int], int]:
         """{(width, height): resolution}: how a picture is seen, never larger than it is."""
         return {grid_size(picture.width, picture.height, r, self.step(r)): r for r in self.resolutions}
 
-    def latent_path(self, picture: Picture, size: tuple[int, int]) -> Path:
+    def latent_path(self, picture: Photo, size: tuple[int, int]) -> Path:
         return self.folder / f"{picture.digest[:32]}-{size[0]}x{size[1]}-{self.key}.safetensors"
 
     def text_path(self, caption: str) -> Path:
         digest = hashlib.sha256(caption.encode("utf-8", "surrogateescape")).hexdigest()
         return self.folder / f"{digest[:32]}-text-{self.key}.safetensors"
 
-    def missing(self, pictures: list[Picture], captions: list[str]) -> tuple[list[Picture], list[str]]:
+    def missing(self, pictures: list[Photo], captions: list[str]) -> tuple[list[Photo], list[str]]:
         return ([picture for picture in pictures
                  if not all(self.latent_path(picture, size).exists() for size in self.sizes(picture))],
                 [caption for caption in dict.fromkeys(captions) if not self.text_path(caption).exists()])
 
     @torch.no_grad()
-    def fill(self, pictures: list[Picture], captions: list[str], stop: Callable[[], object] | None = None,
+    def fill(self, pictures: list[Photo], captions: list[str], stop: Callable[[], object] | None = None,
              show: bool = True) -> None:
         """Encodes what is not there yet. The models come one after the other, and go. `stop()` may raise."""
         self.folder.mkdir(parents=True, exist_ok=True)

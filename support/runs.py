@@ -24,7 +24,7 @@ from flux_model import denoise, get_noise
 from support.checkpoints import load_autoencoder, model_defaults
 from support.common import (JsonFile, free, naming, note, pick_device, save_figure, save_png, whole,
                             write_whole)
-from support.people import Picture
+from support.people import Photo
 from support.photos import read_photo, to_image, visible
 
 try:
@@ -283,7 +283,7 @@ def plot(log: Path, path: Path) -> None:
 
 
 @torch.no_grad()
-def draw_preview(adapter: object, pictures: dict[int, Picture], text: dict[str, Tensor], args: Namespace,
+def draw_preview(adapter: object, pictures: dict[int, Photo], text: dict[str, Tensor], args: Namespace,
                  iteration: int) -> None:
     """Two people of the bucket, {row: a picture of theirs}: that, and a sample with their rows."""
     device, size = next(adapter.flux.parameters()).device, max(args.resolution)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import eval_rfacesim as ev
-from support import identities, judges as judges_files
+from support import judges as judges_files, people as people_files
 from support.common import read_prompts
 from support.checkpoints import find_model
 
@@ -184,10 +184,10 @@ def test_layouts_genders_and_references(tmp_path):
 def test_meta_phd_is_the_papers_tables():
     ffhq, unsplash = (read_prompts([], ROOT / "paper" / "meta_phd" / f"{part}.txt") for part in ("ffhq", "unsplash"))
     for gender in ("man", "woman"):
-        own = [text for text in (identities.fill(prompt, gender) for prompt in ffhq) if text]
+        own = [text for text in (people_files.fill(prompt, gender) for prompt in ffhq) if text]
         assert len(own) == 20 and all(gender in text.split(",")[0].split() or gender == "man" and "man" in text for text in own)
         for prompt in unsplash:
-            assert "[" not in identities.fill(prompt, gender)
+            assert "[" not in people_files.fill(prompt, gender)
     assert len(ffhq) == 40 and len(unsplash) == 10 and all("[man/woman]" in prompt for prompt in unsplash)
     quoted = json.loads((ROOT / "paper" / "meta_phd" / "published.json").read_text())
     assert quoted["table 4"][-1] == {"method": "Meta-LoRA", "base": "FLUX.1-dev", "facesim": 79.45, "r_facesim": 77.16, "difference": -2.9}
@@ -224,12 +224,12 @@ def test_captions_tell_the_gender_and_a_slot_without_one_is_refused(tmp_path):
     person, = ev.read_people([tmp_path])
     assert person.gender is None
     with pytest.raises(ValueError, match="depends on the gender"):
-        identities.fill("a [man/woman]", person.gender)
+        people_files.fill("a [man/woman]", person.gender)
     (tmp_path / "anna/1.txt").write_text("A photo of a woman on a beach\n")
-    assert ev.read_people([tmp_path])[0].gender == "woman" and identities.fill("a [man/woman]", "woman") == "a woman"
+    assert ev.read_people([tmp_path])[0].gender == "woman" and people_files.fill("a [man/woman]", "woman") == "a woman"
     assert ev.read_people([tmp_path], gender="man")[0].gender == "woman"              # what the caption says is nearer
-    assert identities.fill("man: a man", "woman") is None and identities.fill("woman: a [b/c]", "woman") == "a c"
-    assert identities.fill("5:00 in the morning", None) == "5:00 in the morning"
+    assert people_files.fill("man: a man", "woman") is None and people_files.fill("woman: a [b/c]", "woman") == "a c"
+    assert people_files.fill("5:00 in the morning", None) == "5:00 in the morning"
 
 
 @pytest.mark.parametrize("damage, message", [

@@ -27,7 +27,7 @@ from metalora import IdentityBank, MetaLoRA, random_lomd, views
 from support import checkpoints, people as people_files, photos, runs
 from support.lora_files import load_lomd, read_lomd
 from support.names import find_targets
-from support.people import Cache, Picture, data_fingerprint, find_people, make_buckets, read_people
+from support.people import Cache, Photo, check_people, data_fingerprint, find_people, make_buckets
 from support.runs import WaitingRows
 from test_metalora import parts_of, plain_update
 
@@ -209,7 +209,7 @@ def test_a_rare_shape_is_neither_left_out_nor_preferred():
 
 
 def read(root, smallest=16, known=None):
-    return read_people(root, smallest, {} if known is None else known, show=False)
+    return check_people(root, smallest, {} if known is None else known, show=False)
 
 
 def names(people):
@@ -579,7 +579,7 @@ def cache_of(folder, resolutions=(64,), model=MODEL, dtype=torch.float32):
 def test_cache_names_depend_on_picture_size_and_model_not_on_paths(tmp_path):
     make_people(tmp_path / "data", {"ann": 2, "bob": 1})
     shutil.copy(tmp_path / "data/ann/0.png", tmp_path / "data/bob/other.png")
-    same, another = Picture(tmp_path / "x.png", "d" * 64, 64, 64, "hers"), None
+    same, another = Photo(tmp_path / "x.png", "d" * 64, 64, 64, "hers"), None
     cache = cache_of(tmp_path / "cache")
     base = cache.latent_path(same, (64, 64))
     assert base == cache.latent_path(same._replace(path=tmp_path / "y.jpg", caption=None), (64, 64))
@@ -601,7 +601,7 @@ def test_cache_names_depend_on_picture_size_and_model_not_on_paths(tmp_path):
 
 def test_sizes_are_multiples_of_64_never_larger_than_the_picture():
     def sizes(width, height, *resolutions):
-        return cache_of(Path("none"), resolutions).sizes(Picture(None, "", width, height, None))
+        return cache_of(Path("none"), resolutions).sizes(Photo(None, "", width, height, None))
     assert sizes(2048, 2048, 1024) == {(1024, 1024): 1024}
     assert sizes(700, 700, 512, 768, 1024) == {(512, 512): 512, (640, 640): 1024}  # 768 gives it too
     assert list(sizes(2000, 1000, 512, 1024)) == [(768, 384), (1408, 704)]

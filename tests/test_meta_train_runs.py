@@ -34,7 +34,7 @@ from support.names import find_targets
 import meta_train
 import metalora
 from metalora import IdentityBank, MetaLoRA
-from support.people import read_people
+from support.people import check_people
 from support.runs import WaitingRows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -310,7 +310,7 @@ def doubled(argv):
     args = meta_train.parse(argv)
     group = meta_train.Group(args.device)
     meta_train.check(args, group.device)
-    people, _ = read_people(args.data, 16, {}, show=False)
+    people, _ = check_people(args.data, 16, {}, show=False)
     pair = [SimpleNamespace(rank=rank, size=2, device=group.device) for rank in range(2)]
     meta_train.check_settings(args, people, pair[0])
     runs, flux = [meta_train.Run(args, people, each) for each in pair], load_flux(MODEL, "cpu", torch.float32)
