@@ -529,7 +529,7 @@ def draw_batch(posteriors: list[Tensor], texts: list[dict[str, Tensor]],
     return [latent, noise, t, *(torch.stack([text[part] for text in texts]) for part in ("txt", "y"))]
 
 
-def room_for(cache: Cache, pictures: list[Picture], captions: list[str], text_bytes: int) -> int:
+def room_for(cache: Cache, pictures: list[Photo], captions: list[str], text_bytes: int) -> int:
     """Bytes that the cache will take beyond what is there; text_bytes: of one caption."""
     pictures, captions = cache.missing(pictures, captions)
     size = len(captions) * text_bytes

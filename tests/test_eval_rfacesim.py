@@ -433,3 +433,45 @@ def test_bad_words_end_in_one_line(people, tmp_path, capsys, words, said):
     assert run("--data", people, "--images", tmp_path / "results", "--model", "baby", "--out", tmp_path / "r", *words) == 2
     err = capsys.readouterr().err.strip()
     assert said in err and "\n" not in err and not (tmp_path / "r").exists()
+
+
+def compared(root, prompts):
+    """As sample.py --compare leaves them: two rows of two prompts."""
+    for row, angles in (("no LoRA", (255, 80)), ("out", (30, 50))):
+        for i, angle in enumerate(angles):
+            paint(root / row / "person" / f"{i}_0.png", (angle, i, 40))
+    (root / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in prompts))
+    paint(root / "compare.png", "red")
+
+
+def test_a_single_photo_has_facesim_and_clip_t(tmp_path, monkeypatch, capsys):
+    """cos 80 = .1736482 and no face; cos 30 = .8660254, cos 50 = .6427876. Prompts are those beside the pictures."""
+    monkeypatch.setattr(ev, "Judges", lambda *words: GivenEmbeddings())
+    photo = paint(tmp_path / "face.png", (0, 1, 1))
+    paint(tmp_path / "other.png", (1, 1, 1))                                      # of nobody
+    compared(tmp_path / "compare", ["one", "two"])
+    assert run("--data", photo, "--images", tmp_path / "compare", "--out", tmp_path / "r") == 0
+    out, err = capsys.readouterr()
+    scores = json.loads((tmp_path / "r/scores.json").read_text())
+    assert err.count("note:") == 0 and {row["prompt"] for row in scores["pictures"]} == {"one", "two"}
+    base, own = scores["methods"]
+    assert (base["label"], own["label"]) == ("no LoRA", "out") and base["facesim"]["mean"] == pytest.approx(0.1736482, abs=1e-6)
+    assert own["facesim"]["mean"] == pytest.approx((0.8660254 + 0.6427876) / 2, abs=1e-6)
+    assert own["clip_t"]["mean"] == pytest.approx(0.4) and own["r_facesim"] is None and scores["reference_photo"] is None
+    assert "| out | – | 75.44 | – | – | 100.0% | 1, 2 of 2 |" in out and "| no LoRA | – | 17.36 | – | – | 50.0% | 1, 1 of 2 |" in out
+
+
+def test_several_photos_are_of_one_person(tmp_path, monkeypatch, capsys):
+    """The first is the reference, the others are tests; a copy and a photo that is not there are named."""
+    monkeypatch.setattr(ev, "Judges", lambda *words: GivenEmbeddings())
+    files = [paint(tmp_path / place / "face.png", (angle, i, 1)) for i, (place, angle) in enumerate((("a", 0), ("b", 60), ("c", 90)))]
+    person, = ev.read_people(files)
+    assert (person.name, person.reference, person.tests) == ("person", files[0], (files[1], files[2]))
+    compared(tmp_path / "compare", ["one", "two"])
+    assert run("--data", *files, "--images", tmp_path / "compare", "--out", tmp_path / "r") == 0
+    out = json.loads((tmp_path / "r/scores.json").read_text())["methods"][1]                    # cos 30, cos 60; cos 10, cos 40
+    assert out["r_facesim"]["mean"] == pytest.approx((0.8660254 + 0.5 + 0.9848078 + 0.7660444) / 4, abs=1e-6)
+    shutil.copy(files[0], tmp_path / "copy.png")
+    assert run("--data", *files, tmp_path / "copy.png", tmp_path / "none.png", "--images", tmp_path / "compare", "--out", tmp_path / "r") == 2
+    err = capsys.readouterr().err
+    assert "copy.png is the same picture as face.png" in err and "none.png" in err and "Traceback" not in err

@@ -444,3 +444,70 @@ def test_not_finite_is_named(monkeypatch, capsys):
     assert files() == ["samples/0_4.png"]
     error = capsys.readouterr().err
     assert "sample.py: seed 5 of 'a cat'" in error and "Traceback" not in error
+
+
+# LoRAs side by side
+
+
+def compare(*words):
+    return run("a cat", "a dog in the snow", *words)
+
+
+def test_compared_loras_have_a_row_each(tmp_path, capsys):
+    """Rows, files and pictures: those of the model alone, and of each LoRA as it draws by itself."""
+    Path("a").mkdir(), Path("b").mkdir()
+    make_lora("a/out.safetensors"), make_lora("b/out.safetensors", seed=1)
+    assert compare("--num", 2, "--compare", "a/out.safetensors", "b/out.safetensors", "b/out.safetensors:0.5") == 0
+    assert "saved compare/compare.png" in capsys.readouterr().out
+    drawn = [f"{i}_{seed}.png" for i in range(2) for seed in range(2)]
+    rows = {"no LoRA": [], "a_out": ["--lora", "a/out.safetensors"], "b_out": ["--lora", "b/out.safetensors"],
+            "b_out@0.5": ["--lora", "b/out.safetensors:0.5"]}
+    assert files() == sorted(["a/out.safetensors", "b/out.safetensors", "compare/compare.png", "compare/prompts.txt",
+                              *(f"compare/{row}/person/{name}" for row in rows for name in drawn)])
+    for row, words in rows.items():
+        assert compare("--num", 2, "--out", tmp_path / row, *words) == 0
+        for name in drawn:
+            assert np.array_equal(pixels(f"compare/{row}/person/{name}"), pixels(tmp_path / row / name)), (row, name)
+    with Image.open("compare/b_out@0.5/person/1_0.png") as picture:
+        assert picture.text["loras"] == "out.safetensors:0.5"
+    assert Path("compare/prompts.txt").read_text().splitlines() == ["a cat", "a dog in the snow"]
+    with Image.open("compare/compare.png") as sheet:
+        assert sheet.size == (130 + 4 * 48, 84 + 4 * 48)
+        cell = np.asarray(sheet.convert("RGB"))[84 + 48 + 8:84 + 48 + 40, 130 + 48:130 + 96].astype(int)
+    assert np.array_equal(cell, pixels("compare/a_out/person/0_1.png"))
+
+
+def test_a_comparison_is_added_to_what_lora_names_and_made_again():
+    make_lora("style.safetensors"), make_lora("who.safetensors", seed=1)
+    words = "--lora", "style.safetensors", "--compare", "who.safetensors", "--person", "anna", "--out", "sheet"
+    assert compare(*words) == 0
+    first = {path: path.read_bytes() for path in Path("sheet").rglob("*.png")}
+    assert compare("--lora", "style.safetensors", "--out", "style") == 0
+    assert compare("--lora", "style.safetensors", "--lora", "who.safetensors", "--out", "both") == 0
+    for row, alone in (("no LoRA", "style"), ("who", "both")):
+        assert np.array_equal(pixels(f"sheet/{row}/anna/1_0.png"), pixels(f"{alone}/1_0.png"))
+    assert compare(*words) == 0 and {path: path.read_bytes() for path in Path("sheet").rglob("*.png")} == first
+
+
+@pytest.mark.parametrize("prompts, words, said", [
+    ([], ["--compare", "a cat"], "there is no such file"), ([], ["--person", "../x"], "--person ../x"),
+    ([], ["--out", "x.png"], "writes a folder"), ([], ["--compare", "who.safetensors", "./who.safetensors"], "twice"),
+    (["#1 cat"], [], "without # in front"), (["a [man/woman]"], [], "depends on the gender"),
+    ([], ["--seed", "1"], "another comparison, such as compare/no LoRA/person/0_0.png"),
+    (["more"], [], "another comparison, such as compare/prompts.txt")])
+def test_what_cannot_be_compared_is_said_in_one_line(prompts, words, said, capsys):
+    make_lora("who.safetensors")
+    Path("compare/no LoRA/person").mkdir(parents=True)
+    Image.new("RGB", (48, 32)).save("compare/no LoRA/person/0_0.png")
+    Path("compare/prompts.txt").write_text("a cat\na dog in the snow\n")
+    assert compare(*prompts, *([] if "--compare" in words else ["--compare", "who.safetensors"]), *words) == 2
+    err = capsys.readouterr().err.strip()
+    assert said in err and "\n" not in err
+
+
+def test_a_stopped_comparison_keeps_what_is_finished(monkeypatch, capsys):
+    make_lora("who.safetensors")
+    stop_at_second(monkeypatch, interrupt)
+    assert compare("--compare", "who.safetensors") == 130
+    assert files() == ["compare/no LoRA/person/0_0.png", "compare/prompts.txt", "who.safetensors"]
+    assert "1 of 4" in capsys.readouterr().err
