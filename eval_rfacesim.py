@@ -19,92 +19,24 @@ import argparse
 import importlib.metadata
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import support  # before torch: how its threads wait
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from support import photos
-from support.checkpoints import load_transformers_model, quiet_transformers
 from support.common import (JsonFile, Parser, check_apart, digest, note, pick_device, positive,
                             run_script, write_whole)
 from support.finding import model_name
-from support.judges import (META_PHD, Picture, check_complete, find_pictures, load_face_embedder,
-                            own_folder, prompts_for)
+from support.judges import (CLIP, META_PHD, Judges, Picture, check_complete, find_pictures, own_folder,
+                            prompts_for)
 from support.people import Person, complain, read_people
 from support.sheets import PROMPTS, tables
-
-CLIP = "openai/clip-vit-base-patch32"
-
-# Judges -----------------------------------------------------------------------------------------------------
-
-
-class Judges:
-    """MTCNN with a face embedder, and CLIP: all that turns pictures into numbers, frozen, fp32, on device.
-
-    model: one with judges of its own (baby), else InceptionResnetV1 and CLIP ViT-B/32. ValueError, one line,
-    where weights are missing. Embeddings are (n, E), of norm 1, on the CPU.
-    """
-    def __init__(self, model: str = "flux-dev", face_weights: Path | None = None, clip: str | None = None,
-                 device: str | torch.device = "cpu") -> None:
-        from facenet_pytorch import MTCNN
-        from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
-        folder, self.device = own_folder(model), torch.device(device)
-        baby = folder if folder and (folder / "face_embedder.safetensors").is_file() else None
-        self.embedder, side, face = load_face_embedder(None if face_weights else baby, face_weights)
-        self.embedder.to(self.device)
-        # pooling to arbitrary sizes does not exist on mps
-        self.detector = MTCNN(side, margin=0, device="cpu" if self.device.type == "mps" else self.device)
-        name = clip or (folder / "scorer" if baby else CLIP)
-        try:
-            with quiet_transformers():
-                self.tokenizer = CLIPTokenizer.from_pretrained(name)
-                self.processor = CLIPImageProcessor.from_pretrained(name)
-                self.clip = load_transformers_model(CLIPModel, name, torch.float32, None).to(self.device)
-        except (OSError, ValueError, ImportError) as error:
-            raise ValueError(f"CLIP cannot be loaded from {name} ({str(error).splitlines()[0]}): download "
-                             f"{CLIP}, or name a folder with --clip; --model baby needs neither") from None
-        weights = self.clip.text_projection.weight.detach().cpu().numpy().tobytes()
-        self.names = {"face": face, "text": f"{Path(name).name} {digest(weights)}"}
-
-    @torch.no_grad()
-    def crop(self, image: Image.Image) -> Tensor | None:
-        """The largest face that MTCNN finds, (3, side, side) in about [-1, 1]; None without one."""
-        face = self.detector(image)
-        return None if face is None else face.cpu()
-
-    @torch.no_grad()
-    def embed(self, crops: list[Tensor]) -> Tensor:
-        parts = [self.embedder(torch.stack(crops[i:i + 32]).to(self.device)).cpu()
-                 for i in range(0, len(crops), 32)]
-        return torch.cat(parts) if parts else torch.zeros(0, 1)
-
-    @torch.no_grad()
-    def embed_images(self, images: list[Image.Image]) -> Tensor:
-        parts = []
-        for i in range(0, len(images), 32):
-            pixels = self.processor(images=images[i:i + 32], return_tensors="pt")["pixel_values"]
-            seen = self.clip.vision_model(pixel_values=pixels.to(self.device)).pooler_output
-            parts.append(self.clip.visual_projection(seen))
-        return F.normalize(torch.cat(parts), dim=1).cpu()
-
-    @torch.no_grad()
-    def embed_texts(self, texts: list[str]) -> Tensor:
-        length = self.clip.config.text_config.max_position_embeddings        # 77 tokens; the rest is cut off
-        ids = self.tokenizer(texts, padding="max_length", truncation=True, max_length=length,
-                             return_tensors="pt").input_ids.to(self.device)
-        return F.normalize(self.clip.text_projection(self.clip.text_model(ids).pooler_output), dim=1).cpu()
-
-    def match(self, images: list[Image.Image], texts: list[str]) -> Tensor:
-        """CLIP-T: cosine of each image with its own text (n,)."""
-        return (self.embed_images(images) * self.embed_texts(texts)).sum(dim=1)
-
 
 # Scores: Algorithm 3 ----------------------------------------------------------------------------------------
 
@@ -150,25 +82,41 @@ def score(judges: Judges, real: Real | None, pictures: list[Picture],
             images[picture] = photos.read_photo(picture.path)
         except ValueError as error:
             problems.append(f"not scored: {error}")
-    depends = [judges.names, real.key if real else "",
-               [(p.text, digest(p.path.read_bytes())) for p in images]]
+    files = [(picture.text, digest(picture.path.read_bytes())) for picture in images]
+    depends = [judges.names, real.key if real else "", files]
     path = kept / f"{digest(json.dumps(depends).encode())}.json"
     if not path.is_file():
-        matches = judges.match([*images.values()], [p.text for p in images]) if images else []
-        likenesses = ["facesim"] * bool(real) + ["r_facesim"] * bool(real and len(real.tests))
-        numbers = [{"clip_t": float(value)} | dict.fromkeys(likenesses) for value in matches]
-        crops = {i: judges.crop(image) for i, image in enumerate(images.values())} if real else {}
-        faces = {i: crop for i, crop in crops.items() if crop is not None}
-        for i, embedding in zip(faces, judges.embed([*faces.values()])):
-            cosines = {"facesim": (real.reference @ embedding).item(),
-                       "r_facesim": (real.tests @ embedding).mean().item()}
-            numbers[i] |= {name: cosines[name] for name in likenesses}
-        numbers = [{name: value if value is None else round(value, 6) for name, value in own.items()}
-                   for own in numbers]
+        numbers = cosines(judges, real, images)
         kept.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps({"numbers": numbers}).encode())
-    return [{"method": p.label, "identity": p.person, "prompt": p.text, "number": p.prompt, "seed": p.seed}
-            | own for p, own in zip(images, JsonFile(path)["numbers"])], problems
+    rows = []
+    for picture, own in zip(images, JsonFile(path)["numbers"]):
+        rows.append({"method": picture.label, "identity": picture.person, "prompt": picture.text,
+                     "number": picture.prompt, "seed": picture.seed} | own)
+    return rows, problems
+
+
+def cosines(judges: Judges, real: Real | None, images: dict[Picture, Image.Image]) -> list[dict]:
+    """As of `score`, of pictures that were read."""
+    texts = [picture.text for picture in images]
+    matches = judges.match([*images.values()], texts) if images else []
+    numbers = [{"clip_t": round(float(value), 6)} for value in matches]
+    if real is None:
+        return numbers
+    faces = []
+    for own, image in zip(numbers, images.values()):
+        own["facesim"] = None
+        if len(real.tests):
+            own["r_facesim"] = None
+        crop = judges.crop(image)
+        if crop is not None:
+            faces.append((own, crop))
+    embeddings = judges.embed([crop for _, crop in faces])
+    for (own, _), embedding in zip(faces, embeddings):
+        own["facesim"] = round((real.reference @ embedding).item(), 6)
+        if len(real.tests):
+            own["r_facesim"] = round((real.tests @ embedding).mean().item(), 6)
+    return numbers
 
 
 def score_all(judges: Judges, real: dict[str, Real], pictures: list[Picture],
@@ -184,6 +132,14 @@ def score_all(judges: Judges, real: dict[str, Real], pictures: list[Picture],
     return rows, problems
 
 
+def means(values: Iterable[tuple[object, float]]) -> dict[object, float]:
+    """(key, value) pairs -> {key: mean of its values}."""
+    groups = {}
+    for key, value in values:
+        groups.setdefault(key, []).append(value)
+    return {key: sum(own) / len(own) for key, own in groups.items()}
+
+
 def summarise(rows: list[dict], people: list[Person], metric: str,
               no_face_as_zero: bool = False) -> dict | None:
     """Mean of a metric over identities, its standard error, and the counts; None without any value.
@@ -192,54 +148,63 @@ def summarise(rows: list[dict], people: list[Person], metric: str,
     identity's the mean over its references. With every face found this is Algorithm 3's mean. A picture
     without a face counts as 0, or not at all: `pictures` of `of` then tells how many did.
     """
-    identity_of, cells = {p.name: p.identity for p in people}, {}
     values = [row for row in rows if metric in row]
     faces = [row for row in values if row[metric] is not None]
-    for row in values if no_face_as_zero else faces:
-        person = cells.setdefault(identity_of[row["identity"]], {}).setdefault(row["identity"], {})
-        person.setdefault(row["number"], []).append(row[metric] or 0.0)
-    if not cells:
+    counted = values if no_face_as_zero else faces
+    if not counted:
         return None
-    mean = lambda values: sum(values) / len(values)
-    scores = [mean([mean([mean(seeds) for seeds in prompts.values()]) for prompts in persons.values()])
-              for persons in cells.values()]
-    n, middle = len(scores), mean(scores)
-    error = (sum((s - middle) ** 2 for s in scores) / (n - 1) / n) ** 0.5 if n > 1 else None
-    return {"mean": round(middle, 6), "error": None if error is None else round(error, 6), "identities": n,
-            "pictures": len(values if no_face_as_zero else faces), "of": len(values),
-            "found": round(len(faces) / len(values), 6)}
+    identity_of = {person.name: person.identity for person in people}
+    prompts = means(((row["identity"], row["number"]), row[metric] or 0.0) for row in counted)
+    persons = means((person, value) for (person, _), value in prompts.items())
+    scores = means((identity_of[person], value) for person, value in persons.items()).values()
+    n, middle, error = len(scores), sum(scores) / len(scores), None
+    if n > 1:
+        variance = sum((own - middle) ** 2 for own in scores) / (n - 1)
+        error = round((variance / n) ** 0.5, 6)
+    return {"mean": round(middle, 6), "error": error, "identities": n, "pictures": len(counted),
+            "of": len(values), "found": round(len(faces) / len(values), 6)}
 
 
 def summary_of(rows: list[dict], people: list[Person], no_face_as_zero: bool) -> dict:
     """All three metrics of one method; CLIP-T is of the one-picture people where there are any."""
-    alone = {p.name for p in people if not p.tests}
+    alone = {person.name for person in people if not person.tests}
     text_rows = [row for row in rows if row["identity"] in alone] or rows
-    return {metric: summarise(rows, people, metric, no_face_as_zero) for metric in ("r_facesim", "facesim")} \
-        | {"clip_t": summarise(text_rows, people, "clip_t")}
+    return {"r_facesim": summarise(rows, people, "r_facesim", no_face_as_zero),
+            "facesim": summarise(rows, people, "facesim", no_face_as_zero),
+            "clip_t": summarise(text_rows, people, "clip_t")}
+
+
+def title_of(label: str) -> dict:
+    return {"title": label}
 
 
 def report(out: Path, people: list[Person], rows: dict[str, list[dict]], real: dict[str, Real],
            judges: Judges, problems: list[str], no_face_as_zero: bool = False, paper: bool = False,
            base: str = "–", settings: dict | None = None,
-           describe: Callable[[str], dict] = lambda label: {"title": label}
-           ) -> tuple[list[dict], dict | None]:
+           describe: Callable[[str], dict] = title_of) -> tuple[list[dict], dict | None]:
     """scores.json and tables.md into `out` -> a summary of each method, and the numbers that are quoted."""
-    methods = [{"label": label, **describe(label)} | summary_of(own, people, no_face_as_zero)
-               for label, own in rows.items() if own]
+    methods, pictures, real_rows, shown = [], [], [], {}
+    for label, own in rows.items():
+        pictures += own
+        if own:
+            methods.append({"label": label, **describe(label)} | summary_of(own, people, no_face_as_zero))
     if not methods:
         raise ValueError("none of the pictures can be read")
-    real_rows = [{"identity": name, "number": 0, "r_facesim": (own.tests @ own.reference).mean().item()}
-                 for name, own in real.items() if len(own.tests)]
+    for name, own in real.items():
+        if len(own.tests):
+            value = (own.tests @ own.reference).mean().item()
+            real_rows.append({"identity": name, "number": 0, "r_facesim": value})
+    for person in people:
+        shown[person.name] = {
+            "identity": person.identity, "gender": person.gender, "reference": person.reference.name,
+            "more": [path.name for path in person.more], "tests": [path.name for path in person.tests]}
     ceiling = summarise(real_rows, people, "r_facesim")
     quoted = JsonFile(META_PHD / "published.json") if paper else None
-    names = lambda paths: [path.name for path in paths]
-    scores = {"settings": (settings or {}) | {"no_face_as_zero": no_face_as_zero}, "judges": judges.names,
-              "versions": {name: importlib.metadata.version(name)
-                           for name in ("torch", "transformers", "facenet-pytorch")},
-              "methods": methods, "reference_photo": ceiling,
-              "people": {p.name: {"identity": p.identity, "gender": p.gender, "reference": p.reference.name,
-                                  "more": names(p.more), "tests": names(p.tests)} for p in people},
-              "problems": problems, "pictures": [row for own in rows.values() for row in own]}
+    versions = {name: importlib.metadata.version(name)
+                for name in ("torch", "transformers", "facenet-pytorch")}
+    scores = {"settings": (settings or {}) | {"no_face_as_zero": no_face_as_zero},
+              "judges": judges.names, "versions": versions, "methods": methods,
+              "reference_photo": ceiling, "people": shown, "problems": problems, "pictures": pictures}
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / "scores.json", json.dumps(scores, indent=1).encode())
     write_whole(out / "tables.md", tables(methods, ceiling, base, quoted, no_face_as_zero).encode())

@@ -1,6 +1,6 @@
-"""What judges need: networks that tell faces apart, prompts, the generated pictures.
+"""Judges of generated pictures, which of these there are, and what they were to show.
 
-The networks are InceptionResnetV1 of facenet-pytorch (VGGFace2), and the baby's own.
+Faces are told apart by InceptionResnetV1 of facenet-pytorch (VGGFace2), or by the baby's own network.
 """
 import re
 import warnings
@@ -9,9 +9,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from support.checkpoints import load_transformers_model, quiet_transformers
 from support.common import check_file, digest, not_content, read_prompts
 from support.finding import HUB, find_model
 from support.people import Person, fill
@@ -20,6 +22,7 @@ from support.sheets import PROMPTS, SHEET
 
 INCEPTION = ("https://github.com/timesler/facenet-pytorch/releases/download/v2.2.9/"
              "20180402-114759-vggface2.pt")
+CLIP = "openai/clip-vit-base-patch32"
 META_PHD = Path(__file__).resolve().parents[1] / "paper" / "meta_phd"
 
 
@@ -90,6 +93,67 @@ def load_face_embedder(baby: Path | None, weights: Path | None = None) -> tuple[
     # all else was compared just now: only BatchNorm's counts of batches are absent
     model.load_state_dict({name: state[name] for name, _ in shapes(state)}, strict=False)
     return model.eval(), 64 if baby else 160, f"{type(model).__name__} {digest(path.read_bytes())}"
+
+
+class Judges:
+    """MTCNN with a face embedder, and CLIP: all that turns pictures into numbers, frozen, fp32, on device.
+
+    model: one with judges of its own (baby), else InceptionResnetV1 and CLIP ViT-B/32. ValueError, one line,
+    where weights are missing. Embeddings are (n, E), of norm 1, on the CPU.
+    """
+    def __init__(self, model: str = "flux-dev", face_weights: Path | None = None, clip: str | None = None,
+                 device: str | torch.device = "cpu") -> None:
+        from facenet_pytorch import MTCNN
+        from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
+        folder, self.device = own_folder(model), torch.device(device)
+        baby = folder if folder and (folder / "face_embedder.safetensors").is_file() else None
+        self.embedder, side, face = load_face_embedder(None if face_weights else baby, face_weights)
+        self.embedder.to(self.device)
+        # pooling to arbitrary sizes does not exist on mps
+        self.detector = MTCNN(side, margin=0, device="cpu" if self.device.type == "mps" else self.device)
+        name = clip or (folder / "scorer" if baby else CLIP)
+        try:
+            with quiet_transformers():
+                self.tokenizer = CLIPTokenizer.from_pretrained(name)
+                self.processor = CLIPImageProcessor.from_pretrained(name)
+                self.clip = load_transformers_model(CLIPModel, name, torch.float32, None).to(self.device)
+        except (OSError, ValueError, ImportError) as error:
+            raise ValueError(f"CLIP cannot be loaded from {name} ({str(error).splitlines()[0]}): download "
+                             f"{CLIP}, or name a folder with --clip; --model baby needs neither") from None
+        weights = self.clip.text_projection.weight.detach().cpu().numpy().tobytes()
+        self.names = {"face": face, "text": f"{Path(name).name} {digest(weights)}"}
+
+    @torch.no_grad()
+    def crop(self, image: Image.Image) -> Tensor | None:
+        """The largest face that MTCNN finds, (3, side, side) in about [-1, 1]; None without one."""
+        face = self.detector(image)
+        return None if face is None else face.cpu()
+
+    @torch.no_grad()
+    def embed(self, crops: list[Tensor]) -> Tensor:
+        parts = [self.embedder(torch.stack(crops[i:i + 32]).to(self.device)).cpu()
+                 for i in range(0, len(crops), 32)]
+        return torch.cat(parts) if parts else torch.zeros(0, 1)
+
+    @torch.no_grad()
+    def embed_images(self, images: list[Image.Image]) -> Tensor:
+        parts = []
+        for i in range(0, len(images), 32):
+            pixels = self.processor(images=images[i:i + 32], return_tensors="pt")["pixel_values"]
+            seen = self.clip.vision_model(pixel_values=pixels.to(self.device)).pooler_output
+            parts.append(self.clip.visual_projection(seen))
+        return F.normalize(torch.cat(parts), dim=1).cpu()
+
+    @torch.no_grad()
+    def embed_texts(self, texts: list[str]) -> Tensor:
+        length = self.clip.config.text_config.max_position_embeddings        # 77 tokens; the rest is cut off
+        ids = self.tokenizer(texts, padding="max_length", truncation=True, max_length=length,
+                             return_tensors="pt").input_ids.to(self.device)
+        return F.normalize(self.clip.text_projection(self.clip.text_model(ids).pooler_output), dim=1).cpu()
+
+    def match(self, images: list[Image.Image], texts: list[str]) -> Tensor:
+        """CLIP-T: cosine of each image with its own text (n,)."""
+        return (self.embed_images(images) * self.embed_texts(texts)).sum(dim=1)
 
 
 # The pictures to judge ------------------------------------------------------------------------------------
