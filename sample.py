@@ -107,6 +107,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_intermixed_args(argv)
     if not 0 <= args.seed <= 2 ** 63 - args.num:
         raise ValueError(f"--seed is an integer from 0 to {2 ** 63 - 1}, not {args.seed}")
+    if args.person != "person" and not args.compare:
+        raise ValueError(f"--person {args.person} does nothing without --compare")
     return args
 
 

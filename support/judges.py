@@ -2,6 +2,7 @@
 
 Faces are told apart by InceptionResnetV1 of facenet-pytorch (VGGFace2), or by the baby's own network.
 """
+import itertools
 import re
 import warnings
 from pathlib import Path
@@ -17,7 +18,7 @@ from support.checkpoints import load_transformers_model, quiet_transformers
 from support.common import check_file, digest, not_content, read_prompts
 from support.finding import HUB, find_model
 from support.people import Person, fill
-from support.photos import SUFFIXES, subfolders, visible
+from support.photos import SUFFIXES, visible
 from support.sheets import PROMPTS, SHEET
 
 INCEPTION = ("https://github.com/timesler/facenet-pytorch/releases/download/v2.2.9/"
@@ -178,19 +179,26 @@ def own_folder(model: str) -> Path | None:
 def prompts_for(people: list[Person], own: Path | None,
                 model_folder: Path | None) -> dict[str, list[str | None]]:
     """{person: its prompts, None where one is not for it}: of the file, else the model's or Meta-PHD's."""
-    theirs = model_folder / "prompts.txt" if model_folder else META_PHD / "none"
-    theirs = own or (theirs if theirs.is_file() else None)
-    lists = {kind: read_prompts([], theirs or META_PHD / ("unsplash.txt" if kind else "ffhq.txt"))
-             for kind in {bool(p.tests) for p in people}}
-    return {p.name: [fill(prompt, p.gender) for prompt in lists[bool(p.tests)]] for p in people}
+    if own is None and model_folder and (model_folder / "prompts.txt").is_file():
+        own = model_folder / "prompts.txt"
+    lists, found = {}, {}
+    for person in people:
+        path = own or META_PHD / ("unsplash.txt" if person.tests else "ffhq.txt")
+        if path not in lists:
+            lists[path] = read_prompts([], path)
+        found[person.name] = [fill(prompt, person.gender) for prompt in lists[path]]
+    return found
 
 
 def find_pictures(root: Path, prompts: dict[str, list[str | None]]) -> tuple[list[Picture], list[str]]:
     """Pictures of <root>/<method>/<identity>/<prompt>_<seed>.<suffix>; a line for each thing that is none."""
-    own = PROMPTS, SHEET
-    pictures, loose = [], [p for p in visible(root) if not p.is_dir() and p.name not in own]
-    odd = dict.fromkeys(loose, "it is not in a method's folder")
-    for folder in [path for method in subfolders(root) for path in visible(method)]:
+    pictures, odd, folders = [], {}, []
+    for path in visible(root):
+        if path.is_dir():
+            folders += visible(path)
+        elif path.name not in (PROMPTS, SHEET):
+            odd[path] = "it is not in a method's folder"
+    for folder in folders:
         if folder.name not in prompts or not folder.is_dir():
             odd[folder] = "no identity of that name in --data"
             continue
@@ -202,8 +210,9 @@ def find_pictures(root: Path, prompts: dict[str, list[str | None]]) -> tuple[lis
             elif not match[1].isdecimal() or texts.get(int(match[1])) is None:
                 odd[path] = f"{match[1]} is no prompt of {folder.name}"
             else:
-                number, seed = int(match[1]), int(match[2])
-                pictures.append(Picture(folder.parent.name, folder.name, number, seed, path, texts[number]))
+                number = int(match[1])
+                pictures.append(Picture(folder.parent.name, folder.name, number, int(match[2]), path,
+                                        texts[number]))
     return pictures, [f"{path} is not scored: {why}" for path, why in odd.items()]
 
 
@@ -218,9 +227,12 @@ def check_complete(pictures: list[Picture], people: list[Person], prompts: dict[
             problems.append(f"{picture.path} is not scored: its seed is beyond --seeds {seeds}")
         elif (first := kept.setdefault(picture[:4], picture)) is not picture:
             problems.append(f"{picture.path} is not scored: {first.path.name} is the same prompt and seed")
-    for label, person in ((label, p) for label in dict.fromkeys(p.label for p in pictures) for p in people):
-        cells = [(i, s) for i, text in enumerate(prompts[person.name]) if text is not None for s in wanted]
-        if gone := [cell for cell in cells if (label, person.name, *cell) not in kept]:
+    labels = dict.fromkeys(picture.label for picture in pictures)
+    for label, person in itertools.product(labels, people):
+        numbers = [i for i, text in enumerate(prompts[person.name]) if text is not None]
+        cells = [*itertools.product(numbers, wanted)]
+        gone = [cell for cell in cells if (label, person.name, *cell) not in kept]
+        if gone:
             problems.append(f"{label}: {len(gone)} of {len(cells)} pictures of {person.name} are missing, "
                             f"the first is prompt {gone[0][0]}, seed {gone[0][1]}")
     return list(kept.values()), problems

@@ -11,6 +11,7 @@ picture's line in the metadata.jsonl of a data set of the hub.
 import collections
 import gc
 import hashlib
+import itertools
 import json
 import math
 import posixpath
@@ -79,9 +80,13 @@ class Captions:
         if picture.parent not in self.beside:
             self.beside[picture.parent] = {(path.stem, path.suffix.lower()): path for path in
                                            visible(picture.parent) if path.suffix.lower() in CAPTIONS}
-        names = [(stem, suffix) for suffix in CAPTIONS for stem in (picture.stem, picture.name)]
-        files = self.beside[picture.parent]
-        return [files[name] for name in names if name in files and not files[name].is_dir()]
+        found = []
+        for suffix in CAPTIONS:
+            for stem in (picture.stem, picture.name):
+                path = self.beside[picture.parent].get((stem, suffix))
+                if path and not path.is_dir():
+                    found.append(path)
+        return found
 
     def table(self, path: Path) -> dict[str, str | None]:
         """{picture: caption} of a metadata.jsonl; read once, {} where there is none."""
@@ -153,7 +158,8 @@ def check_photos(paths: Iterable[Path], captions: Captions, known: dict | None =
     smallest: pixels of the shortest side. known: {path: [bytes, time, digest, width, height, pixels]} of what
     was decoded before; filled in.
     """
-    known, found, problems = {} if known is None else known, {}, []
+    known = {} if known is None else known
+    found, problems = {}, []
     for path in paths:
         try:
             if not path.is_file():
@@ -177,7 +183,8 @@ def check_photos(paths: Iterable[Path], captions: Captions, known: dict | None =
 
 def find_copies(photos: Iterable[Photo]) -> dict[Path, Path]:
     """{copy: the picture it repeats}. One that several folders have is a copy in each: whose is it?"""
-    alike, copies = collections.defaultdict(list), {}
+    copies = {}
+    alike = collections.defaultdict(list)
     for photo in photos:
         alike[photo.width, photo.height, photo.pixels].append(photo.path)
     for same in alike.values():
@@ -233,12 +240,14 @@ class Person(NamedTuple):
 def find_identities(folder: Path,
                     count: int) -> tuple[list[tuple[str, str | None, list[Path]]], list[str]]:
     """A folder of --data -> [(identity, gender or None, pictures)], and a line for each problem."""
-    inside, found, problems = subfolders(folder), [], []
+    found, problems = [], []
+    inside = subfolders(folder)
     sexes = [place for place in inside if place.name.lower() in GENDERS]
     if sexes and (len(sexes) < len(inside) or image_files(folder)):
         raise ValueError(f"{folder} holds {sexes[0].name}/ and others: sort all by gender, or none")
     for place in sexes or [folder]:
-        people, loose = subfolders(place), image_files(place)
+        people = subfolders(place)
+        loose = image_files(place)
         problems += dead_links(place)
         if bool(people) == bool(loose):
             raise ValueError(f"{place} must hold a folder for each person, or one picture for each: it "
@@ -264,41 +273,43 @@ def read_people(folders: list[Path], reference: str = "first", gender: str | Non
     ValueError, after a line for each problem: an unreadable picture, the same picture twice, too few pictures
     of an identity, two identities of one name.
     """
-    problems, persons, names = [], [], set()
-    photos = dict.fromkeys(path for path in folders if path.suffix.lower() in SUFFIXES and not path.is_dir())
-    groups = [(folder, *find_identities(folder, count)) for folder in folders if folder not in photos]
+    photos, groups, problems, persons, places = {}, [], [], {}, {}
+    for folder in folders:
+        if folder.suffix.lower() in SUFFIXES and not folder.is_dir():
+            photos[folder] = None
+        else:
+            found, wrong = find_identities(folder, count)
+            groups.append((Captions(folder), found))
+            problems += wrong
     if photos:
-        groups.append((next(iter(photos)).parent, [("person", None, [*photos])], []))
-    for folder, found, wrong in groups:
-        captions = Captions(folder)
-        problems += wrong
+        groups.append((Captions(next(iter(photos)).parent), [("person", None, [*photos])]))
+    for captions, found in groups:
         for name, sex, paths in found:
-            if name in names:
-                problems.append(f"{folder}: another identity has the name {name} already")
-            names.add(name)
+            if name in persons:
+                problems.append(f"{captions.root}: another identity has the name {name} already")
             sound, wrong = check_photos(paths, captions)
             problems += wrong
             problems += [f"{copy} is the same picture as {original.name}"
                          for copy, original in find_copies(sound.values()).items()]
             sex = sex or gender_of(sound.values()) or gender
-            persons += persons_of(name, sex, paths, reference, count)
-        for place in dict.fromkeys(path.parent for *_, paths in found for path in paths):
-            if folder in folders:
-                tell_unused(place, captions, folders=True)
+            persons[name] = persons_of(name, sex, paths, reference, count)
+            places |= {path.parent: captions for path in paths if path not in photos}
+    for place, captions in places.items():
+        tell_unused(place, captions, folders=True)
     complain(problems, "eval_rfacesim.py")
-    return persons
+    return [*itertools.chain.from_iterable(persons.values())]
 
 
 def persons_of(name: str, gender: str | None, paths: list[Path], reference: str, count: int) -> list[Person]:
     """An identity, once for each of its references."""
-    persons, several = [], reference == "all" and len(paths) > 1
-    named = [i for i, path in enumerate(paths) if path.stem == "reference"]
-    first = [*named, 0][:1] if paths else []
-    for i in range(len(paths)) if reference == "all" else first:
-        own, *others = paths[i:] + paths[:i]
-        tests, more = tuple(sorted(others[count - 1:])), tuple(others[:count - 1])
-        label = f"{name}@{own.stem}" if several else name
-        persons.append(Person(label, name, gender, own, tests, more))
+    persons = []
+    named = [path for path in paths if path.stem == "reference"]
+    for own in paths if reference == "all" else [*named, *paths][:1]:
+        at = paths.index(own)
+        others = paths[at + 1:] + paths[:at]
+        tests = tuple(sorted(others[count - 1:]))
+        label = f"{name}@{own.stem}" if reference == "all" and len(paths) > 1 else name
+        persons.append(Person(label, name, gender, own, tests, more=tuple(others[:count - 1])))
     return persons
 
 
@@ -336,7 +347,8 @@ def find_people(data: Path) -> tuple[dict[str, dict[str, Path]], list[str]]:
         problems.append(f"{image_files(data)[0]} is in nobody's folder")
     problems += dead_links(data)
     for folder in subfolders(data):
-        loose, inner = image_files(folder), subfolders(folder)
+        loose = image_files(folder)
+        inner = subfolders(folder)
         if loose and not any(map(image_files, inner)):    # a person, although somebody made folders in theirs
             problems += [f"{odd} is a folder inside a person's" for odd in inner]
             inner = []
@@ -363,9 +375,12 @@ def check_people(data: Path, smallest: int, known: dict, show: bool = True) -> t
     smallest, known: as of `check_photos`.
     """
     people, problems = find_people(data)
-    captions, sound = Captions(data), {}
-    folders = [folder for members in people.values() for folder in members.values()]
-    paths = [path for folder in folders for path in image_files(folder)]
+    captions = Captions(data)
+    folders, paths, sound = [], [], {}
+    for members in people.values():
+        folders += members.values()
+    for folder in folders:
+        paths += image_files(folder)
     bar = tqdm(paths, "checking pictures", disable=None if show else True, leave=False)
     photos, wrong = check_photos(bar, captions, known, smallest)
     problems += wrong
@@ -397,14 +412,18 @@ def make_buckets(people: Buckets, size: int, seed: int) -> Buckets:
     names = sorted(people[""])
     order = np.random.default_rng(seed).permutation(len(names))
     parts = np.array_split(order, math.ceil(len(names) / size))
-    return {f"{i:04d}": {names[j]: people[""][names[j]] for j in sorted(part)}
-            for i, part in enumerate(parts)}
+    buckets = {}
+    for i, part in enumerate(parts):
+        buckets[f"{i:04d}"] = {names[j]: people[""][names[j]] for j in sorted(part)}
+    return buckets
 
 
 def data_fingerprint(buckets: Buckets) -> str:
     """A short hash of who is in which bucket, with which pictures and captions."""
-    lines = [f"{bucket}\t{person}\t{picture.digest}\t{picture.caption}" for bucket, members in buckets.items()
-             for person, pictures in members.items() for picture in pictures]
+    lines = []
+    for bucket, members in buckets.items():
+        for person, pictures in members.items():
+            lines += [f"{bucket}\t{person}\t{own.digest}\t{own.caption}" for own in pictures]
     return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
@@ -426,7 +445,10 @@ def read_buckets(data: Path, listing: Path, smallest: int, skip_bad: bool, size:
 
 def tell_bare(buckets: Buckets) -> None:
     """Says how many pictures have no caption, where others have one."""
-    pictures = [picture for members in buckets.values() for own in members.values() for picture in own]
+    pictures = []
+    for members in buckets.values():
+        for own in members.values():
+            pictures += own
     bare = sum(picture.caption is None for picture in pictures)
     if 0 < bare < len(pictures):
         print(f"{bare} of {len(pictures)} pictures have no caption of their own, and take that of --prompt")
@@ -463,9 +485,13 @@ class Cache:
         return self.folder / f"{digest[:32]}-text-{self.key}.safetensors"
 
     def missing(self, pictures: list[Photo], captions: list[str]) -> tuple[list[Photo], list[str]]:
-        return ([picture for picture in pictures
-                 if not all(self.latent_path(picture, size).exists() for size in self.sizes(picture))],
-                [caption for caption in dict.fromkeys(captions) if not self.text_path(caption).exists()])
+        new = []
+        for picture in pictures:
+            paths = [self.latent_path(picture, size) for size in self.sizes(picture)]
+            if not all(path.exists() for path in paths):
+                new.append(picture)
+        captions = dict.fromkeys(captions)
+        return new, [caption for caption in captions if not self.text_path(caption).exists()]
 
     @torch.no_grad()
     def fill(self, pictures: list[Photo], captions: list[str], stop: Callable[[], object] | None = None,
@@ -525,8 +551,10 @@ def draw_batch(posteriors: list[Tensor], texts: list[dict[str, Tensor]],
     y (B, _), on the CPU. The latent is drawn anew from the posterior, as the paper's trainer does."""
     mean, deviation = torch.stack(posteriors).float().unbind(1)
     latent = mean + deviation * torch.randn(mean.shape, generator=rng)
-    noise, t = torch.randn(mean.shape, generator=rng), sample_times(len(posteriors), rng)
-    return [latent, noise, t, *(torch.stack([text[part] for text in texts]) for part in ("txt", "y"))]
+    noise = torch.randn(mean.shape, generator=rng)
+    t = sample_times(len(posteriors), rng)
+    txt = torch.stack([text["txt"] for text in texts])
+    return [latent, noise, t, txt, torch.stack([text["y"] for text in texts])]
 
 
 def room_for(cache: Cache, pictures: list[Photo], captions: list[str], text_bytes: int) -> int:

@@ -505,6 +505,11 @@ def test_what_cannot_be_compared_is_said_in_one_line(prompts, words, said, capsy
     assert said in err and "\n" not in err
 
 
+def test_a_person_without_a_comparison_is_refused():
+    with pytest.raises(ValueError, match="--person anna does nothing without --compare"):
+        sample.parse(["a cat", "--person", "anna"])
+
+
 def test_a_stopped_comparison_keeps_what_is_finished(monkeypatch, capsys):
     make_lora("who.safetensors")
     stop_at_second(monkeypatch, interrupt)
