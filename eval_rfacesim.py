@@ -244,15 +244,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--images", type=Path, required=True, metavar="DIR",
         help="pictures to score: DIR/<method>/<identity>/<number of the prompt, from 0>_<seed>.png")
     add("--seeds", type=positive, help="pictures of each prompt (default: all there are)")
-    args = parser.parse_args(argv)
-    if not args.images.is_dir():
-        raise ValueError(f"no such folder: {args.images}")
-    check_apart(args.out, "--out", args.data)
-    return args
+    return parser.parse_args(argv)
 
 
 def evaluate(argv: list[str] | None = None) -> None:
     args = parse(argv)
+    if not args.images.is_dir():
+        raise ValueError(f"no such folder: {args.images}")
+    check_apart(args.out, "--out", args.data)
     people = read_people(args.data, args.reference, args.gender)
     drawn = args.images / PROMPTS
     own_prompts = args.prompts or (drawn if drawn.is_file() else None)
