@@ -270,10 +270,11 @@ def personalize(argv: list[str] | None) -> None:
     words = f"{model_words(args)}--lora {shlex.quote(str(args.out))} {shlex.quote(args.prompt)}"
     print(f"try it:  python sample.py {words}")
     if args.save_at:
-        earlier = sorted({*args.save_at} - {args.iters})
-        files = shlex.join([*(str(numbered(args.out, i)) for i in earlier), str(args.out)])
-        prompt = shlex.quote(args.prompt)
-        print(f"which one?  python sample.py {model_words(args)}{prompt} --compare {files}")
+        files = [str(numbered(args.out, iteration)) for iteration in sorted({*args.save_at})]
+        if args.iters not in args.save_at:
+            files.append(str(args.out))
+        words = f"{model_words(args)}{shlex.quote(args.prompt)} --compare {shlex.join(files)}"
+        print(f"which one?  python sample.py {words}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -373,11 +373,10 @@ def is_small(folder: Place) -> bool:
     return sum(math.prod(files.shape(name)) for name in files.file_of) < 1e9
 
 
-def add_speed_options(add: Callable[..., object], training: bool, parts: bool = True,
-                      clip: str = "--clip") -> None:
+def add_speed_options(add: Callable[..., object], training: bool, parts: bool = True) -> None:
     """The switches of large models, and with `parts` those of models in single files, for a parser."""
     if parts:
-        add_model_options(add, clip)
+        add_model_options(add)
     add("--fp8", action="store_true", help="8-bit weights in the blocks: half the memory, and often faster")
     add("--offload", action="store_true", help="keep the blocks' weights in CPU memory: for small cards")
     add("--compile", action=BooleanOptionalAction, help="compile the blocks (default: long runs on a GPU)")

@@ -381,10 +381,10 @@ def find_transformer(folder: Path) -> Path:
 
 # A name -----------------------------------------------------------------------------------------------------
 
-def add_model_options(add: Callable[..., object], clip: str = "--clip") -> None:
-    """What a model of single files may lack, for the parser of a script; clip: where --clip is a judge's."""
-    for option, what in (("--ae", "autoencoder"), (clip, "CLIP"), ("--t5", "T5")):
-        add(option, dest=f"model_{option.rpartition('-')[2]}", metavar="FILE",
+def add_model_options(add: Callable[..., object]) -> None:
+    """What a model of single files may lack, for the parser of a script."""
+    for option, what in (("ae", "autoencoder"), ("clip", "CLIP"), ("t5", "T5")):
+        add(f"--{option}", dest=f"model_{option}", metavar="FILE",
             help=f"the model's {what} (default: found beside it, or in ComfyUI)")
     add("--tokenizers", dest="model_tokenizers", metavar="DIR",
         help="a folder with tokenizer/ and tokenizer_2/ (default: the hub's)")
@@ -395,12 +395,11 @@ def named_parts(args: Namespace | None) -> dict[str, str | None]:
     return {word: getattr(args, f"model_{word}", None) for word in ("ae", "clip", "t5", "tokenizers")}
 
 
-def model_words(args: Namespace, clip: str = "clip") -> str:
+def model_words(args: Namespace) -> str:
     """The options of a command line that say which model, for another command; "" for the default one."""
     options = {"model": args.model} | named_parts(args)
-    given = ((clip if word == "clip" else word, value) for word, value in options.items()
-             if value not in (None, "flux-dev"))
-    return "".join(f"--{word} {shlex.quote(value)} " for word, value in given)
+    return "".join(f"--{word} {shlex.quote(value)} " for word, value in options.items()
+                   if value not in (None, "flux-dev"))
 
 
 def from_hub(name: str) -> Path:

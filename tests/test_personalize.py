@@ -3,6 +3,7 @@ import copy
 import functools
 import hashlib
 import math
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 from PIL import Image, ImageDraw
 
 import personalize
+import sample
 from flux_model import Flux, flow_matching_loss, sample_times
 from metalora import MetaLoRA, apply_loras, random_lomd
 from support import checkpoints, photos
@@ -133,8 +135,10 @@ def test_a_seed_repeats_to_the_bit(run, head, method):
 @pytest.mark.parametrize("method", ["meta-lora", "lora"])
 def test_save_at_equals_a_shorter_run(run, head, method):
     code, out, _ = run(head, "--save-at", 4, 2, method=method, iters=4)
-    assert code == 0 and out.endswith(f"which one?  python eval_rfacesim.py --model {MODEL} --loras out-000002.safetensors "
-                                      f"out-000004.safetensors --data {head}\n")
+    assert code == 0 and out.endswith("--compare out-000002.safetensors out-000004.safetensors\n")
+    words = shlex.split(out.rpartition("which one?  python sample.py ")[2])
+    args = sample.parse(words)
+    assert (args.model, len(args.words), args.compare) == (str(MODEL), 1, ["out-000002.safetensors", "out-000004.safetensors"])
     assert sorted(p.name for p in Path().iterdir()) == [
         "out-000002.safetensors", "out-000004.safetensors", "out.safetensors"]
     assert same("out-000004", "out")
