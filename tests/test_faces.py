@@ -12,6 +12,7 @@ SCRIPT = Path(__file__).parents[1] / "baby" / "faces.py"
 sys.path.insert(0, str(SCRIPT.parent))
 import faces  # noqa: E402
 
+HAIR = (*faces.HAIR_MAN[:6], *faces.HAIR_WOMAN[:6])
 GOLDEN = ("woman", "bun", "none", 0.514574452707)
 
 
@@ -38,6 +39,26 @@ def test_identity_has_its_draw_order():
     assert len(who) >= 25 and who == faces.identity(110_000)
     assert (who["gender"], who["hair"], who["glasses"]) == GOLDEN[:3]
     assert who["blush"] == pytest.approx(GOLDEN[3], abs=1e-9)              # the last draw
+
+
+def golden_faces():
+    """12 pictures of 64 pixels, two of each style, all hats and clothes, 12 kinds of hair: (128, 384, 3)."""
+    pictures = []
+    for index in range(12):
+        who = dict(faces.identity(faces.TEST.start + index), hair=HAIR[index])
+        scene = faces.scene(np.random.default_rng(index), style=[*faces.STYLES][index % 6],
+                            clothes=faces.CLOTHES[index % 5], background=[*faces.BACKGROUNDS][index])
+        hat = (None, *faces.HATS)[index % 3] if index > 5 else None
+        pictures.append(faces.render(who, dict(scene, hat=hat), 64, 64))
+    rows = [np.concatenate(pictures[first:first + 6], axis=1) for first in (0, 6)]
+    return np.concatenate(rows)
+
+
+def test_faces_are_those_that_the_baby_was_trained_on():
+    """To the pixel where libraries round alike; elsewhere a few by a level or two."""
+    stored = cv2.imread(str(Path(__file__).parent / "golden" / "faces.png"))[..., ::-1]
+    difference = np.abs(golden_faces().astype(int) - stored)
+    assert difference.mean() < 0.02 and (difference > 8).mean() < 1e-3
 
 
 def test_seed_ranges_do_not_overlap():
