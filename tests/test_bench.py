@@ -1,132 +1,171 @@
-"""bench/: its FLOPs against known figures and torch's own counter, and what it prints for a tiny model."""
+"""bench/: its FLOPs against published figures, what it prints for a tiny model, and the command for a GPU on a
+simulated card at full width."""
+import math
 import re
+from unittest import mock
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from fake_card import FakeCard, _disable_current_modes, full_size_flux
 
-from bench import peer, stages
+from bench import stages
 from flux_model import Flux, FluxConfig, flow_matching_loss
 from metalora import MetaLoRA
 from support.speed import Fp8Linear
 
+CPU = torch.device("cpu")
 TINY = FluxConfig(vec_in_dim=24, context_in_dim=40, hidden_size=64, num_heads=2, depth=1,
                   depth_single_blocks=1, axes_dim=(4, 14, 14))
+NUMBER = r"([\d.e+-]+) \(([\d.e+-]+) to ([\d.e+-]+)\)"
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The mid-size model is a tiny one."""
+    monkeypatch.setattr(stages, "MID", TINY)
+    monkeypatch.setitem(stages.SIZES, "mid", ([64], 7))
+    return ["--model", "mid", "--seconds", "0.001", "--device", "cpu"]
 
 
 def test_flops_of_flux_dev():
-    """The published figures, in TFLOP, rounded as they are there; 512 text tokens."""
-    for side, total, step in ((1024, 74.4, 171), (768, 41.9, 92), (512, 21.5, 45)):
-        flops = stages.count_flops(FluxConfig(), (side // 16) ** 2, 512)
-        assert flops["linears"] + flops["attention"] == pytest.approx(total * 1e12, abs=0.05e12)
-        assert flops["step"] == pytest.approx(step * 1e12, abs=0.6e12)
-    flops = stages.count_flops(FluxConfig(), 4096, 512)
-    assert flops["linears"] == pytest.approx(59.5e12, abs=0.05e12)
-    assert flops["attention"] == pytest.approx(14.9e12, abs=0.05e12)
+    """The published figures, in TFLOP, rounded as they are there; 512 text tokens. A backward pass to the
+    inputs has the forward's products once more for Linears, and twice for attention."""
+    with torch.device("meta"):
+        flux = Flux(FluxConfig())
+    small, large = (stages.random_inputs(flux, 1, px, 512) for px in (512, 1024))
+    count = lambda step, inputs: stages.count_flops(FluxConfig(), step, inputs) / 1e12
+    assert count(stages.sampling_step, large) == pytest.approx(74.4, abs=0.05)
+    assert count(stages.base_training_step, small) == pytest.approx(2 * 19.85 + 3 * 1.65, abs=0.1)
+    four = [torch.cat([part] * 4) for part in large]
+    assert count(stages.sampling_step, four) == 4 * count(stages.sampling_step, large)
 
 
-def test_flops_equal_torch_own_count():
-    """Image and text tokens of different number, so that neither can stand for the other. Attention by plain matmuls: torch counts
-    the CPU's flash kernel in some releases only. They keep the scores, so that the backward pass has four matmuls, not five."""
-    flux, counter = Flux(TINY).requires_grad_(False), FlopCounterMode(display=False)
-    latent, txt = torch.randn(1, 16, 6, 10, requires_grad=True), torch.randn(1, 7, 40, requires_grad=True)
-    flops = stages.count_flops(TINY, 15, 7)
-    noise, y = torch.randn(1, 16, 6, 10), torch.randn(1, 24)
-    with sdpa_kernel(SDPBackend.MATH), counter:
-        loss = flow_matching_loss(flux, latent, noise, torch.rand(1), txt, y)
-        assert counter.get_total_flops() == flops["linears"] + flops["attention"]
-        loss.sum().backward()
-        assert counter.get_total_flops() == flops["step"] - flops["attention"] / 2
-
-
-def test_prints_what_it_measured(monkeypatch, capsys):
-    monkeypatch.setitem(stages.MODELS, "mid", (TINY, 16, 7))
-    assert stages.main(["--model", "mid", "--seconds", "0.001", "--device", "cpu", "--rank", "2"]) == 0
+def test_rows_of_a_tiny_model(tiny, capsys):
+    assert stages.main(tiny) == 0
     out = capsys.readouterr().out
-    assert out.startswith("mid, random weights: ") and f"torch {torch.__version__}, cpu," in out
-    assert f"{torch.get_num_threads()} threads, float32" in out
-    assert "16 image + 7 text tokens, rank 2" in out
-    found = re.findall(r"([\d.e+-]+) \(([\d.e+-]+) to ([\d.e+-]+)\)", out)
-    assert len(found) == 9 + 7 and all(0 < float(low) <= float(mid) <= float(high) for low, mid, high in [(f[1], f[0], f[2]) for f in found])
-    assert len(re.findall(r"([\d.]+)% of the bound", out)) == 6 and out.count("3 pairs") == 3
-    for row in ("sampling step, 64 px  ", "sampling step, 64 px, one LoRA", "base alone, forward and backward, 64 px",
-                *(f"training step, 64 px, {n} of 2 twice" for n in (0, 1, 2)),
-                "stage 1, 4 pictures of 4 people, 64 px, 0 of 2 twice"):
+    found = re.findall(NUMBER, out)
+    assert len(found) >= 6
+    assert all(0 < float(low) <= float(middle) <= float(high) for middle, low, high in found)
+    assert len(re.findall(r"([\d.]+)% of the bound", out)) == out.count(", ratio") == out.count("3 rounds")
+    for row in ("stage 2, 64 px", "stage 1, 4 people, 64 px", "sampling, 64 px"):
         assert out.count(row) == 1, row
 
 
-@pytest.mark.parametrize("switches", [["--offload", "--fp8"]])
-def test_every_stage_of_the_baby(switches, monkeypatch, capsys):
-    """Text, autoencoder and the whole of personalize.py too, with weights that live elsewhere or have 8 bits."""
-    monkeypatch.setitem(stages.personalize.ITERATIONS, "meta-lora", 2)
-    assert stages.main(["--model", "baby", "--seconds", "0.001", "--device", "cpu", "--dtype", "bfloat16", *switches]) == 0
+def test_rows_of_weights_that_are_not_plain(tiny, capsys):
+    """8-bit and offloaded weights are not shared with the base alone."""
+    assert stages.main([*tiny, "--switches", "fp8", "offload"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("baby, its own weights") and all(f", {word[2:]}" in out.splitlines()[0] for word in switches)
-    for row in ("text, one prompt", "encode a picture, 128 px", "decode a picture", "stage 1", "photo to LoRA, 128 px"):
-        assert out.count(row) == 1, row
-    assert "over" not in out and out.count("training step") == (1 if "--offload" in switches else 3)
+    assert out.count("of the bound") == 3 and "ratio" not in out and "Error" not in out
 
 
-def test_random_weights_of_full_size_are_of_the_right_shapes(monkeypatch):
-    """FLUX.1's published sizes of T5 and CLIP, in parameters, on meta; a small transformer really runs."""
-    made, meta = {}, torch.device("meta")
-    def random_weights(kind, config, *like):
-        with meta:
-            made[kind.__name__] = kind(config)
-    with monkeypatch.context() as patch:
-        patch.setattr(stages, "random_weights", random_weights)
-        models = stages.random_models(FluxConfig(), meta, torch.bfloat16, 512, stages.Plan())
-        models.text(), models.autoencoder()
-    millions = {name: round(sum(p.numel() for p in model.parameters()) / 1e6) for name, model in made.items()}
-    files = stages.RandomFiles(FluxConfig(), meta, torch.bfloat16)
-    assert millions == {"AutoEncoder": 84, "T5EncoderModel": 4762, "CLIPTextModel": 123}
-    assert round(sum(p.numel() for p in files.file_of.values()) / 1e6) == 11901
-    for fp8 in (False, True):
-        model = stages.random_flux(TINY, torch.device("cpu"), torch.float32, stages.Plan(fp8=fp8))
-        assert sum(isinstance(m, Fp8Linear) for m in model.modules()) == 13 * fp8
-        assert 0.3 < flow_matching_loss(model, *stages.random_inputs(model, 1, 16, 7)).item() < 100
+def test_the_baby_has_its_own_weights(capsys):
+    assert stages.main(["--model", "baby", "--seconds", "0.001", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("128 px") >= 3 and "Error" not in out
 
 
-@pytest.mark.parametrize("words", ["--seconds 0", "--resolution -4", "--rank x", "--device quantum",
-                                   "--model nowhere", "--what"])
+def test_random_weights():
+    """They fill every parameter, in 8 bits too, and keep activations about as large as they are."""
+    with mock.patch.object(stages, "MID", TINY):
+        for switches in ("", "fp8"):
+            flux = stages.load("mid", True, CPU, switches)
+            assert sum(isinstance(module, Fp8Linear) for module in flux.modules()) == 13 * (switches == "fp8")
+            loss = flow_matching_loss(flux, *stages.random_inputs(flux, 1, 64, 7))
+            assert 0.3 < loss.item() < 100
+
+
+@pytest.mark.parametrize("words", ["--resolution -4", "--device quantum", "--model nowhere", "--what"])
 def test_bad_input_is_one_line(words, capsys):
     assert stages.main(words.split()) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("bench.stages: ") and err.count("\n") == 1
 
 
-def test_against_diffusers_and_peft(monkeypatch, capsys):
-    """With them: the same velocities on the same weights, and their numbers beside ours; without, one line."""
-    monkeypatch.setitem(stages.MODELS, "small", (TINY, 16, 7))
-    words = ["--device", "cpu", "--seconds", "0.001"]
-    try:
-        import diffusers, peft  # noqa: E401, F401
-        assert peer.main(words) == 0
-        out = capsys.readouterr().out
-        assert float(re.search(r"diffusers, 64 px +(\S+) of the velocity", out)[1]) < 1e-5
-        assert "training step" in out and "sampling step, 64 px, one LoRA" in out and out.count("ratio") == 2
-    except ImportError:
-        assert peer.main(words) == 2 and "pip install diffusers peft" in capsys.readouterr().err
+def adapted():
+    """A tiny Flux with an adapter that changes nothing."""
+    with mock.patch.object(stages, "MID", TINY):
+        flux = stages.load("mid", True, CPU, "")
+    adapter = MetaLoRA(flux, 1)
+    adapter.assign(torch.zeros(1, dtype=torch.long))
+    return flux
 
 
-def test_all_weights_have_a_name_of_diffusers():
-    """Those of an adapted model too, without a copy; but for the last modulation, whose halves are exchanged there."""
-    flux = stages.random_flux(TINY, torch.device("cpu"), torch.float32, stages.Plan())
-    plain = {name: tensor.clone() for name, tensor in peer.shared_weights(flux).items()}
-    MetaLoRA(flux, 1)
-    shared, own = peer.shared_weights(flux), {p.untyped_storage().data_ptr() for p in flux.parameters()}
-    assert len(plain) == len(shared) == len(set(shared)) and all(torch.equal(plain[name], shared[name]) for name in plain)
-    copies = {name for name, tensor in shared.items() if tensor.untyped_storage().data_ptr() not in own}
-    assert copies == {"norm_out.linear.weight", "norm_out.linear.bias"}
-    assert torch.equal(shared["norm_out.linear.bias"][:64], flux.final_layer.adaLN_modulation[1].bias[64:])
+def test_the_base_alone_shares_its_weights():
+    """It computes the same, and holds no memory of its own."""
+    flux = adapted()
+    base = stages.base_alone(flux)
+    inputs = stages.random_inputs(flux, 1, 64, 7)
+    assert torch.allclose(stages.sampling_step(base, *inputs), stages.sampling_step(flux, *inputs), atol=1e-5)
+    memory = {parameter.untyped_storage().data_ptr() for parameter in flux.parameters()}
+    assert all(parameter.untyped_storage().data_ptr() in memory for parameter in base.parameters())
 
 
-def test_a_stage_that_fails_is_a_row(capsys):
-    rows = stages.Rows(torch.device("cpu"), torch.float32, 0.001)
-    rows("broken", lambda: 1 / 0, 1.0)
-    rows("sound", lambda: None, 1.0)
+def test_diffusers_computes_the_same():
+    """Velocities on the same weights, and its training step moves its LoRA."""
+    pytest.importorskip("diffusers")
+    pytest.importorskip("peft")
+    flux = adapted()
+    peer = stages.Peer(flux, 1)
+    inputs = stages.random_inputs(flux, 1, 64, 7)
+    ours, theirs = (stages.sampling_step(model, *inputs) for model in (flux, peer))
+    assert (ours - theirs).norm() < 1e-5 * (theirs - inputs[1]).norm()
+    before = [parameter.clone() for parameter in peer.trained]
+    peer.training_step(*inputs)
+    assert len(before) == 2 * 20 and any(not torch.equal(a, b) for a, b in zip(before, peer.trained))
+
+
+def test_rows_of_diffusers(tiny, capsys):
+    pytest.importorskip("diffusers")
+    pytest.importorskip("peft")
+    assert stages.main(tiny) == 0
+    out = capsys.readouterr().out
+    assert out.count("against diffusers") == 2 and out.count("ratio") == 5 and "Error" not in out
+
+
+def test_a_stage_that_fails_is_a_row(tiny, capsys):
+    bench = stages.Bench(adapted(), "", [64], 7, 0.001, math.inf)
+    bench.attempt("broken", lambda: 1 / 0)
+    bench.attempt("sound", lambda: "done")
     broken, sound = capsys.readouterr().out.splitlines()
-    assert "ZeroDivisionError" in broken and "GB" in sound
-    stages.Rows(torch.device("cpu"), torch.float32, 0.001, until=0)("late", lambda: 1 / 0, 1.0)
+    assert "ZeroDivisionError" in broken and "done" in sound
+    bench.until = 0
+    bench.attempt("late", lambda: 1 / 0)
     assert "left out" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_command_for_a_gpu(monkeypatch, capsys):
+    """Every row of the one command runs at full width, with few blocks."""
+    config = FluxConfig(depth=1, depth_single_blocks=2)
+    with FakeCard(80) as card:
+        def load(name, random, device, switches):
+            return full_size_flux(card, "fp8" in switches, "offload" in switches, config=config)
+
+        def once(functions, device, seconds):
+            for function in functions:
+                function()
+            return [[1.0, 1.0] for _ in functions]
+
+        def load_crops(*words, real=stages.load_crops):
+            with _disable_current_modes():                       # the face detector has numbers
+                return real(*words)
+        # a fake parameter cannot exchange its memory
+        monkeypatch.setattr(torch.nn.Module, "to", lambda module, *words, real=torch.nn.Module.to, **named:
+                            module if "memory_format" in named else real(module, *words, **named))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "none")
+        monkeypatch.setattr(stages, "pick_device", lambda name: card.device)
+        monkeypatch.setattr(stages, "MINUTES", math.inf)         # a dry run is slower than a GPU
+        monkeypatch.setattr(stages, "interleave", once)
+        monkeypatch.setattr(stages, "count_flops", lambda *words: 1)       # on the meta device: no card
+        monkeypatch.setattr(stages, "find_spec", lambda name: None)        # peft exchanges memory, too
+        monkeypatch.setattr(stages, "load", load)
+        monkeypatch.setattr(stages, "load_crops", load_crops)
+        monkeypatch.setattr(stages, "compile_blocks", lambda flux: None)
+        monkeypatch.setattr(stages, "FluxConfig", lambda: config)
+        monkeypatch.setitem(stages.personalize.ITERATIONS, "meta-lora", 2)
+        assert stages.main(["--model", "flux-dev", "--random"]) == 0
+        assert not card.problems, card.problems
+    out = capsys.readouterr().out
+    rows = {"stage 2, ": 18, "stage 1, 4": 18, "sampling, ": 18, "photo to LoRA": 1, ", ratio": 18}
+    assert "Error" not in out and "left out" not in out, out
+    assert {row: out.count(row) for row in rows} == rows, out

@@ -3,10 +3,7 @@ launches and bytes stay within bounds, and what the plan of memory foresees is w
 
     python tests/test_full_size.py                    # docs/SPEED.md's table of cards
 """
-import math
-import re
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
 
@@ -19,7 +16,6 @@ from fake_card import GIB, FakeCard, _disable_current_modes, full_size_flux
 import flux_model
 import personalize
 import sample
-from bench import stages
 from metalora import MetaLoRA, apply_loras, random_lomd
 from support import speed
 from support.checkpoints import find_targets
@@ -80,47 +76,6 @@ def sampling(card, px=1024, fp8=False, offload=False):
     with torch.no_grad(), mock.patch.object(flux_model, "get_schedule", lambda *a, **k: [1.0, 0.5, 0.0]):
         list(sample.sample_latents(flux, texts, [("a", 0)], px, px, 2, 3.5))
     return foreseen
-
-
-def benchmark(card, words=(), config=None):
-    """bench.stages as on the day with a card, each row called once -> seconds that it takes there, by the model of a card's
-    rates, compiling and the making of weights left out."""
-    spent = [0.0]
-
-    def seconds_of(function, device):
-        before = sum(card.seconds().values())
-        function()
-        return sum(card.seconds().values()) - before + 1e-9
-
-    def interleave(functions, device, seconds):
-        times = [seconds_of(function, device) for function in functions]
-        spent[0] += sum(times) * (1 + max(3, math.ceil(seconds / sum(times))))
-        return [[t, t] for t in times]
-    patch = lambda where, name, new: card.stack.enter_context(mock.patch.object(where, name, new))
-    patch(stages, "seconds_of", seconds_of)
-    patch(stages, "interleave", interleave)
-    patch(stages, "pick_device", lambda name: card.device)
-    patch(stages, "MINUTES", math.inf)                                           # the dry run is slower than a card
-    patch(stages, "FluxConfig", lambda **words: config or flux_model.FluxConfig(**words))
-    patch(stages, "fill_flux", lambda files, config, diffusers, device, dtype, fp8, offload:
-          full_size_flux(card, fp8, offload, config=config))
-    patch(stages, "compile_blocks", lambda flux: None)
-
-    def load_crops(*words, real=stages.load_crops):
-        with _disable_current_modes():                       # the finder of faces has numbers
-            return real(*words)
-    patch(stages, "load_crops", load_crops)
-    patch(torch.cuda, "get_device_name", lambda device: "none")
-    patch(torch.cuda, "device", lambda device: nullcontext())
-    to = torch.nn.Module.to                                  # which cannot exchange the memory of a fake parameter
-    patch(torch.nn.Module, "to", lambda module, *a, **k: module if "memory_format" in k else to(module, *a, **k))
-    iterations, train = personalize.ITERATIONS["meta-lora"], personalize.train
-
-    def two_of(flux, adapter, latents, weights, txt, y, iters, lr):
-        spent[0] += seconds_of(lambda: train(flux, adapter, latents, weights, txt, y, 2, lr), card.device) / 2 * iterations
-    patch(personalize, "train", two_of)
-    assert stages.main(["--model", "flux-dev", "--random", *words]) == 0
-    return spent[0]
 
 
 def held(card):
@@ -230,22 +185,6 @@ def test_text_encoders():
             txt, y = encoders.encode(["a"])
         assert txt.shape == (1, 512, 4096) and y.shape == (1, 768) and not card.problems, card.report()
         assert 8.5 < card.memory.peak_allocated / GIB < 11
-
-
-@pytest.mark.slow
-def test_the_benchmark_of_a_card(capsys):
-    """Every row of the one command, of few blocks: none fails but diffusers', which is not installed, and what a step is to
-    hold, it holds."""
-    with FakeCard(80) as card:
-        benchmark(card, config=flux_model.FluxConfig(depth=1, depth_single_blocks=2))
-        out = capsys.readouterr().out
-        assert not card.problems, card.problems
-    assert out.count("Error") == out.count("the peer is not installed") <= 1 and "left out" not in out, out
-    steps = {"sampling step": 3 + 3 + 3 + 1 + 1 + 6 + 3, "training step": 9 + 9 + 1 + 1 + 3 + 3, "base alone": 6, "stage 1": 6,
-             "photo to LoRA": 1, "text, one prompt": 1, "attention, ": 3}
-    assert {what: out.count(what) for what in steps} == steps
-    for held, foreseen in re.findall(r"% +([\d.]+) GB, ([\d.]+)\n", out):
-        assert float(held) <= float(foreseen) <= float(held) + 1.1
 
 
 FAULTS = {
