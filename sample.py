@@ -36,6 +36,7 @@ from support.photos import plan_files, to_image
 from support.sheets import plan_comparison
 from support.speed import Work
 
+STEPS, SCHNELL_STEPS = 30, 4        # of Euler; the second of models without a guidance input
 Embeddings = dict[str, tuple[Tensor, Tensor]]      # {prompt: (txt (1, T, context_in_dim), y (1, vec_in_dim))}
 
 
@@ -89,7 +90,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "row for each, and the pictures as eval_rfacesim.py --images reads them")
     add("--person", default="person", metavar="NAME",
         help="with --compare: who it is, as eval_rfacesim.py --data has it (default: person)")
-    add("--steps", type=positive, help="Euler steps (default: 30; schnell: 4)")
+    add("--steps", type=positive, help=f"Euler steps (default: {STEPS}; schnell: {SCHNELL_STEPS})")
     add("--guidance", type=finite_number, help="input of dev models (default: the model's; FLUX.1's is 3.5)")
     add("--width", type=side, help="pixels, a multiple of 16 (default: the model's; FLUX.1's is 1024)")
     add("--height", type=side, help="as --width")
@@ -173,12 +174,13 @@ def draw(argv: list[str] | None) -> None:
     if not config.guidance_embed:
         note("this model has no guidance input: --guidance does nothing")
         if args.true_cfg == 1.0 and "schnell" not in str(folder).lower():
-            note("if it is a de-distilled one and not schnell, it wants --steps 30 --true-cfg 3.5")
+            note(f"if it is a de-distilled one and not schnell, it wants --steps {STEPS} --true-cfg 3.5")
 
     defaults = model_defaults(folder)
     width, height = (size or defaults["resolution"] for size in (args.width, args.height))
     check_fit(args, device, Work(width * height // 256 + 512))
-    settings = {"width": width, "height": height, "steps": args.steps or (30 if config.guidance_embed else 4),
+    steps = args.steps or (STEPS if config.guidance_embed else SCHNELL_STEPS)
+    settings = {"width": width, "height": height, "steps": steps,
                 "guidance": defaults["guidance"] if args.guidance is None else args.guidance,
                 "true_cfg": args.true_cfg, "negative": args.negative or ""}
     fields = settings | {"model": Path(args.model).name}

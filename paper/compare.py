@@ -29,7 +29,7 @@ from eval_rfacesim import Judges, add_options, embed_real, report, score_all
 from flux_model import Flux, flow_matching_loss
 from metalora import IdentityBank, MetaLoRA, apply_loras, random_lomd
 from paper.report import METHODS, figures, sheets
-from sample import decode_latent, sample_latents
+from sample import STEPS, decode_latent, sample_latents
 from support import photos
 from support.checkpoints import (add_speed_options, autoencoder_fingerprint, encode_prompts, flux_fingerprint,
                                  is_small, learning_rate, load_autoencoder, model_defaults,
@@ -327,7 +327,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "model's)")
     add("--resolution", type=positive, nargs="+", metavar="PIXELS", help="of crops (default: the model's)")
     add("--size", type=positive, help="side of the pictures (default: the model's; FLUX.1's is 1024)")
-    add("--steps", type=positive, default=30, help="Euler steps (default: 30)")
+    add("--steps", type=positive, default=STEPS, help=f"Euler steps (default: {STEPS})")
     add("--guidance", type=float, help="guidance input (default: the model's; FLUX.1's is 3.5)")
     add("--seed", type=int, default=0, help="of the training (default: 0)")
     add_speed_options(add, training=True, parts=False)
