@@ -23,8 +23,9 @@ from tqdm import tqdm  # noqa: E402
 import faces  # noqa: E402
 from metrics import auc, pairs  # noqa: E402
 from support.checkpoints import encode_prompts, load_autoencoder, load_flux  # noqa: E402
-from support.checkpoints import find_model, model_defaults  # noqa: E402
-from eval_rfacesim import Judges  # noqa: E402
+from support.checkpoints import model_defaults  # noqa: E402
+from support.finding import find_model  # noqa: E402
+from support.judges import Judges  # noqa: E402
 from support.photos import find_faces, to_image, to_tensor  # noqa: E402
 from sample import decode_latent, sample_latents  # noqa: E402
 from support.common import save_png  # noqa: E402

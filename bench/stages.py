@@ -259,6 +259,8 @@ def interleave(functions: list[Callable], device: torch.device,
                seconds: float) -> list[list[float]]:
     """Seconds of each call of each function, in turn, for `seconds` or three rounds, after warm-up."""
     synchronize = getattr(torch, device.type).synchronize
+    if device.type == "cuda":
+        synchronize = partial(synchronize, device)
     for function in functions:
         function()
     times = [[] for _ in functions]
@@ -302,7 +304,7 @@ class Bench:
         except Exception as error:             # whatever it is, it is a result
             text = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
         if text:
-            print(f"  {name:<36} {text}", flush=True)
+            print(f"  {name:<43} {text}", flush=True)
 
     def row(self, name: str, inputs: tuple[Tensor, ...], base_step: Callable,
             *steps: Callable) -> None:
@@ -322,11 +324,14 @@ class Bench:
             return f"{text}, {len(times)} rounds"
         self.attempt(f"{name}, {8 * inputs[0].shape[-1]} px", measure)
 
-    def base(self, base_step: Callable, inputs: tuple[Tensor, ...]) -> list[Callable]:
-        """The step of the base alone. It cannot share 8-bit and offloaded weights: none."""
+    def base(self, base_step: Callable, inputs: tuple[Tensor, ...], twice: int = 0) -> list[Callable]:
+        """The step of the base alone, as many of its blocks run twice. It cannot share 8-bit and
+        offloaded weights: none."""
         if "fp8" in self.switches or "offload" in self.switches:
             return []
-        return [partial(base_step, base_alone(self.flux, "compile" in self.switches), *inputs)]
+        base = base_alone(self.flux, "compile" in self.switches)
+        recompute_blocks(base, twice)
+        return [partial(base_step, base, *inputs)]
 
     def training(self, people: int) -> None:
         """Stage 2, or with several people stage 1, in which the LoMD learns too."""
@@ -337,9 +342,11 @@ class Bench:
         name = "stage 2" if people == 1 else f"stage 1, {people} people"
         for px in self.resolutions:
             inputs = random_inputs(self.flux, people, px, self.text_tokens)
-            recompute_blocks(self.flux, plan_recompute(adapter, (px // 16) ** 2 + self.text_tokens))
+            twice = plan_recompute(adapter, (px // 16) ** 2 + self.text_tokens)
+            recompute_blocks(self.flux, twice)
             step = partial(training_step, self.flux, adapter, *inputs)
-            self.row(name, inputs, base_training_step, step, *self.base(base_training_step, inputs))
+            base = self.base(base_training_step, inputs, twice)
+            self.row(f"{name}, {twice} blocks twice", inputs, base_training_step, step, *base)
         recompute_blocks(self.flux, 0)
 
     def sampling(self) -> None:
@@ -394,7 +401,7 @@ def bench(argv: list[str] | None = None) -> None:
         raise ValueError("--random needs --model flux-dev")
     device = pick_device(args.device)
     every = args.random and device.type == "cuda" and not args.switches
-    seconds = args.seconds or (0.5 if every else 10.0)
+    seconds = (0.5 if every else 10.0) if args.seconds is None else args.seconds
     until = time.perf_counter() + 60 * MINUTES if every else math.inf
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     print(f"torch {torch.__version__}, {where}, {torch.get_num_threads()} threads")

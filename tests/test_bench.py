@@ -47,7 +47,7 @@ def test_rows_of_a_tiny_model(tiny, capsys):
     assert len(found) >= 6
     assert all(0 < float(low) <= float(middle) <= float(high) for middle, low, high in found)
     assert len(re.findall(r"([\d.]+)% of the bound", out)) == out.count(", ratio") == out.count("3 rounds")
-    for row in ("stage 2, 64 px", "stage 1, 4 people, 64 px", "sampling, 64 px"):
+    for row in ("stage 2, 0 blocks twice, 64 px", "stage 1, 4 people, 0 blocks twice, 64 px", "sampling, 64 px"):
         assert out.count(row) == 1, row
 
 
