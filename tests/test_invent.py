@@ -1,0 +1,210 @@
+"""paper/invent.py: captions without looks, the filter by the face network, and what an interruption leaves."""
+import itertools
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from paper import invent
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = ["--model", "baby", "--device", "cpu", "--people", "2", "--pictures", "3", "--steps", "1", "--size", "32"]
+
+
+@pytest.fixture(autouse=True)
+def in_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*words):
+    return invent.main([*SMALL, *map(str, words)])
+
+
+def content(*folders):
+    """Every file of the folders, byte for byte."""
+    return {str(path): path.read_bytes() for folder in folders for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def noisy(people, pictures, noise, seed=0):
+    """Embeddings (P, K, 64) of norm 1, of a direction for each person and noise."""
+    generator = torch.Generator().manual_seed(seed)
+    own = torch.randn(people, 1, 64, generator=generator)
+    return torch.nn.functional.normalize(own + noise * torch.randn(people, pictures, 64, generator=generator), dim=2)
+
+
+def test_looks_are_in_prompts_and_never_in_captions():
+    everyone = invent.invent_people(44, 10, 0, baby=False)
+    looks = {name: set(" ".join(words.split()).split(", ")) for name, words in invent.LOOKS.items()}
+    for shots in everyone:
+        descriptions = set()
+        for shot in shots:
+            gender = "woman" if " a woman " in shot.caption else "man"
+            before, after = shot.caption.split(f" a {gender} ")
+            description = shot.prompt.removeprefix(before).removesuffix(after)
+            descriptions.add(description)
+            assert shot.prompt == before + description + after and f"-year-old {gender} with" in description
+            assert not any(words in shot.caption for name in looks for words in looks[name] if len(words) > 4)
+        assert len(descriptions) == 1
+    hair = [next(words for words in looks["hair"] if words in shots[0].prompt) for shots in everyone]
+    assert {hair.count(words) for words in looks["hair"]} == {4}                         # balanced
+    assert 15 <= sum(" a woman " in shots[0].caption for shots in everyone) <= 29
+
+
+def test_noise_and_seed():
+    """Half of a person's pictures of FLUX.1 share a start noise, all of the baby's; a seed is the people."""
+    for baby, shared in ((False, 6), (True, 10)):
+        everyone = invent.invent_people(3, 10, 5, baby)
+        seeds = [shot.seed for shots in everyone for shot in shots]
+        assert [seeds.count(shots[0].seed) for shots in everyone] == [shared] * 3
+        assert len(set(seeds)) == 3 * (11 - shared)
+        assert invent.invent_people(3, 10, 5, baby) == everyone
+        assert not {shot.seed for shots in invent.invent_people(3, 10, 6, baby) for shot in shots} & set(seeds)
+    assert all(shot.prompt == shot.caption for shots in everyone for shot in shots)
+
+
+def test_separation_is_an_auc():
+    people = noisy(4, 3, 1.5)
+    same, other = [], []
+    for (i, a), (j, b) in itertools.combinations([(i, own) for i, person in enumerate(people) for own in person], 2):
+        (same if i == j else other).append((a @ b).item())
+    wanted = sum(x > y for x in same for y in other) / len(same) / len(other)
+    assert 0.7 < wanted < 1 and abs(invent.separation(people) - wanted) < 1e-6
+
+
+def test_the_odd_picture_goes():
+    person, stranger = noisy(2, 6, 0.5)
+    pictures = torch.cat([person[:3], stranger[:2], person[3:]])
+    assert invent.nearest(pictures, 6) == [0, 1, 2, 5, 6, 7]
+
+
+def test_who_stays():
+    """A double and somebody whose pictures do not agree go; of many the ones that agree best stay."""
+    people = noisy(5, 6, 0.4)
+    double = torch.nn.functional.normalize(people[1] + 0.2 * noisy(1, 6, 9.0)[0], dim=1)
+    drifting = noisy(6, 1, 0.0, seed=1)[:, 0]
+    everybody = torch.stack([*people, double, drifting])
+    staying = invent.choose_people(everybody, 7)
+    assert len(staying) == 5 and len({1, 5} & set(staying)) == 1 and 6 not in staying
+    steadier = torch.stack([*noisy(4, 6, 0.8), *noisy(2, 6, 0.1, seed=2)])
+    assert invent.choose_people(steadier, 2) == [4, 5]
+
+
+def network(monkeypatch, vectors):
+    """A face network that gives picture `number` of person `name` the row vectors(name, number), None: no face."""
+    monkeypatch.setattr(invent, "face_network", lambda args: lambda path: vectors(int(path.parent.name), int(path.stem)))
+
+
+def test_a_folder_of_people(monkeypatch, capsys):
+    """More are drawn; a picture without a face and one of somebody else are not taken; the captions lie beside."""
+    own, others = noisy(3, 5, 0.3), noisy(3, 5, 0.3, seed=3)
+    network(monkeypatch, lambda i, k: None if (i, k) == (0, 0) else others[i, k] if (i, k) == (1, 2) else own[i, k])
+    assert run("--seed", 4) == 0
+    found = sorted(Path("faces").iterdir())
+    assert len(found) == 2
+    for person in found:
+        pictures, captions = sorted(person.glob("*.png")), sorted(person.glob("*.txt"))
+        assert [path.stem for path in pictures] == [path.stem for path in captions] and len(pictures) == 3
+        assert {Image.open(path).size for path in pictures} == {(32, 32)}
+        for path in captions:
+            number = int(path.stem)
+            assert (int(person.name), number) not in {(0, 0), (1, 2)}
+            assert path.read_text() == invent.invent_people(3, 5, 4, True)[int(person.name)][number].caption
+    assert len([*Path("faces-drawn").rglob("0*/*.png")]) == 15 and Path("faces-drawn/sheet.png").is_file()
+    out = capsys.readouterr().out
+    assert "AUC" in out
+
+    before = content("faces", "faces-drawn")
+    assert run("--seed", 4) == 0 and content("faces", "faces-drawn") == before
+    assert run("--seed", 5) == 2 and "seed 4" in capsys.readouterr().err
+    assert run("--seed", 5, "--out", "others") == 0
+    assert not set(content("others").values()) & set(content("faces").values())
+
+
+def test_nobody_in_particular_is_refused(monkeypatch, capsys):
+    vectors = noisy(15, 1, 0.0).view(3, 5, 64)
+    network(monkeypatch, lambda i, k: vectors[i, k])
+    assert run() == 2
+    error = capsys.readouterr().err
+    assert "0.8" in error and len(error.strip().splitlines()) == 1
+    assert not Path("faces").exists()
+
+
+def test_without_a_face_network(monkeypatch, capsys):
+    """A note says what is skipped, and nothing more is drawn than asked for; a named file that is missing is an error."""
+    assert run("--face-weights", "none.pt") == 2 and "none.pt" in capsys.readouterr().err
+
+    def gone(*words):
+        raise ValueError("InceptionResnetV1 is not here")
+    monkeypatch.setattr(invent, "load_face_embedder", gone)
+    assert run() == 0
+    assert "no filter" in capsys.readouterr().err
+    assert len(content("faces")) == 2 * 2 * 3 and len([*Path("faces-drawn").rglob("0*/*.png")]) == 6
+    before = content("faces")
+    assert run("--no-filter", "--out", "again") == 0 and not capsys.readouterr().err.count("note")
+    assert [*content("again").values()] == [*before.values()]
+
+
+@pytest.mark.parametrize("words", [("--people", "1"), ("--pictures", "1"), ("--size", "40"), ("--steps", "0"),
+                                   ("--no-filter", "--face-weights", "a.pt"), ("--out", "nowhere/faces"), ("--out", "mine")])
+def test_bad_input(words, capsys):
+    Path("mine").mkdir()
+    Path("mine/photo.png").touch()
+    assert run("--no-filter", *words) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1 and content("mine") == {"mine/photo.png": b""}
+
+
+MOMENTS = [("save_file", 2), ("save_png", 4), ("write_whole", 4)]        # drawing, decoding, the folder itself
+
+
+@pytest.mark.parametrize("name, call", MOMENTS)
+def test_ctrl_c_loses_nothing(name, call, monkeypatch):
+    assert run("--no-filter") == 0
+    wanted = content("faces", "faces-drawn")
+    Path("faces").rename("whole"), Path("faces-drawn").rename("whole-drawn")
+    calls, real = itertools.count(1), getattr(invent, name)
+
+    def stop(*words, **named):
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return real(*words, **named)
+    with monkeypatch.context() as patch:
+        patch.setattr(invent, "BATCH", 2)
+        patch.setattr(invent, name, stop)
+        assert run("--no-filter") == 130
+    monkeypatch.setattr(invent, "BATCH", 2)
+    assert run("--no-filter") == 0
+    found = content("faces", "faces-drawn")
+    assert found.keys() >= wanted.keys() and not [path for path in found if path.endswith(".part")]
+
+
+KILLED = """
+import itertools, os, signal, sys
+sys.path.insert(0, {root!r})
+from paper import invent
+calls, real = itertools.count(1), invent.{name}
+def stop(path, *words, **named):
+    if next(calls) == {call}:
+        if "{name}" == "save_file":
+            open(words[0], "wb").write(b"half")          # a file that was being written
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(path, *words, **named)
+invent.{name} = stop
+invent.main({words!r})
+"""
+
+
+@pytest.mark.parametrize("name, call", [MOMENTS[0], *(pytest.param(*moment, marks=pytest.mark.slow) for moment in MOMENTS[1:])])
+def test_kill_9_leaves_the_same_folder(name, call):
+    words = [*SMALL, "--no-filter"]
+    code = KILLED.format(root=str(ROOT), name=name, call=call, words=words)
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == -signal.SIGKILL
+    assert run("--no-filter") == 0
+    found = content("faces", "faces-drawn")
+    assert run("--no-filter", "--out", "whole") == 0
+    whole = content("whole", "whole-drawn")
+    assert {path.replace("faces", "whole"): data for path, data in found.items()} == whole
