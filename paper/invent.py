@@ -38,16 +38,16 @@ from support.checkpoints import (add_speed_options, check_fit, encode_prompts, f
                                  text_device)
 from support.common import (Parser, check_out_folder, count, free, note, pick_device, positive,
                             run_script, save_png, side, use_threads, whole, write_whole)
-from support.identities import own_folder
+from support.finding import tokenizers_of
 from support.judges import load_face_embedder
 from support.photos import read_photo
 from support.sheets import sheet
 from support.speed import Work
 
 MORE_PICTURES = 1.5         # drawn for each that is asked for; with many more, the gate tells less
-MORE_PEOPLE = 1.4
+MORE_PEOPLE = 1.5
 GATE = 0.8                  # AUC below which the folder is refused
-APART = 0.9                 # AUC of any two people who stay
+APART = 0.85                # AUC of any two people who stay
 BATCH = 8                   # pictures at once, for small models; one keeps a large model busy
 ROUND = 1000                # pictures whose texts are in memory at once: 4.2 MB each with FLUX.1
 SHEET = 16                  # people on the contact sheet
@@ -281,8 +281,9 @@ def take_model(args: argparse.Namespace) -> None:
     args.dtype = pick_dtype(args.device, args.folder)
     small = is_small(args.folder)
     use_threads(args.device.type == "cpu" and small)
-    defaults, folder = model_defaults(args.folder), own_folder(args.model)
-    args.baby = folder if folder and (folder / "face_embedder.safetensors").is_file() else None
+    defaults = model_defaults(args.folder)
+    own = tokenizers_of(args.folder)
+    args.baby = own if (own / "face_embedder.safetensors").is_file() else None
     args.size = args.size or min(512, defaults["resolution"])
     args.guidance = defaults["guidance"]
     args.batch = BATCH if small else 1
