@@ -55,7 +55,7 @@ SHEET = 16                  # people on the contact sheet
 # Words for FLUX.1. The unusual is as frequent as the usual: by itself it draws one kind of face.
 PHOTOS = "a portrait photo, a candid photo, a close-up photo, a studio photo, a snapshot"
 STYLES = "an oil painting, a watercolor, a pencil drawing, a black and white film photo"
-CLOTHES = """a red T-shirt, a navy suit, an olive raincoat, a white shirt, a black hoodie,
+CLOTHES = """a red T-shirt, a navy suit, a khaki raincoat, a white shirt, a black hoodie,
 dungarees, a mustard wool sweater, a denim jacket, an orange parka, a lilac dressing gown, a gray turtleneck,
 a chef's jacket, a leather jacket, a green cardigan, a striped jersey, a football shirt"""
 PLACES = """on a beach at noon, in a library with soft window light, in a kitchen in the morning,

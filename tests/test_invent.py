@@ -1,18 +1,21 @@
 """paper/invent.py: captions without looks, the filter by the face network, and what an interruption leaves."""
 import itertools
-import os
 import signal
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+from fake_card import GIB, FakeCard, full_size_flux
+
 from paper import invent
 
-ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--model", "baby", "--device", "cpu", "--people", "2", "--pictures", "3", "--steps", "1", "--size", "32"]
 
 
@@ -173,13 +176,9 @@ def test_ctrl_c_loses_nothing(name, call, monkeypatch):
             raise KeyboardInterrupt
         return real(*words, **named)
     with monkeypatch.context() as patch:
-        patch.setattr(invent, "BATCH", 2)
         patch.setattr(invent, name, stop)
         assert run("--no-filter") == 130
-    monkeypatch.setattr(invent, "BATCH", 2)
-    assert run("--no-filter") == 0
-    found = content("faces", "faces-drawn")
-    assert found.keys() >= wanted.keys() and not [path for path in found if path.endswith(".part")]
+    assert run("--no-filter") == 0 and content("faces", "faces-drawn") == wanted
 
 
 KILLED = """
@@ -208,3 +207,24 @@ def test_kill_9_leaves_the_same_folder(name, call):
     assert run("--no-filter", "--out", "whole") == 0
     whole = content("whole", "whole-drawn")
     assert {path.replace("faces", "whole"): data for path, data in found.items()} == whole
+
+
+@pytest.mark.skipif(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14), reason="as in test_full_size.py")
+@pytest.mark.parametrize("gib, capability, fp8", [(24, (8, 9), True), pytest.param(80, (9, 0), False, marks=pytest.mark.slow)])
+def test_full_size_on_a_card_that_is_not_there(gib, capability, fp8, tmp_path, monkeypatch):
+    """Two pictures of 512 px: nothing is asked of the card that it has not, and its memory does."""
+    shots = invent.invent_people(2, 2, 0, baby=False)[0]
+    text = torch.zeros(1, 512, 4096).bfloat16(), torch.zeros(1, 768).bfloat16()
+    saved = []
+    monkeypatch.setattr(invent, "encode_prompts", lambda folder, prompts, *words: dict.fromkeys(prompts, text))
+    monkeypatch.setattr(invent, "save_file", lambda tensors, path: saved.append(tuple(tensors["latents"].shape)))
+    with FakeCard(gib, capability) as card:
+        flux = full_size_flux(card, fp8)
+        monkeypatch.setattr(invent, "open_flux", lambda *words: flux)
+        args = Namespace(folder=None, device=card.device, dtype=torch.bfloat16, work=None, steps=2, size=512, guidance=3.5,
+                         offload=False)
+        with torch.no_grad():
+            invent.draw_latents(args, [[shot] for shot in shots], tmp_path, 4)
+        assert saved == [(1, 16, 64, 64)] * 2
+        assert not card.problems, card.problems
+        assert card.memory.peak_allocated / GIB + card.context < gib - 1
