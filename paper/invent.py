@@ -5,13 +5,13 @@
 
 A person is a description and a start noise; each picture has another setting. Half of a person's
 pictures start from the person's own noise, half from free noise, so that poses differ. The baby's
-captions know no looks, so there the noise alone makes the person. The caption beside a picture names
-setting and clothes, never the looks: M and U are to learn those.
+captions know no looks, so there the noise alone makes the person. The caption beside a picture
+names setting and clothes, never the looks: M and U are to learn those.
 
 A face network is the filter. More is drawn than asked for. The pictures nearest to a person's mean
-stay, and so do the people whose pictures agree best and who are like nobody else. Where two pictures
-of one person are hardly more alike than pictures of two people, the command ends without a folder:
-trained on such people, a LoMD was worse than a random one (docs/STAGE1.md).
+stay, and so do the people whose pictures agree best and who are like nobody else. Where two
+pictures of one person are hardly more alike than pictures of two people, the command ends without a
+folder: trained on such people, a LoMD was worse than a random one (docs/STAGE1.md).
 
 All that is drawn lies in <out>-drawn/, with a contact sheet. Stopped, the command continues there,
 and the folder is the same to the byte.
@@ -53,11 +53,11 @@ ROUND = 1000                # pictures whose texts are in memory at once: 4.2 MB
 SHEET = 16                  # people on the contact sheet
 
 # Words for FLUX.1. The unusual is as frequent as the usual: by itself it draws one kind of face.
-PHOTOS = "a portrait photo, a candid photo, a close-up photo, a studio photo, a snapshot"
+PHOTOS = "a portrait photo, a candid photo, a close-up photo, a half-length photo, a snapshot"
 STYLES = "an oil painting, a watercolor, a pencil drawing, a black and white film photo"
 CLOTHES = """a red T-shirt, a navy suit, a khaki raincoat, a white shirt, a black hoodie,
-dungarees, a mustard wool sweater, a denim jacket, an orange parka, a lilac dressing gown, a gray turtleneck,
-a chef's jacket, a leather jacket, a green cardigan, a striped jersey, a football shirt"""
+dungarees, a mustard wool sweater, a denim jacket, an orange parka, a lilac dressing gown,
+a gray turtleneck, a chef's jacket, a leather jacket, a green cardigan, a striped jersey, a football shirt"""
 PLACES = """on a beach at noon, in a library with soft window light, in a kitchen in the morning,
 in a forest in fog, on a city street lit by neon signs, in the snow at dusk, on a train,
 in a workshop under fluorescent light, on a mountain in harsh sunlight, in a greenhouse,
@@ -68,8 +68,8 @@ LOOKS = {
     "age": "20, 26, 33, 41, 50, 60, 74",
     "skin": "very pale, fair, tanned, olive, light brown, dark brown",
     "hair": """short red hair, long straight black hair, curly blond hair, a shaved head,
-a gray braid, tightly coiled black hair, shoulder-length brown hair, a white crew cut, wavy auburn hair,
-thinning dark hair, a bleached quiff""",
+a gray braid, tightly coiled black hair, shoulder-length brown hair, a white crew cut,
+wavy auburn hair, thinning dark hair, a bleached quiff""",
     "face": """a round face, a long narrow face, a square jaw, high cheekbones, full cheeks,
 a small chin, a heart-shaped face, deep-set eyes, hooded eyes""",
     "nose": """a broad nose, a hooked nose, a snub nose, a long straight nose, a crooked nose,
@@ -124,9 +124,10 @@ def invent_people(people: int, pictures: int, seed: int, baby: bool) -> list[lis
     return everyone
 
 
-def draw_latents(args: argparse.Namespace, batches: list[list[Shot]], folder: Path, steps: int) -> None:
-    """A file of latents for each batch, (B, 16, h, w). steps: of a run that was not interrupted, so that
-    the same kernels are chosen."""
+def draw_latents(args: argparse.Namespace, batches: list[list[Shot]], folder: Path,
+                 steps: int) -> None:
+    """A file of latents for each batch, (B, 16, h, w). steps: of a run that was not interrupted, so
+    that it compiles as often."""
     prompts = [shot.prompt for shot in chain.from_iterable(batches)]
     embeddings = encode_prompts(args.folder, prompts, text_device(args, args.device), args.dtype)
     flux = open_flux(args, args.device, steps, args.work)
@@ -163,11 +164,11 @@ def draw_pictures(args: argparse.Namespace, batches: list[list[Shot]], folder: P
 
 def face_network(args: argparse.Namespace) -> Callable[[Path], Tensor | None] | None:
     """Picture -> embedding (E,), of norm 1, of its largest face, None without one. The network is
-    the model's own, else facenet-pytorch's. None with --no-filter or, after a note, without weights.
-    """
-    from facenet_pytorch import MTCNN
+    the model's own, else facenet-pytorch's. None with --no-filter or, after a note, without
+    weights."""
     if args.no_filter:
         return None
+    from facenet_pytorch import MTCNN
     try:
         embedder, pixels, _ = load_face_embedder(args.baby, args.face_weights)
     except ValueError as error:
@@ -196,8 +197,8 @@ def nearest(embeddings: Tensor, number: int) -> list[int]:
 
 
 def separation(people: Tensor) -> float:
-    """(P people, K pictures, E) -> AUC: how often a pair of one person's pictures has a larger cosine
-    than a pair of two people's. 0.5 is chance."""
+    """(P people, K pictures, E) -> AUC: how often a pair of one person's pictures has a larger
+    cosine than a pair of two people's. 0.5 is chance."""
     pictures = people.flatten(0, 1)
     owner = torch.arange(len(pictures)) // people.shape[1]
     own = owner[:, None] == owner
@@ -236,8 +237,9 @@ def choose(embed: Callable, everyone: list[list[Shot]], folder: Path,
     alike = separation(people)
     print(f"people with enough faces: {len(people)}; same against other, AUC {alike:.3f}")
     if alike < GATE:
-        raise ValueError(f"an AUC below {GATE} means that nobody in particular is shown, and a LoMD "
-                         f"of such pictures was worse than a random one: {args.out} is not written")
+        raise ValueError(f"an AUC below {GATE} means that nobody in particular is shown, and a "
+                         f"LoMD of such pictures was worse than a random one: {args.out} is not "
+                         "written")
     staying = choose_people(people, args.people)
     print(f"people who stay: {len(staying)}, AUC {separation(people[staying]):.3f}")
     if len(staying) < args.people:
@@ -343,8 +345,8 @@ def invent(argv: list[str] | None = None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 done, 1 failed while computing, 2 bad input, or people that cannot be told apart,
-    130 Ctrl-C; one line on stderr for each."""
+    """Exit code: 0 done, 1 failed while computing, 2 bad input, or people that cannot be told
+    apart, 130 Ctrl-C; one line on stderr for each."""
     return run_script("paper.invent", invent, argv)
 
 
