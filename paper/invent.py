@@ -57,7 +57,8 @@ PHOTOS = "a portrait photo, a candid photo, a close-up photo, a half-length phot
 STYLES = "an oil painting, a watercolor, a pencil drawing, a black and white film photo"
 CLOTHES = """a red T-shirt, a navy suit, a khaki raincoat, a white shirt, a black hoodie,
 dungarees, a mustard wool sweater, a denim jacket, an orange parka, a lilac dressing gown,
-a gray turtleneck, a chef's jacket, a leather jacket, a green cardigan, a striped jersey, a football shirt"""
+a gray turtleneck, a chef's jacket, a leather jacket, a green cardigan, a striped jersey,
+a football shirt"""
 PLACES = """on a beach at noon, in a library with soft window light, in a kitchen in the morning,
 in a forest in fog, on a city street lit by neon signs, in the snow at dusk, on a train,
 in a workshop under fluorescent light, on a mountain in harsh sunlight, in a greenhouse,
