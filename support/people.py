@@ -38,6 +38,9 @@ from support.photos import (SUFFIXES, fit_to_grid, grid_size, image_files, read_
 CAPTIONS = ".txt", ".caption"             # the first that is there counts
 METADATA = "metadata.jsonl"               # {"file_name": path from its folder, "text": caption}
 GENDERS = dict(man="man", men="man", male="man", woman="woman", women="woman", female="woman")
+# FLUXSynID's names: the person, the gender, what was made: 0123456789ab_f_live_0_e_d1.jpg
+SYNTHETIC = re.compile(r"[0-9a-f]{12}_(f|m|nb)[_.]")
+SYNTHETIC_CAPTIONS = {"f": "a photo of a woman", "m": "a photo of a man", "nb": "a photo of a person"}
 MIN_PICTURES = 2                          # of one picture M and U would learn the picture, not the person
 
 # ----------------------------------------------------------------------------------------------------------
@@ -369,12 +372,37 @@ def find_people(data: Path) -> tuple[dict[str, dict[str, Path]], list[str]]:
     return people, problems
 
 
-def check_people(data: Path, smallest: int, known: dict, show: bool = True) -> tuple[Buckets, list[str]]:
+def leave_out(data: Path, people: dict[str, dict[str, Path]], number: int | None, seed: int,
+              show: bool) -> None:
+    """Takes folders of a flat `data` out of `people` that hold something, but no pictures; with a `number`
+    all but as many people at random. Says so with `show`."""
+    flat = people.get("", {})
+    bare = [name for name, folder in flat.items() if visible(folder) and not image_files(folder)]
+    if 0 < len(bare) < len(flat):
+        for name in bare:
+            del flat[name]
+        if show:
+            note(f"{data}: folders without pictures are not people: {', '.join(bare)}")
+    if number is None:
+        return
+    everyone = []
+    for bucket, members in people.items():
+        everyone += [(bucket, name) for name in members]
+    if number > len(everyone) and show:
+        note(f"--people {number}: there are {len(everyone)}")
+    for place in np.random.default_rng(seed).permutation(len(everyone))[number:]:
+        bucket, name = everyone[place]
+        del people[bucket][name]
+
+
+def check_people(data: Path, smallest: int, known: dict, show: bool = True, number: int | None = None,
+                 seed: int = 0) -> tuple[Buckets, list[str]]:
     """Checks every file -> ({bucket: {person: [Photo]}} of what is sound, problems, one line each).
 
-    smallest, known: as of `check_photos`.
+    smallest, known: as of `check_photos`. number: of people, at random by the seed; None is all.
     """
     people, problems = find_people(data)
+    leave_out(data, people, number, seed, show)
     captions = Captions(data)
     folders, paths, sound = [], [], {}
     for members in people.values():
@@ -384,8 +412,18 @@ def check_people(data: Path, smallest: int, known: dict, show: bool = True) -> t
     bar = tqdm(paths, "checking pictures", disable=None if show else True, leave=False)
     photos, wrong = check_photos(bar, captions, known, smallest)
     problems += wrong
+    attributes = set()
+    for folder in folders:
+        attributes |= {path for path in folder.glob("*.json") if SYNTHETIC.match(path.name)}
+    if attributes and show:
+        note(f"{data}: {len(attributes)} .json files are not read, such as {min(attributes)}")
+    captions.used |= attributes
     for folder in folders if show else ():
         tell_unused(folder, captions)
+    for path, photo in photos.items():
+        name = SYNTHETIC.match(path.name)
+        if name and photo.caption is None:
+            photos[path] = photo._replace(caption=SYNTHETIC_CAPTIONS[name[1]])
     for copy, original in find_copies(photos.values()).items():
         problems.append(f"{copy} is the same picture as {original}")
         del photos[copy]
@@ -428,12 +466,12 @@ def data_fingerprint(buckets: Buckets) -> str:
 
 
 def read_buckets(data: Path, listing: Path, smallest: int, skip_bad: bool, size: int, seed: int,
-                 show: bool) -> tuple[Buckets, dict]:
+                 show: bool, number: int | None = None) -> tuple[Buckets, dict]:
     """The checked folder -> its buckets, and what `listing` is to hold of its pictures for the next time.
 
     ValueError at anything wrong, after a line for each; with skip_bad notes, and the rest."""
     known = JsonFile(listing) if listing.exists() else {}
-    people, problems = check_people(data, smallest, known, show)
+    people, problems = check_people(data, smallest, known, show, number, seed)
     if not skip_bad:
         complain(problems, "meta_train.py")
     for problem in problems if show else []:

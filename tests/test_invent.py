@@ -14,7 +14,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 from fake_card import GIB, FakeCard, full_size_flux
 
+import meta_train
+from baby import faces
 from paper import invent
+from support.people import check_people
 
 SMALL = ["--model", "baby", "--device", "cpu", "--people", "2", "--pictures", "3", "--steps", "1", "--size", "32"]
 
@@ -228,3 +231,55 @@ def test_full_size_on_a_card_that_is_not_there(gib, capability, fp8, tmp_path, m
         assert saved == [(1, 16, 64, 64)] * 2
         assert not card.problems, card.problems
         assert card.memory.peak_allocated / GIB + card.context < gib - 1
+
+
+# FLUXSynID -----------------------------------------------------------------------------------------------------------
+
+
+def fluxsynid(root, people=4):
+    """A folder of FLUXSynID's layout, with faces that baby/faces.py draws: sizes mix, JSON files lie beside the pictures."""
+    kinds = {"doc.png": 128, "live_0_e_d1.jpg": 128, "live_0_p_d1.jpg": 128, "live_0_a_d1.jpg": 64}
+    for i in range(people):
+        name, sex = f"{i:02d}c0ffee{i:04d}", ("f", "m", "nb")[i % 3]
+        (root / name).mkdir(parents=True)
+        (root / name / f"{name}_{sex}.json").write_text('{"prompt": "a portrait of a man with a scar"}')
+        for k, (kind, side) in enumerate(kinds.items()):
+            pixels, _ = faces.sample(900 + i, k, side, side)
+            Image.fromarray(pixels).save(root / name / f"{name}_{sex}_{kind}")
+    (root / "attributes").mkdir()
+    (root / "attributes" / "hair.txt").write_text("red")
+    return root
+
+
+def test_fluxsynid_as_it_comes(capsys):
+    """Nothing but --data (and what is quick): every file is used, or named once."""
+    fluxsynid(Path("FLUXSynID"))
+    words = ["--data", "FLUXSynID", "--model", "baby", "--iters", "2", "--preview-every", "0", "--device", "cpu"]
+    assert meta_train.main(words) == 0
+    out, err = capsys.readouterr()
+    assert "4 people, 16 pictures" in out
+    notes = [line for line in err.splitlines() if line.startswith("note:")]
+    assert len(notes) == 2 and "attributes" in err and "4 .json" in err
+
+
+def test_fluxsynid_captions_and_some_of_its_people():
+    root = fluxsynid(Path("FLUXSynID"), 6)
+    kept = next(root.glob("00*"))
+    (kept / f"{kept.name}_f_doc.txt").write_text("a photo of a woman on a white background")
+    found, problems = check_people(root, 16, {}, show=False)
+    assert not problems and len(found[""]) == 6
+    captions = {photo.path.name.split("_")[1]: photo.caption for own in found[""].values() for photo in own[1:]}
+    assert captions == {"f": "a photo of a woman", "m": "a photo of a man", "nb": "a photo of a person"}
+    assert found[""][kept.name][0].caption == "a photo of a woman on a white background"
+
+    some = [[*check_people(root, 16, {}, False, 2, seed)[0][""]] for seed in (0, 0, *range(1, 6))]
+    assert some[0] == some[1] and {len(names) for names in some} == {2} and len({*map(tuple, some)}) > 2
+    assert {*check_people(root, 16, {}, False, 99, 0)[0][""]} == {*found[""]}
+
+
+def test_an_empty_folder_is_still_a_problem():
+    """Left are folders that hold something else; of a person whose pictures are gone it must be said."""
+    root = fluxsynid(Path("FLUXSynID"), 2)
+    (root / "anna").mkdir()
+    _, problems = check_people(root, 16, {}, show=False)
+    assert len(problems) == 1 and "anna" in problems[0]
