@@ -300,7 +300,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--lr", type=float, help="learning rate (default: the model's; 4e-4 for FLUX.1)")
     add("--warmup", type=float, help="share of a bucket's iterations with LoMD frozen (default: 0.4; baby 0)")
     add("--identities-per-bucket", type=positive, default=50, help="of a flat folder (default: 50)")
-    add("--people", type=positive, metavar="N", help="train on N of the people, drawn by the seed (default: all)")
+    add("--people", type=positive, metavar="N",
+        help="train on N of the people, drawn by the seed (default: all)")
     add("--prompt", help="caption of pictures without one (default: the model's)")
     add("--resolution", type=positive, nargs="+", metavar="PIXELS", help="train at the area of a square of "
         "this side; several: each use takes one (default: the model's; 1024 for FLUX.1)")
