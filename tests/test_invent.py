@@ -213,7 +213,8 @@ def test_kill_9_leaves_the_same_folder(name, call):
 
 
 @pytest.mark.skipif(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14), reason="as in test_full_size.py")
-@pytest.mark.parametrize("gib, capability, fp8", [(24, (8, 9), True), pytest.param(80, (9, 0), False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("gib, capability, fp8", [(24, (8, 9), True), (80, (9, 0), False)])
 def test_full_size_on_a_card_that_is_not_there(gib, capability, fp8, tmp_path, monkeypatch):
     """Two pictures of 512 px: nothing is asked of the card that it has not, and its memory does."""
     shots = invent.invent_people(2, 2, 0, baby=False)[0]
