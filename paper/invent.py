@@ -11,7 +11,7 @@ names setting and clothes, never the looks: M and U are to learn those.
 A face network is the filter. More is drawn than asked for. The pictures nearest to a person's mean
 stay, and so do the people whose pictures agree best and who are like nobody else. Where two
 pictures of one person are hardly more alike than pictures of two people, the command ends without a
-folder: trained on such people, a LoMD was worse than a random one (docs/STAGE1.md).
+folder: trained on such people, a LoMD was no better than a random one (docs/STAGE1.md).
 
 All that is drawn lies in <out>-drawn/, with a contact sheet. Stopped, the command continues there,
 and the folder is the same to the byte.
@@ -239,7 +239,7 @@ def choose(embed: Callable, everyone: list[list[Shot]], folder: Path,
     print(f"people with enough faces: {len(people)}; same against other, AUC {alike:.3f}")
     if alike < GATE:
         raise ValueError(f"an AUC below {GATE} means that nobody in particular is shown, and a "
-                         f"LoMD of such pictures was worse than a random one: {args.out} is not "
+                         f"LoMD of such pictures was no better than a random one: {args.out} is not "
                          "written")
     staying = choose_people(people, args.people)
     print(f"people who stay: {len(staying)}, AUC {separation(people[staying]):.3f}")
