@@ -16,7 +16,7 @@ Where this differs from the reference: t and guidance stay in fp32 until they ar
 fp32; the latent is accumulated in fp32 between Euler steps (the reference rounds each of them to bf16);
 GroupNorm's number of groups is a setting, since a small autoencoder has fewer than 32 channels.
 
-Weights are read by support/checkpoints.py; how 12 billion of them fit a card is support/speed.py's business.
+Weights are read by support/checkpoints.py; how 12 billion of them fit a card is support/memory.py's business.
 """
 import math
 from collections.abc import Callable

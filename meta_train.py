@@ -28,17 +28,18 @@ import torch
 
 import flux_model
 from metalora import IdentityBank, MetaLoRA, random_lomd
-from support.checkpoints import (add_speed_options, flux_files, flux_fingerprint, open_flux, take_model,
-                                 targets_of)
-from support.common import (Interruption, Parser, check_apart, check_out_file, check_training, count,
-                            note, positive, run_script, to_device, write_whole)
+from support.checkpoints import (add_speed_options, check_training_memory, flux_files, flux_fingerprint,
+                                 open_flux, take_model, targets_of, text_length)
+from support.common import (Interruption, Parser, check_apart, check_out_file, check_training, count, free,
+                            is_out_of_memory, note, positive, run_script, to_device, write_whole)
 from support.finding import model_name
 from support.lora_files import save_lomd
+from support.memory import fit_training
+from support.names import find_targets
 from support.people import (Buckets, Cache, data_fingerprint, draw_batch, generator, read_buckets, room_for,
                             tell_bare)
 from support.runs import (Checkpoints, Group, Log, WaitingRows, check_room, compare_settings, draw_preview,
                           locked, plot)
-from support.speed import plan_recompute, recompute_blocks
 
 USES = 10                                        # of each picture in one pass over its bucket
 LOG_EVERY = 10                                   # iterations in a line of log.jsonl
@@ -101,16 +102,27 @@ class Run:
         self.passes = schedule([sum(map(len, people.values())) for people in buckets.values()], args.iters,
                                self.batch_size, args.warmup)
         self.iteration, self.open = 0, None                           # `open`: the pass whose rows are here
+        self.used = {now.bucket for now in self.passes}
+        self.pictures = []
+        for bucket in sorted(self.used):
+            for _, _, own in self.members[bucket]:
+                self.pictures += own
+
+    def largest(self) -> tuple[int, tuple[int, int]]:
+        """Of what this process will train on: people in a bucket, and latent pixels of a picture."""
+        sizes = {size for picture in self.pictures for size in self.cache.sizes(picture)}
+        width, height = max(sizes, key=math.prod)
+        return max(len(self.members[bucket]) for bucket in self.used), (height // 8, width // 8)
+
+    def check_memory(self):
+        """ValueError where it is known that the device is too small; before anything large is read."""
+        args, (people, size) = self.args, self.largest()
+        check_training_memory(args, self.group.device, size, args.r2, args.r1, args.batch_size, people, joint=True)
 
     def load(self):
         """Encodes all pictures and captions; then the adapted model, as the newest checkpoint has it."""
-        args = self.args
-        used = {now.bucket for now in self.passes}
-        pictures = []
-        for bucket in sorted(used):
-            for _, _, own in self.members[bucket]:
-                pictures += own
-        captions = [args.prompt] + [p.caption for p in pictures if p.caption is not None]
+        args, device = self.args, self.group.device
+        captions = [args.prompt] + [p.caption for p in self.pictures if p.caption is not None]
 
         config = flux_files(args.folder)[1]
         targets = targets_of(config)
@@ -118,16 +130,28 @@ class Run:
         self.checkpoints = Checkpoints(self.folder, self.group)
         self.waiting = WaitingRows(self.folder, [len(members) for members in self.members], row)
         text = 512 * config.context_in_dim * args.dtype.itemsize
-        check_room(self.waiting, used, args.r1 * sum(target.d_in for target in targets),
-                   room_for(self.cache, pictures, captions, text), self.group)
+        check_room(self.waiting, self.used, args.r1 * sum(target.d_in for target in targets),
+                   room_for(self.cache, self.pictures, captions, text), self.group)
 
-        with self.interruption as stop:          # before the transformer is there: T5 takes 9.5 GB
-            self.cache.fill(pictures, captions, stop.raise_if_asked, show=self.group.rank == 0)
-        flux = open_flux(args, self.group.device, args.iters, args.work)
-        lomd = random_lomd(targets, args.r1, args.seed)
-        self.adapter = MetaLoRA(flux, args.r2, lomd, num_identities=0, slots=args.batch_size)
-        recompute_blocks(flux, plan_recompute(self.adapter, args.work.tokens, args.recompute))
+        if device.type != "cpu" and any(self.cache.missing(self.pictures, captions)):
+            self.place()                         # what does not fit is known before hours of encoding
+            self.adapter = None
+            free(device)
+        with self.interruption as stop:          # without the transformer: T5 takes 9.5 GB
+            self.cache.fill(self.pictures, captions, stop.raise_if_asked, show=self.group.rank == 0)
+        self.place()
         self.resume()
+
+    def place(self):
+        """The adapted transformer, after a step at the largest size beside the rows of the largest bucket."""
+        args, (people, size) = self.args, self.largest()
+        flux = open_flux(args, self.group.device, args.iters)
+        lomd = random_lomd(find_targets(flux), args.r1, args.seed)
+        self.adapter = MetaLoRA(flux, args.r2, lomd, num_identities=0, slots=args.batch_size)
+        self.adapter.bank = IdentityBank(torch.zeros(people, self.adapter.size, device=self.group.device))
+        self.adapter.train_lomd = True
+        fit_training(self.adapter, size, text_length(args.folder), args.recompute)
+        self.adapter.bank = None
 
     def open_bucket(self, number: int):
         """Latents, text and order of a pass; its people's rows, unless a checkpoint has brought them."""
@@ -144,6 +168,7 @@ class Run:
         self.order = draw_order(shapes, now.stop - now.start, args.batch_size,
                                 generator(args.seed, ORDER, number, self.group.rank))
         if self.open != number:
+            self.adapter.bank = None             # the rows of two buckets might not fit
             waiting = self.waiting.load(number, self.group.device)
             self.adapter.bank = IdentityBank(**waiting) if waiting else self.new_bank(members)
             self.open = number
@@ -212,7 +237,9 @@ class Run:
             except KeyboardInterrupt:
                 note(f"at iteration {self.iteration} of {self.args.iters}; the same command goes on")
                 raise
-            except (FloatingPointError, torch.OutOfMemoryError) as error:
+            except (FloatingPointError, RuntimeError) as error:
+                if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+                    raise
                 self.save()
                 saved = f"the state before it is saved in {self.args.run}"
                 raise type(error)(f"{error}; {saved}") from None
@@ -326,8 +353,7 @@ def check(args: argparse.Namespace, device) -> None:
         raise ValueError(f"--warmup is a share from 0 to below 1, not {args.warmup}")
     if args.r2 > args.r1:
         raise ValueError(f"--r2 {args.r2} is more than the --r1 {args.r1} rows of LoMD that it combines")
-    take_model(args, device, "stage 1", batch=args.batch_size, rank=args.r2, r1=args.r1,
-               people=args.identities_per_bucket)
+    take_model(args, device, "stage 1")
     args.resolution = sorted(set(args.resolution))
     if any(r % 16 for r in args.resolution):
         raise ValueError("--resolution takes multiples of 16")
@@ -360,6 +386,7 @@ def meta_train(argv: list[str] | None) -> None:
         run = Run(args, buckets, group)
         if all(each.joint == each.stop for each in run.passes):
             raise ValueError(f"--iters {args.iters} is all warm-up: LoMD would not learn; try --warmup 0")
+        run.check_memory()
         if args.deterministic:
             os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
             torch.use_deterministic_algorithms(True)

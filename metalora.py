@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from support.devices import free, to_device
+from support.devices import to_device
 from support.names import Target, find_targets
 
 
@@ -68,7 +68,6 @@ class AdaptedLinear(nn.Module):
             self.S = nn.Parameter(F.pad(base.weight.detach(), pad), requires_grad=False)
             self.bias = None if base.bias is None else F.pad(base.bias.detach(), (0, pad[-1]))
             base.weight.data = self.S[:base.out_features, :base.in_features]
-            free(self.S.device)                      # the narrow weight, whose place no wide one can take
 
     def forward(self, x: Tensor) -> Tensor:
         if self.C is None:

@@ -26,14 +26,15 @@ from tqdm import tqdm
 from flux_model import AutoEncoder, Flux, flow_matching_loss, sample_times
 from metalora import MetaLoRA
 from support import photos
-from support.checkpoints import (add_speed_options, encode_texts, is_small, load_autoencoder, open_flux,
+from support.checkpoints import (add_speed_options, check_training_memory, encode_texts, is_small,
+                                 load_autoencoder, open_flux,
                                  take_model)
 from support.common import (Interruption, Parser, check_out_file, check_out_folder, check_training, free,
                             note, pick_device, positive, run_script, to_device, use_threads)
 from support.finding import HUB, home_of, model_name, model_words
 from support.lora_files import find_lomd, read_lomd, save_lora
+from support.memory import blocks_of, fit_training, is_compiled, seconds_compiling
 from support.people import captions_beside
-from support.speed import blocks_of, is_compiled, plan_recompute, recompute_blocks, seconds_compiling
 
 ITERATIONS = {"meta-lora": 375, "lora": 625}     # the paper's
 
@@ -158,7 +159,7 @@ def check(args: argparse.Namespace) -> None:
     photos.check_photos(args.photos, args.box, not args.no_augment)
     args.seen = photos.fingerprints(args.photos)     # now: a photo may be gone when the LoRA is saved
     args.device = pick_device(args.device)
-    take_model(args, args.device, args.method, rank=args.rank, r1=16 if args.method == "meta-lora" else 0)
+    take_model(args, args.device, args.method)
     use_threads(args.device.type == "cpu" and is_small(args.folder))
     args.captions = captions_beside(args.photos, args.prompt, tell=True)
     args.mirror = args.mirror and not args.no_augment
@@ -188,10 +189,11 @@ def prepare(args: argparse.Namespace, lap: Callable[[str], None]) -> tuple:
 
     Three models come and go in turn, so that the peak of memory is the largest of them and not the sum.
     """
-    lomd, lomd_name, untrained = None, "none", False
+    lomd, lomd_name, untrained, r1 = None, "none", False, 0
     if args.method == "meta-lora":
         lomd, lomd_name, untrained = read_lomd(args.folder, args.lomd)
-        if args.rank > (r1 := len(next(iter(lomd.values())))):
+        r1 = len(next(iter(lomd.values())))
+        if args.rank > r1:
             note(f"over a LoMD of {r1} rows --rank {args.rank} can do no more than {r1}")
     crops = photos.load_crops(args.photos, args.resolution, not args.no_augment, args.aspects, args.scales,
                               args.box)
@@ -200,6 +202,9 @@ def prepare(args: argparse.Namespace, lap: Callable[[str], None]) -> tuple:
     if untrained:
         lomd_name = f"random, {lomd_name}"
         note("this LoMD is random and was never trained")
+    width, height = max((crop.picture.size for crop in crops), key=math.prod)
+    largest = height // 8, width // 8
+    check_training_memory(args, args.device, largest, args.rank, r1)
     lap("photos")
     texts = encode_texts(args, [*args.captions.values()])
     txt, y = map(torch.cat, zip(*(texts[args.captions[crop.photo]] for crop in crops)))
@@ -209,13 +214,11 @@ def prepare(args: argparse.Namespace, lap: Callable[[str], None]) -> tuple:
     latents, weights = encode_crops(autoencoder, bar, args.background, args.mirror)
     del autoencoder
     lap("pictures")
-    largest = max(latent[0, 0, 0].numel() // 4 for latent in latents)
-    flux = open_flux(args, args.device, args.iters, args.work)
+    flux = open_flux(args, args.device, args.iters)
     adapter = MetaLoRA(flux, args.rank, lomd, seed=args.seed)
-    blocks = plan_recompute(adapter, largest + txt.shape[1], args.recompute)
-    recompute_blocks(flux, blocks)
+    blocks = fit_training(adapter, largest, txt.shape[1], args.recompute)
     if blocks:
-        print(f"{min(blocks, count := len(blocks_of(flux)))} of {count} blocks are run twice, to save memory")
+        print(f"{blocks} of {len(blocks_of(flux))} blocks are run twice, to save memory")
     lap("model")
     return flux, adapter, crops, (latents, weights, txt, y), lomd_name
 

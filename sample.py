@@ -25,16 +25,16 @@ from tqdm import tqdm
 
 from flux_model import AutoEncoder, Flux, denoise, get_noise
 from metalora import apply_loras
-from support.checkpoints import (add_speed_options, check_fit, encode_prompts, find_model, flux_files,
+from support.checkpoints import (add_speed_options, check_sampling_memory, encode_prompts, find_model, flux_files,
                                  is_small, load_autoencoder, model_defaults, open_flux, pick_dtype,
                                  text_device)
 from support.common import (Parser, finite_number, free, note, pick_device, positive, read_prompts,
                             run_script, save_png, shorten, side, use_threads)
 from support.finding import model_name
 from support.lora_files import load_loras, split_lora
+from support.memory import fit_sampling
 from support.photos import plan_files, to_image
 from support.sheets import plan_comparison
-from support.speed import Work
 
 STEPS, SCHNELL_STEPS = 30, 4        # of Euler; the second of models without a guidance input
 Embeddings = dict[str, tuple[Tensor, Tensor]]      # {prompt: (txt (1, T, context_in_dim), y (1, vec_in_dim))}
@@ -118,14 +118,15 @@ def denoise_all(args: argparse.Namespace, rows: list[list], embeddings: Embeddin
     """Latents of the jobs, on the CPU, and what stopped them early (Ctrl-C, a value not finite) or None.
 
     rows: sets of LoRAs; all jobs are drawn with the first set, then with the next."""
-    tokens = settings["width"] * settings["height"] // 256 + next(iter(embeddings.values()))[0].shape[1]
     steps = len(rows) * len(jobs) * settings["steps"]
-    flux = open_flux(args, args.device, steps, Work(tokens))
+    flux = open_flux(args, args.device, steps)
+    text_tokens = next(iter(embeddings.values()))[0].shape[1]
     latents = []
     try:
         with tqdm(total=steps, desc="denoising", unit="step", disable=None) as bar:
             for loras in rows:
                 apply_loras(flux, [(lora, strength) for lora, strength in loras if strength])
+                fit_sampling(flux, (settings["height"] // 8, settings["width"] // 8), text_tokens)
                 for latent in sample_latents(flux, embeddings, jobs, on_step=bar.update, **settings):
                     latents.append(latent.cpu())
     except (KeyboardInterrupt, FloatingPointError) as error:
@@ -178,7 +179,7 @@ def draw(argv: list[str] | None) -> None:
 
     defaults = model_defaults(folder)
     width, height = (size or defaults["resolution"] for size in (args.width, args.height))
-    check_fit(args, device, Work(width * height // 256 + 512))
+    check_sampling_memory(args, device, (height // 8, width // 8), rows)
     steps = args.steps or (STEPS if config.guidance_embed else SCHNELL_STEPS)
     settings = {"width": width, "height": height, "steps": steps,
                 "guidance": defaults["guidance"] if args.guidance is None else args.guidance,

@@ -42,7 +42,7 @@ from support.finding import find_model
 from support.lora_files import save_lora
 from support.names import diffusers_flux_names, find_targets, part_sizes
 from support.photos import load_crops
-from support.speed import compile_blocks, plan_recompute, quantize, recompute_blocks
+from support.memory import compile_blocks, fit_training, quantize, recompute_blocks
 
 PHOTO = Path(__file__).resolve().parents[1] / "baby" / "example.png"
 MID = FluxConfig(context_in_dim=768, hidden_size=768, num_heads=6, depth=4, depth_single_blocks=8)
@@ -243,8 +243,7 @@ def photo_to_lora(flux: Flux, px: int, text_tokens: int) -> str:
     latents, weights = personalize.encode_crops(autoencoder, crops)
     adapter = MetaLoRA(flux, 1, lomd=random_lomd(find_targets(flux), 16))
     iters = personalize.ITERATIONS["meta-lora"]
-    largest = max(latent[0, 0, 0].numel() // 4 for latent in latents)
-    recompute_blocks(flux, plan_recompute(adapter, largest + text_tokens))
+    fit_training(adapter, max((latent.shape[-2:] for latent in latents), key=math.prod), text_tokens)
     personalize.train(flux, adapter, latents, weights, txt, y, iters, 1e-4)
     with tempfile.TemporaryDirectory() as folder:
         save_lora(Path(folder) / "lora.safetensors", adapter.collapse())
@@ -342,8 +341,7 @@ class Bench:
         name = "stage 2" if people == 1 else f"stage 1, {people} people"
         for px in self.resolutions:
             inputs = random_inputs(self.flux, people, px, self.text_tokens)
-            twice = plan_recompute(adapter, (px // 16) ** 2 + self.text_tokens)
-            recompute_blocks(self.flux, twice)
+            twice = fit_training(adapter, (px // 8, px // 8), self.text_tokens)
             step = partial(training_step, self.flux, adapter, *inputs)
             base = self.base(base_training_step, inputs, twice)
             self.row(f"{name}, {twice} blocks twice", inputs, base_training_step, step, *base)

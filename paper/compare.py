@@ -11,6 +11,7 @@ Source: "Meta-LoRA" (Topal et al. 2025), section 4 and appendix F.
 import argparse
 import collections
 import json
+import math
 import re
 import sys
 import time
@@ -31,16 +32,16 @@ from metalora import IdentityBank, MetaLoRA, apply_loras, random_lomd
 from paper.report import METHODS, figures, sheets
 from sample import STEPS, decode_latent, sample_latents
 from support import photos
-from support.checkpoints import (add_speed_options, autoencoder_fingerprint, encode_prompts, flux_fingerprint,
-                                 is_small, learning_rate, load_autoencoder, model_defaults,
+from support.checkpoints import (add_speed_options, autoencoder_fingerprint, check_training_memory, encode_prompts,
+                                 flux_fingerprint, is_small, learning_rate, load_autoencoder, model_defaults,
                                  open_flux, take_model)
 from support.common import (Interruption, JsonFile, check_apart, check_training, digest, finite_number, free,
                             note, Parser, pick_device, positive, run_script, save_png, whole, write_whole)
 from support.judges import Picture, own_folder, prompts_for
 from support.lora_files import load_lora, read_lomd, save_lora
+from support.memory import fit_training
 from support.names import find_targets
 from support.people import Person, captions_beside, fill, read_people
-from support.speed import blocks_of, recompute_blocks
 
 
 class Setting(NamedTuple):
@@ -177,11 +178,8 @@ class Run:
             words += [text for own in args.captions.values() for text in own.values()]
             self.texts = encode_prompts(args.folder, words, self.device, args.dtype)
             self.autoencoder = load_autoencoder(args.folder, self.device, args.dtype)
-            tokens = max(args.size, *args.resolution) ** 2 // 256 + self.texts[words[0]][0].shape[1]
             steps = max(args.iters or [0]) + args.steps
-            self.flux = open_flux(args, self.device, steps, args.work._replace(tokens=tokens))
-            every = 0 if self.small else len(blocks_of(self.flux))
-            recompute_blocks(self.flux, every if args.recompute is None else args.recompute)
+            self.flux = open_flux(args, self.device, steps)
 
     def latents(self, augment: bool) -> tuple[tuple, ...]:
         """What personalize.py trains on, of everybody's references: latents on the CPU, weights of the loss,
@@ -230,6 +228,8 @@ class Run:
         latents, weights, txt, y = self.latents(method != "lora")
         adapter, state = self.adapter(method, rank), self.out / "state" / f"{method}_r{rank}.safetensors"
         self.resume(adapter, state, [*settings.values()])
+        sizes = {latent.shape[-2:] for own in latents for latent in own}
+        fit_training(adapter, max(sizes, key=math.prod), txt[0].shape[1], args.recompute)
 
         def save_lora_of(index: int, iterations: int) -> None:
             person = self.people[index]
@@ -403,6 +403,8 @@ def compare(argv: list[str] | None = None, quiet: bool = False) -> None:
     judges = Judges(args.model, args.face_weights, args.clip, args.device)
     real = embed_real(judges, people)
     take_defaults(args)
+    largest = max(args.size, *args.resolution) // 8
+    check_training_memory(args, args.device, (largest, largest), max(args.ranks), 16, people=len(people))
     args.captions = {p.name: captions_beside([p.reference, *p.more], fill(args.prompt, p.gender))
                      for p in people}
     check_settings(args, people, prompts)

@@ -10,6 +10,11 @@ from pathlib import Path
 # package before torch.
 os.environ.setdefault("GOMP_SPINCOUNT", "500")
 
+# CUDA's allocator grows one segment instead of leaving holes between many; torch has that on Linux only. Read
+# when CUDA starts.
+if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
 SCRIPTS = "meta_train.py", "personalize.py", "sample.py", "eval_rfacesim.py"
 SIGHUP = getattr(signal, "SIGHUP", signal.SIGTERM)                   # Windows has none
 SIGNALS = {signal.SIGINT, signal.SIGTERM, SIGHUP}

@@ -9,8 +9,10 @@ import hashlib
 import gc
 import json
 import math
+import os
 import re
 from argparse import BooleanOptionalAction, Namespace
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
@@ -20,16 +22,17 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from flux_model import AutoEncoder, AutoEncoderConfig, Flux, FluxConfig, TextEncoders
 from support.common import JsonFile, free
 from support.finding import (HUB, Model, Place, add_model_options, autoencoder_files, check_make,
                              check_text_files, find_model, text_files, tokenizers_of, transformer_files)
+from support.memory import (E4M3, Fp8Linear, GIB, Offload, TiledDecoder, blocks_of, blocks_on_device,
+                            check_memory, compile_blocks, memory_left, multiplies_fp8, step_bytes,
+                            training_bytes, update_bytes)
 from support.names import (BLOCK, Target, diffusers_autoencoder_names, diffusers_flux_names, find_targets,
                            part_sizes)
-from support.speed import (E4M3, GIB, Fp8Linear, TiledDecoder, Work, adapter_bytes, blocks_of,
-                           blocks_on_device, check_memory, choose_attention, compile_blocks, host_memory,
-                           memory_left, multiplies_fp8, offload_blocks, step_bytes)
 from support.tensors import TensorFiles
 from support.text import LoudTextEncoders
 
@@ -78,27 +81,32 @@ def load_weights(model: nn.Module, files: TensorFiles, sources: Callable[[str], 
     """
     plan = {name: sources(name) for name, _ in model.named_parameters()}
     check_tensors(model, files, plan)
-    parameters = list(model.named_parameters())
     # all of these before the first is filled: what that takes for a moment would leave holes between them
     for name, layer in [*model.named_modules()] if fp8 else []:
         if isinstance(layer, nn.Linear) and "_blocks." in name:
             size, device = (layer.in_features, layer.out_features), place(f"{name}.weight")
             model.set_submodule(name, Fp8Linear(*size, layer.bias is not None, dtype, device))
-    for name, parameter in parameters:
+    show = None if os.environ.get("RANK", "0") == "0" else True        # one bar for all processes of torchrun
+    for name in tqdm(plan, f"loading {type(model).__name__}", disable=show, leave=False):
         module, _, attribute = name.rpartition(".")
-        layer, device, row = model.get_submodule(module), place(name), 0
+        layer = model.get_submodule(module)
         if isinstance(layer, Fp8Linear) and attribute == "weight":
             # quantised where the other weights go: a card takes seconds for what costs a CPU minutes
             layer.fill(*files.quantized(plan[name], place("img_in")))
             continue
-        weight = torch.empty(parameter.shape, dtype=dtype, device=device)
+        parameter = getattr(layer, attribute)
+        if parameter.is_meta:
+            weight = torch.empty(parameter.shape, dtype=dtype, device=place(name))
+            parameter = nn.Parameter(weight, requires_grad=False)
+            setattr(layer, attribute, parameter)
+        row = 0
         for part in plan[name]:
             tensor = files[part]
-            rows = slice(row, row := row + len(tensor))
-            weight[rows].copy_(tensor.view(tensor.shape + (1,) * (weight.dim() - tensor.dim())))
+            tensor = tensor.view(tensor.shape + (1,) * (parameter.dim() - tensor.dim()))
+            parameter[row:row + len(tensor)].copy_(tensor)
+            row += len(tensor)
         if plan[name][0].startswith("norm_out.linear."):
-            weight = weight.roll(len(weight) // 2, 0)
-        setattr(layer, attribute, nn.Parameter(weight, requires_grad=False))
+            parameter.copy_(parameter.roll(row // 2, 0))
     return model.eval()
 
 
@@ -163,14 +171,10 @@ def fill_flux(files: TensorFiles, config: FluxConfig, is_diffusers: bool, device
         model = Flux(config)
     away = {id(p) for block in blocks_of(model)[stay:] for p in block.parameters()} if offload else ()
     away = {name for name, p in model.named_parameters() if id(p) in away}
-    needed = sum(model.get_parameter(name).numel() for name in away) * (1 if fp8 else dtype.itemsize)
-    if needed > host_memory():
-        raise ValueError(f"--offload puts {needed / GIB:.1f} GiB of weights into the CPU's memory, of which "
-                         f"{host_memory() / GIB:.1f} are free")
     load_weights(model, files, sources, dtype, lambda name: "cpu" if name in away else device, fp8)
     free(device)
-    if away:
-        offload_blocks(model, device, stay)
+    if offload:
+        Offload(model, device).keep(stay)
     return model
 
 
@@ -253,15 +257,19 @@ def load_text_encoder(kind: type, folder: Place, part: str, dtype: torch.dtype) 
     return load_transformers_model(kind, where, dtype, config=config, state_dict=state)
 
 
+def text_length(folder: Place) -> int:
+    """Text tokens of a model."""
+    path = tokenizers_of(folder) / "tokenizer_2" / "tokenizer_config.json"
+    limit = JsonFile(path).get("model_max_length", 512) if path.is_file() else 512
+    return min(limit, 512 if flux_files(folder)[1].guidance_embed else 256)
+
+
 def load_text_encoders(folder: Place, device: Device = "cpu", dtype: torch.dtype = BF16,
                        max_length: int | None = None) -> TextEncoders:
     """Text encoders of a model; T5 sees `max_length` tokens, else 512, with schnell 256."""
     check_text_files(folder)
     tokenizers = tokenizers_of(folder)
-    if max_length is None:
-        path = tokenizers / "tokenizer_2" / "tokenizer_config.json"
-        limit = JsonFile(path).get("model_max_length", 512) if path.is_file() else 512
-        max_length = min(limit, 512 if flux_files(folder)[1].guidance_embed else 256)
+    max_length = max_length or text_length(folder)
     try:
         with quiet_transformers():
             from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
@@ -384,14 +392,17 @@ def add_speed_options(add: Callable[..., object], training: bool, parts: bool = 
         add("--recompute", type=int, metavar="N", help="blocks run twice to save memory (default: few)")
 
 
-def bytes_beside(folder: Place, dtype: torch.dtype, work: Work) -> tuple[Flux, float]:
-    """A transformer without numbers, and what its run takes beside its weights, at least."""
-    files, config, is_diffusers = flux_files(folder)
+def bare_flux(args: Namespace) -> Flux:
+    """The transformer of args.folder on the meta device: no numbers, but all that decides about memory."""
+    files, config, is_diffusers = flux_files(args.folder)
     with torch.device("meta"):
         flux = Flux(config)
-    check_tensors(flux, files, {name: diffusers_flux_names(name) if is_diffusers else [name]
-                                for name, _ in flux.named_parameters()})
-    return flux, adapter_bytes(find_targets(flux), work, dtype) + step_bytes(flux, work, dtype)
+    plan = {name: diffusers_flux_names(name) if is_diffusers else [name] for name, _ in flux.named_parameters()}
+    check_tensors(flux, files, plan)
+    for block in blocks_of(flux) if args.fp8 or args.offload else []:
+        for module in block.modules():
+            module.widen = False                             # for metalora.py, as Fp8Linear and Offload do
+    return flux
 
 
 def text_device(args: Namespace, device: torch.device) -> str | torch.device:
@@ -418,14 +429,38 @@ def encode_texts(args: Namespace, texts: list[str]) -> dict[str, list[Tensor]]:
     return {text: [part.to(args.device) for part in parts] for text, parts in embeddings.items()}
 
 
-def check_fit(args: Namespace, device: torch.device, work: Work) -> None:
-    """Before anything is read: prints its share of the device's memory; ValueError where that is too much."""
+def check_fit(args: Namespace, device: torch.device, beside: int) -> None:
+    """Before anything large is read: prints the run's share of the device's memory, with so many bytes beside
+    the weights; ValueError where that is too much. args.beside: kept for open_flux."""
     if args.fp8 and device.type == "mps":
         raise ValueError("--fp8 does not work on mps, which has no 8-bit floats: try --offload")
-    flux, beside = bytes_beside(args.folder, args.dtype, work)
-    line = check_memory(flux, device, args.dtype, args.fp8, args.offload, beside)
-    if device.type != "cpu":
+    args.beside = beside
+    line = check_memory(bare_flux(args), device, args.dtype, args.fp8, args.offload, beside)
+    if device.type != "cpu" and beside:
         print(line)
+
+
+def check_training_memory(args: Namespace, device: torch.device, size: tuple[int, int], rank: int, r1: int,
+                          slots: int = 1, people: int = 1, joint: bool = False) -> None:
+    """`check_fit` for `slots` pictures of so many latent pixels, and an adapter as of `training_bytes`."""
+    tokens = math.prod(size) // 4 + text_length(args.folder)
+    needed = training_bytes(bare_flux(args), args.dtype, tokens, rank, r1, slots, people, joint)
+    check_fit(args, device, needed)
+
+
+def check_sampling_memory(args: Namespace, device: torch.device, size: tuple[int, int],
+                          sets: list[list[tuple[dict, float]]]) -> None:
+    """`check_fit` for a picture of so many latent pixels, with any one of these sets of LoRAs of
+    `load_loras`."""
+    flux = bare_flux(args)
+    updates = []
+    for loras in sets:
+        columns = Counter()
+        for lora, _ in loras:
+            columns.update({path: len(A) for path, (A, B) in lora.items()})
+        updates.append(update_bytes(flux, columns, args.dtype))
+    tokens = math.prod(size) // 4 + text_length(args.folder)
+    check_fit(args, device, max(updates) + step_bytes(flux, tokens, args.dtype))
 
 
 def compiling_pays(args: Namespace, device: torch.device, steps: int) -> bool:
@@ -434,24 +469,21 @@ def compiling_pays(args: Namespace, device: torch.device, steps: int) -> bool:
     return bool(able) and steps >= LONG_RUN and not is_small(args.folder)
 
 
-def open_flux(args: Namespace, device: torch.device, steps: int, work: Work) -> Flux:
-    """The transformer as `args` wants it, for so many steps of such work."""
+def open_flux(args: Namespace, device: torch.device, steps: int) -> Flux:
+    """The transformer as `args` wants it, for so many steps. After check_fit."""
     stay = 0
-    if args.offload and device.type == "cuda":
-        flux, beside = bytes_beside(args.folder, args.dtype, work)
-        stay = blocks_on_device(flux, device, args.dtype, args.fp8, beside)
+    if args.offload and device.type != "cpu":
+        stay = blocks_on_device(bare_flux(args), device, args.dtype, args.fp8, args.beside)
     flux = load_flux(args.folder, device, args.dtype, args.fp8, args.offload, stay)
     if compiling_pays(args, device, steps) if args.compile is None else args.compile:
         compile_blocks(flux)
-    heads, width = flux.config.num_heads, flux.config.hidden_size
-    choose_attention((1, heads, work.tokens, width // heads), device, args.dtype, work.training)
     return flux
 
 
-def take_model(args: Namespace, device: torch.device, use: str, **work: int) -> None:
+def take_model(args: Namespace, device: torch.device, use: str) -> None:
     """args.model -> args.folder (may download) and args.dtype; what is not given is the model's default.
 
-    work: of `Work`, for training; ValueError where that cannot fit into the device's memory."""
+    ValueError where the device's memory does not even take the weights."""
     args.folder = find_model(args.model, args)
     args.dtype = pick_dtype(device, args.folder)
     defaults = model_defaults(args.folder)
@@ -460,5 +492,4 @@ def take_model(args: Namespace, device: torch.device, use: str, **work: int) -> 
     for name in ("prompt", "guidance", "warmup", "aspects", "scales", "background", "mirror"):
         if getattr(args, name, None) is None:
             setattr(args, name, defaults[name])
-    args.work = Work(max(args.resolution) ** 2 // 256 + 512, training=True, **work)    # schnell: 256 of text
-    check_fit(args, device, args.work)
+    check_fit(args, device, 0)

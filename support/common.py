@@ -18,12 +18,11 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-import torch
 from PIL import Image, PngImagePlugin
 from safetensors import SafetensorError
 
 from support import SIGHUP, SIGNALS
-from support.devices import free, pick_device, to_device, use_threads  # noqa: F401: asked for here
+from support.devices import free, is_out_of_memory, pick_device, to_device, use_threads  # noqa: F401: asked for here
 
 NOT_SUPPORTED = errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK      # by a file system
 RESERVED: dict[Path, Path] = {}                  # file -> its temporary file, which has its room already
@@ -384,7 +383,9 @@ def run_script(name: str, script: Callable[[list[str] | None], object],
         except KeyboardInterrupt as error:
             print(f"{name}: interrupted", file=sys.stderr)
             return 128 + (error.args[0] if isinstance(error, Stopped) else signal.SIGINT)
-        except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+        except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+                raise
             print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
             return 2 if isinstance(error, (ValueError, OSError)) else 1
     return 0

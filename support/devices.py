@@ -1,4 +1,4 @@
-"""Devices: the best one, threads, small tensors, memory that is given back."""
+"""Devices: the best one, threads, small tensors, memory that is given back or has run out."""
 import os
 
 import torch
@@ -31,3 +31,9 @@ def free(device: str | torch.device) -> None:
     """Gives the memory of models that were just dropped back to the device."""
     if torch.device(device).type in ("cuda", "mps"):
         getattr(torch, torch.device(device).type).empty_cache()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """CUDA has a kind of error for it; mps and the CPU raise a RuntimeError with these words."""
+    words = "out of memory", "can't allocate memory", "not enough memory"
+    return isinstance(error, torch.OutOfMemoryError) or any(each in str(error) for each in words)

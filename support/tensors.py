@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from support.common import not_content
-from support.speed import E4M3, quantize
+from support.memory import E4M3, quantize
 
 # what stands before a part's names in files with everything; each key by itself has or lacks it
 PREFIXES = {"transformer": ("model.diffusion_model.",), "autoencoder": ("vae.", "first_stage_model."),

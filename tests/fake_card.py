@@ -1,7 +1,8 @@
 """A CUDA card that is not there: full-size runs on tensors that have a shape, a dtype and a device and no numbers.
 
     with FakeCard(gib=80, capability=(9, 0)) as card:
-        flux = full_size_flux(card)                 # the project's own load_flux, over a checkpoint of shapes
+        card.model()                                # what the product opens from now on is FLUX.1-dev, of shapes
+        flux = checkpoints.load_flux("flux", card.device)
         ...
         print(card.report())
 
@@ -27,20 +28,111 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.weak import WeakIdKeyDictionary
 
 from flux_model import Flux, FluxConfig
-from support import checkpoints, speed
+from support import checkpoints, memory
 
 aten, prim = torch.ops.aten, torch.ops.prim
 MIB, GIB = 2 ** 20, 2 ** 30
 BIG = 5_000_000
 
 
+class Pool:
+    """A segment of addresses that grows and shrinks by pages; blocks follow each other: start -> [size, state, start before, start
+    behind], where state is "used", "free" or "unmapped"."""
+    def __init__(self, page, size):
+        self.page, self.blocks = page, {0: [size, "unmapped", None, None]}
+        self.free, self.unmapped = [], [0]                      # sorted [(size, start)], [start]
+
+    def put(self, start, size, state, before, behind):
+        """A block where none is, merged with neighbours of the same state -> its start."""
+        if state != "used":
+            if before is not None and self.blocks[before][1] == state:
+                size, start, before = size + self.blocks[before][0], before, self.take(before)[2]
+            if behind is not None and self.blocks[behind][1] == state:
+                own, behind = self.blocks[behind][0], self.take(behind)[3]
+                size += own
+            bisect.insort(*((self.free, (size, start)) if state == "free" else (self.unmapped, start)))
+        self.blocks[start] = [size, state, before, behind]
+        if before is not None:
+            self.blocks[before][3] = start
+        if behind is not None:
+            self.blocks[behind][2] = start
+        return start
+
+    def take(self, start):
+        block = self.blocks.pop(start)
+        if block[1] == "free":
+            self.free.pop(bisect.bisect_left(self.free, (block[0], start)))
+        elif block[1] == "unmapped":
+            self.unmapped.pop(bisect.bisect_left(self.unmapped, start))
+        return block
+
+    def cut(self, start, sizes, states):
+        """A block becomes several -> their starts."""
+        _, _, before, behind = self.take(start)
+        starts = []
+        for i, (size, state) in enumerate(zip(sizes, states)):
+            if size:
+                last = not any(sizes[i + 1:])
+                before = self.put(start, size, state, before, behind if last else None)
+                starts.append(before)
+            start += size
+        return starts
+
+    def best(self, size):
+        """The free block to take, or None. What could still grow counts as large as it could become."""
+        at = bisect.bisect_left(self.free, (size, -1))
+        if at == len(self.free):
+            return None
+        def room(entry):
+            behind = self.blocks[entry[1]][3]
+            return entry[0] + (self.blocks[behind][0] if behind is not None and self.blocks[behind][1] == "unmapped" else 0)
+        while at + 1 < len(self.free) and room(self.free[at + 1]) < room(self.free[at]):
+            at += 1
+        return self.free[at][1]
+
+    def place_to_grow(self, size):
+        """Where pages are mapped for a block of this size -> its start, and the bytes that must be mapped."""
+        for start in self.unmapped:
+            before = self.blocks[start][2]
+            first = before if before is not None and self.blocks[before][1] == "free" else start
+            at, have, missing = first, 0, 0
+            while at is not None and self.blocks[at][1] != "used" and have < size:
+                own, state = self.blocks[at][:2]
+                if state == "unmapped":
+                    missing += min(own, -(-min(own, size - have) // self.page) * self.page)
+                have, at = have + own, self.blocks[at][3]
+            if have >= size:
+                return first, missing
+        raise torch.OutOfMemoryError("simulated: no addresses are left")
+
+    def map(self, start, size):
+        """Maps pages from a block on until it is a free one of that size -> its start."""
+        while self.blocks[start][1] == "unmapped" or self.blocks[start][0] < size:
+            own, state, _, behind = self.blocks[start]
+            target, have = (start, 0) if state == "unmapped" else (behind, own)
+            whole = self.blocks[target][0]
+            pages = min(whole, -(-(size - have) // self.page) * self.page)
+            start = self.cut(target, (pages, whole - pages), ("free", "unmapped"))[0]
+        return start
+
+    def unmap(self):
+        """Gives back all pages that are free as a whole -> their bytes."""
+        total = 0
+        for size, start in list(self.free):
+            first = -(-start // self.page) * self.page
+            pages = (start + size) // self.page * self.page - first
+            if pages > 0:
+                self.cut(start, (first - start, pages, start + size - first - pages), ("free", "unmapped", "free"))
+                total += pages
+        return total
+
+
 class Allocator:
-    """PyTorch's caching allocator with its default settings, one stream."""
+    """PyTorch's caching allocator with expandable_segments:True, one stream."""
     def __init__(self, capacity):
         self.capacity, self.reserved, self.allocated = capacity, 0, 0
         self.peak_allocated = self.peak_reserved = 0
-        self.free = {"small": [], "large": []}                   # sorted [(size, id)]
-        self.blocks, self.ids = {}, itertools.count()            # id -> [size, pool, segment, prev, next, is_free, whole segment size]
+        self.pools = {"small": Pool(2 * MIB, 2 ** 40), "large": Pool(20 * MIB, 2 ** 40)}
         self.releases = 0
 
     def reset_peaks(self):
@@ -48,59 +140,34 @@ class Allocator:
 
     def malloc(self, nbytes):
         size = max(512, -(-nbytes // 512) * 512)
-        pool = "small" if size <= MIB else "large"
-        free = self.free[pool]
-        at = bisect.bisect_left(free, (size, -1))
-        if at < len(free):
-            _, i = free.pop(at)
-        else:
-            segment = 2 * MIB if pool == "small" else 20 * MIB if size < 10 * MIB else -(-size // (2 * MIB)) * 2 * MIB
-            if self.reserved + segment > self.capacity:
+        name = "small" if size <= MIB else "large"
+        pool = self.pools[name]
+        start = pool.best(size)
+        if start is None:
+            first, missing = pool.place_to_grow(size)
+            if self.reserved + missing > self.capacity:
                 self.release()
-            if self.reserved + segment > self.capacity:
-                raise torch.OutOfMemoryError(f"simulated: {nbytes / MIB:.0f} MiB wanted, allocated {self.allocated / GIB:.2f}, "
-                                             f"reserved {self.reserved / GIB:.2f} of {self.capacity / GIB:.2f} GiB")
-            self.reserved += segment
+                first, missing = pool.place_to_grow(size)
+            if self.reserved + missing > self.capacity:
+                raise torch.OutOfMemoryError(f"CUDA out of memory, simulated: {nbytes / MIB:.0f} MiB wanted, allocated "
+                                             f"{self.allocated / GIB:.2f}, reserved {self.reserved / GIB:.2f} of {self.capacity / GIB:.2f} GiB")
+            self.reserved += missing
             self.peak_reserved = max(self.peak_reserved, self.reserved)
-            i = next(self.ids)
-            self.blocks[i] = [segment, pool, i, None, None, True]
-        block = self.blocks[i]
-        rest = block[0] - size
-        if rest >= 512 if pool == "small" else rest > MIB:
-            j = next(self.ids)
-            self.blocks[j] = [rest, pool, block[2], i, block[4], True]
-            if block[4] is not None:
-                self.blocks[block[4]][3] = j
-            block[0], block[4] = size, j
-            bisect.insort(free, (rest, j))
-        block[5] = False
-        self.allocated += block[0]
+            start = pool.map(first, size)
+        rest = pool.blocks[start][0] - size
+        start = pool.cut(start, (size, rest), ("used", "free"))[0]
+        self.allocated += size
         self.peak_allocated = max(self.peak_allocated, self.allocated)
-        return i
+        return name, start
 
-    def drop(self, i):
-        block = self.blocks[i]
-        self.allocated -= block[0]
-        block[5] = True
-        free = self.free[block[1]]
-        for side in (3, 4):
-            j = block[side]
-            if j is not None and self.blocks[j][5]:
-                other = self.blocks.pop(j)
-                free.pop(bisect.bisect_left(free, (other[0], j)))
-                block[0] += other[0]
-                block[side] = other[side]
-                if other[side] is not None:
-                    self.blocks[other[side]][7 - side] = i
-        bisect.insort(free, (block[0], i))
+    def drop(self, block):
+        pool, start = self.pools[block[0]], block[1]
+        self.allocated -= pool.blocks[start][0]
+        pool.cut(start, (pool.blocks[start][0],), ("free",))
 
     def release(self):
         self.releases += 1
-        for pool, free in self.free.items():
-            for size, i in [entry for entry in free if self.blocks[entry[1]][3] is None and self.blocks[entry[1]][4] is None]:
-                free.remove((size, i))
-                del self.blocks[i]
-                self.reserved -= size
+        self.reserved -= sum(pool.unmap() for pool in self.pools.values())
 
 
 VIEWS = {"view", "_unsafe_view", "t", "transpose", "permute", "expand", "slice", "select", "split", "split_with_sizes", "unbind", "detach",
@@ -159,13 +226,24 @@ class FakeCard(TorchDispatchMode):
         key = storage._cdata
         if key in self.seen:
             return
-        block = self.memory.malloc(storage.nbytes())
-        self.seen[key] = block
+        self.seen[key] = self.memory.malloc(storage.nbytes())
+        weakref.finalize(storage, self.gone, key)
 
-        def gone():
-            self.seen.pop(key, None)
+    def gone(self, key):
+        block = self.seen.pop(key, None)
+        if block is not None:
             self.memory.drop(block)
-        weakref.finalize(storage, gone)
+
+    def place(self, tensors, flat, fill=False):
+        """memory.Offload.place: where they are is all there is to a fake tensor; `flat` stands for their memory."""
+        for tensor in tensors:
+            tensor.fake_device = flat.fake_device
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.seen:
+                weakref.finalize(storage, self.gone, storage._cdata)
+            block, self.seen[storage._cdata] = self.seen.get(storage._cdata), None
+            if block is not None:
+                self.memory.drop(block)
 
     def transient(self, nbytes):
         if nbytes:
@@ -397,6 +475,26 @@ class FakeCard(TorchDispatchMode):
         super().__exit__(*error)
         self.stack.close()
 
+    def model(self, config=None, host_gib=64):
+        """From now on the product's transformer is one of this configuration, FLUX.1-dev, beside so much memory of the CPU."""
+        config = config or FluxConfig()
+        with _disable_current_modes(), torch.device("meta"):
+            files = Shapes(Flux(config))
+        fill = checkpoints.fill_flux
+
+        def fill_flux(files, config, is_diffusers, device, dtype, fp8=False, offload=False, stay=0):
+            self.big = 0 if offload else BIG                 # what moves between the two is fake on either side
+            try:
+                return fill(files, config, is_diffusers, device, dtype, fp8, offload, stay)
+            finally:
+                self.big = BIG
+        patch = lambda where, name, new: self.stack.enter_context(mock.patch.object(where, name, new))
+        patch(checkpoints, "flux_files", lambda folder: (files, config, False))
+        patch(checkpoints, "fill_flux", fill_flux)
+        patch(checkpoints, "text_length", lambda folder: 512)
+        patch(memory.Offload, "place", staticmethod(self.place))
+        patch(memory, "host_memory", lambda: host_gib * GIB)
+
     def phased(self, where, name, phase):
         """From now on what runs within where.name counts for `phase`."""
         original = getattr(where, name)
@@ -435,27 +533,13 @@ class Shapes:
         return self.shapes[name]
 
     def __getitem__(self, name):
-        return torch.empty(self.shapes[name], dtype=torch.bfloat16)
+        return torch.zeros(self.shapes[name], dtype=torch.bfloat16)
 
     def quantized(self, names, device):
-        return speed.quantize(torch.cat([torch.empty(self.shapes[name], dtype=torch.bfloat16, device=device) for name in names]))
+        return memory.quantize(torch.cat([torch.empty(self.shapes[name], dtype=torch.bfloat16, device=device) for name in names]))
 
 
 def full_size_flux(card, fp8=False, offload=False, stay=0, config=None):
     """The project's load_flux over shapes."""
-    config = config or FluxConfig()
-    with _disable_current_modes(), torch.device("meta"):
-        files = Shapes(Flux(config))
-    if offload:
-        def fake_place(tensors, flat, fill=False):                  # where they are is all there is to a fake tensor
-            for tensor in tensors:
-                tensor.fake_device = flat.fake_device
-        card.stack.enter_context(mock.patch.object(speed.Offload, "place", staticmethod(fake_place)))
-        card.stack.enter_context(mock.patch.object(checkpoints, "host_memory", lambda: 64 * GIB))
-    card.big = 0 if offload else BIG                             # what moves between the two is fake on either side
-    flux = checkpoints.fill_flux(files, config, False, card.device, torch.bfloat16, fp8, offload, stay)
-    card.big = BIG
-    for block in speed.blocks_of(flux):
-        for tensor in itertools.chain(*block.offload.tensors) if getattr(block, "offload", None) else ():
-            card.seen[tensor.untyped_storage()._cdata] = None            # the slots stand for them
-    return flux
+    card.model(config)
+    return checkpoints.load_flux(Path("flux"), card.device, torch.bfloat16, fp8, offload, stay)

@@ -21,7 +21,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "baby"), str(ROOT / "tests")]
 import faces  # noqa: E402
 from flux_model import Flux, FluxConfig, flow_matching_loss, get_noise  # noqa: E402
 from metalora import MetaLoRA, random_lomd  # noqa: E402
-from support.checkpoints import find_targets  # noqa: E402
+from support.names import find_targets  # noqa: E402
 from test_metalora import parts_of  # noqa: E402
 
 CONFIG = FluxConfig(vec_in_dim=24, context_in_dim=40, hidden_size=64, num_heads=2, depth=1, depth_single_blocks=2,

@@ -11,7 +11,7 @@ from fake_card import FakeCard, _disable_current_modes, full_size_flux
 from bench import stages
 from flux_model import Flux, FluxConfig, flow_matching_loss
 from metalora import MetaLoRA
-from support.speed import Fp8Linear
+from support.memory import Fp8Linear
 
 CPU = torch.device("cpu")
 TINY = FluxConfig(vec_in_dim=24, context_in_dim=40, hidden_size=64, num_heads=2, depth=1,

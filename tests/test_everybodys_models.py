@@ -15,7 +15,7 @@ from support import checkpoints, finding, tensors
 from support.checkpoints import find_model, flux_fingerprint, load_autoencoder, load_flux, load_text_encoders
 from support.finding import Model
 from support.lora_files import read_lomd
-from support.speed import E4M3
+from support.memory import E4M3
 from support.tensors import TensorFiles
 
 ROOT = Path(__file__).resolve().parents[1]

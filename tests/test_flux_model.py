@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from flux_model import (AutoEncoder, AutoEncoderConfig, DoubleStreamBlock, Flux, FluxConfig, SingleStreamBlock, denoise,
                         flow_matching_loss, get_noise, get_schedule, pack, position_ids, rope_angles, sample_times, unpack)
 from metalora import MetaLoRA
-from support import speed
+from support import memory
 from support.checkpoints import (diffusers_autoencoder_names, diffusers_flux_names, find_model, flux_files, load_autoencoder,
                                  load_flux, load_text_encoders)
 from support.common import pick_device
@@ -140,11 +140,11 @@ def large():
 def test_only_large_pictures_are_decoded_in_tiles(large, monkeypatch):
     autoencoder, latent = large[0], large[1][..., :16, :24]
     config, decoder, half = autoencoder.config, autoencoder.decoder, copy.deepcopy(autoencoder).bfloat16()
-    whole, tiled, calls = decoder(latent / config.scale_factor + config.shift_factor), speed.upsample_tiled, []
-    monkeypatch.setattr(speed, "upsample_tiled", lambda decoder, x: calls.append(len(x)) or tiled(decoder, x))
-    monkeypatch.setattr(speed, "WHOLE_PIXELS", 128 * 192)
+    whole, tiled, calls = decoder(latent / config.scale_factor + config.shift_factor), memory.upsample_tiled, []
+    monkeypatch.setattr(memory, "upsample_tiled", lambda decoder, x: calls.append(len(x)) or tiled(decoder, x))
+    monkeypatch.setattr(memory, "WHOLE_PIXELS", 128 * 192)
     assert torch.equal(autoencoder.decode(latent), whole) and not calls
-    monkeypatch.setattr(speed, "WHOLE_PIXELS", 128 * 192 - 1)
+    monkeypatch.setattr(memory, "WHOLE_PIXELS", 128 * 192 - 1)
     # smaller than a tile: the same but for rounding, and each picture of a batch by its own statistics
     both = autoencoder.decode(torch.cat((latent, 2 * latent)))
     assert relative(both[:1], whole) < 1e-5 and calls == [1, 1]
@@ -164,22 +164,22 @@ def test_tiles_give_the_whole_picture(large, monkeypatch, height, width, tile, b
     whole = autoencoder.decode(latent)
 
     def distance(overlap):
-        monkeypatch.setattr(speed, "WHOLE_PIXELS", 0)
-        monkeypatch.setattr(speed, "TILE", tile)
-        monkeypatch.setattr(speed, "OVERLAP", overlap)
+        monkeypatch.setattr(memory, "WHOLE_PIXELS", 0)
+        monkeypatch.setattr(memory, "TILE", tile)
+        monkeypatch.setattr(memory, "OVERLAP", overlap)
         return relative(autoencoder.decode(latent), whole)
 
     assert distance(overlap=8) < bound < distance(overlap=0)
-    monkeypatch.setattr(speed, "held_statistics", lambda norm: torch.nn.GroupNorm.forward.__get__(norm))
+    monkeypatch.setattr(memory, "held_statistics", lambda norm: torch.nn.GroupNorm.forward.__get__(norm))
     assert distance(overlap=8) > bound                      # with statistics of each tile's own
 
 
 def test_tiles_cover_and_overlap():
     for size in range(1, 700):
-        parts = speed.tiles(size)
+        parts = memory.tiles(size)
         assert parts[0].start == 0 and parts[-1].stop == size
-        assert len({part.stop - part.start for part in parts}) == 1 and parts[0].stop <= speed.TILE
-        assert all(a.stop - b.start - speed.OVERLAP in (0, 1) for a, b in zip(parts, parts[1:]))
+        assert len({part.stop - part.start for part in parts}) == 1 and parts[0].stop <= memory.TILE
+        assert all(a.stop - b.start - memory.OVERLAP in (0, 1) for a, b in zip(parts, parts[1:]))
 
 
 @torch.no_grad()
@@ -346,7 +346,7 @@ def test_recomputed_blocks_give_the_same_gradient_and_keep_less():
     latent, noise, t = torch.randn(2, 16, 8, 8), torch.randn(2, 16, 8, 8), torch.tensor([0.2, 0.7])
     txt, y, results = torch.randn(2, 5, 40), torch.randn(2, 24), []
     for count in (0, 99):
-        speed.recompute_blocks(flux, count)
+        memory.recompute_blocks(flux, count)
         kept = 0
 
         def pack(tensor):

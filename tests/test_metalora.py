@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from flux_model import Flux, FluxConfig, flow_matching_loss, velocity
 from metalora import AdaptedLinear, IdentityBank, MetaLoRA, apply_loras, random_lomd, update, views
-from support.checkpoints import find_targets
+from support.names import find_targets
 from support.lora_files import FORMATS, check_lomd, load_lomd, load_lora, save_lomd, save_lora
 
 CONFIG = FluxConfig(vec_in_dim=24, context_in_dim=40, hidden_size=64, num_heads=2, depth=1,

@@ -19,7 +19,8 @@ import sample
 from flux_model import Flux, flow_matching_loss, sample_times
 from metalora import MetaLoRA, apply_loras, random_lomd
 from support import checkpoints, photos
-from support.checkpoints import find_targets, flux_files, load_autoencoder, load_flux, load_text_encoders
+from support.checkpoints import flux_files, load_autoencoder, load_flux, load_text_encoders
+from support.names import find_targets
 from support.lora_files import load_lomd, load_lora, read_metadata, save_lomd
 
 ROOT = Path(__file__).parents[1]
