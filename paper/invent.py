@@ -33,16 +33,16 @@ from tqdm import tqdm
 
 from baby import faces
 from sample import decode_latent, sample_latents
-from support.checkpoints import (add_speed_options, check_fit, encode_prompts, find_model, is_small,
-                                 load_autoencoder, model_defaults, open_flux, pick_dtype,
+from support.checkpoints import (add_speed_options, check_sampling_memory, encode_prompts, find_model,
+                                 is_small, load_autoencoder, model_defaults, open_flux, pick_dtype,
                                  text_device)
 from support.common import (Parser, check_out_folder, count, free, note, pick_device, positive,
                             run_script, save_png, side, use_threads, whole, write_whole)
 from support.finding import tokenizers_of
 from support.judges import load_face_embedder
+from support.memory import fit_sampling
 from support.photos import read_photo
 from support.sheets import sheet
-from support.speed import Work
 
 MORE_PICTURES = 1.5         # drawn for each that is asked for; with many more, the gate tells less
 MORE_PEOPLE = 1.5
@@ -131,7 +131,9 @@ def draw_latents(args: argparse.Namespace, batches: list[list[Shot]], folder: Pa
     that it compiles as often."""
     prompts = [shot.prompt for shot in chain.from_iterable(batches)]
     embeddings = encode_prompts(args.folder, prompts, text_device(args, args.device), args.dtype)
-    flux = open_flux(args, args.device, steps, args.work)
+    flux = open_flux(args, args.device, steps)
+    text_tokens = embeddings[prompts[0]][0].shape[1]
+    fit_sampling(flux, (args.size // 8, args.size // 8), text_tokens, args.batch)
     with tqdm(total=len(batches) * args.steps, desc="drawing", unit="step", disable=None) as bar:
         for batch in batches:
             jobs = [(shot.prompt, shot.seed) for shot in batch]
@@ -290,8 +292,7 @@ def take_model(args: argparse.Namespace) -> None:
     args.size = args.size or min(512, defaults["resolution"])
     args.guidance = defaults["guidance"]
     args.batch = BATCH if small else 1
-    args.work = Work(args.size ** 2 // 256 + 512, args.batch)
-    check_fit(args, args.device, args.work)
+    check_sampling_memory(args, args.device, (args.size // 8, args.size // 8), [[]], args.batch)
 
 
 def prepare(out: Path, folder: Path, settings: str) -> None:

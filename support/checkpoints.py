@@ -449,8 +449,8 @@ def check_training_memory(args: Namespace, device: torch.device, size: tuple[int
 
 
 def check_sampling_memory(args: Namespace, device: torch.device, size: tuple[int, int],
-                          sets: list[list[tuple[dict, float]]]) -> None:
-    """`check_fit` for a picture of so many latent pixels, with any one of these sets of LoRAs of
+                          sets: list[list[tuple[dict, float]]], batch: int = 1) -> None:
+    """`check_fit` for a batch of pictures of so many latent pixels, with any one of these sets of LoRAs of
     `load_loras`."""
     flux = bare_flux(args)
     updates = []
@@ -459,7 +459,7 @@ def check_sampling_memory(args: Namespace, device: torch.device, size: tuple[int
         for lora, _ in loras:
             columns.update({path: len(A) for path, (A, B) in lora.items()})
         updates.append(update_bytes(flux, columns, args.dtype))
-    tokens = math.prod(size) // 4 + text_length(args.folder)
+    tokens = batch * (math.prod(size) // 4 + text_length(args.folder))
     check_fit(args, device, max(updates) + step_bytes(flux, tokens, args.dtype))
 
 

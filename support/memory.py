@@ -528,11 +528,11 @@ def fit_training(adapter: object, size: tuple[int, int], text_tokens: int,
 
 
 @torch.no_grad()
-def fit_sampling(flux: Flux, size: tuple[int, int], text_tokens: int) -> None:
-    """`fit` for a picture of so many latent pixels, with all LoRAs in place. A CPU is not tried."""
+def fit_sampling(flux: Flux, size: tuple[int, int], text_tokens: int, batch: int = 1) -> None:
+    """`fit` for a batch of pictures of so many latent pixels, with all LoRAs in place. A CPU is not tried."""
     device = flux.img_in.weight.device
     if device.type != "cpu":
-        latent, t, txt, y = blank(flux, 1, size, text_tokens, device)
+        latent, t, txt, y = blank(flux, batch, size, text_tokens, device)
         fit(flux, device, lambda: velocity(flux, latent, t, txt, y, 1.0), training=False)
 
 
