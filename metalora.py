@@ -1,17 +1,29 @@
 """Meta-LoRA: a LoRA whose down-projection is shared by all people and learned beforehand.
 
-For target t (a Linear, or the q, k, v or mlp rows of a fused one) and person i
+Equation 1 of the paper, for one Linear W and person i:
 
-    y = W x + U_i M_i A x      A: LoMD (r1 x d_in, shared)   M_i: LoM (r2 x r1)   U_i: LoU (d_out x r2)
+    y = W x + U_i M_i A x       A    LoMD, L_meta-down   r1 x d_in    shared by everybody, frozen in stage 2
+                                M_i  LoM,  L_mid         r2 x r1      one person's
+                                U_i  LoU,  L_up          d_out x r2   one person's, zero at the start
 
-Stage 1 learns A with throw-away M and U of many people, stage 2 M and U of one. M A is a down-projection, so
-the result is a LoRA of rank r2. Without M it is plain LoRA. Source: "Meta-LoRA" (Topal et al. 2025), eq. 1.
+A fused Linear holds several targets, each with matrices of its own: q, k, v, and in single blocks the MLP.
+M A is itself a down-projection (r2 x d_in), so the result collapses to a plain LoRA of rank r2. Without M,
+this file is plain LoRA.
 
-How it is computed is ours: C = M A, formed where it is small, rides in the GEMM of the frozen W, which lies
-in S with spare columns or rows. One of the two ways is the other transposed, and so is the gradient of x:
+One row of the identity bank holds all numbers of one person. Targets of the same d_in lie together:
 
-    y = [x | m] [W | U]^T,  m = x C^T            where the input is the narrower side
-    [y0 | m] = x [W ; C]^T,  y = y0 + m U^T      where the output is
+    [ M of the targets of width 1 | M of width 2 | M of width 3 | U of all targets ]
+
+How y is computed is ours. C = M A is formed first, since it is small. C and U then ride in the matrix product
+of the frozen weight, which moves into a slightly larger matrix S. With m = mask * C x, where the mask keeps
+the people of a batch apart:
+
+    d_in < d_out:   S = [ W | U | 0 ]        y = S [ x ; m ; 0 ]           extra input columns
+    d_in >= d_out:  S = [ W ; C ; 0 ]        [ y0 ; m ; _ ] = S x          extra output rows
+                                             y = y0 + U m
+The transpose of either kind is a matrix of the other kind, so the gradient of x needs no code of its own.
+
+Source: "Meta-LoRA" (Topal et al. 2025), equation 1 and Algorithms 1 and 2.
 """
 import math
 from collections import Counter
@@ -19,244 +31,486 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from support.devices import to_device
 from support.names import Target, find_targets
 
+LoRA = dict[str, tuple[Tensor, Tensor]]                              # {diffusers path: (A, B)}
 
-def product(x: Tensor, S: Tensor, P: Tensor, mask: Tensor | None, bias: Tensor | None = None):
-    """x (.., d_in) -> y = x W^T + m U^T + bias (.., d_out) and m = mask * (x C^T) (.., R), in one GEMM with
-    S = [W | U | 0] or [W ; C ; 0]. P is the half of the update that S lacks: C (R, d_in), or U (d_out, R)."""
-    if (spare := S.shape[1] - x.shape[-1]) > 0:                                           # [x | m] [W | U]^T
-        m = F.linear(x, P) if mask is None else F.linear(x, P) * mask
-        return F.linear(torch.cat((x, m, S[-1, -1].expand(*x.shape[:-1], spare - len(P))), -1), S, bias), m
-    y, m, _ = F.linear(x, S, bias).split((*P.shape, len(S) - sum(P.shape)), dim=-1)   # [y0 | m] = x [W ; C]^T
+
+# ----------------------------------------------------------------------------------------------------
+# One adapted Linear
+
+
+def plain_meta_lora(
+    x: Tensor,
+    W: Tensor,
+    A: Tensor,
+    M: Tensor,
+    U: Tensor,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Equation 1 with its three matrices one after the other: the reference for everything below.
+
+    x (.., d_in), W (d_out, d_in), A (r1, d_in), M (R, r1), U (d_out, R), mask (.., R) -> (.., d_out)."""
+    m = F.linear(F.linear(x, A), M)
+    if mask is not None:
+        m = m * mask
+    return F.linear(x, W) + F.linear(m, U)
+
+
+def widen_input(
+    x: Tensor,
+    S: Tensor,
+    C: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """x (.., d_in), S = [W | U | 0], C (R, d_in) -> y (.., d_out) and m (.., R)."""
+    m = F.linear(x, C)
+    if mask is not None:
+        m = m * mask
+    padding = S.shape[1] - x.shape[-1] - len(C)
+    zeros = S[-1, -1].expand(*x.shape[:-1], padding)         # a view of S's zero corner: no kernel
+    wide = torch.cat((x, m, zeros), dim=-1)
+    return F.linear(wide, S, bias), m
+
+
+def widen_output(
+    x: Tensor,
+    S: Tensor,
+    U: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """x (.., d_in), S = [W ; C ; 0], U (d_out, R) -> y (.., d_out) and m (.., R)."""
+    d_out, R = U.shape
+    padding = len(S) - d_out - R
+    wide = F.linear(x, S, bias)
+    y0, m, _ = wide.split((d_out, R, padding), dim=-1)
     m = m.contiguous() if mask is None else m * mask
-    return torch.addmm(y.flatten(0, -2), m.flatten(0, -2), P.T).unflatten(0, x.shape[:-1]), m
+    return add_up(y0, m, U), m
 
 
-class Adapted(torch.autograd.Function):
-    """`product` with gradients of x, C and U, which comes in parts: some of its rows and columns each."""
+def add_up(y: Tensor, m: Tensor, U: Tensor) -> Tensor:
+    """y (.., d_out) + U m, in one kernel; m (.., R), U (d_out, R)."""
+    total = torch.addmm(y.flatten(0, -2), m.flatten(0, -2), U.T)
+    return total.unflatten(0, y.shape[:-1])
+
+
+class FusedUpdate(torch.autograd.Function):
+    """y = W x + U (mask * C x), with gradients of x, C, and U. W is frozen.
+
+    U comes in parts, one for each target: part i fills S at parts[i], its rows and columns of U."""
     @staticmethod
     def forward(ctx, x, S, bias, mask, parts, C, *U):
-        y, m = product(x, S, P := C if S.shape[1] > x.shape[-1] else U[0], mask, bias)
-        ctx.save_for_backward(x, S, P, mask, m)          # autograd checks that S has not changed meanwhile
+        ctx.widens_input = S.shape[1] > x.shape[-1]
+        half = C if ctx.widens_input else U[0]               # what S does not hold
+        widen = widen_input if ctx.widens_input else widen_output
+        y, m = widen(x, S, half, mask, bias)
+        ctx.save_for_backward(x, S, half, mask, m)           # autograd checks that S has not changed
         ctx.parts = parts
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, S, P, mask, m = ctx.saved_tensors
-        dx, dm = product(dy, S.T, P.T, mask)
-        x, m, dy, dm = (each.flatten(0, -2) for each in (x, m, dy, dm))
-        return dx, *[None] * 4, dm.T @ x, *(dy[:, rows].T @ m[:, columns] for rows, columns in ctx.parts)
+        x, S, half, mask, m = ctx.saved_tensors
+        # dx = W^T dy + C^T (mask * U^T dy): the same product with everything transposed
+        widen = widen_output if ctx.widens_input else widen_input
+        dx, dm = widen(dy, S.T, half.T, mask)
+        dy = dy.flatten(0, -2)
+        m = m.flatten(0, -2)
+        dC = dm.flatten(0, -2).T @ x.flatten(0, -2)
+        dU = []
+        for rows, columns in ctx.parts:
+            dU.append(dy[:, rows].T @ m[:, columns])
+        return dx, None, None, None, None, dC, *dU
 
 
 class AdaptedLinear(nn.Module):
-    """A frozen Linear and its update: C (R, d_in), and U in parts, (rows, columns) slices of one target each.
-    The weight moves into S, unless it must stay as it is (`widen` False: 8 bits, offloaded)."""
-    def __init__(self, base: nn.Module, parts: list[tuple[slice, slice]]):
+    """A frozen Linear and its update: C (R, d_in), and U in parts, one for each target.
+
+    parts: for each target its rows of the output and its columns of m, as slices.
+    widen: whether the weight moves into S. A base may refuse by its own attribute `widen`, as 8-bit and
+    offloaded weights do; the update is then added beside the weight."""
+    def __init__(
+        self,
+        base: nn.Module,
+        parts: list[tuple[slice, slice]],
+        widen: bool = True,
+    ):
         super().__init__()
-        self.base, self.weight, self.parts, self.columns = base, base.weight, parts, parts[-1][1].stop
-        self.S, self.C, self.wide_input = None, None, base.in_features < base.out_features
-        self.dtype = getattr(base, "dtype", base.weight.dtype)
-        if getattr(base, "widen", True):
-            spare = -(-self.columns // 8) * 8                               # multiples of 8 suit tensor cores
-            pad = (0, spare, 0, 0) if self.wide_input else (0, 0, 0, spare)
-            self.S = nn.Parameter(F.pad(base.weight.detach(), pad), requires_grad=False)
-            self.bias = None if base.bias is None else F.pad(base.bias.detach(), (0, pad[-1]))
-            base.weight.data = self.S[:base.out_features, :base.in_features]
+        self.base = base
+        self.weight = base.weight
+        self.dtype = getattr(base, "dtype", base.weight.dtype)       # of activations; 8-bit weights differ
+        self.parts = parts
+        self.R = parts[-1][1].stop
+        self.widens_input = base.in_features < base.out_features
+        self.C = None                                                # until `set_update`: no update
+        self.S = None
+        if widen and getattr(base, "widen", True):
+            self.move_weight_into_S()
+
+    def move_weight_into_S(self) -> None:
+        spare = math.ceil(self.R / 8) * 8                            # multiples of 8 suit tensor cores
+        weight = self.base.weight.detach()
+        bias = self.base.bias
+        if self.widens_input:
+            S = F.pad(weight, (0, spare))                                                 # [W | 0]
+            self.bias = None if bias is None else bias.detach()
+        else:
+            S = F.pad(weight, (0, 0, 0, spare))                                           # [W ; 0]
+            self.bias = None if bias is None else F.pad(bias.detach(), (0, spare))
+        self.S = nn.Parameter(S, requires_grad=False)
+        d_out, d_in = weight.shape
+        self.base.weight.data = self.S[:d_out, :d_in]
 
     def forward(self, x: Tensor) -> Tensor:
         if self.C is None:
             return self.base(x)
-        mask = self.mask if self.mask is None or x.dim() == 2 else self.mask[:, None]
+        mask = self.mask
+        if mask is not None and x.dim() == 3:
+            mask = mask[:, None]                                                          # (B, 1, R)
         if self.S is not None and x.dim() == 3:
-            return Adapted.apply(x, self.S, self.bias, mask, self.parts, self.C, *self.U)
-        y, m = self.base(x), F.linear(x, self.C) if mask is None else F.linear(x, self.C) * mask
+            return FusedUpdate.apply(x, self.S, self.bias, mask, self.parts, self.C, *self.U)
+
+        m = F.linear(x, self.C)
+        if mask is not None:
+            m = m * mask
+        y = self.base(x)
         U = self.U[0]
-        if len(U) < y.shape[-1]:                         # parts of a fused layer: block by block
-            U = y.new_zeros(y.shape[-1], self.columns)
-            for part, own in zip(self.parts, self.U):
-                U[part] = own
-        return torch.addmm(y.flatten(0, -2), m.flatten(0, -2), U.T).unflatten(0, x.shape[:-1])
+        if len(U) < y.shape[-1]:                                     # some of a fused layer's targets
+            U = y.new_zeros(y.shape[-1], self.R)
+            for part, values in zip(self.parts, self.U):
+                U[part] = values
+        return add_up(y, m, U)
 
 
-def adapt(flux: nn.Module, targets: list[Target], columns: list[int]) -> list[AdaptedLinear]:
-    """Puts an AdaptedLinear in the place of every Linear that holds a target, with so many columns for each;
-    every other one is again the Linear that it was."""
+def adapt(
+    flux: nn.Module,
+    targets: list[Target],
+    ranks: list[int],
+) -> list[AdaptedLinear]:
+    """Puts an AdaptedLinear in the place of every Linear that holds a target, `ranks` columns of m for each
+    target. Every other Linear becomes again what it was."""
     for name, layer in list(flux.named_modules()):
         if isinstance(layer, AdaptedLinear):
             layer.base.weight.data = layer.base.weight.contiguous()
             flux.set_submodule(name, layer.base)
-    parts = {}
-    for t, count in zip(targets, columns):
-        own = parts.setdefault(t.module, [])
-        first = own[-1][1].stop if own else 0
-        own.append((slice(t.start, t.start + t.rows), slice(first, first + count)))
-    for name, own in parts.items():
-        flux.set_submodule(name, AdaptedLinear(flux.get_submodule(name), own))
-    return [flux.get_submodule(name) for name in parts]
+
+    parts = {}                                                       # {module: [(rows, columns)]}
+    for target, rank in zip(targets, ranks):
+        of_module = parts.setdefault(target.module, [])
+        first = of_module[-1][1].stop if of_module else 0
+        rows = slice(target.start, target.start + target.rows)
+        of_module.append((rows, slice(first, first + rank)))
+
+    layers = []
+    for name, of_module in parts.items():
+        # a modulation layer sees one vector per image: a wide copy of its weight would gain nothing
+        layer = AdaptedLinear(flux.get_submodule(name), of_module, widen="mod" not in name)
+        flux.set_submodule(name, layer)
+        layers.append(layer)
+    return layers
 
 
 @torch.no_grad()
-def update(layers: list[AdaptedLinear], Cs: list[Tensor], Us: list[Tensor], mask: Tensor | None = None):
-    """Gives each layer its C and parts of U; one call copies them into the spare places of all weights."""
-    Us, places, halves = iter(Us), [], []
-    for layer, layer.C in zip(layers, Cs):
+def set_update(
+    layers: list[AdaptedLinear],
+    Cs: list[Tensor],
+    Us: list[Tensor],
+    mask: Tensor | None = None,
+) -> None:
+    """Gives each layer its C and its parts of U, and copies one of the two into each S.
+
+    Cs: one (R, d_in) for each layer; Us: one (rows, rank) for each target, layer by layer. mask (B, R) has
+    room for the layer with the most parts."""
+    Us = iter(Us)
+    places, values = [], []
+    for layer, C in zip(layers, Cs):
+        layer.C = C
         layer.U = [next(Us) for _ in layer.parts]
-        layer.mask = mask if mask is None else mask[:, :layer.columns]
-        if layer.S is not None and layer.wide_input:
-            places += [layer.S[:, layer.base.in_features:][part] for part in layer.parts]
-        elif layer.S is not None:
-            places += [layer.S[layer.base.out_features:][:layer.columns]]
-        halves += [] if layer.S is None else layer.U if layer.wide_input else [layer.C]
+        layer.mask = None if mask is None else mask[:, :layer.R]
+        if layer.S is None:
+            continue
+        if layer.widens_input:                                                            # S = [W | U | 0]
+            spare = layer.S[:, layer.base.in_features:]
+            places += [spare[part] for part in layer.parts]
+            values += layer.U
+        else:                                                                             # S = [W ; C ; 0]
+            spare = layer.S[layer.base.out_features:]
+            places.append(spare[:layer.R])
+            values.append(C)
     if places:
-        torch._foreach_copy_(places, halves)
+        torch._foreach_copy_(places, values)                         # one kernel instead of hundreds
 
 
 @torch.no_grad()
-def apply_loras(flux: nn.Module, loras: list[tuple[dict[str, tuple[Tensor, Tensor]], float]]) -> None:
-    """Plain LoRAs {diffusers path: (A (r, d_in), B (d_out, r))}, each at a strength, unmerged, in place of
-    all before: an empty list removes them. ValueError, before anything changes, where one does not fit."""
-    targets, pairs = {target.path: target for target in find_targets(flux, outside=True)}, {}
+def apply_loras(flux: nn.Module, loras: list[tuple[LoRA, float]]) -> None:
+    """Replaces all LoRAs in the model by these, unmerged; an empty list removes them.
+
+    loras: pairs of a LoRA, {diffusers path: (A (r, d_in), B (d_out, r))}, and its strength. ValueError, before
+    anything changes, where one does not fit the model."""
+    targets = {target.path: target for target in find_targets(flux, outside=True)}
+    As, Bs = {}, {}                                                  # {path: those of all LoRAs}
     for lora, strength in loras:
         for path, (A, B) in lora.items():
-            if path not in targets or (len(B), A.shape[1]) != targets[path][3:]:
-                raise ValueError(f"the LoRA adapts a {path} of {len(B)} x {A.shape[1]}: not in this model")
-            B = B.roll(len(B) // 2, 0) if path == "norm_out.linear" else B  # diffusers has scale before shift
-            pairs.setdefault(path, []).append((A, strength * B.float()))
-    found, like = [target for path, target in targets.items() if path in pairs], flux.img_in.weight
-    As, Bs = ([torch.cat([pair[i] for pair in pairs[t.path]], dim=i).to(like) for t in found] for i in (0, 1))
-    layers, As_left = adapt(flux, found, [len(A) for A in As]), iter(As)
-    update(layers, [torch.cat([next(As_left) for _ in layer.parts]) for layer in layers], Bs)
+            target = targets.get(path)
+            d_out, d_in = len(B), A.shape[1]
+            if target is None or (d_out, d_in) != (target.rows, target.d_in):
+                raise ValueError(f"the LoRA adapts a {path} of {d_out} x {d_in}: not in this model")
+            if path == "norm_out.linear":                            # diffusers has scale before shift
+                B = B.roll(len(B) // 2, dims=0)
+            As.setdefault(path, []).append(A)
+            Bs.setdefault(path, []).append(strength * B.float())
+
+    # several LoRAs of one target are one LoRA of a higher rank: A below A, B beside B
+    found = [target for path, target in targets.items() if path in As]
+    like = flux.img_in.weight
+    As = [torch.cat(As[target.path], dim=0).to(like) for target in found]
+    Bs = [torch.cat(Bs[target.path], dim=1).to(like) for target in found]
+    layers = adapt(flux, found, ranks=[len(A) for A in As])
+    As = iter(As)
+    Cs = []
+    for layer in layers:
+        of_layer = [next(As) for _ in layer.parts]
+        Cs.append(torch.cat(of_layer))
+    set_update(layers, Cs, Bs)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Many people
 
 
 class IdentityBank:
-    """One flat fp32 row of weights per identity (N, P), with AdamW moments and a step count of its own."""
+    """One row of fp32 weights for each identity (N, P), with AdamW moments and a step count of its own."""
     PARTS = "weight", "exp_avg", "exp_avg_sq", "steps"
 
-    def __init__(self, weight: Tensor, exp_avg: Tensor | None = None, exp_avg_sq: Tensor | None = None,
-                 steps: Tensor | None = None):
+    def __init__(
+        self,
+        weight: Tensor,
+        exp_avg: Tensor | None = None,
+        exp_avg_sq: Tensor | None = None,
+        steps: Tensor | None = None,
+    ):
         self.weight = weight
         self.exp_avg = exp_avg
         self.exp_avg_sq = exp_avg_sq
-        # on the CPU: to read a count never waits for the card
-        self.steps = torch.zeros(len(weight), dtype=torch.long) if steps is None else steps.cpu()
+        # on the CPU, so that reading a count never waits for the GPU
+        if steps is None:
+            steps = torch.zeros(len(weight), dtype=torch.long)
+        self.steps = steps.cpu()
 
     def make_moments(self) -> None:
-        """AdamW's moments, where there are none yet: a LoMD that does not learn never gets any."""
+        """Creates AdamW's moments if there are none: a LoMD that is never trained needs none."""
         if self.exp_avg is None:
             self.exp_avg = torch.zeros_like(self.weight)
             self.exp_avg_sq = torch.zeros_like(self.weight)
 
     @torch.no_grad()
-    def step(self, ids: Tensor, grad: Tensor, lr: float, eps: float = 1e-6, weight_decay: float = 0.01):
-        """AdamW on the rows `ids` (n,) with grad (n, P). eps is that of the paper's trainer, ai-toolkit."""
+    def step(
+        self,
+        ids: Tensor,
+        grad: Tensor,
+        lr: float,
+        eps: float = 1e-6,
+        weight_decay: float = 0.01,
+    ) -> None:
+        """AdamW on the rows `ids` (n,) with grad (n, P); eps as in ai-toolkit, the paper's trainer."""
         self.make_moments()
-        parts = [[part[row] for row in ids.tolist()] for part in (self.weight, self.exp_avg, self.exp_avg_sq)]
-        counts = list(to_device(self.steps[ids].float(), grad.device).unbind())      # the kernel counts on
-        adamw(parts[0], list(grad.unbind()), *parts[1:], [], counts, fused=True, amsgrad=False, beta1=0.9,
-              beta2=0.999, lr=lr, weight_decay=weight_decay, eps=eps, maximize=False)
+        rows = ids.tolist()
+        steps = to_device(self.steps[ids].float(), grad.device)      # a copy, which the kernel increments
+        adamw(
+            params=[self.weight[row] for row in rows],
+            grads=list(grad.unbind()),
+            exp_avgs=[self.exp_avg[row] for row in rows],
+            exp_avg_sqs=[self.exp_avg_sq[row] for row in rows],
+            max_exp_avg_sqs=[],
+            state_steps=list(steps.unbind()),
+            fused=True,
+            amsgrad=False,
+            maximize=False,
+            beta1=0.9,
+            beta2=0.999,
+            lr=lr,
+            weight_decay=weight_decay,
+            eps=eps,
+        )
         self.steps[ids] += 1
 
 
 def views(flat: Tensor, shapes: list[tuple[int, ...]]) -> list[Tensor]:
-    """(.., P) -> its parts one after the other, (.., *shape) each."""
-    return [part.unflatten(-1, s) for part, s in zip(flat.split([*map(math.prod, shapes)], dim=-1), shapes)]
+    """Cuts flat (.., P) into consecutive pieces, (.., *shape) each."""
+    sizes = [math.prod(shape) for shape in shapes]
+    pieces = flat.split(sizes, dim=-1)
+    return [piece.unflatten(-1, shape) for piece, shape in zip(pieces, shapes)]
 
 
 def initial_M(rank: int, r1: int, generator: torch.Generator) -> Tensor:
-    """M's initialisation (rank, r1), as the paper's trainer draws the A of a plain LoRA. U starts at zero."""
-    return nn.init.kaiming_uniform_(torch.empty(rank, r1), a=5 ** 0.5, generator=generator)
+    """M at the start (rank, r1), drawn as ai-toolkit draws the A of a plain LoRA. U starts at zero."""
+    M = torch.empty(rank, r1)
+    return nn.init.kaiming_uniform_(M, a=5 ** 0.5, generator=generator)
 
 
 def random_lomd(targets: list[Target], r1: int, seed: int = 0) -> dict[str, Tensor]:
     """An untrained LoMD {path: (r1, d_in)}: where stage 1 starts, and the control of its experiments."""
     generator = torch.Generator().manual_seed(seed)
-    return {target.path: initial_M(r1, target.d_in, generator) for target in targets}
+    lomd = {}
+    for target in targets:
+        lomd[target.path] = initial_M(r1, target.d_in, generator)
+    return lomd
 
 
 class MetaLoRA:
     """The adapters of N identities on one frozen Flux: puts itself in, trains in fp32, collapses.
 
-    A row of the bank holds M (rank x r1) and U (d_out x rank) of each target over `lomd` {path: (r1, d_in)},
-    which learns too while `train_lomd`; without one A (rank x d_in) and U. U, so the update, starts at zero.
-    A batch holds up to `slots` identities. `bank` may be exchanged for another between two steps."""
-    def __init__(self, flux: nn.Module, rank: int, lomd: dict[str, Tensor] | None = None,
-                 num_identities: int = 1, seed: int = 0, slots: int = 1):
-        self.flux, self.rank, self.slots, self.train_lomd = flux, rank, slots, False
-        self.found, self.device = find_targets(flux), next(flux.parameters()).device
-        self.targets = sorted(self.found, key=lambda t: t.d_in)     # C of one width is one batched product
-        self.layers = adapt(flux, self.targets, [slots * rank] * len(self.targets))
-        self.widths = Counter(t.d_in for t in self.targets)
+    lomd: {path: A (r1, d_in)}, which learns too while `train_lomd` is set. None makes this plain LoRA: a row
+    then holds A (rank, d_in) where it would hold M (rank, r1).
+    slots: how many identities a batch may hold. `bank` may be exchanged for another between two steps."""
+    def __init__(
+        self,
+        flux: nn.Module,
+        rank: int,
+        lomd: dict[str, Tensor] | None = None,
+        num_identities: int = 1,
+        seed: int = 0,
+        slots: int = 1,
+    ):
+        self.flux = flux
+        self.rank = rank
+        self.slots = slots
+        self.train_lomd = False
+        self.device = next(flux.parameters()).device
+        self.found = find_targets(flux)                              # in the order of the network
+        # sorted, so that C of all targets of one width is one batched product
+        self.targets = sorted(self.found, key=lambda target: target.d_in)
+        self.widths = Counter(target.d_in for target in self.targets)        # {d_in: number of targets}
+        ranks = [slots * rank] * len(self.targets)
+        self.layers = adapt(flux, self.targets, ranks)
         self.r1 = len(next(iter(lomd.values()))) if lomd else None
-        # a row of the bank: M (or A) of all targets, width by width, then U of all
-        self.shapes = [*((count, rank, self.r1 or d_in) for d_in, count in self.widths.items()),
-                       (sum(t.rows for t in self.targets), rank)]
-        self.size = sum(map(math.prod, self.shapes))
-        if lomd:                                         # a bank of one row, trained by the same code
-            flat = torch.cat([lomd[t.path].flatten().float() for t in self.targets])
+
+        # the shape of a row: M of each width, then U of all targets
+        self.shapes = [(count, rank, self.r1 or d_in) for d_in, count in self.widths.items()]
+        all_rows = sum(target.rows for target in self.targets)
+        self.shapes.append((all_rows, rank))
+        self.size = sum(math.prod(shape) for shape in self.shapes)
+
+        if lomd:                                                     # a bank of one row: the same AdamW
+            As = [lomd[target.path].flatten() for target in self.targets]
+            flat = torch.cat(As).float()
             self.shared = IdentityBank(flat[None].to(self.device))
-        draws = torch.Generator().manual_seed(seed)
-        rows = [self.new_row(draws) for _ in range(num_identities)] or [torch.zeros(0, self.size)]
-        self.bank = IdentityBank(torch.stack(rows).to(self.device))
+        generator = torch.Generator().manual_seed(seed)
+        rows = torch.zeros(num_identities, self.size)
+        for row in rows:
+            row.copy_(self.new_row(generator))
+        self.bank = IdentityBank(rows.to(self.device))
 
     def new_row(self, generator: torch.Generator) -> Tensor:
-        """What an identity starts from (P,): M (or A) drawn, U zero."""
-        drawn = {t.path: initial_M(self.rank, self.r1 or t.d_in, generator) for t in self.found}
-        downs = torch.cat([drawn[t.path].flatten() for t in self.targets])
-        return F.pad(downs, (0, self.size - len(downs)))
+        """An identity's row at the start (P,): M (or A) drawn, U zero."""
+        drawn = {}
+        for target in self.found:
+            drawn[target.path] = initial_M(self.rank, self.r1 or target.d_in, generator)
+        Ms = torch.cat([drawn[target.path].flatten() for target in self.targets])
+        zeros = self.size - len(Ms)
+        return F.pad(Ms, (0, zeros))
 
     def assign(self, ids: Tensor) -> None:
-        """ids (B,): whose image each of the coming batch is. Call before every forward pass."""
-        self.present, slot, self.counts = torch.unique(ids.cpu(), return_inverse=True, return_counts=True)
-        n, dtype, lomd, Cs = len(self.present), self.layers[0].dtype, [None] * len(self.widths), []
+        """Says whose images the next batch holds, ids (B,); to be called before every forward pass."""
+        self.present, slot, self.counts = torch.unique(
+            ids.cpu(),
+            return_inverse=True,
+            return_counts=True,
+        )
+        n = len(self.present)
         if n > self.slots:
             raise ValueError(f"the batch holds {n} identities, the adapter has room for {self.slots}")
-        self.rows = torch.stack([self.bank.weight[i] for i in self.present.tolist()]).requires_grad_()
-        *downs, ups = views(F.pad(self.rows, (0, 0, 0, self.slots - n)), self.shapes)
+
+        # the leaves of this step's graph: the rows of those who are present, and LoMD
+        rows = [self.bank.weight[i] for i in self.present.tolist()]
+        self.rows = torch.stack(rows).requires_grad_()                                    # (n, P)
+        all_slots = F.pad(self.rows, (0, 0, 0, self.slots - n))                           # (slots, P)
+        *Ms, U = views(all_slots, self.shapes)
+        As = [None] * len(Ms)
         if self.r1:
-            self.flat = self.shared.weight[0].detach().requires_grad_(self.train_lomd)
-            lomd = views(self.flat, [(count, self.r1, d_in) for d_in, count in self.widths.items()])
-        for d_in, A, down in zip(self.widths, lomd, downs):
-            C = down.transpose(0, 1).flatten(1, 2)                         # (targets, slots rank, r1 or d_in)
-            C = (C if A is None else C @ A).flatten(0, 1).to(dtype)               # (targets slots rank, d_in)
-            Cs += C.split([layer.columns for layer in self.layers if layer.base.in_features == d_in])
-        Us = ups.transpose(0, 1).flatten(1).to(dtype).split([t.rows for t in self.targets])
-        # every image meets its own person's columns (B, slots rank), once for each part of a fused layer
-        mask = F.one_hot(slot, self.slots).repeat_interleave(self.rank, dim=1).repeat(1, 4).to(dtype)
-        update(self.layers, Cs, Us, to_device(mask, self.device) if n > 1 else None)
+            self.flat = self.shared.weight[0].detach()
+            self.flat.requires_grad_(self.train_lomd)
+            shapes = [(count, self.r1, d_in) for d_in, count in self.widths.items()]
+            As = views(self.flat, shapes)
 
-    def step(self, lr: float, clip: float = 1.0, average: Callable[[Tensor], Tensor] | None = None):
-        """One AdamW step, after backward of the batch's *summed* losses -> gradient norms: rows (n,), LoMD's.
+        dtype = self.layers[0].dtype
+        Cs = []
+        for d_in, A, M in zip(self.widths, As, Ms):
+            M = rearrange(M, "slot target rank r1 -> target (slot rank) r1")
+            C = M if A is None else M @ A                                                 # C = M A, fp32
+            C = rearrange(C, "target R d_in -> (target R) d_in").to(dtype)
+            layers = [layer for layer in self.layers if layer.base.in_features == d_in]
+            Cs += C.split([layer.R for layer in layers])
+        U = rearrange(U, "slot d_out rank -> d_out (slot rank)").to(dtype)
+        Us = U.split([target.rows for target in self.targets])
 
-        An identity's gradient is the mean over its own images, LoMD's over the batch (or what `average` makes
-        of the sum), each clipped to `clip` alone. FloatingPointError, unchanged, where one is not finite."""
-        rows = self.rows.grad / to_device(self.counts[:, None], self.device)
-        norms, lomd_norm = rows.norm(dim=1), rows.new_zeros(())
+        mask = None
+        if n > 1:                                            # each image meets only its own person's columns
+            mask = F.one_hot(slot, self.slots)                                            # (B, slots)
+            mask = mask.repeat_interleave(self.rank, dim=1)                               # (B, slots rank)
+            mask = mask.repeat(1, 4).to(dtype)               # once for each part of a fused layer, at most 4
+            mask = to_device(mask, self.device)
+        set_update(self.layers, Cs, Us, mask)
+
+    def step(
+        self,
+        lr: float,
+        clip: float = 1.0,
+        average: Callable[[Tensor], Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """One AdamW step, after backward() of the batch's *summed* losses.
+
+        An identity's gradient is the mean over its own images. LoMD's is the mean over the batch, or what
+        `average` makes of the sum. Each is clipped to the norm `clip` separately. Returns the gradient norms
+        of the rows (n,) and of LoMD (). FloatingPointError, with nothing changed, where one is not finite."""
+        counts = to_device(self.counts, self.device)
+        rows = self.rows.grad / counts[:, None]
+        norms = rows.norm(dim=1)
+        lomd_norm = rows.new_zeros(())
         if self.train_lomd:
-            flat = average(self.flat.grad) if average else self.flat.grad / self.counts.sum().item()
+            if average:
+                flat = average(self.flat.grad)
+            else:
+                flat = self.flat.grad / self.counts.sum().item()
             lomd_norm = flat.norm()
-        if not (norms.isfinite().all() & lomd_norm.isfinite()):                # the one wait for the card
+        if not (norms.isfinite().all() & lomd_norm.isfinite()):      # the one wait for the GPU
             raise FloatingPointError("a gradient is not finite")
-        self.bank.step(self.present, rows * (clip / (norms + 1e-6)).clamp(max=1.0)[:, None], lr)
+
+        scale = (clip / (norms + 1e-6)).clamp(max=1.0)
+        self.bank.step(self.present, rows * scale[:, None], lr)
         if self.train_lomd:
-            self.shared.step(torch.tensor([0]), flat[None] * (clip / (lomd_norm + 1e-6)).clamp(max=1.0), lr)
+            scale = (clip / (lomd_norm + 1e-6)).clamp(max=1.0)
+            self.shared.step(torch.tensor([0]), flat[None] * scale, lr)
         return norms, lomd_norm
 
     @property
     def lomd(self) -> dict[str, Tensor] | None:
-        """{path: (r1, d_in)}, views of what is trained."""
-        parts = views(self.shared.weight[0], [(self.r1, t.d_in) for t in self.targets]) if self.r1 else []
-        return {t.path: A for t, A in zip(self.targets, parts)} or None
+        """{path: A (r1, d_in)}, views of what is trained."""
+        if not self.r1:
+            return None
+        shapes = [(self.r1, target.d_in) for target in self.targets]
+        As = views(self.shared.weight[0], shapes)
+        return {target.path: A for target, A in zip(self.targets, As)}
 
     @torch.no_grad()
     def collapse(self, identity: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
-        """The plain LoRA of an identity, {path: (M A (rank, d_in), U (d_out, rank))}, in fp32 on the CPU."""
-        lomd, downs = self.lomd, [(self.rank, self.r1 or t.d_in) for t in self.targets]
-        parts = views(self.bank.weight[identity], downs + [(t.rows, self.rank) for t in self.targets])
-        return {t.path: ((M @ lomd[t.path] if lomd else M).cpu().clone(), U.cpu().clone())
-                for t, M, U in zip(self.targets, parts, parts[len(downs):])}
+        """The plain LoRA of an identity, {path: (M A (rank, d_in), U (d_out, rank))}, fp32 on the CPU."""
+        M_shapes = [(self.rank, self.r1 or target.d_in) for target in self.targets]
+        U_shapes = [(target.rows, self.rank) for target in self.targets]
+        matrices = views(self.bank.weight[identity], M_shapes + U_shapes)
+        lomd = self.lomd
+        lora = {}
+        for i, target in enumerate(self.targets):
+            down = matrices[i]
+            if lomd:
+                down = down @ lomd[target.path]
+            up = matrices[len(M_shapes) + i]
+            lora[target.path] = down.cpu().clone(), up.cpu().clone()
+        return lora

@@ -2,7 +2,7 @@
 
     pytest tests/test_metalora.py
 
-The references here are written out plainly: plain_update per image and target in a loop, weights merged in
+The references here are written out plainly: plain_meta_lora per image and target in a loop, weights merged in
 fp64, torch's own AdamW and gradient clipping, one training run per person.
 """
 import copy
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from flux_model import Flux, FluxConfig, flow_matching_loss, velocity
-from metalora import AdaptedLinear, IdentityBank, MetaLoRA, apply_loras, random_lomd, update, views
+from metalora import AdaptedLinear, IdentityBank, MetaLoRA, apply_loras, plain_meta_lora, random_lomd, set_update, views
 from support.names import find_targets
 from support.lora_files import FORMATS, check_lomd, load_lomd, load_lora, save_lomd, save_lora
 
@@ -24,11 +24,6 @@ CONFIG = FluxConfig(vec_in_dim=24, context_in_dim=40, hidden_size=64, num_heads=
 LAYERS = {"proj": "double_blocks.0.img_attn.proj", "qkv": "double_blocks.0.txt_attn.qkv",    # 1 and 3 targets
           "linear1": "single_blocks.1.linear1",                                                      # 4
           "modulation": "single_blocks.0.modulation.lin"}                                        # 2-D input
-
-
-def plain_update(x, weight, bias, A, M, U):
-    """Equation 1 for one target and one person, as it reads."""
-    return F.linear(x, weight, bias) + F.linear(F.linear(F.linear(x, A), M), U)
 
 
 def parts_of(adapter, row):
@@ -100,14 +95,14 @@ def one_line(function, *arguments):
 
 
 def by_hand(adapter, targets, linear, x, ids, rows, lomd):
-    """What the layer should give: image after image, target after target, with plain_update."""
+    """What the layer should give: image after image, target after target, with plain_meta_lora."""
     images = []
     for image, identity in zip(x, ids.tolist()):
         parts = parts_of(adapter, rows[identity])
         outputs = []
         for t in targets:
             own, A = slice(t.start, t.start + t.rows), torch.eye(t.d_in) if lomd is None else lomd[t.path]
-            outputs.append(plain_update(image, linear.weight[own], linear.bias[own], A, *parts[t.path]))
+            outputs.append(plain_meta_lora(image, linear.weight[own], A, *parts[t.path]) + linear.bias[own])
         images.append(torch.cat(outputs, dim=-1))
     return torch.stack(images)
 
@@ -173,12 +168,15 @@ def test_bf16_is_no_further_from_fp64_than_the_plain_path():
 
         def fused(x, A, M, U):
             layer = AdaptedLinear(copy.deepcopy(linear), [(slice(0, d_out), slice(0, r2))])
-            update([layer], [(M @ A).to(layer.dtype)], [U.to(layer.dtype)])
+            set_update([layer], [(M @ A).to(layer.dtype)], [U.to(layer.dtype)])
             return layer(x)
 
         def plain(dtype):
-            return lambda x, A, M, U: plain_update(x, linear.weight.to(dtype), linear.bias.to(dtype),
-                                                   A.to(dtype), M.to(dtype), U.to(dtype))
+            def forward(x, A, M, U):
+                A, M, U = (part.to(dtype) for part in (A, M, U))
+                base = F.linear(x, linear.weight.to(dtype), linear.bias.to(dtype))
+                return base + F.linear(F.linear(F.linear(x, A), M), U)
+            return forward
 
         exact = run(torch.float64, plain(torch.float64))
         for name, forward in (("fused", fused), ("plain", plain(torch.bfloat16))):
