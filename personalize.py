@@ -156,6 +156,10 @@ def check(args: argparse.Namespace) -> None:
         find_lomd(home_of(args.model), args.lomd)
     if args.lomd and args.out.exists() and args.out.samefile(args.lomd):
         raise ValueError(f"--out would overwrite the LoMD {args.lomd}")
+    pictures = photos.without_masks([Path(path) for path in args.photos])
+    for mask in sorted({*map(Path, args.photos)} - {*pictures}):
+        note(f"{mask} is the mask of another photo, and is not used")
+    args.photos = [str(path) for path in pictures]
     photos.check_photos(args.photos, args.box, not args.no_augment)
     args.seen = photos.fingerprints(args.photos)     # now: a photo may be gone when the LoRA is saved
     args.device = pick_device(args.device)

@@ -7,6 +7,7 @@ facenet-pytorch, weights included. Deviations: the paper does not say what "face
 border. Here a crop keeps its size and moves, see `face_crops`.
 """
 import functools
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,8 +27,12 @@ HEIF_SUFFIXES = {".heic", ".heif", ".hif"}
 NO_PICTURES = {"BUFR", "GRIB", "HDF5", "MPEG"}   # Pillow knows these, and decodes none
 SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items()
             if (kind in Image.OPEN or kind == "MPO") and kind not in NO_PICTURES} | HEIF_SUFFIXES
-LITTER = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir", "$recycle.bin",
-          "system volume information", "lost+found"}           # of operating systems, beside hidden files
+LITTER = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir",
+          "system volume information"}           # of operating systems, beside hidden files
+# where systems and file servers keep deleted files, and older versions of others: never somebody's folder
+DELETED = {"$recycle.bin", "recycler", "#recycle", "@recycle", "#snapshot", "@recently-snapshot",
+           "lost+found", "network trash folder", "found.000"}
+MASK = re.compile(r"(.+)(-masklabel|-condlabel|[-_.]mask)", re.IGNORECASE)      # OneTrainer's, and others'
 LARGEST = 16384 * 12288                          # pixels; the largest sensors of phones, 200 megapixels
 HALVED = 2 ** 26                                 # pixels from which a picture is read at half its sides
 HEIF_BRANDS = b"heic heix heim heis hevc hevx hevm hevs mif1 msf1".split()       # at byte 8, after "ftyp"
@@ -49,13 +54,23 @@ def visible(folder: str | Path) -> list[Path]:
 
 
 def subfolders(folder: str | Path) -> list[Path]:
-    """Sorted paths of the visible folders directly inside `folder`."""
-    return [path for path in visible(folder) if path.is_dir()]
+    """Sorted paths of the visible folders directly inside `folder`, without those of deleted files."""
+    return [path for path in visible(folder) if path.is_dir() and path.name.lower() not in DELETED]
 
 
 def image_files(folder: str | Path) -> list[Path]:
-    """Sorted paths of the pictures directly inside `folder`, by suffix; dead links too, to be named."""
-    return [path for path in visible(folder) if path.suffix.lower() in SUFFIXES and not path.is_dir()]
+    """Sorted paths of the pictures directly inside `folder`, by suffix; dead links too, to be named.
+
+    Without masks that other trainers keep beside them."""
+    paths = [path for path in visible(folder) if path.suffix.lower() in SUFFIXES and not path.is_dir()]
+    return without_masks(paths)
+
+
+def without_masks(paths: list[Path]) -> list[Path]:
+    """The pictures that are not the mask of another, as a_mask.png or a-masklabel.png beside a.jpg is."""
+    named = {path: MASK.fullmatch(path.stem) for path in paths}
+    others = {path.with_suffix("") for path in paths}
+    return [path for path in paths if not named[path] or path.with_name(named[path][1]) not in others]
 
 
 def read_photo(path: str | Path) -> Image.Image:

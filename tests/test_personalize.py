@@ -408,6 +408,16 @@ def test_ctrl_c_saves_what_there_is(run, head, monkeypatch):
     assert not list(Path().glob("none*"))
 
 
+def test_masks_among_the_photos_are_named_and_left(run, head):
+    mask = Path(head).with_name("head_mask.png")
+    Image.new("L", (150, 170)).save(mask)
+    assert Path(head).name == "head.png"
+    code, _, err = run(head, str(mask), "--no-augment")
+    assert code == 0 and err.count("not used") == 1 and str(mask) in err
+    assert read_metadata("out.safetensors")["photos"] == "head.png"
+    mask.unlink()
+
+
 def test_a_prompt_that_t5_cannot_hold_is_cut_aloud(run, head):
     code, _, err = run(head, "--prompt", "a photo of a man, " * 100 + "smiling")
     assert code == 0 and err.count("T5 sees 512 tokens") == 1 and "smiling'\n" in err

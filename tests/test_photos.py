@@ -210,6 +210,22 @@ def test_image_files(tmp_path):
         photos.image_files(tmp_path / "nowhere")
 
 
+def test_masks_of_other_trainers_are_no_pictures(tmp_path):
+    names = ["anna.jpg", "anna-masklabel.png", "anna-condlabel.PNG", "b.c.png", "b.c_mask.webp", "d-Mask.png", "D.png", "d.webp",
+             "masked.png", "e_mask.png", "e_mask.txt", "_mask.png", "mask.png"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"x")
+    kept = ["anna.jpg", "b.c.png", "D.png", "d.webp", "masked.png", "e_mask.png", "_mask.png", "mask.png"]
+    assert photos.image_files(tmp_path) == sorted(tmp_path / name for name in kept)
+
+
+@pytest.mark.parametrize("name", ["#recycle", "@Recycle", "RECYCLER", "$Recycle.Bin", ".Trash-1000", "lost+found"])
+def test_folders_of_deleted_files_are_nobodys(tmp_path, name):
+    for folder in (name, "anna"):
+        (tmp_path / folder).mkdir()
+    assert photos.subfolders(tmp_path) == [tmp_path / "anna"]
+
+
 def texture(width=512, height=512, seed=0):
     """Smooth noise with edges, as a photo has them."""
     small = np.random.default_rng(seed).integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
