@@ -56,7 +56,14 @@ def embed_real(judges: Judges, people: list[Person]) -> dict[str, Real]:
         paths |= {person.reference, *person.tests}
     paths = sorted(paths)
     bar = tqdm(paths, "real pictures", leave=False, disable=None)
-    crops = {path: judges.crop(photos.read_photo(path)) for path in bar}
+    crops, several = {}, []
+    for path in bar:
+        image = photos.read_photo(path)
+        crops[path] = judges.crop(image)
+        if judges.count(image) > 1:
+            several.append(str(path))
+    if several:
+        note(f"several faces in real pictures, of which the largest counts: {', '.join(several)}")
     complain([f"no face found in the real picture {path}: take it out of the folder"
               for path, crop in crops.items() if crop is None], "eval_rfacesim.py")
     embeddings = dict(zip(paths, judges.embed([*crops.values()])))

@@ -130,6 +130,11 @@ class Judges:
         face = self.detector(image)
         return None if face is None else face.cpu()
 
+    def count(self, image: Image.Image) -> int:
+        """How many faces there are of which MTCNN is sure."""
+        _, probabilities = self.detector.detect(image)
+        return sum(probability is not None and probability > 0.9 for probability in probabilities)
+
     @torch.no_grad()
     def embed(self, crops: list[Tensor]) -> Tensor:
         parts = [self.embedder(torch.stack(crops[i:i + 32]).to(self.device)).cpu()

@@ -9,6 +9,7 @@ Captions are where trainers look for them: a.txt or kohya's a.caption beside a.p
 picture's line in the metadata.jsonl of a data set of the hub.
 """
 import collections
+import csv
 import gc
 import hashlib
 import itertools
@@ -36,7 +37,7 @@ from support.photos import (SUFFIXES, fit_to_grid, grid_size, image_files, read_
                             to_tensor, visible)
 
 CAPTIONS = ".txt", ".caption"             # the first that is there counts
-METADATA = "metadata.jsonl"               # {"file_name": path from its folder, "text": caption}
+METADATA = "metadata.jsonl", "metadata.csv"      # "file_name": path from its folder, "text": caption
 GENDERS = dict(man="man", men="man", male="man", woman="woman", women="woman", female="woman")
 # FLUXSynID's names: the person, the gender, what was made: 0123456789ab_f_live_0_e_d1.jpg
 SYNTHETIC = re.compile(r"[0-9a-f]{12}_(f|m|nb)[_.]")
@@ -71,10 +72,11 @@ class Captions:
             self.used.add(path)
             return self.one_line(read_text(path), path)
         for place in (picture.parent, *picture.parent.parents):
-            text = self.table(place / METADATA).get(picture.relative_to(place).as_posix())
-            if text is not None:
-                self.used.add(place / METADATA)
-                return self.one_line(text, f"{place / METADATA}: the text of {picture.name}")
+            for table in (place / name for name in METADATA):
+                text = self.table(table).get(picture.relative_to(place).as_posix())
+                if text is not None:
+                    self.used.add(table)
+                    return self.one_line(text, f"{table}: the text of {picture.name}")
             if place == self.root:
                 break
         return None
@@ -92,7 +94,7 @@ class Captions:
         return found
 
     def table(self, path: Path) -> dict[str, str | None]:
-        """{picture: caption} of a metadata.jsonl; read once, {} where there is none."""
+        """{picture: caption} of one of METADATA; read once, {} where there is none."""
         if path not in self.tables:
             self.tables[path] = {}
             if path.is_file():
@@ -123,9 +125,11 @@ def captions_beside(pictures: list[str | Path], prompt: str, tell: bool = False)
 
 
 def read_metadata(path: Path) -> dict[str, str | None]:
-    """{picture: caption} of a metadata.jsonl. ValueError names the line that cannot be used."""
-    table = {}
-    for number, line in enumerate(read_text(path).split("\n"), 1):
+    """{picture: caption} of one of METADATA. ValueError names the line that cannot be used."""
+    table, lines = {}, read_text(path).split("\n")
+    if path.suffix == ".csv":                    # the same, as JSON: the line of names stays, empty
+        lines = ["", *map(json.dumps, csv.DictReader(line + "\n" for line in lines))]
+    for number, line in enumerate(lines, 1):
         if line.strip():
             try:
                 row = json.loads(line)
@@ -209,11 +213,13 @@ def dead_links(folder: Path) -> list[str]:
             if is_dead(path) and path not in pictures]
 
 
-def tell_unused(folder: Path, captions: Captions, folders: bool = False) -> None:
-    """Names all files (and folders) in `folder` that are neither pictures nor a caption of one."""
-    seen = {*image_files(folder), *captions.used}
+def tell_unused(folder: Path, captions: Captions, folders: bool = False, links: bool = True) -> None:
+    """Names all files (and folders) in `folder` that are neither pictures nor a caption of one.
+
+    Without `folders` those of deleted files alone; without `links` no dead ones."""
+    seen = {*image_files(folder), *captions.used, *([] if folders else subfolders(folder))}
     names = [path.name + " (a dead link)" * is_dead(path) + "/" * path.is_dir()
-             for path in visible(folder) if path not in seen and (folders or not path.is_dir())]
+             for path in visible(folder) if path not in seen and (links or not is_dead(path))]
     if names:
         note(f"{folder}: not used, since neither a picture nor the caption of one: {', '.join(names)}")
 
@@ -297,6 +303,9 @@ def read_people(folders: list[Path], reference: str = "first", gender: str | Non
             sex = sex or gender_of(sound.values()) or gender
             persons[name] = persons_of(name, sex, paths, reference, count)
             places |= {path.parent: captions for path in paths if path not in photos}
+    for captions, _ in groups:
+        if captions.root in folders and captions.root not in places:
+            tell_unused(captions.root, captions, links=False)
     for place, captions in places.items():
         tell_unused(place, captions, folders=True)
     complain(problems, "eval_rfacesim.py")
@@ -418,8 +427,9 @@ def check_people(data: Path, smallest: int, known: dict, show: bool = True, numb
     if attributes and show:
         note(f"{data}: {len(attributes)} .json files are not read, such as {min(attributes)}")
     captions.used |= attributes
-    for folder in folders if show else ():
-        tell_unused(folder, captions)
+    above = [data, *(folder.parent for folder in folders)]
+    for folder in dict.fromkeys([*above, *folders]) if show else ():
+        tell_unused(folder, captions, links=folder in folders)
     for path, photo in photos.items():
         name = SYNTHETIC.match(path.name)
         if name and photo.caption is None:

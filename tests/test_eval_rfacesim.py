@@ -35,6 +35,9 @@ class GivenEmbeddings:
         angle = image.getpixel((0, 0))[0]
         return None if angle == 255 else torch.tensor(float(angle))
 
+    def count(self, image):
+        return 1 + (image.getpixel((0, 0))[1] == 77)
+
     def embed(self, crops):
         radians = torch.deg2rad(torch.stack([torch.zeros(()), *crops]))[1:]
         return torch.stack([radians.cos(), radians.sin()], dim=1)
@@ -191,6 +194,37 @@ def test_meta_phd_is_the_papers_tables():
     assert len(ffhq) == 40 and len(unsplash) == 10 and all("[man/woman]" in prompt for prompt in unsplash)
     quoted = json.loads((ROOT / "paper" / "meta_phd" / "published.json").read_text())
     assert quoted["table 4"][-1] == {"method": "Meta-LoRA", "base": "FLUX.1-dev", "facesim": 79.45, "r_facesim": 77.16, "difference": -2.9}
+
+
+def test_several_faces_in_a_real_picture_are_named(by_hand, capsys):
+    evaluated(by_hand)
+    assert "several faces" not in capsys.readouterr().err
+    for path in (by_hand / "people/anna/1.png", by_hand / "people/cleo/0.png"):
+        paint(path, (Image.open(path).getpixel((0, 0))[0], 77, len(path.parent.name)))
+    evaluated(by_hand)
+    line, = (line for line in capsys.readouterr().err.splitlines() if "several faces" in line)
+    assert line.endswith(f"{by_hand / 'people/anna/1.png'}, {by_hand / 'people/cleo/0.png'}")
+
+
+def test_faces_are_counted(baby_judges):
+    one = Image.open(ROOT / "tests" / "photos" / "astronaut.png").convert("RGB").crop((100, 0, 400, 300))
+    two = Image.new("RGB", (600, 300))
+    two.paste(one, (0, 0))
+    two.paste(one.resize((150, 150)), (300, 100))
+    assert [baby_judges.count(image) for image in (one, two, Image.new("RGB", (300, 300)))] == [1, 2, 0]
+
+
+def test_what_other_programs_leave_in_a_folder_of_people(tmp_path, capsys):
+    for i in range(2):
+        paint(tmp_path / "anna" / f"{i}.png", (i, 0, 0))
+        paint(tmp_path / "anna" / f"{i}-masklabel.png", (i, i, i))
+        paint(tmp_path / "#recycle" / "bob" / f"{i}.png", (i, 9, 0))
+    (tmp_path / "dataset.toml").write_text("x")
+    (tmp_path / "metadata.csv").write_text('file_name,text\nanna/0.png,"a woman,\nsmiling"\n')
+    person, = ev.read_people([tmp_path])
+    assert (person.name, person.gender, len(person.tests)) == ("anna", "woman", 1)
+    root, own = capsys.readouterr().err.splitlines()
+    assert root.endswith(": #recycle/, dataset.toml") and own.endswith(": 0-masklabel.png, 1-masklabel.png")
 
 
 def test_captions_of_all_kinds_litter_and_unused_files(tmp_path, capsys):
