@@ -2,26 +2,28 @@
 
 Equation 1 of the paper, for one Linear W and person i:
 
-    y = W x + U_i M_i A x       A    LoMD, L_meta-down   r1 x d_in    shared by everybody, frozen in stage 2
-                                M_i  LoM,  L_mid         r2 x r1      one person's
-                                U_i  LoU,  L_up          d_out x r2   one person's, zero at the start
+    y = W x + U_i M_i A x     A    LoMD, L_meta-down  r1 x d_in   shared, frozen in stage 2
+                              M_i  LoM,  L_mid        r2 x r1     one person's
+                              U_i  LoU,  L_up         d_out x r2  one person's, zero at the start
 
-A fused Linear holds several targets, each with matrices of its own: q, k, v, and in single blocks the MLP.
-M A is itself a down-projection (r2 x d_in), so the result collapses to a plain LoRA of rank r2. Without M,
-this file is plain LoRA.
+A fused Linear holds several targets, each with its own matrices: q, k, v, and in single blocks the
+MLP. M A is itself a down-projection (r2 x d_in), so the result collapses to a plain LoRA of rank
+r2. Without M, this file is plain LoRA.
 
 One row of the identity bank holds all numbers of one person. Targets of the same d_in lie together:
 
     [ M of the targets of width 1 | M of width 2 | M of width 3 | U of all targets ]
 
-How y is computed is ours. C = M A is formed first, since it is small. C and U then ride in the matrix product
-of the frozen weight, which moves into a slightly larger matrix S. With m = mask * C x, where the mask keeps
-the people of a batch apart:
+How y is computed is ours. C = M A is formed first, since it is small. C and U then ride in the
+matrix product of the frozen weight, which moves into a slightly larger matrix S. With
+m = mask * C x, where the mask keeps the people of a batch apart:
 
-    d_in < d_out:   S = [ W | U | 0 ]        y = S [ x ; m ; 0 ]           extra input columns
-    d_in >= d_out:  S = [ W ; C ; 0 ]        [ y0 ; m ; _ ] = S x          extra output rows
-                                             y = y0 + U m
-The transpose of either kind is a matrix of the other kind, so the gradient of x needs no code of its own.
+    d_in < d_out:   S = [ W | U | 0 ]      y = S [ x ; m ; 0 ]         extra input columns
+    d_in >= d_out:  S = [ W ; C ; 0 ]      [ y0 ; m ; _ ] = S x        extra output rows
+                                           y = y0 + U m
+
+The transpose of either kind is a matrix of the other kind, so the gradient of x needs no code of
+its own.
 
 Source: "Meta-LoRA" (Topal et al. 2025), equation 1 and Algorithms 1 and 2.
 """
@@ -38,37 +40,27 @@ from torch.optim.adamw import adamw
 from support.devices import to_device
 from support.names import Target, find_targets
 
-LoRA = dict[str, tuple[Tensor, Tensor]]                              # {diffusers path: (A, B)}
+Pair = tuple[Tensor, Tensor]
+LoRA = dict[str, Pair]                                               # {diffusers path: (A, B)}
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # One adapted Linear
 
 
-def plain_meta_lora(
-    x: Tensor,
-    W: Tensor,
-    A: Tensor,
-    M: Tensor,
-    U: Tensor,
-    mask: Tensor | None = None,
-) -> Tensor:
+def plain_meta_lora(x: Tensor, W: Tensor, A: Tensor, M: Tensor, U: Tensor,
+                    mask: Tensor | None = None) -> Tensor:
     """Equation 1 with its three matrices one after the other: the reference for everything below.
 
-    x (.., d_in), W (d_out, d_in), A (r1, d_in), M (R, r1), U (d_out, R), mask (.., R) -> (.., d_out)."""
+    x (.., d_in), W (d_out, d_in), A (r1, d_in), M (R, r1), U (d_out, R), mask (.., R); y (.., d_out)."""
     m = F.linear(F.linear(x, A), M)
     if mask is not None:
         m = m * mask
     return F.linear(x, W) + F.linear(m, U)
 
 
-def widen_input(
-    x: Tensor,
-    S: Tensor,
-    C: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def widen_input(x: Tensor, S: Tensor, C: Tensor, mask: Tensor | None,
+                bias: Tensor | None = None) -> Pair:
     """x (.., d_in), S = [W | U | 0], C (R, d_in) -> y (.., d_out) and m (.., R)."""
     m = F.linear(x, C)
     if mask is not None:
@@ -79,13 +71,8 @@ def widen_input(
     return F.linear(wide, S, bias), m
 
 
-def widen_output(
-    x: Tensor,
-    S: Tensor,
-    U: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def widen_output(x: Tensor, S: Tensor, U: Tensor, mask: Tensor | None,
+                 bias: Tensor | None = None) -> Pair:
     """x (.., d_in), S = [W ; C ; 0], U (d_out, R) -> y (.., d_out) and m (.., R)."""
     d_out, R = U.shape
     padding = len(S) - d_out - R
@@ -97,7 +84,8 @@ def widen_output(
 
 def add_up(y: Tensor, m: Tensor, U: Tensor) -> Tensor:
     """y (.., d_out) + U m, in one kernel; m (.., R), U (d_out, R)."""
-    total = torch.addmm(y.flatten(0, -2), m.flatten(0, -2), U.T)
+    rows = m.flatten(0, -2)
+    total = torch.addmm(y.flatten(0, -2), rows, U.T)
     return total.unflatten(0, y.shape[:-1])
 
 
@@ -111,7 +99,7 @@ class FusedUpdate(torch.autograd.Function):
         half = C if ctx.widens_input else U[0]               # what S does not hold
         widen = widen_input if ctx.widens_input else widen_output
         y, m = widen(x, S, half, mask, bias)
-        ctx.save_for_backward(x, S, half, mask, m)           # autograd checks that S has not changed
+        ctx.save_for_backward(x, S, half, mask, m)  # autograd checks that S has not changed
         ctx.parts = parts
         return y
 
@@ -134,18 +122,14 @@ class AdaptedLinear(nn.Module):
     """A frozen Linear and its update: C (R, d_in), and U in parts, one for each target.
 
     parts: for each target its rows of the output and its columns of m, as slices.
-    widen: whether the weight moves into S. A base may refuse by its own attribute `widen`, as 8-bit and
-    offloaded weights do; the update is then added beside the weight."""
-    def __init__(
-        self,
-        base: nn.Module,
-        parts: list[tuple[slice, slice]],
-        widen: bool = True,
-    ):
+    widen: whether the weight moves into S. A base may refuse by its own attribute `widen`, as 8-bit
+    and offloaded weights do; the update is then added beside the weight."""
+    def __init__(self, base: nn.Module, parts: list[tuple[slice, slice]], widen: bool = True):
         super().__init__()
         self.base = base
         self.weight = base.weight
-        self.dtype = getattr(base, "dtype", base.weight.dtype)       # of activations; 8-bit weights differ
+        # of activations; 8-bit weights differ
+        self.dtype = getattr(base, "dtype", base.weight.dtype)
         self.parts = parts
         self.R = parts[-1][1].stop
         self.widens_input = base.in_features < base.out_features
@@ -155,7 +139,7 @@ class AdaptedLinear(nn.Module):
             self.move_weight_into_S()
 
     def move_weight_into_S(self) -> None:
-        spare = math.ceil(self.R / 8) * 8                            # multiples of 8 suit tensor cores
+        spare = math.ceil(self.R / 8) * 8  # multiples of 8 suit tensor cores
         weight = self.base.weight.detach()
         bias = self.base.bias
         if self.widens_input:
@@ -173,7 +157,7 @@ class AdaptedLinear(nn.Module):
             return self.base(x)
         mask = self.mask
         if mask is not None and x.dim() == 3:
-            mask = mask[:, None]                                                          # (B, 1, R)
+            mask = mask[:, None]  # (B, 1, R)
         if self.S is not None and x.dim() == 3:
             return FusedUpdate.apply(x, self.S, self.bias, mask, self.parts, self.C, *self.U)
 
@@ -182,20 +166,16 @@ class AdaptedLinear(nn.Module):
             m = m * mask
         y = self.base(x)
         U = self.U[0]
-        if len(U) < y.shape[-1]:                                     # some of a fused layer's targets
+        if len(U) < y.shape[-1]:  # some of a fused layer's targets
             U = y.new_zeros(y.shape[-1], self.R)
             for part, values in zip(self.parts, self.U):
                 U[part] = values
         return add_up(y, m, U)
 
 
-def adapt(
-    flux: nn.Module,
-    targets: list[Target],
-    ranks: list[int],
-) -> list[AdaptedLinear]:
-    """Puts an AdaptedLinear in the place of every Linear that holds a target, `ranks` columns of m for each
-    target. Every other Linear becomes again what it was."""
+def adapt(flux: nn.Module, targets: list[Target], ranks: list[int]) -> list[AdaptedLinear]:
+    """Puts an AdaptedLinear in the place of every Linear that holds a target, `ranks` columns of m
+    for each target. Every other Linear becomes again what it was."""
     for name, layer in list(flux.named_modules()):
         if isinstance(layer, AdaptedLinear):
             layer.base.weight.data = layer.base.weight.contiguous()
@@ -218,16 +198,12 @@ def adapt(
 
 
 @torch.no_grad()
-def set_update(
-    layers: list[AdaptedLinear],
-    Cs: list[Tensor],
-    Us: list[Tensor],
-    mask: Tensor | None = None,
-) -> None:
+def set_update(layers: list[AdaptedLinear], Cs: list[Tensor], Us: list[Tensor],
+               mask: Tensor | None = None) -> None:
     """Gives each layer its C and its parts of U, and copies one of the two into each S.
 
-    Cs: one (R, d_in) for each layer; Us: one (rows, rank) for each target, layer by layer. mask (B, R) has
-    room for the layer with the most parts."""
+    Cs: one (R, d_in) for each layer; Us: one (rows, rank) for each target, layer by layer. mask (B,
+    R) has room for the layer with the most parts."""
     Us = iter(Us)
     places, values = [], []
     for layer, C in zip(layers, Cs):
@@ -236,11 +212,11 @@ def set_update(
         layer.mask = None if mask is None else mask[:, :layer.R]
         if layer.S is None:
             continue
-        if layer.widens_input:                                                            # S = [W | U | 0]
+        if layer.widens_input:                                       # S = [W | U | 0]
             spare = layer.S[:, layer.base.in_features:]
             places += [spare[part] for part in layer.parts]
             values += layer.U
-        else:                                                                             # S = [W ; C ; 0]
+        else:                                                        # S = [W ; C ; 0]
             spare = layer.S[layer.base.out_features:]
             places.append(spare[:layer.R])
             values.append(C)
@@ -252,8 +228,8 @@ def set_update(
 def apply_loras(flux: nn.Module, loras: list[tuple[LoRA, float]]) -> None:
     """Replaces all LoRAs in the model by these, unmerged; an empty list removes them.
 
-    loras: pairs of a LoRA, {diffusers path: (A (r, d_in), B (d_out, r))}, and its strength. ValueError, before
-    anything changes, where one does not fit the model."""
+    loras: pairs of a LoRA, {diffusers path: (A (r, d_in), B (d_out, r))}, and its strength.
+    ValueError, before anything changes, where one does not fit the model."""
     targets = {target.path: target for target in find_targets(flux, outside=True)}
     As, Bs = {}, {}                                                  # {path: those of all LoRAs}
     for lora, strength in loras:
@@ -262,7 +238,7 @@ def apply_loras(flux: nn.Module, loras: list[tuple[LoRA, float]]) -> None:
             d_out, d_in = len(B), A.shape[1]
             if target is None or (d_out, d_in) != (target.rows, target.d_in):
                 raise ValueError(f"the LoRA adapts a {path} of {d_out} x {d_in}: not in this model")
-            if path == "norm_out.linear":                            # diffusers has scale before shift
+            if path == "norm_out.linear":  # diffusers has scale before shift
                 B = B.roll(len(B) // 2, dims=0)
             As.setdefault(path, []).append(A)
             Bs.setdefault(path, []).append(strength * B.float())
@@ -281,21 +257,17 @@ def apply_loras(flux: nn.Module, loras: list[tuple[LoRA, float]]) -> None:
     set_update(layers, Cs, Bs)
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Many people
 
 
 class IdentityBank:
-    """One row of fp32 weights for each identity (N, P), with AdamW moments and a step count of its own."""
+    """One row of fp32 weights for each identity (N, P), with AdamW moments and a step count of its
+    own."""
     PARTS = "weight", "exp_avg", "exp_avg_sq", "steps"
 
-    def __init__(
-        self,
-        weight: Tensor,
-        exp_avg: Tensor | None = None,
-        exp_avg_sq: Tensor | None = None,
-        steps: Tensor | None = None,
-    ):
+    def __init__(self, weight: Tensor, exp_avg: Tensor | None = None,
+                 exp_avg_sq: Tensor | None = None, steps: Tensor | None = None):
         self.weight = weight
         self.exp_avg = exp_avg
         self.exp_avg_sq = exp_avg_sq
@@ -311,18 +283,14 @@ class IdentityBank:
             self.exp_avg_sq = torch.zeros_like(self.weight)
 
     @torch.no_grad()
-    def step(
-        self,
-        ids: Tensor,
-        grad: Tensor,
-        lr: float,
-        eps: float = 1e-6,
-        weight_decay: float = 0.01,
-    ) -> None:
-        """AdamW on the rows `ids` (n,) with grad (n, P); eps as in ai-toolkit, the paper's trainer."""
+    def step(self, ids: Tensor, grad: Tensor, lr: float, eps: float = 1e-6,
+             weight_decay: float = 0.01) -> None:
+        """AdamW on the rows `ids` (n,) with grad (n, P); eps as in ai-toolkit, the paper's
+        trainer."""
         self.make_moments()
         rows = ids.tolist()
-        steps = to_device(self.steps[ids].float(), grad.device)      # a copy, which the kernel increments
+        # a copy, which the kernel increments
+        steps = to_device(self.steps[ids].float(), grad.device)
         adamw(
             params=[self.weight[row] for row in rows],
             grads=list(grad.unbind()),
@@ -350,13 +318,15 @@ def views(flat: Tensor, shapes: list[tuple[int, ...]]) -> list[Tensor]:
 
 
 def initial_M(rank: int, r1: int, generator: torch.Generator) -> Tensor:
-    """M at the start (rank, r1), drawn as ai-toolkit draws the A of a plain LoRA. U starts at zero."""
+    """M at the start (rank, r1), drawn as ai-toolkit draws the A of a plain LoRA. U starts at
+    zero."""
     M = torch.empty(rank, r1)
     return nn.init.kaiming_uniform_(M, a=5 ** 0.5, generator=generator)
 
 
 def random_lomd(targets: list[Target], r1: int, seed: int = 0) -> dict[str, Tensor]:
-    """An untrained LoMD {path: (r1, d_in)}: where stage 1 starts, and the control of its experiments."""
+    """An untrained LoMD {path: (r1, d_in)}: where stage 1 starts, and the control of its
+    experiments."""
     generator = torch.Generator().manual_seed(seed)
     lomd = {}
     for target in targets:
@@ -367,18 +337,12 @@ def random_lomd(targets: list[Target], r1: int, seed: int = 0) -> dict[str, Tens
 class MetaLoRA:
     """The adapters of N identities on one frozen Flux: puts itself in, trains in fp32, collapses.
 
-    lomd: {path: A (r1, d_in)}, which learns too while `train_lomd` is set. None makes this plain LoRA: a row
-    then holds A (rank, d_in) where it would hold M (rank, r1).
-    slots: how many identities a batch may hold. `bank` may be exchanged for another between two steps."""
-    def __init__(
-        self,
-        flux: nn.Module,
-        rank: int,
-        lomd: dict[str, Tensor] | None = None,
-        num_identities: int = 1,
-        seed: int = 0,
-        slots: int = 1,
-    ):
+    lomd: {path: A (r1, d_in)}, which learns too while `train_lomd` is set. None makes this plain
+    LoRA: a row then holds A (rank, d_in) where it would hold M (rank, r1).
+    slots: how many identities a batch may hold. `bank` may be exchanged for another between two
+    steps."""
+    def __init__(self, flux: nn.Module, rank: int, lomd: dict[str, Tensor] | None = None,
+                 num_identities: int = 1, seed: int = 0, slots: int = 1):
         self.flux = flux
         self.rank = rank
         self.slots = slots
@@ -387,7 +351,7 @@ class MetaLoRA:
         self.found = find_targets(flux)                              # in the order of the network
         # sorted, so that C of all targets of one width is one batched product
         self.targets = sorted(self.found, key=lambda target: target.d_in)
-        self.widths = Counter(target.d_in for target in self.targets)        # {d_in: number of targets}
+        self.widths = Counter(target.d_in for target in self.targets)  # {d_in: number of targets}
         ranks = [slots * rank] * len(self.targets)
         self.layers = adapt(flux, self.targets, ranks)
         self.r1 = len(next(iter(lomd.values()))) if lomd else None
@@ -398,7 +362,7 @@ class MetaLoRA:
         self.shapes.append((all_rows, rank))
         self.size = sum(math.prod(shape) for shape in self.shapes)
 
-        if lomd:                                                     # a bank of one row: the same AdamW
+        if lomd:  # a bank of one row: the same AdamW
             As = [lomd[target.path].flatten() for target in self.targets]
             flat = torch.cat(As).float()
             self.shared = IdentityBank(flat[None].to(self.device))
@@ -412,13 +376,15 @@ class MetaLoRA:
         """An identity's row at the start (P,): M (or A) drawn, U zero."""
         drawn = {}
         for target in self.found:
-            drawn[target.path] = initial_M(self.rank, self.r1 or target.d_in, generator)
-        Ms = torch.cat([drawn[target.path].flatten() for target in self.targets])
+            M = initial_M(self.rank, self.r1 or target.d_in, generator)
+            drawn[target.path] = M.flatten()
+        Ms = torch.cat([drawn[target.path] for target in self.targets])
         zeros = self.size - len(Ms)
         return F.pad(Ms, (0, zeros))
 
     def assign(self, ids: Tensor) -> None:
-        """Says whose images the next batch holds, ids (B,); to be called before every forward pass."""
+        """Says whose images the next batch holds, ids (B,); to be called before every forward
+        pass."""
         self.present, slot, self.counts = torch.unique(
             ids.cpu(),
             return_inverse=True,
@@ -426,12 +392,13 @@ class MetaLoRA:
         )
         n = len(self.present)
         if n > self.slots:
-            raise ValueError(f"the batch holds {n} identities, the adapter has room for {self.slots}")
+            raise ValueError(f"the batch holds {n} identities, the adapter has room for "
+                             f"{self.slots}")
 
         # the leaves of this step's graph: the rows of those who are present, and LoMD
         rows = [self.bank.weight[i] for i in self.present.tolist()]
         self.rows = torch.stack(rows).requires_grad_()                                    # (n, P)
-        all_slots = F.pad(self.rows, (0, 0, 0, self.slots - n))                           # (slots, P)
+        all_slots = F.pad(self.rows, (0, 0, 0, self.slots - n))  # (slots, P)
         *Ms, U = views(all_slots, self.shapes)
         As = [None] * len(Ms)
         if self.r1:
@@ -444,7 +411,7 @@ class MetaLoRA:
         Cs = []
         for d_in, A, M in zip(self.widths, As, Ms):
             M = rearrange(M, "slot target rank r1 -> target (slot rank) r1")
-            C = M if A is None else M @ A                                                 # C = M A, fp32
+            C = M if A is None else M @ A  # C = M A, fp32
             C = rearrange(C, "target R d_in -> (target R) d_in").to(dtype)
             layers = [layer for layer in self.layers if layer.base.in_features == d_in]
             Cs += C.split([layer.R for layer in layers])
@@ -452,24 +419,21 @@ class MetaLoRA:
         Us = U.split([target.rows for target in self.targets])
 
         mask = None
-        if n > 1:                                            # each image meets only its own person's columns
-            mask = F.one_hot(slot, self.slots)                                            # (B, slots)
-            mask = mask.repeat_interleave(self.rank, dim=1)                               # (B, slots rank)
-            mask = mask.repeat(1, 4).to(dtype)               # once for each part of a fused layer, at most 4
+        if n > 1:  # each image meets only its own person's columns
+            mask = F.one_hot(slot, self.slots)  # (B, slots)
+            mask = mask.repeat_interleave(self.rank, dim=1)  # (B, slots rank)
+            mask = mask.repeat(1, 4).to(dtype)  # once for each part of a fused layer, at most 4
             mask = to_device(mask, self.device)
         set_update(self.layers, Cs, Us, mask)
 
-    def step(
-        self,
-        lr: float,
-        clip: float = 1.0,
-        average: Callable[[Tensor], Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def step(self, lr: float, clip: float = 1.0,
+             average: Callable[[Tensor], Tensor] | None = None) -> Pair:
         """One AdamW step, after backward() of the batch's *summed* losses.
 
-        An identity's gradient is the mean over its own images. LoMD's is the mean over the batch, or what
-        `average` makes of the sum. Each is clipped to the norm `clip` separately. Returns the gradient norms
-        of the rows (n,) and of LoMD (). FloatingPointError, with nothing changed, where one is not finite."""
+        An identity's gradient is the mean over its own images. LoMD's is the mean over the batch,
+        or what `average` makes of the sum. Each is clipped to the norm `clip` separately. Returns
+        the gradient norms of the rows (n,) and of LoMD (). FloatingPointError, with nothing
+        changed, where one is not finite."""
         counts = to_device(self.counts, self.device)
         rows = self.rows.grad / counts[:, None]
         norms = rows.norm(dim=1)
@@ -500,8 +464,9 @@ class MetaLoRA:
         return {target.path: A for target, A in zip(self.targets, As)}
 
     @torch.no_grad()
-    def collapse(self, identity: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
-        """The plain LoRA of an identity, {path: (M A (rank, d_in), U (d_out, rank))}, fp32 on the CPU."""
+    def collapse(self, identity: int = 0) -> LoRA:
+        """The plain LoRA of an identity, {path: (M A (rank, d_in), U (d_out, rank))}, fp32 on the
+        CPU."""
         M_shapes = [(self.rank, self.r1 or target.d_in) for target in self.targets]
         U_shapes = [(target.rows, self.rank) for target in self.targets]
         matrices = views(self.bank.weight[identity], M_shapes + U_shapes)

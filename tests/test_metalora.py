@@ -385,6 +385,7 @@ def test_a_bank_of_one_is_adamw():
 def test_rows_stepped_now_and_then_are_adamws_of_their_own():
     weight = torch.randn(5, 60)
     bank = IdentityBank(weight.clone())
+    bank.make_moments()
     rows = [w.clone().requires_grad_() for w in weight]
     optimizers = [adamw(row, 1e-2) for row in rows]
     for step in range(40):
