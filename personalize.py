@@ -30,7 +30,7 @@ from support.checkpoints import (add_speed_options, check_training_memory, encod
                                  load_autoencoder, open_flux,
                                  take_model)
 from support.common import (Interruption, Parser, check_out_file, check_out_folder, check_training, free,
-                            note, pick_device, positive, run_script, to_device, use_threads)
+                            is_out_of_memory, note, pick_device, positive, run_script, to_device, use_threads)
 from support.finding import HUB, home_of, model_name, model_words
 from support.lora_files import find_lomd, read_lomd, save_lora
 from support.memory import blocks_of, fit_training, is_compiled, seconds_compiling
@@ -264,8 +264,8 @@ def personalize(argv: list[str] | None) -> None:
         crop = crops[error.crop]
         raise FloatingPointError(f"{error}, on {crop.photo} {crop.box}; a --lr below {args.lr:g} may help; "
                                  f"{args.out} was not written") from None
-    except KeyboardInterrupt:
-        if done:
+    except (KeyboardInterrupt, RuntimeError) as error:
+        if done and (isinstance(error, KeyboardInterrupt) or is_out_of_memory(error)):
             kept = args.out.with_name(f"{args.out.stem}-interrupted-{done:06d}.safetensors")
             save(kept)
             note(f"the {done} iterations so far are in {kept}")
