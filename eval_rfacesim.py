@@ -30,7 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from support import photos
-from support.common import (JsonFile, Parser, check_apart, digest, note, pick_device, positive,
+from support.common import (JsonFile, Parser, check_apart, digest, expand, note, pick_device, positive,
                             run_script, write_whole)
 from support.finding import model_name
 from support.judges import (CLIP, META_PHD, Judges, Picture, check_complete, find_pictures, own_folder,
@@ -258,6 +258,7 @@ def evaluate(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if not args.images.is_dir():
         raise ValueError(f"no such folder: {args.images}")
+    args.data = [Path(name) for name in expand(args.data)]
     check_apart(args.out, "--out", args.data)
     people = read_people(args.data, args.reference, args.gender)
     drawn = args.images / PROMPTS

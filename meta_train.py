@@ -31,15 +31,15 @@ from metalora import IdentityBank, MetaLoRA, random_lomd
 from support.checkpoints import (add_speed_options, check_training_memory, flux_files, flux_fingerprint,
                                  open_flux, take_model, targets_of, text_length)
 from support.common import (Interruption, Parser, check_apart, check_out_file, check_training, count, free,
-                            is_out_of_memory, note, positive, run_script, to_device, write_whole)
+                            is_out_of_memory, keep, note, positive, run_script, to_device, write_whole)
 from support.finding import model_name
 from support.lora_files import save_lomd
 from support.memory import fit_training
 from support.names import find_targets
 from support.people import (Buckets, Cache, data_fingerprint, draw_batch, generator, read_buckets, room_for,
                             tell_bare)
-from support.runs import (Checkpoints, Group, Log, WaitingRows, check_room, compare_settings, draw_preview,
-                          locked, plot)
+from support.runs import (Checkpoints, Group, Log, WaitingRows, check_room, check_run, compare_settings,
+                          draw_preview, locked, plot)
 
 USES = 10                                        # of each picture in one pass over its bucket
 LOG_EVERY = 10                                   # iterations in a line of log.jsonl
@@ -237,7 +237,7 @@ class Run:
             except KeyboardInterrupt:
                 note(f"at iteration {self.iteration} of {self.args.iters}; the same command goes on")
                 raise
-            except (FloatingPointError, RuntimeError) as error:
+            except (FloatingPointError, RuntimeError, OSError) as error:
                 if isinstance(error, RuntimeError) and not is_out_of_memory(error):
                     raise
                 self.save()
@@ -258,10 +258,12 @@ class Run:
             if args.preview_every and self.iteration % args.preview_every == 0:
                 pictures = {row: picture for row, _, picture, _ in reversed(self.shown)}
                 draw_preview(self.adapter, pictures, self.texts[args.prompt], args, self.iteration)
+                free(self.group.device)
         if saving:
             self.save()
         if stop:
-            raise KeyboardInterrupt
+            self.interruption.raise_if_asked()
+            raise KeyboardInterrupt              # another process was asked
 
     def stop_asked(self, joint: bool) -> bool:
         """Ctrl-C of any process, where all wait for each other anyway; in a warm-up each has its own."""
@@ -318,7 +320,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--model", type=model_name, default="flux-dev",
         help="flux-dev (default), flux-schnell, baby, a folder or a file")
     add("--out", type=Path, default=Path("lomd.safetensors"), help="file (default: lomd.safetensors)")
-    add("--run", type=Path, default=Path("run"), help="folder of state, log and previews (default: run)")
+    add("--run", "--run-dir", type=Path, default=Path("run"), help="folder of state, log and previews "
+        "(default: run); after torchrun --run-dir, since Python 3.11's takes --run for its own")
     add("--iters", type=positive, default=50_000, help="in all; may be raised later; 1000 with --warmup 0 "
         "for a first try (default: 50000, the paper's)")
     add("--batch-size", type=positive, default=4, help="pictures an iteration, on each GPU (default: 4)")
@@ -348,6 +351,7 @@ def check(args: argparse.Namespace, device) -> None:
         raise ValueError(f"--data: no such folder: {args.data}")
     check_out_file(args.out, ".safetensors")
     check_apart(args.run, "--run", [args.data])
+    check_run(args.run)
     check_training(args)
     if args.warmup is not None and not 0 <= args.warmup < 1:
         raise ValueError(f"--warmup is a share from 0 to below 1, not {args.warmup}")
@@ -379,9 +383,9 @@ def meta_train(argv: list[str] | None) -> None:
     try:
         check(args, group.device)
         smallest = max(map(Cache.step, args.resolution))
-        buckets, known = read_buckets(args.data, args.run / "pictures.json", smallest, args.skip_bad,
-                                      args.identities_per_bucket, args.seed, group.rank == 0,
-                                      args.people)
+        buckets = group.first(lambda: read_buckets(args.data, args.run / "pictures.json", smallest,
+                                                   args.skip_bad, args.identities_per_bucket, args.seed,
+                                                   args.people))
         check_settings(args, buckets, group)
         run = Run(args, buckets, group)
         if all(each.joint == each.stop for each in run.passes):
@@ -393,8 +397,7 @@ def meta_train(argv: list[str] | None) -> None:
         group.gather(None)                       # nothing is written before all have found it sound
         if group.rank == 0:
             args.run.mkdir(parents=True, exist_ok=True)
-            write_whole(args.run / "pictures.json", json.dumps(known).encode())
-            write_whole(args.run / "settings.json", json.dumps(args.settings, indent=1).encode())
+            write_whole(args.run / "settings.json", json.dumps(args.settings, indent=1))
         group.gather(None)
         with locked(args.run / f"lock{group.rank}"):
             run.load()
@@ -408,15 +411,17 @@ def meta_train(argv: list[str] | None) -> None:
                     note(f"{len(buckets) - len(run.passes)} buckets are never used; raise --iters")
             run.train()
             if group.rank == 0:
-                plot(args.run / "log.jsonl", args.run / "loss.png")
-                run.export(args.out)
-                print(f"{args.out}: LoMD of r1 {args.r1} after {run.iteration} iterations")
+                with run.interruption as stop:
+                    keep(args.out, run.export)
+                    print(f"{args.out}: LoMD of r1 {args.r1} after {run.iteration} iterations")
+                    plot(args.run / "log.jsonl", args.run / "loss.png")
+                    stop.raise_if_asked()
     finally:
         group.close()
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 done, 1 training diverged or memory ran out, 2 bad input, 130 Ctrl-C; work saved."""
+    """Exit code: 0 done, 1 training diverged or memory ran out, 2 bad input, 130, 143 or 129 by a signal."""
     return run_script("meta_train.py", meta_train, argv)
 
 

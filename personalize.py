@@ -15,7 +15,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import support  # before torch: how its threads wait
@@ -27,14 +27,14 @@ from flux_model import AutoEncoder, Flux, flow_matching_loss, sample_times
 from metalora import MetaLoRA
 from support import photos
 from support.checkpoints import (add_speed_options, check_training_memory, encode_texts, is_small,
-                                 load_autoencoder, open_flux,
-                                 take_model)
+                                 load_autoencoder, open_flux, speed_words, take_model)
 from support.common import (Interruption, Parser, check_out_file, check_out_folder, check_training, free,
-                            is_out_of_memory, note, pick_device, positive, run_script, to_device, use_threads)
+                            keep, note, pick_device, positive, reserved, run_script, to_device,
+                            use_threads)
 from support.finding import HUB, home_of, model_name, model_words
-from support.lora_files import find_lomd, read_lomd, save_lora
+from support.lora_files import find_lomd, lora_bytes, read_lomd, save_lora, tell_replaced
 from support.memory import blocks_of, fit_training, is_compiled, seconds_compiling
-from support.people import captions_beside
+from support.people import captions_beside, named_photos
 
 ITERATIONS = {"meta-lora": 375, "lora": 625}     # the paper's
 
@@ -86,13 +86,12 @@ def batches(latents: list[Tensor], weights: list[Tensor],
             yield crop, mean + deviation * own, noise, weight, t
 
 
-def train(flux: Flux, adapter: MetaLoRA, latents: list[Tensor], weights: list[Tensor],
-          txt: Sequence[Tensor], y: Sequence[Tensor], iters: int, lr: float, seed: int = 0,
-          on_step: Callable[[int, float], object] | None = None):
+def train(flux: Flux, adapter: MetaLoRA, latents: list[Tensor], weights: list[Tensor], txt: Tensor, y: Tensor,
+          iters: int, lr: float, seed: int = 0, on_step: Callable[[int, float], object] | None = None):
     """Algorithm 2: `iters` steps of flow matching on one person's crops; the base stays as it is.
 
     flux with `adapter` in it; latents and weights of `encode_crops`; captions of the K crops, or one of all,
-    K times txt (T, _) and y (_). lr is constant, so a longer run begins as a shorter one. on_step(iteration,
+    txt (K, T, _) and y (K, _). lr is constant, so a longer run begins as a shorter one. on_step(iteration,
     loss) comes after each. Raises NotFinite.
     """
     for iteration, batch in zip(range(1, iters + 1), batches(latents, weights, seed)):
@@ -117,7 +116,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="personalize.py", usage="personalize.py photo [photo ...] [options]",
                     description="Turns one photo of a person, or a few, into a LoRA.", allow_abbrev=False)
     add = parser.add_argument
-    add("photos", nargs="+", metavar="photo", help="photos of one person")
+    add("photos", nargs="+", metavar="photo", help="photos of one person, or a folder of them")
     add("--model", type=model_name, default="flux-dev",
         help="flux-dev (default), flux-schnell, baby, a folder or a file")
     add("--out", type=Path, default=Path("out.safetensors"), help="file to write (default: out.safetensors)")
@@ -145,7 +144,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def check(args: argparse.Namespace) -> None:
     """ValueError for what can be refused before anything large is read; fills in the model's defaults."""
     args.iters = args.iters or ITERATIONS[args.method]
-    check_out_file(args.out, ".safetensors")
+    for path in (args.out, *(numbered(args.out, iteration) for iteration in args.save_at)):
+        check_out_file(path, ".safetensors")
     if args.save_crops:
         check_out_folder(args.save_crops, "--save-crops")
     if max(args.save_at, default=0) > args.iters:
@@ -157,12 +157,15 @@ def check(args: argparse.Namespace) -> None:
         find_lomd(home_of(args.model), args.lomd)
     if args.lomd and args.out.exists() and args.out.samefile(args.lomd):
         raise ValueError(f"--out would overwrite the LoMD {args.lomd}")
+    args.photos = named_photos(args.photos)
     pictures = photos.without_masks([Path(path) for path in args.photos])
     for mask in sorted({*map(Path, args.photos)} - {*pictures}):
         note(f"{mask} is the mask of another photo, and is not used")
     args.photos = [str(path) for path in pictures]
     photos.check_photos(args.photos, args.box, not args.no_augment)
     args.seen = photos.fingerprints(args.photos)     # now: a photo may be gone when the LoRA is saved
+    tell_replaced(args.out, args.seen["photo_digests"])
+    args.switches = speed_words(args)
     args.device = pick_device(args.device)
     take_model(args, args.device, args.method)
     use_threads(args.device.type == "cpu" and is_small(args.folder))
@@ -212,10 +215,7 @@ def prepare(args: argparse.Namespace, lap: Callable[[str], None]) -> tuple:
     check_training_memory(args, args.device, largest, args.rank, r1)
     lap("photos")
     texts = encode_texts(args, [*args.captions.values()])
-    # a crop refers to its caption's text: T5's states of one are 4 MB, kept once however many crops there are
-    captions = [texts[args.captions[crop.photo]] for crop in crops]
-    txt = [states[0] for states, _ in captions]
-    y = [pooled[0] for _, pooled in captions]
+    txt, y = map(torch.cat, zip(*(texts[args.captions[crop.photo]] for crop in crops)))
     lap("text")
     autoencoder = load_autoencoder(args.folder, args.device, args.dtype)
     bar = tqdm(crops, "encoding", disable=None, leave=False)
@@ -224,7 +224,7 @@ def prepare(args: argparse.Namespace, lap: Callable[[str], None]) -> tuple:
     lap("pictures")
     flux = open_flux(args, args.device, args.iters)
     adapter = MetaLoRA(flux, args.rank, lomd, seed=args.seed)
-    blocks = fit_training(adapter, largest, len(txt[0]), args.recompute)
+    blocks = fit_training(adapter, largest, txt.shape[1], args.recompute)
     if blocks:
         print(f"{blocks} of {len(blocks_of(flux))} blocks are run twice, to save memory")
     lap("model")
@@ -253,24 +253,31 @@ def personalize(argv: list[str] | None) -> None:
         bar.set_postfix_str(f"loss {smooth:.4f}{memory}", refresh=False)
         bar.update()
         if iteration in args.save_at:
-            save(numbered(args.out, iteration))
+            try:
+                keep(numbered(args.out, iteration), save)
+            except OSError as error:
+                note(error)
         if iteration < args.iters:
             interruption.raise_if_asked()
 
-    try:
-        with Interruption() as interruption, tqdm(total=args.iters, desc="training", disable=None) as bar:
-            train(flux, adapter, *data, args.iters, args.lr, args.seed, on_step)
-    except NotFinite as error:
-        crop = crops[error.crop]
-        raise FloatingPointError(f"{error}, on {crop.photo} {crop.box}; a --lr below {args.lr:g} may help; "
-                                 f"{args.out} was not written") from None
-    except (KeyboardInterrupt, RuntimeError) as error:
-        if done and (isinstance(error, KeyboardInterrupt) or is_out_of_memory(error)):
-            kept = args.out.with_name(f"{args.out.stem}-interrupted-{done:06d}.safetensors")
-            save(kept)
-            note(f"the {done} iterations so far are in {kept}")
-        raise
-    save(args.out)
+    room = len(lora_bytes(adapter.collapse(), args.format, metadata(args, args.iters, lomd)))
+    outputs = [args.out, *(numbered(args.out, iteration) for iteration in args.save_at)]
+    with Interruption() as interruption:
+        try:
+            with reserved(outputs, room), tqdm(total=args.iters, desc="training", disable=None) as bar:
+                train(flux, adapter, *data, args.iters, args.lr, args.seed, on_step)
+                keep(args.out, save)
+        except NotFinite as error:
+            crop = crops[error.crop]
+            raise FloatingPointError(f"{error}, on {crop.photo} {crop.box}; a --lr below {args.lr:g} may "
+                                     f"help; {args.out} was not written") from None
+        except KeyboardInterrupt:
+            if done:
+                kept = args.out.with_name(f"{args.out.stem}-interrupted-{done:06d}.safetensors")
+                keep(kept, save)
+                note(f"the {done} iterations so far are in {kept}")
+            raise
+        interruption.raise_if_asked()
     lap("training")
     print(f"{args.out}: rank {args.rank}, {args.out.stat().st_size / 1e3:.0f} kB, {len(crops)} pictures, "
           f"{args.iters} iterations, loss {smooth:.4f}{memory}")
@@ -278,18 +285,19 @@ def personalize(argv: list[str] | None) -> None:
         print(f"of training {seconds_compiling():.1f} s went into compiling")
     print(f"seconds: {', '.join(f'{part} {value:.1f}' for part, value in seconds.items())}; in all "
           f"{sum(seconds.values()):.1f}, an iteration {seconds['training'] / args.iters:.3f}")
-    words = f"{model_words(args)}--lora {shlex.quote(str(args.out))} {shlex.quote(args.prompt)}"
+    model = model_words(args) + args.switches
+    words = f"{model}--lora {shlex.quote(str(args.out))} {shlex.quote(args.prompt)}"
     print(f"try it:  python sample.py {words}")
     if args.save_at:
         files = [str(numbered(args.out, iteration)) for iteration in sorted({*args.save_at})]
         if args.iters not in args.save_at:
             files.append(str(args.out))
-        words = f"{model_words(args)}{shlex.quote(args.prompt)} --compare {shlex.join(files)}"
+        words = f"{model}{shlex.quote(args.prompt)} --compare {shlex.join(files)}"
         print(f"which one?  python sample.py {words}")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 done, 1 training diverged or memory ran out, 2 bad input, 130 Ctrl-C, work saved."""
+    """Exit code: 0 done, 1 training diverged or memory ran out, 2 bad input, 130, 143 or 129 by a signal."""
     return run_script("personalize.py", personalize, argv)
 
 

@@ -4,9 +4,10 @@
     python sample.py --lora out.safetensors:0.8 --num 4 "a photo of a person" "a watercolour of a person"
     python sample.py "a photo of a person" --compare out-000250.safetensors out.safetensors
 
-Text encoders, transformer and autoencoder come and go in turn: the peak of memory is the largest of them, not
-their sum. Each picture is made alone, from noise drawn on the CPU, so that a seed means the same on any
-device and whatever else the run draws. LoRAs ride in spare columns of the frozen weights (metalora.py).
+The text encoders are gone when the transformer comes; the autoencoder stays beside it where there is room,
+so that pictures are saved as they come. Each picture is made alone, from noise drawn on the CPU, so that a
+seed means the same on any device and whatever else the run draws. LoRAs ride in spare columns of the frozen
+weights (metalora.py).
 
 Source: the defaults are Meta-LoRA's evaluation settings (30 steps, guidance 3.5, true CFG 1, strength 1); a
 model's defaults.json may name another size and guidance.
@@ -25,18 +26,21 @@ from tqdm import tqdm
 
 from flux_model import AutoEncoder, Flux, denoise, get_noise
 from metalora import apply_loras
-from support.checkpoints import (add_speed_options, check_sampling_memory, encode_prompts, find_model, flux_files,
-                                 is_small, load_autoencoder, model_defaults, open_flux, pick_dtype,
+from support.checkpoints import (add_speed_options, check_sampling_memory, encode_prompts, find_model,
+                                 flux_files, is_small, load_autoencoder, model_defaults, open_flux, pick_dtype,
                                  text_device)
-from support.common import (Parser, finite_number, free, note, pick_device, positive, read_prompts,
+from support.common import (Interruption, Parser, Stopped, expand, finite_number, free,
+                            is_out_of_memory, keep, note, pick_device, positive, read_prompts,
                             run_script, save_png, shorten, side, use_threads)
 from support.finding import model_name
 from support.lora_files import load_loras, split_lora
-from support.memory import fit_sampling
-from support.photos import plan_files, to_image
+from support.memory import fit_sampling, memory_left
+from support.photos import picture_fields, plan_files, to_image
 from support.sheets import plan_comparison
 
 STEPS, SCHNELL_STEPS = 30, 4        # of Euler; the second of models without a guidance input
+FEW = 8                        # pictures that wait for the autoencoder, where it has no room yet
+DECODING = 4096                # bytes that must be free for each pixel, for it to stay beside the transformer
 Embeddings = dict[str, tuple[Tensor, Tensor]]      # {prompt: (txt (1, T, context_in_dim), y (1, vec_in_dim))}
 
 
@@ -70,6 +74,16 @@ def sample_latents(flux: Flux, embeddings: Embeddings, jobs: list[tuple[str, int
 def decode_latent(autoencoder: AutoEncoder, latent: Tensor) -> Image.Image:
     """Latent (1, 16, h, w) -> picture of 8 w x 8 h pixels."""
     return to_image(autoencoder.decode(latent.to(autoencoder.decoder.conv_in.weight.device))[0])
+
+
+def decode_if_it_fits(autoencoder: AutoEncoder | None, latent: Tensor) -> Image.Image | None:
+    """As decode_latent; None without an autoencoder, or where the device's memory ends."""
+    try:
+        return decode_latent(autoencoder, latent) if autoencoder else None
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -113,43 +127,66 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def denoise_all(args: argparse.Namespace, rows: list[list], embeddings: Embeddings, jobs: list,
-                **settings) -> tuple[list[Tensor], BaseException | None]:
-    """Latents of the jobs, on the CPU, and what stopped them early (Ctrl-C, a value not finite) or None.
+def draw_all(args: argparse.Namespace, rows: list[list], embeddings: Embeddings, jobs: list,
+             save: Callable[[int, Image.Image], object], **settings) -> None:
+    """Draws the jobs with the first set of LoRAs, then with the next; save(number, picture) as they come.
 
-    rows: sets of LoRAs; all jobs are drawn with the first set, then with the next."""
-    steps = len(rows) * len(jobs) * settings["steps"]
-    flux = open_flux(args, args.device, steps)
+    Where the autoencoder does not fit beside the transformer, FEW at a time are decoded without it. What
+    stops it early (a signal, memory, a value not finite) is raised when all that is drawn is saved.
+    """
+    total, done, beside = len(rows) * len(jobs), 0, True
+    size = settings["height"] // 8, settings["width"] // 8
     text_tokens = next(iter(embeddings.values()))[0].shape[1]
-    latents = []
-    try:
-        with tqdm(total=steps, desc="denoising", unit="step", disable=None) as bar:
-            for loras in rows:
-                apply_loras(flux, [(lora, strength) for lora, strength in loras if strength])
-                fit_sampling(flux, (settings["height"] // 8, settings["width"] // 8), text_tokens)
-                for latent in sample_latents(flux, embeddings, jobs, on_step=bar.update, **settings):
-                    latents.append(latent.cpu())
-    except (KeyboardInterrupt, FloatingPointError) as error:
-        return latents, error.with_traceback(None)           # a traceback would keep the transformer alive
-    return latents, None
+    bar = tqdm(total=total * settings["steps"], desc="denoising", unit="step", disable=None)
 
+    def on_step() -> None:
+        bar.update()
+        interruption.raise_if_asked()
 
-def save_pictures(autoencoder: AutoEncoder, latents: list[Tensor], jobs: list[tuple[str, int]],
-                  files: list[Path], grid_file: Path | None, fields: dict) -> None:
-    """Decodes and saves one picture after the other, and with a grid_file the grid of all."""
-    prompts, seeds = (list(dict.fromkeys(parts)) for parts in zip(*jobs))
-    grid = None
-    for i, (latent, (prompt, seed), file) in enumerate(zip(latents, jobs, files)):
-        picture = decode_latent(autoencoder, latent)
-        save_png(picture, file, {"prompt": prompt, "seed": seed} | fields)
-        print(f"saved {file}")
-        if grid_file:
-            width, height = picture.size
-            grid = grid or Image.new("RGB", (len(seeds) * width, len(prompts) * height))
-            grid.paste(picture, (i % len(seeds) * width, i // len(seeds) * height))
-    if grid_file:
-        save_png(grid, grid_file, {"prompt": "\n".join(prompts), "seed": " ".join(map(str, seeds))} | fields)
-        print(f"saved {grid_file}")
+    def latents(flux: Flux) -> Iterator[Tensor]:
+        row, start = divmod(done, len(jobs))
+        for loras in rows[row:]:
+            apply_loras(flux, [(lora, strength) for lora, strength in loras if strength])
+            fit_sampling(flux, size, text_tokens)
+            yield from sample_latents(flux, embeddings, jobs[start:], on_step=on_step, **settings)
+            start = 0
+
+    while done < total:
+        flux = open_flux(args, args.device, total * settings["steps"])
+        beside = beside and memory_left(args.device) > DECODING * settings["width"] * settings["height"]
+        autoencoder = load_autoencoder(args.folder, args.device, args.dtype) if beside else None
+        waiting, stopped = [], None
+        with Interruption() as interruption:
+            try:
+                for latent in latents(flux):
+                    waiting.append(latent.cpu())
+                    picture = decode_if_it_fits(autoencoder, latent)
+                    if picture:
+                        waiting.clear()
+                        done += 1
+                        save(done - 1, picture)
+                        continue
+                    beside, autoencoder = False, None
+                    if len(waiting) >= FEW:
+                        break
+            except (KeyboardInterrupt, FloatingPointError, RuntimeError, OSError) as error:
+                stopped = error.with_traceback(None)         # a traceback would keep the transformer alive
+            flux = autoencoder = None
+            free(args.device)
+            if waiting:
+                autoencoder = load_autoencoder(args.folder, args.device, args.dtype)
+            for latent in waiting:
+                done += 1
+                try:
+                    save(done - 1, decode_latent(autoencoder, latent))
+                except OSError as error:
+                    stopped = stopped or error
+            stopped = stopped or (interruption.asked and Stopped(interruption.asked))
+        if stopped:
+            bar.close()
+            note(f"stopped: {done} of {total} pictures are saved")
+            raise stopped
+    bar.close()
 
 
 def draw(argv: list[str] | None) -> None:
@@ -157,7 +194,7 @@ def draw(argv: list[str] | None) -> None:
     args = parse(argv)
     prompts, seeds = read_prompts(args.words, args.prompts), range(args.seed, args.seed + args.num)
     lora_files = [split_lora(text) for text in args.lora]
-    compared = [split_lora(text, "--compare") for text in args.compare]
+    compared = [split_lora(text, "--compare") for text in expand(args.compare)]
     if compared:
         plan = plan_comparison(args.out, args.person, compared, prompts, seeds)
         files, grid_file = plan.files, None
@@ -184,28 +221,31 @@ def draw(argv: list[str] | None) -> None:
     settings = {"width": width, "height": height, "steps": steps,
                 "guidance": defaults["guidance"] if args.guidance is None else args.guidance,
                 "true_cfg": args.true_cfg, "negative": args.negative or ""}
-    fields = settings | {"model": Path(args.model).name}
+    sets = [lora_files, *([*lora_files, each] for each in compared)]
     jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
+    grid = Image.new("RGB", (len(seeds) * width, len(prompts) * height)) if grid_file else None
+
+    def fields(number: int) -> dict[str, object]:
+        return picture_fields(*jobs[number % len(jobs)], settings, Path(args.model).name,
+                              sets[number // len(jobs)])
+
+    def save(number: int, picture: Image.Image) -> None:
+        keep(files[number], lambda path: save_png(picture, path, fields(number)))
+        tqdm.write(f"saved {files[number]}")
+        if grid:
+            grid.paste(picture, (number % len(seeds) * width, number // len(seeds) * height))
+
     print(f"{args.model} on {device}, {width} x {height}, {settings['steps']} steps, pictures: {len(files)}")
     start = time.perf_counter()
     negative = [settings["negative"]] if args.true_cfg != 1.0 else []
     embeddings = encode_prompts(folder, prompts + negative, text_device(args, device), dtype)
-    latents, stopped = denoise_all(args, rows, embeddings, jobs, **settings)
-    free(device)
-    if stopped and latents:
-        note(f"stopped: saving the finished pictures, {len(latents)} of {len(files)}; Ctrl-C ends at once")
-    if latents:
-        grid_file = None if stopped else grid_file
-        autoencoder = load_autoencoder(folder, device, dtype)
-        if compared:
-            plan.save_prompts()
-        for i, own in enumerate([lora_files, *([*lora_files, each] for each in compared)]):
-            place = slice(i * len(jobs), (i + 1) * len(jobs))
-            names = ", ".join(f"{Path(path).name}:{strength:g}" for path, strength in own)
-            save_pictures(autoencoder, latents[place], jobs, files[place], grid_file,
-                          fields | {"loras": names})
-    if stopped:
-        raise stopped
+    if compared:
+        plan.save_prompts()
+    draw_all(args, rows, embeddings, jobs, save, **settings)
+    if grid:
+        texts = {"prompt_text": "\n".join(prompts), "seed": " ".join(map(str, seeds))}
+        keep(grid_file, lambda path: save_png(grid, path, fields(0) | texts))
+        print(f"saved {grid_file}")
     if compared:
         print(f"saved {plan.draw()}")
     memory = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else 0
@@ -213,7 +253,7 @@ def draw(argv: list[str] | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 done, 1 failed while computing, 2 bad input, 130 Ctrl-C; one line on stderr for each."""
+    """Exit code: 0 done, 1 failed while computing, 2 bad input, 130, 143 or 129 by a signal."""
     return run_script("sample.py", draw, argv)
 
 

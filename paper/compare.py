@@ -289,7 +289,7 @@ class Run:
                                      on_step=self.interruption.raise_if_asked)
             for picture, latent in zip(batch, list(latents)):
                 save_png(decode_latent(self.autoencoder, latent), picture.path, {
-                    "prompt": picture.text, "seed": picture.seed, "identity": person.name,
+                    "prompt_text": picture.text, "seed": picture.seed, "identity": person.name,
                     "method": setting.title})
                 bar.update()
 

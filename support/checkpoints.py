@@ -57,31 +57,20 @@ def read_config(kind: type, text: str, path: Path) -> Any:
 
 def check_tensors(model: nn.Module, files: TensorFiles, plan: dict[str, list[str]]) -> None:
     """ValueError that names the first missing, misshapen and unexpected tensor, where the plan cannot be."""
-    missing, misshapen, unexpected = [], [], {*files.file_of}
+    planned = [part for parts in plan.values() for part in parts]
+    missing, misshapen = [part for part in planned if part not in files.file_of], []
     for name, parameter in model.named_parameters():
-        parts = plan[name]
-        unexpected -= {*parts}
-        absent = [part for part in parts if part not in files.file_of]
-        missing += absent
-        if absent:
-            continue
-        size, *rest = parameter.shape
-        shapes = [files.shape(part) for part in parts]
-        width = getattr(model.get_submodule(name.rpartition(".")[0]), "in_features", 0)
-        wanted = [[rows, *rest] for rows in part_sizes(len(shapes), size, width)]
-        # diffusers keeps the autoencoder's 1 x 1 convolutions as Linears
-        if shapes != wanted and [shape + [1, 1] for shape in shapes] != wanted:
-            have = " + ".join(f"{part} {shape}" for part, shape in zip(parts, shapes))
-            misshapen.append(f"{have} instead of {[size, *rest]}")
-    faults = {"missing": missing, "misshapen": misshapen, "unexpected": sorted(unexpected)}
-    problems = [f"{len(found)} {kind} ({found[0]})" for kind, found in faults.items() if found]
-    if problems:
+        if not set(plan[name]) & set(missing):
+            shapes, (size, *rest) = [files.shape(part) for part in plan[name]], parameter.shape
+            width = getattr(model.get_submodule(name.rpartition(".")[0]), "in_features", 0)
+            wanted = [[rows, *rest] for rows in part_sizes(len(shapes), size, width)]
+            # diffusers keeps the autoencoder's 1 x 1 convolutions as Linears
+            if shapes != wanted and [shape + [1, 1] for shape in shapes] != wanted:
+                have = " + ".join(f"{part} {shape}" for part, shape in zip(plan[name], shapes))
+                misshapen.append(f"{have} instead of {[size, *rest]}")
+    faults = {"missing": missing, "misshapen": misshapen, "unexpected": sorted({*files.file_of} - {*planned})}
+    if problems := [f"{len(faults[kind])} {kind} ({faults[kind][0]})" for kind in faults if faults[kind]]:
         raise ValueError(f"{files.path} does not fit this {type(model).__name__}: {', '.join(problems)}")
-
-
-def bar_off() -> bool | None:
-    """For tqdm's `disable`: one bar for all processes of torchrun, and none where nobody looks."""
-    return None if os.environ.get("RANK", "0") == "0" else True
 
 
 def load_weights(model: nn.Module, files: TensorFiles, sources: Callable[[str], list[str]],
@@ -97,7 +86,8 @@ def load_weights(model: nn.Module, files: TensorFiles, sources: Callable[[str], 
         if isinstance(layer, nn.Linear) and "_blocks." in name:
             size, device = (layer.in_features, layer.out_features), place(f"{name}.weight")
             model.set_submodule(name, Fp8Linear(*size, layer.bias is not None, dtype, device))
-    for name in tqdm(plan, f"loading {type(model).__name__}", disable=bar_off(), leave=False):
+    show = None if os.environ.get("RANK", "0") == "0" else True        # one bar for all processes of torchrun
+    for name in tqdm(plan, f"loading {type(model).__name__}", disable=show, leave=False):
         module, _, attribute = name.rpartition(".")
         layer = model.get_submodule(module)
         if isinstance(layer, Fp8Linear) and attribute == "weight":
@@ -122,16 +112,15 @@ def load_weights(model: nn.Module, files: TensorFiles, sources: Callable[[str], 
 
 def depths(files: TensorFiles) -> dict[str, int]:
     """The depths of a FLUX.1 of the published width, of which some have lost blocks; {}: as published."""
-    first = "x_embedder.weight" if "x_embedder.weight" in files.file_of else "img_in.weight"
-    if first not in files.file_of or files.shape(first)[0] != FluxConfig().hidden_size:
+    first = next((name for name in ("img_in.weight", "x_embedder.weight") if name in files.file_of), None)
+    if first is None or files.shape(first)[0] != FluxConfig().hidden_size:
         return {}
-    counts = {"depth": 0, "depth_single_blocks": 0}
+    last = {"depth": -1, "depth_single_blocks": -1}
     for name in files.file_of:
-        found = BLOCK.search(name)
-        if found and name.endswith((".weight", ".scale")):
+        if (found := BLOCK.search(name)) and name.endswith((".weight", ".scale")):
             kind = "depth_single_blocks" if name.startswith("single") else "depth"
-            counts[kind] = max(counts[kind], int(found[1]) + 1)
-    return counts
+            last[kind] = max(last[kind], int(found[1]))
+    return {kind: number + 1 for kind, number in last.items()}
 
 
 def flux_files(folder: Place) -> tuple[TensorFiles, FluxConfig, bool]:
@@ -140,18 +129,13 @@ def flux_files(folder: Place) -> tuple[TensorFiles, FluxConfig, bool]:
     files = TensorFiles(paths)
     check_make(files)
     if config is not None:
+        heads, channels = config["num_attention_heads"], config["in_channels"]
         return files, FluxConfig(
-            in_channels=config["in_channels"],
-            out_channels=config.get("out_channels") or config["in_channels"],
-            vec_in_dim=config["pooled_projection_dim"],
-            context_in_dim=config["joint_attention_dim"],
-            hidden_size=config["num_attention_heads"] * config["attention_head_dim"],
-            num_heads=config["num_attention_heads"],
-            depth=config["num_layers"],
-            depth_single_blocks=config["num_single_layers"],
-            guidance_embed=config["guidance_embeds"],
-            axes_dim=config.get("axes_dims_rope", (16, 56, 56)),
-        ), True
+            in_channels=channels, out_channels=config.get("out_channels") or channels,
+            vec_in_dim=config["pooled_projection_dim"], context_in_dim=config["joint_attention_dim"],
+            hidden_size=heads * config["attention_head_dim"], num_heads=heads, depth=config["num_layers"],
+            depth_single_blocks=config["num_single_layers"], guidance_embed=config["guidance_embeds"],
+            axes_dim=config.get("axes_dims_rope", (16, 56, 56))), True
     theirs = "x_embedder.weight" in files.file_of
     if "config" in files.metadata:
         return files, read_config(FluxConfig, files.metadata["config"], files.path), theirs
@@ -201,15 +185,10 @@ def autoencoder_config(folder: Place) -> tuple[TensorFiles, AutoEncoderConfig, b
     if config is not None:
         widths = config["block_out_channels"]
         return files, AutoEncoderConfig(
-            ch=widths[0],
-            ch_mult=[width // widths[0] for width in widths],
-            z_channels=config["latent_channels"],
-            num_res_blocks=config["layers_per_block"],
-            scale_factor=config["scaling_factor"],
-            shift_factor=config["shift_factor"],
-            num_groups=config["norm_num_groups"],
-            resolution=config["sample_size"],
-        ), True
+            ch=widths[0], ch_mult=[w // widths[0] for w in widths], z_channels=config["latent_channels"],
+            num_res_blocks=config["layers_per_block"], scale_factor=config["scaling_factor"],
+            shift_factor=config["shift_factor"], num_groups=config["norm_num_groups"],
+            resolution=config["sample_size"]), True
     theirs = any(".up_blocks." in name for name in files.file_of)
     said = files.metadata.get("vae.config" if files.whole else "config")
     first = "encoder.conv_in.weight"
@@ -268,9 +247,7 @@ def load_text_encoder(kind: type, folder: Place, part: str, dtype: torch.dtype) 
     """CLIP or T5 of a model, from values and not from files: those may be quantised, or hold more."""
     paths, home = text_files(folder, part)
     files = TensorFiles(paths, part)
-    names = [name for name in files.file_of if not NEUTRAL.fullmatch(name)]
-    bar = tqdm(names, f"loading {kind.__name__}", disable=bar_off(), leave=False)
-    state = {name: files[name].to(dtype) for name in bar}
+    state = {name: files[name].to(dtype) for name in files.file_of if not NEUTRAL.fullmatch(name)}
     tied = "encoder.embed_tokens.weight"
     if tied in files.file_of and "shared.weight" not in files.file_of:
         state["shared.weight"] = files[tied].to(dtype)
@@ -348,11 +325,9 @@ def is_copy(folder: Place, theirs: str) -> bool | None:
     Fingerprints of older LoMDs are of values in bf16."""
     files, names = fingerprint_names(folder)
     stored = {files.tensor(name).dtype for name in names}
-    rounded = theirs.startswith(ROUNDED)
-    if theirs == (flux_fingerprint(folder) if rounded else fingerprint(files, names)):
-        return True
-    coarse = torch.float8_e5m2 in stored or (E4M3 in stored and not rounded)
-    return None if coarse else False
+    coarse = torch.float8_e5m2 in stored or E4M3 in stored and not theirs.startswith(ROUNDED)
+    same = theirs == (flux_fingerprint(folder) if theirs.startswith(ROUNDED) else fingerprint(files, names))
+    return same or (None if coarse else False)
 
 
 def autoencoder_fingerprint(folder: Place) -> str:
@@ -375,31 +350,15 @@ def model_defaults(folder: Place) -> dict:
     learning_rate: one, or {use: rate}. guidance: of pictures. warmup: of stage 1. aspects, scales: of crops,
     None is all of the paper's; background: its weight in the loss of a crop; mirror: crops mirrored too.
     """
-    path = Path(folder) / "defaults.json"
-    if not path.is_file():
-        path = tokenizers_of(folder) / "defaults.json"
-    own = JsonFile(path) if path.is_file() else {}
-    defaults = {
-        "resolution": 1024,
-        "learning_rate": 4e-4,
-        "prompt": "a photo of a person",
-        "guidance": 3.5,
-        "warmup": 0.4,
-        "aspects": None,
-        "scales": None,
-        "background": 1.0,
-        "mirror": True,
-    }
-    kinds = {
-        "prompt": str,
-        "mirror": bool,
-        "aspects": list | None,
-        "scales": list | None,
-        "learning_rate": float | int | dict,
-    }
+    paths = (Path(place) / "defaults.json" for place in (folder, tokenizers_of(folder)))
+    path = next(filter(Path.is_file, paths), None)
+    own = JsonFile(path) if path else {}
+    defaults = dict(resolution=1024, learning_rate=4e-4, prompt="a photo of a person", guidance=3.5,
+                    warmup=0.4, aspects=None, scales=None, background=1.0, mirror=True)
+    kinds = dict(prompt=str, mirror=bool, aspects=list | None, scales=list | None,
+                 learning_rate=float | int | dict)
     for name, value in own.items():
-        kind = kinds.get(name, float | int)
-        if name not in defaults or not isinstance(value, kind):
+        if name not in defaults or not isinstance(value, kinds.get(name, float | int)):
             raise ValueError(f"{path}: {name}, {value!r:.60}, is no default of a model: they are "
                              f"{', '.join(defaults)}")
     return defaults | own
@@ -431,6 +390,14 @@ def add_speed_options(add: Callable[..., object], training: bool, parts: bool = 
     add("--compile", action=BooleanOptionalAction, help="compile the blocks (default: long runs on a GPU)")
     if training:
         add("--recompute", type=int, metavar="N", help="blocks run twice to save memory (default: few)")
+
+
+def speed_words(args: Namespace) -> str:
+    """The switches that were given, and --device as given, for another command's line."""
+    words = "--fp8 " * args.fp8 + "--offload " * args.offload
+    if args.compile is not None:
+        words += "--compile " if args.compile else "--no-compile "
+    return words + (f"--device {args.device} " if args.device else "")
 
 
 def bare_flux(args: Namespace) -> Flux:

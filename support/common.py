@@ -1,6 +1,7 @@
 """What every script stands on: files that are whole or absent, command lines, printing, Ctrl-C."""
 import argparse
 import errno
+import glob
 import hashlib
 import json
 import math
@@ -22,9 +23,11 @@ from PIL import Image, PngImagePlugin
 from safetensors import SafetensorError
 
 from support import SIGHUP, SIGNALS
-from support.devices import free, is_out_of_memory, pick_device, to_device, use_threads  # noqa: F401: asked for here
+from support.devices import (free, is_out_of_memory, pick_device, to_device,  # noqa: F401: asked for here
+                             use_threads)
 
 NOT_SUPPORTED = errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK      # by a file system
+NOT_YOURS = "may not be read: see its owner and mode (`ls -l`)"
 RESERVED: dict[Path, Path] = {}                  # file -> its temporary file, which has its room already
 
 
@@ -166,7 +169,7 @@ def not_content(path: str | Path) -> str | None:
         with open(path, "rb") as file:
             head = file.read(100)
     except PermissionError:
-        return "it may not be read, by its owner or mode (`ls -l`)"
+        return f"it {NOT_YOURS}"
     if head.startswith(b"version https://git-lfs"):
         return f"it is a pointer of git-lfs, not the content: `git lfs pull` in {path.parent} brings that"
     if b"annex/objects/" in head:
@@ -177,6 +180,12 @@ def not_content(path: str | Path) -> str | None:
     if head.lstrip()[:5].lower() in (b"<!doc", b"<html", b"<?xml"):
         return "it is a web page that was saved in its place: download the file itself"
     return None if head else "it is empty: download it again"
+
+
+def check_readable(path: Path) -> None:
+    """PermissionError for a file that may not be read: safe_open calls it missing; it is not damaged."""
+    if path.exists() and not os.access(path, os.R_OK):
+        raise PermissionError(f"{path} {NOT_YOURS}")
 
 
 def check_file(path: str | Path, what: str) -> None:
@@ -238,6 +247,15 @@ def check_out_file(path: Path, suffix: str, option: str = "--out") -> None:
     if place.exists() and not os.access(place, os.W_OK):
         raise ValueError(f"{option} {path} is write-protected")
     check_writable(place.parent, f"the folder of {option},")
+
+
+def expand(names: Iterable[str | Path]) -> list[str]:
+    """Patterns become the files that they stand for, where no shell has done that (Windows)."""
+    found = []
+    for name in map(str, names):
+        matches = [] if Path(name).exists() else sorted(glob.glob(name))
+        found += matches or [name]
+    return found
 
 
 def read_prompts(words: list[str], path: Path | None) -> list[str]:

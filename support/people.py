@@ -32,7 +32,7 @@ from tqdm import tqdm
 from flux_model import sample_times
 from support.checkpoints import (autoencoder_fingerprint, load_autoencoder, load_text_encoders,
                                  text_fingerprints)
-from support.common import JsonFile, digest, free, note, whole
+from support.common import JsonFile, check_readable, digest, expand, free, note, whole, write_whole
 from support.photos import (SUFFIXES, fit_to_grid, grid_size, image_files, read_photo, subfolders,
                             to_tensor, visible)
 
@@ -112,6 +112,24 @@ class Captions:
         if not (caption := " ".join(text.split())):
             raise ValueError(f"{where} is empty")
         return caption
+
+
+def named_photos(names: list[str]) -> list[str]:
+    """Photos of one person: files, patterns, and of each folder its pictures. ValueError: it has none."""
+    found = []
+    for name in expand(names):
+        folder = Path(name)
+        if folder.is_dir():
+            inside, captions = image_files(folder), Captions(folder)
+            if not inside:
+                raise ValueError(f"{name} is a folder without a picture")
+            for path in inside:
+                captions.used.update(captions.candidates(path))
+            tell_unused(folder, captions, folders=True)
+            found += map(str, inside)
+        else:
+            found.append(name)
+    return found
 
 
 def captions_beside(pictures: list[str | Path], prompt: str, tell: bool = False) -> dict[Path, str]:
@@ -381,54 +399,53 @@ def find_people(data: Path) -> tuple[dict[str, dict[str, Path]], list[str]]:
     return people, problems
 
 
-def leave_out(data: Path, people: dict[str, dict[str, Path]], number: int | None, seed: int,
-              show: bool) -> None:
+def leave_out(data: Path, people: dict[str, dict[str, Path]], number: int | None,
+              seed: int) -> None:
     """Takes folders of a flat `data` out of `people` that hold something, but no pictures; with a `number`
-    all but as many people at random. Says so with `show`."""
+    all but as many people at random."""
     flat = people.get("", {})
     bare = [name for name, folder in flat.items() if visible(folder) and not image_files(folder)]
     if 0 < len(bare) < len(flat):
         for name in bare:
             del flat[name]
-        if show:
-            note(f"{data}: folders without pictures are not people: {', '.join(bare)}")
+        note(f"{data}: folders without pictures are not people: {', '.join(bare)}")
     if number is None:
         return
     everyone = []
     for bucket, members in people.items():
         everyone += [(bucket, name) for name in members]
-    if number > len(everyone) and show:
+    if number > len(everyone):
         note(f"--people {number}: there are {len(everyone)}")
     for place in np.random.default_rng(seed).permutation(len(everyone))[number:]:
         bucket, name = everyone[place]
         del people[bucket][name]
 
 
-def check_people(data: Path, smallest: int, known: dict, show: bool = True, number: int | None = None,
+def check_people(data: Path, smallest: int, known: dict, number: int | None = None,
                  seed: int = 0) -> tuple[Buckets, list[str]]:
     """Checks every file -> ({bucket: {person: [Photo]}} of what is sound, problems, one line each).
 
     smallest, known: as of `check_photos`. number: of people, at random by the seed; None is all.
     """
     people, problems = find_people(data)
-    leave_out(data, people, number, seed, show)
+    leave_out(data, people, number, seed)
     captions = Captions(data)
     folders, paths, sound = [], [], {}
     for members in people.values():
         folders += members.values()
     for folder in folders:
         paths += image_files(folder)
-    bar = tqdm(paths, "checking pictures", disable=None if show else True, leave=False)
+    bar = tqdm(paths, "checking pictures", disable=None, leave=False)
     photos, wrong = check_photos(bar, captions, known, smallest)
     problems += wrong
     attributes = set()
     for folder in folders:
         attributes |= {path for path in folder.glob("*.json") if SYNTHETIC.match(path.name)}
-    if attributes and show:
+    if attributes:
         note(f"{data}: {len(attributes)} .json files are not read, such as {min(attributes)}")
     captions.used |= attributes
     above = [data, *(folder.parent for folder in folders)]
-    for folder in dict.fromkeys([*above, *folders]) if show else ():
+    for folder in dict.fromkeys([*above, *folders]):
         tell_unused(folder, captions, links=folder in folders)
     for path, photo in photos.items():
         name = SYNTHETIC.match(path.name)
@@ -476,19 +493,25 @@ def data_fingerprint(buckets: Buckets) -> str:
 
 
 def read_buckets(data: Path, listing: Path, smallest: int, skip_bad: bool, size: int, seed: int,
-                 show: bool, number: int | None = None) -> tuple[Buckets, dict]:
-    """The checked folder -> its buckets, and what `listing` is to hold of its pictures for the next time.
+                 number: int | None = None) -> Buckets:
+    """The checked folder -> its buckets. What was decoded stays in `listing`, however this ends.
 
     ValueError at anything wrong, after a line for each; with skip_bad notes, and the rest."""
-    known = JsonFile(listing) if listing.exists() else {}
-    people, problems = check_people(data, smallest, known, show, number, seed)
+    before = JsonFile(listing) if listing.exists() else {}
+    known = dict(before)
+    try:
+        people, problems = check_people(data, smallest, known, number, seed)
+    finally:
+        if known != before:
+            listing.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(listing, json.dumps(known))
     if not skip_bad:
         complain(problems, "meta_train.py")
-    for problem in problems if show else []:
+    for problem in problems:
         note(f"skipped: {' '.join(problem.split())}")
     if not people:
         raise ValueError(f"{data} holds no people with pictures")
-    return make_buckets(people, size, seed), known
+    return make_buckets(people, size, seed)
 
 
 def tell_bare(buckets: Buckets) -> None:
@@ -581,6 +604,7 @@ class Cache:
             stop()
 
     def load(self, path: Path) -> dict[str, Tensor]:
+        check_readable(path)
         try:
             return load_file(path)
         except (SafetensorError, OSError) as error:

@@ -7,6 +7,7 @@ facenet-pytorch, weights included. Deviations: the paper does not say what "face
 border. Here a crop keeps its size and moves, see `face_crops`.
 """
 import functools
+import json
 import re
 import warnings
 from collections.abc import Iterator
@@ -100,6 +101,8 @@ def read_photo(path: str | Path) -> Image.Image:
         raise ValueError(f"{path} is not a picture that can be read{hint}") from error
     except Image.DecompressionBombError:
         raise ValueError(f"{path} is too large: over {LARGEST:,} pixels") from None
+    except PermissionError:
+        raise ValueError(f"{path} may not be read: see its owner and mode (`ls -l`)") from None
     except Exception as error:                   # on broken files the decoders raise whatever they stumble on
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path} is damaged or cannot be read: {reason}") from error
@@ -455,6 +458,27 @@ def to_image(tensor: Tensor) -> Image.Image:
         raise ValueError("the picture has values that are not finite")
     pixels = (tensor.detach().float().clamp(-1, 1) + 1) * 127.5
     return Image.fromarray(pixels.round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
+
+
+def picture_fields(prompt: str, seed: int, settings: dict, model: str,
+                   loras: list[tuple[str, float]]) -> dict[str, object]:
+    """Text fields of a PNG: first `parameters`, as A1111 writes it and Forge, Civitai and viewers read it.
+
+    None is called `prompt`, under which ComfyUI looks for JSON. settings: of sample.py.
+    """
+    named = [(Path(path).stem, f"{strength:g}") for path, strength in loras]
+    lines = [prompt + "".join(f" <lora:{name}:{strength}>" for name, strength in named)]
+    if settings["true_cfg"] != 1.0:
+        lines.append(f"Negative prompt: {settings['negative']}")
+    name = model.removesuffix(".safetensors")
+    quoted = json.dumps(name, ensure_ascii=False) if set(name) & set(',:"') else name
+    facts = {"Steps": settings["steps"], "Sampler": "Euler", "CFG scale": f"{settings['true_cfg']:g}",
+             "Distilled CFG Scale": f"{settings['guidance']:g}", "Seed": seed,
+             "Size": f"{settings['width']}x{settings['height']}", "Model": quoted}
+    lines.append(", ".join(f"{key}: {value}" for key, value in facts.items()))
+    files = ", ".join(f"{Path(path).name}:{strength:g}" for path, strength in loras)
+    return {"parameters": "\n".join(lines), "prompt_text": prompt, "seed": seed, **settings,
+            "model": model, "loras": files}
 
 
 def plan_files(out: Path | None, prompts: int, seeds: range) -> tuple[list[Path], Path | None]:

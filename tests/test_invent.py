@@ -267,7 +267,7 @@ def test_fluxsynid_captions_and_some_of_its_people():
     root = fluxsynid(Path("FLUXSynID"), 6)
     kept = next(root.glob("00*"))
     (kept / f"{kept.name}_f_doc.txt").write_text("a photo of a woman on a white background")
-    found, problems = check_people(root, 16, {}, show=False)
+    found, problems = check_people(root, 16, {})
     assert not problems and len(found[""]) == 6
     captions = {photo.path.name.split("_")[1]: photo.caption for own in found[""].values() for photo in own[1:]}
     assert captions == {"f": "a photo of a woman", "m": "a photo of a man", "nb": "a photo of a person"}
@@ -282,5 +282,5 @@ def test_an_empty_folder_is_still_a_problem():
     """Left are folders that hold something else; of a person whose pictures are gone it must be said."""
     root = fluxsynid(Path("FLUXSynID"), 2)
     (root / "anna").mkdir()
-    _, problems = check_people(root, 16, {}, show=False)
+    _, problems = check_people(root, 16, {})
     assert len(problems) == 1 and "anna" in problems[0]

@@ -11,9 +11,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from support import common
+import meta_train
+from support import common, runs
 from support.common import encodable, keep, reserved, save_figure, save_png, whole, write_whole
-from support.lora_files import save_lomd, save_lora
+from support.lora_files import save_lomd, save_lora, tell_replaced
+from support.people import named_photos
+from support.photos import picture_fields
 
 ROOT = Path(__file__).parents[1]
 posix = pytest.mark.skipif(os.name != "posix", reason="modes and links of POSIX")
@@ -196,3 +199,127 @@ def test_every_file_of_text_is_utf_8(path):
             assert len(node.args) > 1 or named, f"{path}, line {node.lineno}"
         if name == "open" and not method and not any("b" in str(word) for word in words[-1:]):
             assert named, f"{path}, line {node.lineno}"
+
+
+def test_a_folder_or_a_pattern_of_photos(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("me/b.png", "me/a.jpg", "me/a.txt", "me/list.csv", "x1.png", "x2.png", "[odd].png"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (20, 20)).save(name) if name.endswith(("png", "jpg")) else Path(name).write_text("some words", "utf-8")
+    found = named_photos(["me", "x*.png", "[odd].png", "nobody*.png"])
+    assert [Path(name).as_posix() for name in found] == ["me/a.jpg", "me/b.png", "x1.png", "x2.png", "[odd].png", "nobody*.png"]
+    err = capsys.readouterr().err
+    assert "list.csv" in err and "a.txt" not in err
+    Path("none").mkdir()
+    with pytest.raises(ValueError, match="none"):
+        named_photos(["none"])
+
+
+def test_a_lora_of_other_photos_is_not_replaced_in_silence(tmp_path, capsys):
+    path = tmp_path / "out.safetensors"
+    tell_replaced(path, "1 2")
+    save_lora(path, LORA, metadata={"photo_digests": "1 2", "photos": "anna.jpg"})
+    tell_replaced(path, "1 2")
+    assert capsys.readouterr().err == ""
+    tell_replaced(path, "3")
+    assert "anna.jpg" in capsys.readouterr().err
+    save_lora(path, LORA)
+    tell_replaced(path, "3")
+    assert "out.safetensors" in capsys.readouterr().err
+
+
+def test_fields_of_a_picture_as_other_programs_read_them(tmp_path):
+    settings = {"steps": 20, "guidance": 3.5, "true_cfg": 2.0, "negative": "blur", "width": 64, "height": 32}
+    fields = picture_fields("a cat, 京", 7, settings, "my, model.safetensors", [("a/ann.safetensors", 0.8), ("b.safetensors", 1.0)])
+    assert list(fields)[0] == "parameters" and not {"prompt", "workflow"} & set(fields)
+    assert fields["parameters"].splitlines() == [
+        "a cat, 京 <lora:ann:0.8> <lora:b:1>", "Negative prompt: blur",
+        'Steps: 20, Sampler: Euler, CFG scale: 2, Distilled CFG Scale: 3.5, Seed: 7, Size: 64x32, Model: "my, model"']
+    plain = picture_fields("a dog", 0, settings | {"true_cfg": 1.0}, "flux-dev", [])["parameters"]
+    assert plain.splitlines()[0] == "a dog" and "Negative" not in plain and len(plain.splitlines()) == 2
+
+
+@pytest.mark.skipif(runs.fcntl is None, reason="no locks")
+@pytest.mark.parametrize("number, held", [(errno.ENOLCK, False), (errno.EOPNOTSUPP, False), (errno.EWOULDBLOCK, True)])
+def test_a_lock_that_the_file_system_does_not_know(number, held, tmp_path, monkeypatch, capsys):
+    def flock(file, flags):
+        raise OSError(number, os.strerror(number))
+    monkeypatch.setattr(runs.fcntl, "flock", flock)
+    if held:
+        with pytest.raises(ValueError, match="another process"), runs.locked(tmp_path / "lock0"):
+            pass
+    else:
+        with runs.locked(tmp_path / "lock0"):
+            assert str(tmp_path) in capsys.readouterr().err
+
+
+def test_a_world_size_that_is_left_over(monkeypatch, capsys):
+    monkeypatch.setattr(runs, "MEETING", 0.02)
+    for name, value in {"WORLD_SIZE": "3", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    with pytest.raises(ValueError, match="WORLD_SIZE is 3"):
+        runs.Group("cpu")
+    assert "WORLD_SIZE is 3" in capsys.readouterr().err
+
+
+def test_torchrun_takes_none_of_our_options_for_its_own():
+    from torch.distributed.run import get_args_parser
+    for word in ("--run-dir", "--data", "--model", "--out", "--iters", "--r1", "--r2", "--lr", "--resolution", "--device"):
+        args = get_args_parser().parse_args(["--nproc-per-node", "2", "meta_train.py", word, "x"])
+        assert args.training_script_args == [word, "x"]
+    assert meta_train.parse(["--data", "x", "--run-dir", "here"]).run == Path("here")
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux")
+def test_peak_memory_is_without_mapped_files(tmp_path):
+    import numpy as np
+    path = tmp_path / "mapped"
+    path.write_bytes(bytes(200_000_000))
+    runs.peak_memory(torch.device("cpu"))
+    before = runs.peak_memory(torch.device("cpu"))
+    mapped = np.memmap(path, np.uint8, "r")
+    assert mapped.sum() == 0
+    assert abs(runs.peak_memory(torch.device("cpu")) - before) < 0.1
+    del mapped
+    block = np.ones(200_000_000, np.uint8)
+    del block
+    assert 0.15 < runs.peak_memory(torch.device("cpu")) - before < 0.3
+
+
+def test_what_is_only_looked_at_ends_nothing(capsys):
+    for error in (OSError("disk full"), ValueError("photo gone"), ImportError("no matplotlib")):
+        with runs.only_to_be_seen("a preview"):
+            raise error
+        assert str(error) in capsys.readouterr().err
+    with pytest.raises(KeyError), runs.only_to_be_seen("a preview"):
+        raise KeyError
+
+
+NOT_YOURS = """
+import sys
+sys.path.insert(0, {root!r})
+from pathlib import Path
+from support.common import check_readable, not_content
+path = Path("secret.safetensors")
+assert "may not be read" in not_content(path)
+try:
+    check_readable(path)
+except PermissionError as error:
+    assert "secret.safetensors" in str(error)
+    print("told")
+"""
+
+
+@posix
+@pytest.mark.skipif(os.name == "posix" and os.geteuid() != 0, reason="only root can become another user")
+def test_a_file_of_another_user_is_not_damaged(tmp_path):
+    (tmp_path / "secret.safetensors").write_bytes(b"x")
+    (tmp_path / "secret.safetensors").chmod(0o600)
+    for folder in (tmp_path, *tmp_path.parents[:3]):
+        folder.chmod(0o755)
+    code = f"import os; os.setuid(65534)\n{NOT_YOURS.format(root=str(ROOT))}"
+    child = subprocess.run([sys.executable, "-B", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    if "ModuleNotFoundError" in child.stderr or "Permission denied" in child.stderr.splitlines()[-1:]:
+        pytest.skip("the other user cannot read the packages")
+    assert child.stdout == "told\n", child.stderr

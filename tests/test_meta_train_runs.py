@@ -59,10 +59,10 @@ def draw(folder, width):
         for pictures in people:
             (folder / bucket / f"p{person}").mkdir(parents=True)
             for i in range(pictures):
-                image, _ = faces.sample(faces.META[person], i, 64 if i else width, 64)
+                image, caption = faces.sample(faces.META[person], i, 64 if i else width, 64)
                 Image.fromarray(image).save(folder / bucket / f"p{person}" / f"{i}.png")
                 if i == 1:
-                    (folder / bucket / f"p{person}" / f"{i}.txt").write_text(f"a drawing of {'wo' * (person % 2)}man")
+                    (folder / bucket / f"p{person}" / f"{i}.txt").write_text(caption)
             person += 1
     return folder
 
@@ -154,7 +154,7 @@ def run_pair(server, folder, argv, hooks=((), ())):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     both = [start(server, folder, argv, *hooks[rank], name=rank,
-                  env=dict(RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                  env=dict(RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE="2", TORCHELASTIC_RUN_ID="none", MASTER_ADDR="127.0.0.1",
                            MASTER_PORT=f"{port}")) for rank in range(2)]
     return [finish(process) for process in both], [(folder / f"stderr{rank}").read_text() for rank in range(2)]
 
@@ -310,7 +310,7 @@ def doubled(argv):
     args = meta_train.parse(argv)
     group = meta_train.Group(args.device)
     meta_train.check(args, group.device)
-    people, _ = check_people(args.data, 16, {}, show=False)
+    people, _ = check_people(args.data, 16, {})
     pair = [SimpleNamespace(rank=rank, size=2, device=group.device) for rank in range(2)]
     meta_train.check_settings(args, people, pair[0])
     runs, flux = [meta_train.Run(args, people, each) for each in pair], load_flux(MODEL, "cpu", torch.float32)
@@ -447,17 +447,17 @@ CHAIN = [  # what happens, and the exit code; the same command again after each
     ((die_at_file, "pass0000.safetensors", "torn"), -9),          # going on closes it again
     ((die_at_file, "pass0000.safetensors", "after"), -9),
     ((die_at_file, "lomd.safetensors", "torn"), -9),
-    ((signal_at, 6, signal.SIGTERM), 130),
+    ((signal_at, 6, signal.SIGTERM), 143),
     ((signal_at, 9, signal.SIGINT), 130),
     ((die_at_file, "00000012-*", "before"), -9),
-    ((die_in_fsync, 7), -9),
+    ((die_in_fsync, 5), -9),
     ((die_in_unlink, "*-*.safetensors"), -9),
     ((die_at_file, "pass0002.safetensors", "before"), -9),        # nothing was saved since the pass before
     ((die_in_resume,), -9),
     ((die_at_file, "00000022-*", "torn"), -9),
-    ((signal_at, 21, signal.SIGTERM), 130),                       # in the very last iteration
-    ((die_at_file, "loss.png", "torn"), -9),
+    ((signal_at, 21, signal.SIGTERM), 143),                       # in the very last iteration
     ((die_at_file, "lomd.safetensors", "torn", 2), -9),
+    ((die_at_file, "loss.png", "torn"), -9),                      # the last file
 ]
 
 
@@ -469,12 +469,12 @@ def test_a_run_hit_anywhere_goes_on_bit_for_bit(server, data, reference, tmp_pat
         assert code == expected, (hook, code, err)
         saved = list((tmp_path / "run").glob("rank0/*-*.safetensors"))
         at.append(assert_same_state(tmp_path, reference) if saved else 0)
-        if code == 130:
+        if code > 128:
             assert at[-1] == hook[1] + 1
             assert err == stopped(at[-1])
         else:
             assert err == ""
-        assert not (tmp_path / "lomd.safetensors").exists()
+        assert (tmp_path / "lomd.safetensors").exists() == (hook[1:2] == ("loss.png",))
     assert sorted(at) == at and len(set(at)) >= len(CHAIN) / 3   # they were hit all over the run
     code, out, err = run(server, tmp_path, argv)
     assert (code, err) == (0, "") and f"going on from iteration {at[-1]}" in out
@@ -651,7 +651,7 @@ def test_two_processes_send_the_gradient_of_lomd_and_nothing_else(pair):
     for rank in range(2):
         calls = json.loads((pair / f"calls{rank}").read_text())
         first = next(i for i, call in enumerate(calls) if call[1] == "all_reduce")
-        assert {(at, name) for at, name, _ in calls[:first]} == {(0, "all_gather_object")}           # before training
+        assert {(at, name) for at, name, _ in calls[:first]} == {(None, "broadcast_object_list"), (0, "all_gather_object")}           # before training
         assert calls[first:] == [*expected, [ITERS, "all_gather_object", 0]]               # they end together
     lines = [json.loads(line) for line in (pair / "run" / "log.jsonl").read_text().splitlines()]
     assert len(lines) == ITERS
@@ -685,7 +685,7 @@ def test_two_processes_hit_anywhere_go_on_bit_for_bit(server, squares, pair, war
     argv = arguments(squares)
     # one of them is told to stop, in a joint phase: all do, at the same iteration
     codes, errors = run_pair(server, warm_pair, argv, [[], [(signal_at, 3, signal.SIGTERM)]])
-    assert codes == [130, 130] and errors == [stopped(4)] * 2
+    assert codes == [130, 143] and errors == [stopped(4)] * 2
     assert checkpoints(warm_pair) == ["00000004-00000002"] * 2
     code, _, err = run(server, warm_pair, argv)
     assert code == 2 and "processes was 2 and is 1" in err
@@ -695,7 +695,7 @@ def test_two_processes_hit_anywhere_go_on_bit_for_bit(server, squares, pair, war
     assert checkpoints(warm_pair) == ["00000013-00000008", "00000008-00000004"]
     # in a warm-up one is killed, and the other told to stop, as torchrun does
     codes, errors = run_pair(server, warm_pair, argv, [[(signal_at, 18, signal.SIGTERM)], [(die_in_draw, 18)]])
-    assert codes == [130, -9] and errors == [stopped(19), ""]
+    assert codes == [143, -9] and errors == [stopped(19), ""]
     assert checkpoints(warm_pair) == ["00000019-00000012", "00000018-00000012"]
     process = start_torchrun(warm_pair, squares)
     err = finish_torchrun(process)
