@@ -23,13 +23,13 @@ from safetensors.torch import load_file, save_file
 import flux_model
 import meta_train
 from meta_train import BucketPass, draw_order, generator, schedule
-from metalora import IdentityBank, MetaLoRA, random_lomd, views
+from metalora import IdentityBank, MetaLoRA, plain_meta_lora, random_lomd, views
 from support import checkpoints, people as people_files, photos, runs
 from support.lora_files import load_lomd, read_lomd
 from support.names import find_targets
 from support.people import Cache, Photo, check_people, data_fingerprint, find_people, make_buckets
 from support.runs import WaitingRows
-from test_metalora import parts_of, plain_update
+from test_metalora import parts_of
 
 ROOT = Path(__file__).parents[1]
 MODEL = next((path for path in (ROOT / "tests" / "golden" / "hub", ROOT.parent / "shared" / "golden" / "hub")
@@ -926,7 +926,7 @@ def test_rows_of_another_run_are_refused_at_the_start(tmp_path):
 
 
 class PlainLinear(torch.nn.Module):
-    """What AdaptedLinear computes, by plain_update, image after image and target after target."""
+    """What AdaptedLinear computes, by plain_meta_lora, image after image and target after target."""
     def __init__(self, linear, targets, ids, parts, lomd):
         super().__init__()
         self.linear, self.targets, self.ids, self.parts, self.lomd = linear, targets, ids, parts, lomd
@@ -938,8 +938,8 @@ class PlainLinear(torch.nn.Module):
             for t in self.targets:
                 own = slice(t.start, t.start + t.rows)
                 M, U = (part[identity] for part in self.parts[t.path])
-                outputs.append(plain_update(image, self.linear.weight[own], self.linear.bias[own],
-                                            self.lomd[t.path], M, U))
+                update = plain_meta_lora(image, self.linear.weight[own], self.lomd[t.path], M, U)
+                outputs.append(update + self.linear.bias[own])
             images.append(torch.cat(outputs, dim=-1))
         return torch.stack(images)
 
