@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from flux_model import (AutoEncoder, AutoEncoderConfig, DoubleStreamBlock, Flux, FluxConfig, SingleStreamBlock, denoise,
-                        flow_matching_loss, get_noise, get_schedule, pack, position_ids, rope_angles, sample_times, unpack)
+                        flow_matching_loss, get_noise, get_schedule, pack, position_ids, rotary_embedding, sample_times, unpack)
 from metalora import MetaLoRA
 from support import memory
 from support.checkpoints import (diffusers_autoencoder_names, diffusers_flux_names, find_model, flux_files, load_autoencoder,
@@ -280,7 +280,7 @@ def test_full_width_block_in_bf16(kind):
         else:                                                         # unit variance in, unit variance out
             parameter.uniform_(-1, 1).mul_(math.sqrt(3 / (parameter.shape[-1] if parameter.dim() > 1 else 300)))
     img_ids, txt_ids = position_ids(1, 6, 8, 4)
-    rope = rope_angles(torch.cat((txt_ids, img_ids), dim=1), config.axes_dim, config.theta)
+    rope = rotary_embedding(torch.cat((txt_ids, img_ids), dim=1), config.axes_dim, config.theta)
     tokens = (12, 4) if kind is DoubleStreamBlock else (16,)
     inputs = [torch.randn(1, number, 3072).bfloat16() for number in tokens]
     vec = torch.randn(1, 3072).bfloat16()
