@@ -95,6 +95,7 @@ def stage_1(card, size=(512, 512), folks=4, r2=1, px=512, batch=4, new=False, **
     card.model()
     patch = patcher(card)
     patch(checkpoints, "find_model", lambda name, args=None: Path("flux"))
+    patch(meta_train, "flux_files", checkpoints.flux_files)
     patch(people, "autoencoder_fingerprint", lambda folder: "autoencoder")
     patch(people, "text_fingerprints", lambda folder: ["text"])
     there = [] if new else ["all"]
