@@ -29,7 +29,7 @@ class LoudTextEncoders(TextEncoders):
                            (self.commands, "what other programs take for commands, and is text here, in")):
             found = {prompt: words for prompt in new if (words := find(prompt))}
             for prompt in [*found][:1]:
-                others = f"; {len(found) - 1} more prompts have such words" if len(found) > 1 else ""
+                others = f", the first of {len(found)} such prompts" if len(found) > 1 else ""
                 note(f"{what} {shorten(prompt)} is {found[prompt]!r}{others}")
 
     def lost_words(self, prompt: str) -> str:

@@ -372,7 +372,7 @@ def notes(err):
 def test_words_that_t5_does_not_know_are_named(capsys, one_load):
     assert run("a cat", "a cat, море", "海", "a cat, 山 and 川", "--out", "some", "--steps", "1") == 0
     line, = (line for line in notes(capsys.readouterr().err) if "unknown" in line)
-    assert "'a cat, море'" in line and "is 'море'" in line and "2 more" in line
+    assert "'a cat, море'" in line and "is 'море'" in line and "first of 3" in line
     same, other = one_load.encode(["море", "海"])[0]
     assert torch.equal(same, other)                                     # hence the note
 
@@ -390,7 +390,7 @@ def test_commands_of_other_programs_in_a_file_of_prompts_are_named_once(tmp_path
     Path("prompts.txt").write_text("a cat --n low quality --w 512\na cat\na (photo:1.1) --g 3.5\n")
     assert run("--prompts", "prompts.txt", "--out", "some") == 0
     line, = (line for line in notes(capsys.readouterr().err) if "commands" in line)
-    assert "--w 512" in line and "1 more" in line
+    assert "--w 512" in line and "first of 2" in line
 
 
 def test_ctrl_c_saves_what_is_finished(monkeypatch, capsys):
