@@ -27,8 +27,8 @@ from tqdm import tqdm
 from flux_model import AutoEncoder, Flux, denoise, get_noise
 from metalora import apply_loras
 from support.checkpoints import (add_speed_options, check_sampling_memory, encode_prompts, find_model,
-                                 flux_files, is_small, load_autoencoder, model_defaults, open_flux, pick_dtype,
-                                 text_device)
+                                 flux_files, is_small, load_autoencoder, model_defaults, open_flux,
+                                 pick_dtype, text_device)
 from support.common import (Interruption, Parser, Stopped, expand, finite_number, free,
                             is_out_of_memory, keep, note, pick_device, positive, read_prompts,
                             run_script, save_png, shorten, side, use_threads)

@@ -142,10 +142,15 @@ def finish(process, seconds=300):
     return process.exitcode
 
 
+def said(path):
+    """What is on stderr, but for the note that the small T5 knows few letters."""
+    return "".join(line for line in path.read_text().splitlines(True) if "T5 has no letters" not in line)
+
+
 def run(server, folder, argv, *hooks, **options):
     """-> (exit code, stdout, stderr)"""
     code = finish(start(server, folder, argv, *hooks, **options))
-    return code, (folder / "stdout").read_text(), (folder / "stderr").read_text()
+    return code, (folder / "stdout").read_text(), said(folder / "stderr")
 
 
 def run_pair(server, folder, argv, hooks=((), ())):
@@ -156,7 +161,7 @@ def run_pair(server, folder, argv, hooks=((), ())):
     both = [start(server, folder, argv, *hooks[rank], name=rank,
                   env=dict(RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE="2", TORCHELASTIC_RUN_ID="none", MASTER_ADDR="127.0.0.1",
                            MASTER_PORT=f"{port}")) for rank in range(2)]
-    return [finish(process) for process in both], [(folder / f"stderr{rank}").read_text() for rank in range(2)]
+    return [finish(process) for process in both], [said(folder / f"stderr{rank}") for rank in range(2)]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -558,7 +563,7 @@ def test_two_processes_on_one_run(server, data, reference, warm):
             time.sleep(0.01)
         before = {path: path.read_bytes() for path in (warm / "run").rglob("*") if path.is_file()}
         code, out, err = run(server, warm, argv, name="2")
-        assert (code, (warm / "stderr2").read_text()) == (2, "meta_train.py: another process is at work in run\n")
+        assert (code, said(warm / "stderr2")) == (2, "meta_train.py: another process is at work in run\n")
         assert before == {path: path.read_bytes() for path in (warm / "run").rglob("*") if path.is_file()}
     finally:
         first.kill()
