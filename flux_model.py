@@ -163,7 +163,7 @@ class Modulation(nn.Module):
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """LayerNorm without weights of its own, then shift + (1 + scale) * x."""
     x = F.layer_norm(x, x.shape[-1:], eps=1e-6)
-    return torch.addcmul(shift, 1 + scale, x)            # addcmul(a, b, c) = a + b * c in one kernel
+    return torch.addcmul(shift, 1 + scale, x)           # addcmul(a, b, c) = a + b * c in one kernel
 
 
 def feed_forward(hidden_size: int, mlp_dim: int) -> nn.Sequential:
@@ -467,7 +467,7 @@ class Decoder(nn.Module):
         return self.upsample(self.mid(self.conv_in(z)))
 
     def upsample(self, x: Tensor) -> Tensor:
-        """Everything after the attention. It is local, so speed.py can run it in tiles."""
+        """Everything after the attention. It is local, so support/memory.py can run it in tiles."""
         for level in reversed(self.up):
             x = level.upsample(level(x))
         return self.conv_out(F.silu(self.norm_out(x)))
