@@ -234,7 +234,7 @@ def test_a_comfyui_installation_personalises_and_draws(tmp_path, monkeypatch, ca
     code = command(personalize, ROOT / "baby" / "example.png", *rest, "--iters", 2, "--no-augment", "--resolution", 64)
     out, errors = capfd.readouterr()
     assert code == 0, errors
-    assert f"sample.py --model '{transformer}' --tokenizers {small} --lora out.safetensors" in out
+    assert f"sample.py --model '{transformer}' --tokenizers {small} --device cpu --lora out.safetensors" in out
     assert str(models / "vae" / "ae.safetensors") in out and "clip_l" in out and "t5xxl_fp8" in out and str(small) in out
     code = command(sample, "a photo of a woman", *rest, "--lora", "out.safetensors", "--width", 64, "--height", 64, "--steps", 2)
     assert code == 0, capfd.readouterr().err

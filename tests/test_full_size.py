@@ -66,7 +66,7 @@ def stage_2(card, px=512, rank=1, method="meta-lora", **switches):
     patch(personalize, "captions_beside", lambda files, prompt, tell: {Path(file): prompt for file in files})
     patch(personalize, "read_lomd", lambda *words: ({t.path: torch.zeros(16, t.d_in) for t in find_targets(bare())}, "none", False))
     patch(photos, "check_photos", lambda *words: None)
-    patch(photos, "fingerprints", lambda files: {})
+    patch(photos, "fingerprints", lambda files: {"photo_digests": ""})
     crop = photos.Crop(Image.new("RGB", (px, px)), Path("a.png"), (0, 0, px, px), Image.new("L", (px, px)))
     patch(photos, "load_crops", lambda *words: [crop] * 15)
     words = ["a.png", "--model", "flux", "--resolution", str(px), "--rank", str(rank), "--method", method]
@@ -151,8 +151,12 @@ def sampling(card, px=1024, rank=1, **switches):
     fit = sample.fit_sampling
     patch(sample, "fit_sampling", lambda *words: (fit(*words), card.reset()))
     embeddings = {"a": [torch.zeros(1, 512, 4096, dtype=BF16), torch.zeros(1, 768, dtype=BF16)]}
-    latents, stopped = sample.denoise_all(args, [loras], embeddings, [("a", 0)], width=px, height=px, steps=2, guidance=3.5)
-    assert len(latents) == 1 and stopped is None
+    pictures = []
+    patch(sample, "load_autoencoder", lambda *words: None)
+    patch(sample, "decode_latent", lambda autoencoder, latent: latent.shape)
+    sample.draw_all(args, [loras], embeddings, [("a", 0)], lambda number, picture: pictures.append(picture),
+                    width=px, height=px, steps=2, guidance=3.5)
+    assert pictures == [(1, 16, px // 8, px // 8)]
 
 
 def held(card):

@@ -273,9 +273,9 @@ def test_fluxsynid_captions_and_some_of_its_people():
     assert captions == {"f": "a photo of a woman", "m": "a photo of a man", "nb": "a photo of a person"}
     assert found[""][kept.name][0].caption == "a photo of a woman on a white background"
 
-    some = [[*check_people(root, 16, {}, False, 2, seed)[0][""]] for seed in (0, 0, *range(1, 6))]
+    some = [[*check_people(root, 16, {}, 2, seed)[0][""]] for seed in (0, 0, *range(1, 6))]
     assert some[0] == some[1] and {len(names) for names in some} == {2} and len({*map(tuple, some)}) > 2
-    assert {*check_people(root, 16, {}, False, 99, 0)[0][""]} == {*found[""]}
+    assert {*check_people(root, 16, {}, 99, 0)[0][""]} == {*found[""]}
 
 
 def test_an_empty_folder_is_still_a_problem():

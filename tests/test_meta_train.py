@@ -338,7 +338,7 @@ def test_every_file_of_a_persons_folder_is_used_or_named(run):
     assert line.endswith(": 0.caption, 0.json, 9.txt, film.mp4, gone.md (a dead link), notes.md")
 
 
-def test_captions_of_a_table_and_what_else_lies_above_the_people(run):
+def test_captions_of_a_table_and_what_else_lies_above_the_people(run, capsys):
     make_people(Path("data"), {"a/ann": 2, "a/bob": 2})
     Path("data/metadata.csv").write_text("\ufefffile_name,score,text\r\na/ann/0.png,3,\"her, here\"\r\n", "utf-8")
     Path("data/a/metadata.csv").write_text("text,file_name\nhim,./bob/1.png\n")
@@ -347,6 +347,7 @@ def test_captions_of_a_table_and_what_else_lies_above_the_people(run):
     people, problems = read(Path("data"))
     assert not problems and {picture.path.as_posix(): picture.caption for own in people["a"].values() for picture in own} == {
         "data/a/ann/0.png": "her, here", "data/a/ann/1.png": None, "data/a/bob/0.png": None, "data/a/bob/1.png": "him"}
+    capsys.readouterr()
     code, out, err = run("--batch-size", 2, "--warmup", 0, iters=1)
     assert code == 0 and "2 people, 4 pictures" in out
     assert [line for line in err.splitlines() if "not used" in line] == [
