@@ -1,15 +1,16 @@
-"""The paper's comparison: methods, ranks, iterations; many people as rows of one bank, drawn and scored.
+"""The paper's comparison: methods, ranks, and iteration counts, on many people at once.
 
     python -m paper.compare --data people/ --methods lora lora-crops meta-lora --ranks 1 4 --seeds 2
 
-Everybody is personalised by every method from one picture, and every prompt is drawn at every seed. To --out
-go scores.json, tables.md, figures, contact sheets, LoRAs and pictures. The same command goes on where it was
-stopped; --methods, --ranks, --iters and --seeds may name more.
+Every method trains a LoRA of every person from one photo, and samples every prompt at every seed.
+The results in --out: scores.json, tables.md, figures, contact sheets, LoRAs, and images. Rerun the
+command to resume; --methods, --ranks, --iters, and --seeds may then list more than before.
 
 Source: "Meta-LoRA" (Topal et al. 2025), section 4 and appendix F.
 """
 import argparse
 import collections
+import itertools
 import json
 import math
 import re
@@ -32,371 +33,590 @@ from metalora import IdentityBank, MetaLoRA, apply_loras, random_lomd
 from paper.report import METHODS, figures, sheets
 from sample import STEPS, decode_latent, sample_latents
 from support import photos
-from support.checkpoints import (add_speed_options, autoencoder_fingerprint, check_training_memory, encode_prompts,
-                                 flux_fingerprint, is_small, learning_rate, load_autoencoder, model_defaults,
-                                 open_flux, take_model)
-from support.common import (Interruption, JsonFile, check_apart, check_training, digest, finite_number, free,
-                            note, Parser, pick_device, positive, run_script, save_png, whole, write_whole)
+from support.checkpoints import (add_speed_options, autoencoder_fingerprint,
+                                 check_training_memory, encode_prompts, flux_fingerprint, is_small,
+                                 learning_rate, load_autoencoder, model_defaults, open_flux,
+                                 take_model)
+from support.common import (Interruption, JsonFile, Parser, check_apart, check_training, digest,
+                            finite_number, free, note, pick_device, positive, run_script, save_png,
+                            whole, write_whole)
 from support.judges import Picture, own_folder, prompts_for
 from support.lora_files import load_lora, read_lomd, save_lora
 from support.memory import fit_training
 from support.names import find_targets
 from support.people import Person, captions_beside, fill, read_people
 
+SAVE_EVERY = 30                                  # seconds between two saved states of a training
+
 
 class Setting(NamedTuple):
-    """A row of the tables: who was trained how, for how long. rank and iterations 0: nothing was."""
+    """A row of the tables: one method at one rank after so many iterations; 0 without a LoRA."""
     method: str
     rank: int = 0
     iterations: int = 0
 
     @property
     def label(self) -> str:
-        return f"{self.method}_r{self.rank}_i{self.iterations}" if self.rank else self.method
+        if not self.rank:
+            return self.method
+        return f"{self.method}_r{self.rank}_i{self.iterations}"
 
     @classmethod
     def read(cls, label: str) -> "Setting":
         match = re.fullmatch(r"(.+)_r(\d+)_i(\d+)", label)
-        return cls(match[1], int(match[2]), int(match[3])) if match else cls(label)
+        if not match:
+            return cls(label)
+        method, rank, iterations = match.groups()
+        return cls(method, int(rank), int(iterations))
 
     @property
     def title(self) -> str:
         name = METHODS.get(self.method, self.method)
-        return f"Rank-{self.rank} {name}, {self.iterations} iterations" if self.rank else name
+        if not self.rank:
+            return name
+        return f"Rank-{self.rank} {name}, {self.iterations} iterations"
 
 
 def describe(label: str) -> dict:
-    """What the tables and figures call a row, and its method, rank and iterations."""
+    """The title of a row in tables and figures, and its method, rank, and iterations."""
     setting = Setting.read(label)
     return {"title": setting.title, **setting._asdict()}
 
 
 def kind_of(method: str) -> str:
-    """What metalora.py calls a method: "lora" or "meta-lora"."""
+    """The method as metalora.py knows it: "lora" or "meta-lora"."""
     return "lora" if method.startswith("lora") else "meta-lora"
 
 
 def iterations_of(method: str, given: list[int] | None) -> list[int]:
-    return sorted(given or [personalize.ITERATIONS[kind_of(method)]])
+    """Iteration counts in ascending order, by default the paper's."""
+    if given:
+        return sorted(given)
+    return [personalize.ITERATIONS[kind_of(method)]]
 
 
 def settings_of(args: argparse.Namespace) -> list[Setting]:
     """All rows of the tables, method after method."""
-    return [setting for method in args.methods for setting in ([Setting(method)] if method == "none" else [
-        Setting(method, rank, i) for rank in args.ranks for i in iterations_of(method, args.iters)])]
+    settings = []
+    for method in args.methods:
+        if method == "none":
+            settings.append(Setting(method))
+            continue
+        for rank in args.ranks:
+            for iterations in iterations_of(method, args.iters):
+                settings.append(Setting(method, rank, iterations))
+    return settings
+
+
+def references_of(person: Person) -> list[Path]:
+    """The photos that a method may see."""
+    return [person.reference, *person.more]
+
+
+# --------------------------------------------------------------------------------------------------
+# Many people in one batch
 
 
 def people_at_once(flux: Flux, rank: int) -> int:
-    """How many people make the most of a step, as measured on the baby at ranks 1 to 16: each widens every
-    layer by its rank. A large model fills the machine with one."""
-    small = sum(parameter.numel() for parameter in flux.parameters()) < 1e9
-    return max(1, round(16 / rank ** 0.5)) if small else 1
+    """The fastest number of people per step, as measured on the baby at ranks 1 to 16: each person
+    widens every layer by the rank. A large model fills the device with one person."""
+    parameters = sum(parameter.numel() for parameter in flux.parameters())
+    if parameters >= 1e9:
+        return 1
+    return max(1, round(16 / rank ** 0.5))
 
 
-def train_together(flux: Flux, adapter: MetaLoRA, people: list[list[Tensor]], txt: list[Tensor],
-                   y: list[Tensor], iters: int, lr: float, seed: int = 0,
-                   on_step: Callable[[int, float, int], object] | None = None,
-                   weights: list[list[Tensor]] | None = None) -> None:
-    """personalize.train for each row of the adapter: `iters` steps, less those that a row has behind it.
+def train_together(
+    flux: Flux,
+    adapter: MetaLoRA,
+    latents: list[list[Tensor]],
+    weights: list[list[Tensor]],
+    txt: list[Tensor],
+    y: list[Tensor],
+    iters: int,
+    lr: float,
+    seed: int = 0,
+    on_step: Callable[[int, int], object] | None = None,
+) -> None:
+    """personalize.train for many people: each trains as if alone, up to step `iters` of its row.
 
-    people, weights: for each row what `encode_crops` gave; None: all places count alike. txt (K, T, _) and
-    y (K, _) of each: captions of the K crops, or one of all, as in `train`. A person trains as if alone.
-    Those whose next batches have the same shape go through the network together, at most `adapter.slots`; the
-    most frequent shape goes first.
-    on_step(iteration, loss, person) comes after each step, from 1. Raises NotFinite, with the person.
+    latents, weights, txt, y: the arguments of `train`, one for each row of the adapter's bank. A
+    row that has trained before skips the batches that it has seen. on_step(iteration, person) is
+    called after each step, from 1. Raises NotFinite, with the index of the person.
     """
-    weights = weights or [[torch.ones(len(latent), 1, 1, 1) for latent in latents] for latents in people]
-    streams = [personalize.batches(latents, own, seed) for latents, own in zip(people, weights)]
-    done, waiting = adapter.bank.steps.tolist(), {}
+    streams = []
+    for crops, crop_weights in zip(latents, weights):
+        streams.append(personalize.batches(crops, crop_weights, seed))
+    done = adapter.bank.steps.tolist()
+    waiting = {}                                 # {person: the next batch}
     for person, stream in enumerate(streams):
         for _ in range(done[person]):
             next(stream)
         if done[person] < iters:
             waiting[person] = next(stream)
+
     while waiting:
-        alike = collections.defaultdict(list)
-        for person in sorted(waiting, key=done.__getitem__):                   # who is behind goes first
-            alike[waiting[person][1].shape].append(person)
-        group = max(alike.values(), key=len)[:adapter.slots]
-        crops, *tensors = zip(*(waiting[person] for person in group))
-        latent, noise, weight, t = (torch.cat(parts).to(adapter.device) for parts in tensors)
-        adapter.assign(torch.tensor(group))
-        text = (torch.stack([part[person][crop % len(part[person])] for person, crop in zip(group, crops)])
-                for part in (txt, y))
-        losses = flow_matching_loss(flux, latent, noise, t, *text, 1.0, weight)                        # (B,)
+        group = next_group(waiting, done, adapter.slots)
+        batches = [waiting.pop(person) for person in group]
+        crops = [batch[0] for batch in batches]
+        losses = batch_losses(flux, adapter, group, batches, txt, y)
         losses.sum().backward()
-        of_person = losses.detach().view(len(group), -1).mean(dim=1).tolist()
         try:
             adapter.step(lr)
         except FloatingPointError:
-            at = next((i for i, loss in enumerate(of_person) if not abs(loss) < float("inf")), 0)
-            error = personalize.NotFinite(done[group[at]] + 1, crops[at])
-            error.person = group[at]
+            finite = losses.isfinite().tolist()
+            bad = 0 if all(finite) else finite.index(False)
+            error = personalize.NotFinite(done[group[bad]] + 1, crops[bad])
+            error.person = group[bad]
             raise error from None
-        for person, loss in zip(group, of_person):
+
+        for person in group:
             done[person] += 1
-            waiting.pop(person)
             if done[person] < iters:
                 waiting[person] = next(streams[person])
-        for person, loss in zip(group, of_person) if on_step else ():
-            on_step(done[person], loss, person)
+            if on_step:
+                on_step(done[person], person)
+
+
+def next_group(waiting: dict[int, tuple], done: list[int], slots: int) -> list[int]:
+    """At most `slots` people whose next batches have the same shape: the most frequent one."""
+    by_shape = collections.defaultdict(list)
+    for person in sorted(waiting, key=done.__getitem__):         # whoever is behind goes first
+        _, latent, *_ = waiting[person]
+        by_shape[latent.shape].append(person)
+    return max(by_shape.values(), key=len)[:slots]
+
+
+def batch_losses(
+    flux: Flux,
+    adapter: MetaLoRA,
+    group: list[int],
+    batches: list[tuple],
+    txt: list[Tensor],
+    y: list[Tensor],
+) -> Tensor:
+    """The flow matching loss of a group of people (B,), one batch of `personalize.batches` each."""
+    crops, *tensors = zip(*batches)
+    latent, noise, weight, t = [torch.cat(parts).to(adapter.device) for parts in tensors]
+    group_txt, group_y = [], []
+    for person, crop in zip(group, crops):
+        caption = crop if len(txt[person]) > 1 else 0            # or one caption for all crops
+        group_txt.append(txt[person][caption])
+        group_y.append(y[person][caption])
+    adapter.assign(torch.tensor(group))
+    return flow_matching_loss(
+        flux,
+        latent,
+        noise,
+        t,
+        torch.stack(group_txt),
+        torch.stack(group_y),
+        guidance=1.0,
+        weight=weight,
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# Everything that --out holds
 
 
 class Run:
-    """Personalises everybody by every method, and draws every prompt at every seed; what is there stays.
+    """Trains every method on every person, then samples every prompt at every seed.
 
-    Results do not depend on interruptions: people train alone though together, a batch is drawn whole.
-    """
-    def __init__(self, args: argparse.Namespace, people: list[Person], prompts: dict[str, list[str | None]],
-                 interruption: Interruption) -> None:
-        self.args, self.people, self.prompts, self.interruption = args, people, prompts, interruption
-        self.device, self.out, self.small = args.device, args.out, is_small(args.folder)
-        self.flux = self.texts = self.autoencoder = None
+    What exists in --out is kept. Results do not depend on interruptions: people train as if alone,
+    and a batch of images is always sampled as a whole."""
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        people: list[Person],
+        prompts: dict[str, list[str | None]],
+        interruption: Interruption,
+    ) -> None:
+        self.args = args
+        self.people = people
+        self.prompts = prompts
+        self.interruption = interruption
+        self.batch_size = 16 if is_small(args.folder) else 1     # of sampling
+        self.flux = None                                         # until `load`
         self.encoded = {}
 
     def lora_path(self, setting: Setting, person: Person) -> Path:
-        return self.out / "loras" / setting.label / f"{person.name}.safetensors"
+        return self.args.out / "loras" / setting.label / f"{person.name}.safetensors"
 
     def pictures(self, setting: Setting, person: Person) -> list[Picture]:
-        """What is to be there in the end, seed after seed."""
-        folder, texts = self.out / "images" / setting.label / person.name, self.prompts[person.name]
-        return [Picture(setting.label, person.name, i, seed, folder / f"{i}_{seed}.png", text)
-                for seed in range(self.args.seeds) for i, text in enumerate(texts) if text is not None]
-
-    def batches(self, setting: Setting, person: Person) -> list[list[Picture]]:
-        """Batches of which a picture is missing: the same whatever is there, and so are the pictures."""
-        size, batches, pictures = 16 if self.small else 1, [], self.pictures(setting, person)
+        """All images of a person with a setting, seed after seed, whether they exist or not."""
+        folder = self.args.out / "images" / setting.label / person.name
+        pictures = []
         for seed in range(self.args.seeds):
-            own = [p for p in pictures if p.seed == seed]
-            batches += [own[i:i + size] for i in range(0, len(own), size)]
-        return [batch for batch in batches if not all(p.path.is_file() for p in batch)]
+            for i, text in enumerate(self.prompts[person.name]):
+                if text is not None:
+                    path = folder / f"{i}_{seed}.png"
+                    pictures.append(Picture(setting.label, person.name, i, seed, path, text))
+        return pictures
+
+    def missing_batches(self, setting: Setting, person: Person) -> list[list[Picture]]:
+        """Batches with a missing image. How images are grouped does not depend on what exists,
+        since rounding depends on the batch."""
+        pictures = self.pictures(setting, person)
+        missing = []
+        for seed in range(self.args.seeds):
+            of_seed = [picture for picture in pictures if picture.seed == seed]
+            for start in range(0, len(of_seed), self.batch_size):
+                batch = of_seed[start:start + self.batch_size]
+                if not all(picture.path.is_file() for picture in batch):
+                    missing.append(batch)
+        return missing
 
     def load(self) -> None:
-        """Texts, encoded; then the transformer and the autoencoder, which stay."""
-        if self.flux is None:
-            args, words = self.args, [text for own in self.prompts.values() for text in own if text]
-            words += [text for own in args.captions.values() for text in own.values()]
-            self.texts = encode_prompts(args.folder, words, self.device, args.dtype)
-            self.autoencoder = load_autoencoder(args.folder, self.device, args.dtype)
-            steps = max(args.iters or [0]) + args.steps
-            self.flux = open_flux(args, self.device, steps)
+        """Encodes all texts, then loads the autoencoder and the transformer; once in a run."""
+        if self.flux is not None:
+            return
+        args = self.args
+        texts = []
+        for prompts in self.prompts.values():
+            texts += [text for text in prompts if text]
+        for captions in args.captions.values():
+            texts += captions.values()
+        self.texts = encode_prompts(args.folder, texts, args.device, args.dtype)
+        self.autoencoder = load_autoencoder(args.folder, args.device, args.dtype)
+        steps = max(args.iters or [0]) + args.steps
+        self.flux = open_flux(args, args.device, steps)
 
-    def latents(self, augment: bool) -> tuple[tuple, ...]:
-        """What personalize.py trains on, of everybody's references: latents on the CPU, weights of the loss,
-        txt and y."""
-        if augment not in self.encoded:
-            args, everybody = self.args, []
-            for person in tqdm(self.people, "crops" if augment else "photos", disable=None, leave=False):
-                crops = photos.load_crops([person.reference, *person.more], args.resolution, augment,
-                                          args.aspects, args.scales)
-                latents, own = personalize.encode_crops(self.autoencoder, crops, args.background, args.mirror)
-                texts = [self.texts[args.captions[person.name][crop.photo]] for crop in crops]
-                everybody.append(([latent.cpu() for latent in latents], own,
-                                  *(torch.cat(parts).to(self.device) for parts in zip(*texts))))
-                self.interruption.raise_if_asked()
-            self.encoded[augment] = tuple(zip(*everybody))
+    def encode(self, augment: bool) -> tuple[list, list, list, list]:
+        """Everybody's latents (on the CPU), weights, txt, and y, as `train_together` takes them."""
+        if augment in self.encoded:
+            return self.encoded[augment]
+        args = self.args
+        latents, weights, txt, y = [], [], [], []
+        name = "crops" if augment else "photos"
+        for person in tqdm(self.people, name, disable=None, leave=False):
+            crops = photos.load_crops(
+                references_of(person), args.resolution, augment, args.aspects, args.scales)
+            crop_latents, crop_weights = personalize.encode_crops(
+                self.autoencoder, crops, args.background, args.mirror)
+            latents.append([latent.cpu() for latent in crop_latents])
+            weights.append(crop_weights)
+
+            captions = args.captions[person.name]
+            texts = [self.texts[captions[crop.photo]] for crop in crops]
+            crop_txt, crop_y = zip(*texts)
+            txt.append(torch.cat(crop_txt).to(args.device))
+            y.append(torch.cat(crop_y).to(args.device))
+            self.interruption.raise_if_asked()
+        self.encoded[augment] = latents, weights, txt, y
         return self.encoded[augment]
 
-    def adapter(self, method: str, rank: int) -> MetaLoRA:
-        """A row for each person; all start alike, as in runs of their own."""
-        args, lomd = self.args, self.args.learned_lomd if kind_of(method) == "meta-lora" else None
-        if method == "random-lomd":
-            lomd = random_lomd(find_targets(self.flux), len(next(iter(lomd.values()))), args.seed)
-        slots = min(len(self.people), people_at_once(self.flux, rank))
-        adapter = MetaLoRA(self.flux, rank, lomd, num_identities=0, slots=slots)
-        row = adapter.new_row(torch.Generator().manual_seed(args.seed))
-        adapter.bank = IdentityBank(row.repeat(len(self.people), 1).to(self.device))
-        return adapter
-
-    def resume(self, adapter: MetaLoRA, state: Path, settings: list[Setting]) -> None:
-        """Takes the rows of a run before, unless a LoRA of an earlier iteration is asked for now."""
-        if not state.is_file():
-            return
-        parts = {name: value.clone().to(self.device) for name, value in load_file(state).items()}
-        lost = [person.name for person, steps in zip(self.people, parts["steps"].tolist()) for s in settings
-                if s.iterations < steps and not self.lora_path(s, person).is_file()]
-        if parts["weight"].shape == adapter.bank.weight.shape and not lost:
-            adapter.bank = IdentityBank(*(parts[part] for part in IdentityBank.PARTS))
-
-    def personalise(self, method: str, rank: int) -> None:
-        """All LoRAs of a method and rank, of one training run: everybody is a row of one identity bank."""
-        args = self.args
-        settings = {i: Setting(method, rank, i) for i in iterations_of(method, args.iters)}
-        if all(self.lora_path(s, person).is_file() for s in settings.values() for person in self.people):
-            return
-        self.load()
-        latents, weights, txt, y = self.latents(method != "lora")
-        adapter, state = self.adapter(method, rank), self.out / "state" / f"{method}_r{rank}.safetensors"
-        self.resume(adapter, state, [*settings.values()])
-        sizes = {latent.shape[-2:] for own in latents for latent in own}
-        fit_training(adapter, max(sizes, key=math.prod), txt[0].shape[1], args.recompute)
-
-        def save_lora_of(index: int, iterations: int) -> None:
-            person = self.people[index]
-            path = self.lora_path(settings[iterations], person)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_lora(path, adapter.collapse(index), metadata={
-                "method": method, "rank": str(rank), "iterations": str(iterations), "seed": str(args.seed),
-                "learning_rate": f"{args.rates[method]:g}",
-                "prompt": " | ".join(dict.fromkeys(args.captions[person.name].values())),
-                "model": Path(args.model).name, "made_by": "paper/compare.py",
-                **photos.fingerprints([person.reference, *person.more])})
-
-        def save_state() -> None:
-            state.parent.mkdir(parents=True, exist_ok=True)
-            with whole(state) as part:
-                save_file({name: getattr(adapter.bank, name).cpu() for name in IdentityBank.PARTS}, part)
-
-        for index, steps in enumerate(adapter.bank.steps.tolist()):
-            if steps in settings:                  # a kill may come after the state and before the LoRA
-                save_lora_of(index, steps)
-        last, saved = max(settings), time.monotonic()
-        left = sum(max(0, last - steps) for steps in adapter.bank.steps.tolist())
-
-        def on_step(iteration: int, loss: float, index: int) -> None:
-            nonlocal saved
-            bar.update()
-            if iteration in settings:
-                save_lora_of(index, iteration)
-            if time.monotonic() - saved > 30 or self.interruption.asked:
-                save_state()
-                saved = time.monotonic()
-            self.interruption.raise_if_asked()
-
-        try:
-            with tqdm(total=left, desc=f"training {method}, rank {rank}", disable=None) as bar:
-                train_together(self.flux, adapter, latents, txt, y, last, args.rates[method], args.seed,
-                               on_step, weights)
-        except personalize.NotFinite as error:
-            raise FloatingPointError(f"{method}, rank {rank}, {self.people[error.person].name}: {error}; a "
-                                     f"smaller --lr {method}={args.rates[method]:g} may help") from None
-        save_state()
-        apply_loras(self.flux, [])
-
-    def draw(self, setting: Setting, person: Person, bar: tqdm) -> None:
-        """A person's missing pictures of one setting."""
-        batches = self.batches(setting, person)
+    def sample(self, setting: Setting, person: Person, bar: tqdm) -> None:
+        """Samples the missing images of a person with a setting."""
+        batches = self.missing_batches(setting, person)
         if not batches:
             return
         self.load()
-        lora = load_lora(self.lora_path(setting, person), self.flux.config) if setting.rank else None
-        apply_loras(self.flux, [(lora, 1.0)] if lora else [])
-        side = self.args.size
+        args = self.args
+        loras = []
+        if setting.rank:
+            lora = load_lora(self.lora_path(setting, person), self.flux.config)
+            loras.append((lora, 1.0))
+        apply_loras(self.flux, loras)
         for batch in batches:
-            jobs = [(p.text, p.seed) for p in batch]
-            latents = sample_latents(self.flux, self.texts, jobs, side, side, self.args.steps,
-                                     self.args.guidance, batch_size=len(jobs),
-                                     on_step=self.interruption.raise_if_asked)
+            latents = sample_latents(
+                self.flux,
+                self.texts,
+                jobs=[(picture.text, picture.seed) for picture in batch],
+                width=args.size,
+                height=args.size,
+                steps=args.steps,
+                guidance=args.guidance,
+                batch_size=len(batch),
+                on_step=self.interruption.raise_if_asked,
+            )
             for picture, latent in zip(batch, list(latents)):
-                save_png(decode_latent(self.autoencoder, latent), picture.path, {
-                    "prompt_text": picture.text, "seed": picture.seed, "identity": person.name,
-                    "method": setting.title})
+                image = decode_latent(self.autoencoder, latent)
+                save_png(image, picture.path, {
+                    "prompt_text": picture.text,
+                    "seed": picture.seed,
+                    "identity": person.name,
+                    "method": setting.title,
+                })
                 bar.update()
 
-    def everything(self) -> list[Picture]:
-        """Trains and draws all that is missing -> all pictures; the models are dropped."""
+    def finish(self) -> list[Picture]:
+        """Trains and samples all that is missing, and frees the models -> all images."""
         settings = settings_of(self.args)
         for method, rank in dict.fromkeys((s.method, s.rank) for s in settings if s.rank):
-            self.personalise(method, rank)
-        both = [(setting, person) for setting in settings for person in self.people]
-        todo = sum(len(batch) for one in both for batch in self.batches(*one))
-        with tqdm(total=todo, desc="drawing", unit="picture", disable=None) as bar:
-            for one in both:
-                self.draw(*one, bar)
-        self.flux = self.autoencoder = None
-        free(self.device)
-        return [picture for one in both for picture in self.pictures(*one)]
+            Training(self, method, rank).finish()
+
+        pairs = list(itertools.product(settings, self.people))
+        missing = 0
+        for setting, person in pairs:
+            missing += sum(map(len, self.missing_batches(setting, person)))
+        with tqdm(total=missing, desc="sampling", unit="image", disable=None) as bar:
+            for setting, person in pairs:
+                self.sample(setting, person, bar)
+
+        self.flux = None
+        self.autoencoder = None
+        free(self.args.device)
+        pictures = []
+        for setting, person in pairs:
+            pictures += self.pictures(setting, person)
+        return pictures
 
 
-# The command ------------------------------------------------------------------------------------------------
+class Training:
+    """All LoRAs of one method and rank: everybody is a row of one identity bank."""
+    def __init__(self, run: Run, method: str, rank: int) -> None:
+        self.run = run
+        self.args = run.args
+        self.method = method
+        self.rank = rank
+        self.settings = {}                       # {iterations: Setting}
+        for iterations in iterations_of(method, self.args.iters):
+            self.settings[iterations] = Setting(method, rank, iterations)
+        self.state = self.args.out / "state" / f"{method}_r{rank}.safetensors"
+
+    def finish(self) -> None:
+        """Trains until every LoRA is saved."""
+        run = self.run
+        if not any(map(self.missing, run.people)):
+            return
+        run.load()
+        latents, weights, txt, y = run.encode(augment=self.method != "lora")
+        self.adapter = self.make_adapter()
+        self.resume()
+        sizes = set()
+        for person_latents in latents:
+            sizes |= {latent.shape[-2:] for latent in person_latents}
+        largest = max(sizes, key=math.prod)
+        fit_training(self.adapter, largest, txt[0].shape[1], self.args.recompute)
+
+        steps = self.adapter.bank.steps.tolist()
+        for index, done in enumerate(steps):
+            if done in self.settings:            # the process may have died before saving the LoRA
+                self.save_lora(index, done)
+        last = max(self.settings)
+        left = sum(max(0, last - done) for done in steps)
+        name = f"{self.method}, rank {self.rank}"
+        lr = self.args.rates[self.method]
+        self.saved = time.monotonic()
+        try:
+            with tqdm(total=left, desc=f"training {name}", disable=None) as self.bar:
+                train_together(run.flux, self.adapter, latents, weights, txt, y, last, lr,
+                               self.args.seed, self.on_step)
+        except personalize.NotFinite as error:
+            person = run.people[error.person].name
+            raise FloatingPointError(f"{name}, {person}: {error}; try a learning rate below "
+                                     f"--lr {self.method}={lr:g}") from None
+        self.save_state()
+        apply_loras(run.flux, [])
+
+    def missing(self, person: Person) -> list[int]:
+        """The iterations whose LoRA of this person does not exist."""
+        path = self.run.lora_path
+        return [i for i, setting in self.settings.items() if not path(setting, person).is_file()]
+
+    def make_adapter(self) -> MetaLoRA:
+        """The adapter, with a row for each person. All rows start alike, as in separate runs."""
+        args = self.args
+        run = self.run
+        lomd = args.learned_lomd if kind_of(self.method) == "meta-lora" else None
+        if self.method == "random-lomd":
+            r1 = len(next(iter(lomd.values())))
+            lomd = random_lomd(find_targets(run.flux), r1, args.seed)
+        slots = min(len(run.people), people_at_once(run.flux, self.rank))
+        adapter = MetaLoRA(run.flux, self.rank, lomd, num_identities=0, slots=slots)
+        row = adapter.new_row(torch.Generator().manual_seed(args.seed))
+        rows = row.repeat(len(run.people), 1).to(args.device)
+        adapter.bank = IdentityBank(rows)
+        return adapter
+
+    def resume(self) -> None:
+        """Loads the saved rows, unless they are past an iteration whose LoRA is missing."""
+        if not self.state.is_file():
+            return
+        parts = {}
+        for name, value in load_file(self.state).items():
+            parts[name] = value.clone().to(self.args.device)
+        for person, done in zip(self.run.people, parts["steps"].tolist()):
+            if any(iterations < done for iterations in self.missing(person)):
+                return
+        if parts["weight"].shape == self.adapter.bank.weight.shape:
+            self.adapter.bank = IdentityBank(*(parts[name] for name in IdentityBank.PARTS))
+
+    def on_step(self, iteration: int, index: int) -> None:
+        self.bar.update()
+        if iteration in self.settings:
+            self.save_lora(index, iteration)
+        interruption = self.run.interruption
+        if interruption.asked or time.monotonic() - self.saved > SAVE_EVERY:
+            self.save_state()
+            self.saved = time.monotonic()
+        interruption.raise_if_asked()
+
+    def save_state(self) -> None:
+        """All rows with their moments and step counts, from which training resumes."""
+        bank = self.adapter.bank
+        parts = {name: getattr(bank, name).cpu() for name in IdentityBank.PARTS}
+        self.state.parent.mkdir(parents=True, exist_ok=True)
+        with whole(self.state) as part:
+            save_file(parts, part)
+
+    def save_lora(self, index: int, iterations: int) -> None:
+        args = self.args
+        person = self.run.people[index]
+        path = self.run.lora_path(self.settings[iterations], person)
+        captions = dict.fromkeys(args.captions[person.name].values())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_lora(path, self.adapter.collapse(index), metadata={
+            "method": self.method,
+            "rank": str(self.rank),
+            "iterations": str(iterations),
+            "seed": str(args.seed),
+            "learning_rate": f"{args.rates[self.method]:g}",
+            "prompt": " | ".join(captions),
+            "model": Path(args.model).name,
+            "made_by": "paper/compare.py",
+            **photos.fingerprints(references_of(person)),
+        })
+
+
+# --------------------------------------------------------------------------------------------------
+# The command
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="paper.compare", allow_abbrev=False, description="The paper's comparison.")
+    parser = Parser(prog="paper.compare", allow_abbrev=False,
+                    description="Compares methods, ranks, and iteration counts as the paper does.")
     add = parser.add_argument
     add_options(add)
     add("--methods", nargs="+", choices=tuple(METHODS), default=["meta-lora", "lora-crops", "lora"],
-        help="what to compare (default: meta-lora lora-crops lora); random-lomd: a control, none: the floor")
-    add("--ranks", type=positive, nargs="+", default=[1], metavar="R", help="of the LoRAs (default: 1)")
-    add("--iters", type=positive, nargs="+", metavar="N", help="of one run each (default: 375, LoRA 625)")
-    add("--seeds", type=positive, default=5, help="pictures of each prompt (default: 5)")
-    add("--photos", type=positive, default=1, metavar="N", help="of a person, to personalise on (default: 1)")
-    add("--lr", nargs="+", default=[], metavar="[METHOD=]LR", help="learning rates (default: the model's)")
-    add("--lomd", type=Path, help="of stage 1 (default: lomd.safetensors of the model's folder, else here)")
-    add("--prompt", help="of a picture without a caption beside it; may have [man/woman] (default: the "
-        "model's)")
-    add("--resolution", type=positive, nargs="+", metavar="PIXELS", help="of crops (default: the model's)")
-    add("--size", type=positive, help="side of the pictures (default: the model's; FLUX.1's is 1024)")
+        help="methods to compare; random-lomd is Meta-LoRA over random weights, none is the model "
+        "without a LoRA (default: meta-lora lora-crops lora)")
+    add("--ranks", type=positive, nargs="+", default=[1], metavar="R",
+        help="ranks of the LoRAs (default: 1)")
+    add("--iters", type=positive, nargs="+", metavar="N",
+        help="iteration counts, all from one training (default: 375; LoRA methods 625)")
+    add("--seeds", type=positive, default=5, help="images per prompt (default: 5)")
+    add("--photos", type=positive, default=1, metavar="N",
+        help="photos per person to train on (default: 1)")
+    add("--lr", nargs="+", default=[], metavar="[METHOD=]LR",
+        help="learning rates (default: the model's; 4e-4 for FLUX.1)")
+    add("--lomd", type=Path,
+        help="weights of stage 1 (default: lomd.safetensors in the model's folder, else here)")
+    add("--prompt", help="caption of photos without a caption file; may contain [man/woman] "
+        "(default: the model's)")
+    add("--resolution", type=positive, nargs="+", metavar="PIXELS",
+        help="resolutions of training crops (default: the model's; 1024 for FLUX.1)")
+    add("--size", type=positive,
+        help="width and height of generated images (default: the model's; 1024 for FLUX.1)")
     add("--steps", type=positive, default=STEPS, help=f"Euler steps (default: {STEPS})")
-    add("--guidance", type=float, help="guidance input (default: the model's; FLUX.1's is 3.5)")
-    add("--seed", type=int, default=0, help="of the training (default: 0)")
+    add("--guidance", type=float, help="guidance input (default: the model's; 3.5 for FLUX.1)")
+    add("--seed", type=int, default=0, help="seed of the training (default: 0)")
     add_speed_options(add, training=True, parts=False)
     return parser.parse_args(argv)
 
 
 def check(args: argparse.Namespace) -> None:
-    """ValueError for what can be refused before anything large is read."""
+    """Raises ValueError for bad options before anything large is read."""
     check_apart(args.out, "--out", args.data)
-    args.methods, args.ranks = list(dict.fromkeys(args.methods)), sorted(set(args.ranks))
-    args.iters = args.iters and sorted(set(args.iters))
-    args.device, args.rates = pick_device(args.device), {}
-    for word in args.lr:
+    args.methods = list(dict.fromkeys(args.methods))
+    args.ranks = sorted(set(args.ranks))
+    if args.iters:
+        args.iters = sorted(set(args.iters))
+    args.device = pick_device(args.device)
+    args.rates = read_rates(args.lr)
+    for args.lr in [*args.rates.values(), None]:
+        check_training(args)
+    if args.size and args.size % 16:
+        raise ValueError(f"--size must be a multiple of 16, not {args.size}")
+
+
+def read_rates(words: list[str]) -> dict[str, float]:
+    """Words of --lr -> {method: learning rate}; "" stands for all other methods."""
+    rates = {}
+    for word in words:
         method, _, rate = word.rpartition("=")
         if method and method not in METHODS:
             raise ValueError(f"--lr {word}: no method {method!r}; there are {', '.join(METHODS)}")
         try:
-            args.rates[method] = finite_number(rate)
+            rates[method] = finite_number(rate)
         except ValueError:
-            raise ValueError(f"--lr {word}: {rate!r} is no number") from None
-    for args.lr in [*args.rates.values(), None]:
-        check_training(args)
-    if args.size and args.size % 16:
-        raise ValueError(f"--size takes multiples of 16, not {args.size}")
+            raise ValueError(f"--lr {word}: {rate!r} is not a number") from None
+    return rates
 
 
 def take_defaults(args: argparse.Namespace) -> None:
-    """Finds the model (may download) and its LoMD; what decides about results goes into args.settings."""
-    general = args.rates.pop("", None)
+    """Finds the model (may download it) and its LoMD, and collects in args.settings all that
+    decides about results."""
     take_model(args, args.device, "lora")
-    args.rates = {m: args.rates.get(m) or general or learning_rate(args.folder, kind_of(m))
-                  for m in METHODS if m != "none"}
+    general = args.rates.pop("", None)
+    given = args.rates
+    args.rates = {}
+    for method in METHODS:
+        if method != "none":
+            default = learning_rate(args.folder, kind_of(method))
+            args.rates[method] = given.get(method) or general or default
     args.size = args.size or model_defaults(args.folder)["resolution"]
-    args.learned_lomd, lomd = None, "none"
+
+    lomd = "none"
+    args.learned_lomd = None
     if {"meta-lora", "random-lomd"} & set(args.methods):
         args.learned_lomd, lomd, untrained = read_lomd(args.folder, args.lomd)
         if untrained and "meta-lora" in args.methods:
             note("this LoMD is random and was never trained")
-    of_model = "resolution", "size", "steps", "guidance", "seed", "aspects", "scales", "background", "mirror"
-    args.settings = {"layout": "numbers of a row by width", "model": flux_fingerprint(args.folder),
-                     "autoencoder": autoencoder_fingerprint(args.folder), "lomd": lomd,
-                     "learning rates": args.rates,
-                     "dtype": str(args.dtype) + " fp8" * args.fp8,
-                     **{name: getattr(args, name) for name in of_model}}
+
+    args.settings = {
+        "layout": "numbers of a row by width",
+        "model": flux_fingerprint(args.folder),
+        "autoencoder": autoencoder_fingerprint(args.folder),
+        "lomd": lomd,
+        "learning rates": args.rates,
+        "dtype": f"{args.dtype} fp8" if args.fp8 else str(args.dtype),
+    }
+    for name in ("resolution", "size", "steps", "guidance", "seed", "aspects", "scales",
+                 "background", "mirror"):
+        args.settings[name] = getattr(args, name)
 
 
-def check_settings(args: argparse.Namespace, people: list[Person], prompts: dict) -> None:
-    """What --out was made with: written by the first command; ValueError for one that differs."""
-    hashes = lambda paths: [digest(path.read_bytes()) for path in paths]
-    shown = [" ".join([p.name, *hashes((p.reference, *p.more))]) for p in people]
-    captions = {name: list(own.values()) for name, own in args.captions.items()}
-    now = args.settings | {"people and their references": shown, "captions": captions, "prompts": prompts}
-    now, path = json.loads(json.dumps(now)), args.out / "settings.json"
+def settings_now(args: argparse.Namespace, people: list[Person], prompts: dict) -> dict:
+    """args.settings, and what the people, their captions, and their prompts are, as JSON has it."""
+    references = []
+    captions = {}
+    for person in people:
+        digests = [digest(path.read_bytes()) for path in references_of(person)]
+        references.append(" ".join([person.name, *digests]))
+        captions[person.name] = list(args.captions[person.name].values())
+    now = dict(args.settings)
+    now["people and their references"] = references
+    now["captions"] = captions
+    now["prompts"] = prompts
+    return json.loads(json.dumps(now))
+
+
+def check_settings(out: Path, now: dict) -> None:
+    """Writes settings.json; raises ValueError if --out was made with other settings."""
+    path = out / "settings.json"
     if path.exists():
         before = JsonFile(path)
-        if "none" in (now["lomd"], before["lomd"]):       # methods without one came first, or come now
+        if "none" in (now["lomd"], before["lomd"]):      # a LoMD may come in with a later command
             now["lomd"] = before["lomd"] = max(now["lomd"], before["lomd"])
         for name, value in now.items():
-            if (was := before.get(name, "not written down")) != value:
-                detail = f": it was {was} and is {value}" if len(f"{was}{value}") < 200 else ""
-                raise ValueError(f"--out {args.out} was made with another setting of {name}{detail}; "
-                                 "name a new folder")
-    args.out.mkdir(parents=True, exist_ok=True)
+            was = before.get(name, "not written down")
+            if was == value:
+                continue
+            detail = ""
+            if len(f"{was}{value}") < 200:
+                detail = f": it was {was} and is {value}"
+            raise ValueError(f"--out {out} was made with another setting of {name}{detail}; "
+                             "choose a new folder")
+    out.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(now, indent=1).encode())
 
 
 def compare(argv: list[str] | None = None, quiet: bool = False) -> None:
-    """The command. quiet: scores.json and tables.md alone, for a script that goes on with them."""
-    args, start = parse(argv), time.perf_counter()
+    """The command. quiet: only scores.json and tables.md, for a script that reads them."""
+    start = time.perf_counter()
+    args = parse(argv)
     check(args)
     people = read_people(args.data, args.reference, args.gender, args.photos)
     prompts = prompts_for(people, args.prompts, own_folder(args.model))
@@ -404,29 +624,46 @@ def compare(argv: list[str] | None = None, quiet: bool = False) -> None:
     real = embed_real(judges, people)
     take_defaults(args)
     largest = max(args.size, *args.resolution) // 8
-    check_training_memory(args, args.device, (largest, largest), max(args.ranks), 16, people=len(people))
-    args.captions = {p.name: captions_beside([p.reference, *p.more], fill(args.prompt, p.gender))
-                     for p in people}
-    check_settings(args, people, prompts)
+    check_training_memory(args, args.device, (largest, largest), max(args.ranks), r1=16,
+                          people=len(people))
+    args.captions = {}
+    for person in people:
+        prompt = fill(args.prompt, person.gender)
+        args.captions[person.name] = captions_beside(references_of(person), prompt)
+    check_settings(args.out, settings_now(args, people, prompts))
+
     with Interruption() as interruption:
-        pictures = Run(args, people, prompts, interruption).everything()
-    drawn = time.perf_counter()
+        pictures = Run(args, people, prompts, interruption).finish()
+    sampled = time.perf_counter()
     rows, problems = score_all(judges, real, pictures, args.out / "parts")
     for problem in problems:
         note(" ".join(problem.split()))
-    methods, quoted = report(args.out, people, rows, real, judges, problems, args.no_face_as_zero, args.paper,
-                             Path(args.model).name, args.settings | {"reference": args.reference}, describe)
+    methods, quoted = report(
+        args.out,
+        people,
+        rows,
+        real,
+        judges,
+        problems,
+        args.no_face_as_zero,
+        args.paper,
+        base=Path(args.model).name,
+        settings=args.settings | {"reference": args.reference},
+        describe=describe,
+    )
     if quiet:
         return
     figures(methods, quoted, args.out)
     sheets(pictures, people, args.out, describe)
     print((args.out / "tables.md").read_text("utf-8"))
-    print(f"{args.out}: scores.json, tables.md, {', '.join(sorted(p.name for p in args.out.glob('*.png')))}")
-    print(f"seconds: {drawn - start:.0f} for the pictures, {time.perf_counter() - drawn:.0f} for the rest")
+    images = sorted(path.name for path in args.out.glob("*.png"))
+    print(f"{args.out}: scores.json, tables.md, {', '.join(images)}")
+    end = time.perf_counter()
+    print(f"seconds: {sampled - start:.0f} for the images, {end - sampled:.0f} for the rest")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 done, 1 training diverged or no memory, 2 bad input, 130 Ctrl-C; it goes on."""
+    """Exit code: 0 done, 1 training diverged or out of memory, 2 bad input, 130 Ctrl-C."""
     return run_script("paper.compare", compare, argv)
 
 

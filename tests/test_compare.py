@@ -212,8 +212,8 @@ def test_people_trained_together_equal_those_trained_one_by_one(people, method, 
         adapter.bank = IdentityBank(adapter.new_row(torch.Generator().manual_seed(0)).repeat(len(people), 1))
         assign = adapter.assign
         adapter.assign = lambda ids: (passes.append(len(ids)), assign(ids))
-        compare.train_together(flux, adapter, [latents[p] for p in people], [txt[p] for p in people], [y[p] for p in people], iters, 5e-3, seed=0,
-                          weights=[weights[p] for p in people])
+        rows = ([part[p] for p in people] for part in (latents, weights, txt, y))
+        compare.train_together(flux, adapter, *rows, iters, 5e-3, seed=0)
         assert adapter.bank.steps.tolist() == [iters] * len(people)
         updates = [torch.cat([(B @ A).flatten() for A, B in adapter.collapse(i).values()]) for i in range(len(people))]
         apply_loras(flux, [])
@@ -226,7 +226,7 @@ def test_people_trained_together_equal_those_trained_one_by_one(people, method, 
 
 
 @pytest.mark.parametrize("words, said", [
-    (["--lr", "lora2=1"], "no method 'lora2'"), (["--lr", "x"], "is no number"), (["--lr", "-1"], "positive"), (["--size", "100"], "multiples of 16"),
+    (["--lr", "lora2=1"], "no method 'lora2'"), (["--lr", "x"], "is not a number"), (["--lr", "-1"], "positive"), (["--size", "100"], "a multiple of 16"),
     (["--methods", "dreambooth"], "invalid choice"), (["--prompts", "nowhere"], "No such file")])
 def test_bad_words_end_in_one_line(people, tmp_path, capsys, words, said):
     assert run("--data", people, "--model", "baby", "--out", tmp_path / "r", *words) == 2
