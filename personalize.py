@@ -15,7 +15,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import support  # before torch: how its threads wait
@@ -86,12 +86,13 @@ def batches(latents: list[Tensor], weights: list[Tensor],
             yield crop, mean + deviation * own, noise, weight, t
 
 
-def train(flux: Flux, adapter: MetaLoRA, latents: list[Tensor], weights: list[Tensor], txt: Tensor, y: Tensor,
-          iters: int, lr: float, seed: int = 0, on_step: Callable[[int, float], object] | None = None):
+def train(flux: Flux, adapter: MetaLoRA, latents: list[Tensor], weights: list[Tensor],
+          txt: Sequence[Tensor], y: Sequence[Tensor], iters: int, lr: float, seed: int = 0,
+          on_step: Callable[[int, float], object] | None = None):
     """Algorithm 2: `iters` steps of flow matching on one person's crops; the base stays as it is.
 
     flux with `adapter` in it; latents and weights of `encode_crops`; captions of the K crops, or one of all,
-    txt (K, T, _) and y (K, _). lr is constant, so a longer run begins as a shorter one. on_step(iteration,
+    K times txt (T, _) and y (_). lr is constant, so a longer run begins as a shorter one. on_step(iteration,
     loss) comes after each. Raises NotFinite.
     """
     for iteration, batch in zip(range(1, iters + 1), batches(latents, weights, seed)):
@@ -215,7 +216,10 @@ def prepare(args: argparse.Namespace, lap: Callable[[str], None]) -> tuple:
     check_training_memory(args, args.device, largest, args.rank, r1)
     lap("photos")
     texts = encode_texts(args, [*args.captions.values()])
-    txt, y = map(torch.cat, zip(*(texts[args.captions[crop.photo]] for crop in crops)))
+    # a crop refers to its caption's text: T5's states of one are 4 MB, kept once however many crops there are
+    captions = [texts[args.captions[crop.photo]] for crop in crops]
+    txt = [states[0] for states, _ in captions]
+    y = [pooled[0] for _, pooled in captions]
     lap("text")
     autoencoder = load_autoencoder(args.folder, args.device, args.dtype)
     bar = tqdm(crops, "encoding", disable=None, leave=False)
@@ -224,7 +228,7 @@ def prepare(args: argparse.Namespace, lap: Callable[[str], None]) -> tuple:
     lap("pictures")
     flux = open_flux(args, args.device, args.iters)
     adapter = MetaLoRA(flux, args.rank, lomd, seed=args.seed)
-    blocks = fit_training(adapter, largest, txt.shape[1], args.recompute)
+    blocks = fit_training(adapter, largest, len(txt[0]), args.recompute)
     if blocks:
         print(f"{blocks} of {len(blocks_of(flux))} blocks are run twice, to save memory")
     lap("model")

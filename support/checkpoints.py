@@ -57,19 +57,25 @@ def read_config(kind: type, text: str, path: Path) -> Any:
 
 def check_tensors(model: nn.Module, files: TensorFiles, plan: dict[str, list[str]]) -> None:
     """ValueError that names the first missing, misshapen and unexpected tensor, where the plan cannot be."""
-    planned = [part for parts in plan.values() for part in parts]
-    missing, misshapen = [part for part in planned if part not in files.file_of], []
+    missing, misshapen, unexpected = [], [], {*files.file_of}
     for name, parameter in model.named_parameters():
-        if not set(plan[name]) & set(missing):
-            shapes, (size, *rest) = [files.shape(part) for part in plan[name]], parameter.shape
-            width = getattr(model.get_submodule(name.rpartition(".")[0]), "in_features", 0)
-            wanted = [[rows, *rest] for rows in part_sizes(len(shapes), size, width)]
-            # diffusers keeps the autoencoder's 1 x 1 convolutions as Linears
-            if shapes != wanted and [shape + [1, 1] for shape in shapes] != wanted:
-                have = " + ".join(f"{part} {shape}" for part, shape in zip(plan[name], shapes))
-                misshapen.append(f"{have} instead of {[size, *rest]}")
-    faults = {"missing": missing, "misshapen": misshapen, "unexpected": sorted({*files.file_of} - {*planned})}
-    if problems := [f"{len(faults[kind])} {kind} ({faults[kind][0]})" for kind in faults if faults[kind]]:
+        parts = plan[name]
+        unexpected -= {*parts}
+        absent = [part for part in parts if part not in files.file_of]
+        missing += absent
+        if absent:
+            continue
+        size, *rest = parameter.shape
+        shapes = [files.shape(part) for part in parts]
+        width = getattr(model.get_submodule(name.rpartition(".")[0]), "in_features", 0)
+        wanted = [[rows, *rest] for rows in part_sizes(len(shapes), size, width)]
+        # diffusers keeps the autoencoder's 1 x 1 convolutions as Linears
+        if shapes != wanted and [shape + [1, 1] for shape in shapes] != wanted:
+            have = " + ".join(f"{part} {shape}" for part, shape in zip(parts, shapes))
+            misshapen.append(f"{have} instead of {[size, *rest]}")
+    faults = {"missing": missing, "misshapen": misshapen, "unexpected": sorted(unexpected)}
+    problems = [f"{len(found)} {kind} ({found[0]})" for kind, found in faults.items() if found]
+    if problems:
         raise ValueError(f"{files.path} does not fit this {type(model).__name__}: {', '.join(problems)}")
 
 
@@ -112,15 +118,16 @@ def load_weights(model: nn.Module, files: TensorFiles, sources: Callable[[str], 
 
 def depths(files: TensorFiles) -> dict[str, int]:
     """The depths of a FLUX.1 of the published width, of which some have lost blocks; {}: as published."""
-    first = next((name for name in ("img_in.weight", "x_embedder.weight") if name in files.file_of), None)
-    if first is None or files.shape(first)[0] != FluxConfig().hidden_size:
+    first = "x_embedder.weight" if "x_embedder.weight" in files.file_of else "img_in.weight"
+    if first not in files.file_of or files.shape(first)[0] != FluxConfig().hidden_size:
         return {}
-    last = {"depth": -1, "depth_single_blocks": -1}
+    counts = {"depth": 0, "depth_single_blocks": 0}
     for name in files.file_of:
-        if (found := BLOCK.search(name)) and name.endswith((".weight", ".scale")):
+        found = BLOCK.search(name)
+        if found and name.endswith((".weight", ".scale")):
             kind = "depth_single_blocks" if name.startswith("single") else "depth"
-            last[kind] = max(last[kind], int(found[1]))
-    return {kind: number + 1 for kind, number in last.items()}
+            counts[kind] = max(counts[kind], int(found[1]) + 1)
+    return counts
 
 
 def flux_files(folder: Place) -> tuple[TensorFiles, FluxConfig, bool]:
@@ -129,13 +136,18 @@ def flux_files(folder: Place) -> tuple[TensorFiles, FluxConfig, bool]:
     files = TensorFiles(paths)
     check_make(files)
     if config is not None:
-        heads, channels = config["num_attention_heads"], config["in_channels"]
         return files, FluxConfig(
-            in_channels=channels, out_channels=config.get("out_channels") or channels,
-            vec_in_dim=config["pooled_projection_dim"], context_in_dim=config["joint_attention_dim"],
-            hidden_size=heads * config["attention_head_dim"], num_heads=heads, depth=config["num_layers"],
-            depth_single_blocks=config["num_single_layers"], guidance_embed=config["guidance_embeds"],
-            axes_dim=config.get("axes_dims_rope", (16, 56, 56))), True
+            in_channels=config["in_channels"],
+            out_channels=config.get("out_channels") or config["in_channels"],
+            vec_in_dim=config["pooled_projection_dim"],
+            context_in_dim=config["joint_attention_dim"],
+            hidden_size=config["num_attention_heads"] * config["attention_head_dim"],
+            num_heads=config["num_attention_heads"],
+            depth=config["num_layers"],
+            depth_single_blocks=config["num_single_layers"],
+            guidance_embed=config["guidance_embeds"],
+            axes_dim=config.get("axes_dims_rope", (16, 56, 56)),
+        ), True
     theirs = "x_embedder.weight" in files.file_of
     if "config" in files.metadata:
         return files, read_config(FluxConfig, files.metadata["config"], files.path), theirs
@@ -185,10 +197,15 @@ def autoencoder_config(folder: Place) -> tuple[TensorFiles, AutoEncoderConfig, b
     if config is not None:
         widths = config["block_out_channels"]
         return files, AutoEncoderConfig(
-            ch=widths[0], ch_mult=[w // widths[0] for w in widths], z_channels=config["latent_channels"],
-            num_res_blocks=config["layers_per_block"], scale_factor=config["scaling_factor"],
-            shift_factor=config["shift_factor"], num_groups=config["norm_num_groups"],
-            resolution=config["sample_size"]), True
+            ch=widths[0],
+            ch_mult=[width // widths[0] for width in widths],
+            z_channels=config["latent_channels"],
+            num_res_blocks=config["layers_per_block"],
+            scale_factor=config["scaling_factor"],
+            shift_factor=config["shift_factor"],
+            num_groups=config["norm_num_groups"],
+            resolution=config["sample_size"],
+        ), True
     theirs = any(".up_blocks." in name for name in files.file_of)
     said = files.metadata.get("vae.config" if files.whole else "config")
     first = "encoder.conv_in.weight"
@@ -325,9 +342,11 @@ def is_copy(folder: Place, theirs: str) -> bool | None:
     Fingerprints of older LoMDs are of values in bf16."""
     files, names = fingerprint_names(folder)
     stored = {files.tensor(name).dtype for name in names}
-    coarse = torch.float8_e5m2 in stored or E4M3 in stored and not theirs.startswith(ROUNDED)
-    same = theirs == (flux_fingerprint(folder) if theirs.startswith(ROUNDED) else fingerprint(files, names))
-    return same or (None if coarse else False)
+    rounded = theirs.startswith(ROUNDED)
+    if theirs == (flux_fingerprint(folder) if rounded else fingerprint(files, names)):
+        return True
+    coarse = torch.float8_e5m2 in stored or (E4M3 in stored and not rounded)
+    return None if coarse else False
 
 
 def autoencoder_fingerprint(folder: Place) -> str:
@@ -350,15 +369,31 @@ def model_defaults(folder: Place) -> dict:
     learning_rate: one, or {use: rate}. guidance: of pictures. warmup: of stage 1. aspects, scales: of crops,
     None is all of the paper's; background: its weight in the loss of a crop; mirror: crops mirrored too.
     """
-    paths = (Path(place) / "defaults.json" for place in (folder, tokenizers_of(folder)))
-    path = next(filter(Path.is_file, paths), None)
-    own = JsonFile(path) if path else {}
-    defaults = dict(resolution=1024, learning_rate=4e-4, prompt="a photo of a person", guidance=3.5,
-                    warmup=0.4, aspects=None, scales=None, background=1.0, mirror=True)
-    kinds = dict(prompt=str, mirror=bool, aspects=list | None, scales=list | None,
-                 learning_rate=float | int | dict)
+    path = Path(folder) / "defaults.json"
+    if not path.is_file():
+        path = tokenizers_of(folder) / "defaults.json"
+    own = JsonFile(path) if path.is_file() else {}
+    defaults = {
+        "resolution": 1024,
+        "learning_rate": 4e-4,
+        "prompt": "a photo of a person",
+        "guidance": 3.5,
+        "warmup": 0.4,
+        "aspects": None,
+        "scales": None,
+        "background": 1.0,
+        "mirror": True,
+    }
+    kinds = {
+        "prompt": str,
+        "mirror": bool,
+        "aspects": list | None,
+        "scales": list | None,
+        "learning_rate": float | int | dict,
+    }
     for name, value in own.items():
-        if name not in defaults or not isinstance(value, kinds.get(name, float | int)):
+        kind = kinds.get(name, float | int)
+        if name not in defaults or not isinstance(value, kind):
             raise ValueError(f"{path}: {name}, {value!r:.60}, is no default of a model: they are "
                              f"{', '.join(defaults)}")
     return defaults | own

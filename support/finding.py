@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from support.common import JsonFile, digest, not_content
+from support.names import OTHER_MODELS, first_match
 from support.tensors import SHARD, TensorFiles
 
 FLUX_FILES = tuple(f"flux1-{kind}{bits}.safetensors" for bits in ("", "-fp8") for kind in ("dev", "schnell"))
@@ -31,15 +32,12 @@ PICKLES = ".bin", ".pt", ".pth", ".ckpt"
 PREFERRED = {"autoencoder": ("ae",), "clip": ("clip_l",),                  # where a folder holds several
              "t5": ("t5xxl_fp16", "t5xxl_fp8_e4m3fn_scaled", "t5xxl_fp8_e4m3fn")}
 
-OTHER_MAKES = {                                  # what only another model has -> its name
-    "distilled_guidance_layer.": "Chroma", "redux_up.": "FLUX.1 Redux", "redux_down.": "FLUX.1 Redux",
-    "double_stream_modulation_img.": "FLUX.2", "joint_blocks.": "Stable Diffusion 3",
-    "controlnet_": "a ControlNet",
-    "txt_in.individual_token_refiner.": "HunyuanVideo", "context_refiner.": "HunyuanVideo",
-    "transformer_blocks.0.img_mod.": "Qwen-Image", "input_blocks.": "Stable Diffusion 1, 2 or XL",
-    ".to_qkv_mlp_proj": "FLUX.2", ".to_qkv_mlp.": "FLUX.1 under DiffSynth's own names",
-    "noise_refiner.": "Z-Image or Lumina", "double_layers.": "AuraFlow", "blocks.0.self_attn.": "Wan",
-    "lora_": "a LoRA", ".lora": "a LoRA"}
+OTHER_FILES = {                                  # that are no transformer of FLUX.1 as we know it
+    "FLUX.1 Redux": r"^redux_(up|down)\.",
+    "a ControlNet": r"^controlnet_",
+    "a LoRA": r"^lora_|\.lora",
+    "FLUX.1 under DiffSynth's own names": r"\.to_qkv_mlp\.",
+}
 # Stable Diffusion 3's autoencoder has the names and shapes of FLUX.1's: its scale, the published file
 SD3_SCALE = 1.5305
 SD3_BYTES = 167_666_654
@@ -215,10 +213,11 @@ def holds(path: Path, part: str, widths: dict[str, int]) -> bool:
 
 def check_make(files: TensorFiles) -> None:
     """ValueError, by name, where a file is of another model than FLUX.1."""
-    for mark, make in OTHER_MAKES.items():
-        if name := next((name for name in files.file_of if name.startswith(mark)
-                         or mark[0] == "." and mark in name), None):
-            raise ValueError(f"{files.path} is {make} ({name}), and not the transformer of FLUX.1")
+    # an autoencoder in the same file has names of its own, as Stable Diffusion has them
+    names = [name for name in files.file_of if not name.startswith(("encoder.", "decoder."))]
+    make, found = first_match(OTHER_FILES | OTHER_MODELS, names)
+    if make:
+        raise ValueError(f"{files.path} is {make} ({found[0]}), and not the transformer of FLUX.1")
     for name in ("img_in.weight", "x_embedder.weight"):
         channels = files.shape(name)[-1:] if name in files.file_of else [64]
         if make := INPUTS.get(*channels):

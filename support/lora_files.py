@@ -37,14 +37,17 @@ from flux_model import FluxConfig
 from support.checkpoints import Place, TensorFiles, flux_files, flux_fingerprint, is_copy, targets_of
 from support.common import (JsonFile, check_file, encodable, finite_number, not_content, note,
                             write_whole)
-from support.names import FINAL, FLUX_LINEARS, FLUX_NAMES, Target, part_sizes, split_number
+from support.names import (FINAL, FLUX_LINEARS, FLUX_NAMES, OTHER_MODELS, Target, first_match, part_sizes,
+                           split_number)
 
 Pair = tuple[Tensor, Tensor]                     # A (r, in) and B (out, r); the update of a weight is B A
 Lora = dict[str, Pair]                           # by diffusers module paths
 Layer = tuple[str, tuple[str, ...]]              # a module, and the diffusers paths its rows are of
-WRITTEN = {"diffusers": ("transformer.", ".lora_A.weight", ".lora_B.weight"),
-           "kohya": ("lora_unet_", ".lora_down.weight", ".lora_up.weight"),
-           "original": ("diffusion_model.", ".lora_A.weight", ".lora_B.weight")}
+WRITTEN = {
+    "diffusers": ("transformer.", ".lora_A.weight", ".lora_B.weight"),
+    "kohya": ("lora_unet_", ".lora_down.weight", ".lora_up.weight"),
+    "original": ("diffusion_model.", ".lora_A.weight", ".lora_B.weight"),
+}
 FORMATS = tuple(WRITTEN)
 PREFIX = re.compile(r"(base_model\.model\.)?(model\.)?"
                     r"(transformer\.|diffusion_model\.|lora_unet_|lora_transformer_|lycoris_)?")
@@ -57,7 +60,9 @@ TEXT_ENCODER = re.compile(r"(base_model\.model\.)?"
                           r"(text_encoders?(_\d)?\.|lora_te\d?_|(clip_[lg]|t5(xxl)?)\.)")
 EMBEDDING = re.compile(r"bundle_emb\.|emb_params|.*string_to_param|(clip_[lg]|t5(xxl)?|text_encoders_\d)$")
 PEFT_METADATA = "lora_adapter_metadata"
-ORIGINAL_OF = {part: original for original, parts in FLUX_LINEARS.items() for part in parts}
+ORIGINAL_OF = {}
+for original, parts in FLUX_LINEARS.items():
+    ORIGINAL_OF |= dict.fromkeys(parts, original)
 
 # Names ------------------------------------------------------------------------------------------------------
 
@@ -67,41 +72,51 @@ def spellings(layers: dict[str, Layer]) -> dict[str, Layer]:
 
 
 # every spelling of a module -> its template, and the diffusers templates whose rows, in turn, are its rows
-NAMES = spellings({original: (original, parts) for original, parts in FLUX_LINEARS.items()}
-                  | {part: (part, (part,)) for part in ORIGINAL_OF})
+OWN = {original: (original, parts) for original, parts in FLUX_LINEARS.items()}
+OWN |= {part: (part, (part,)) for part in ORIGINAL_OF}
+NAMES = spellings(OWN)
 SINGLE_QKV = ("single_blocks.{}.linear1_qkv", FLUX_LINEARS["single_blocks.{}.linear1"][:3])
 # what single programs call these: diffusers fused ones, OneTrainer the same in backups, DiffSynth all
-ALIASES = {}
+MORE = {}
 for original, names in {
-        "double_blocks.{}.img_attn.qkv":
-            "transformer_blocks.{}.attn.to_qkv transformer_blocks.{}.attn.qkv blocks.{}.attn.a_to_qkv",
-        "double_blocks.{}.txt_attn.qkv":
-            "transformer_blocks.{}.attn.to_added_qkv transformer_blocks.{}.attn.added_qkv "
-            "blocks.{}.attn.b_to_qkv",
-        "double_blocks.{}.img_mod.lin": "blocks.{}.norm1_a.linear",
-        "double_blocks.{}.txt_mod.lin": "blocks.{}.norm1_b.linear",
-        "double_blocks.{}.img_attn.proj": "blocks.{}.attn.a_to_out",
-        "double_blocks.{}.txt_attn.proj": "blocks.{}.attn.b_to_out",
-        "double_blocks.{}.img_mlp.0": "blocks.{}.ff_a.0", "double_blocks.{}.img_mlp.2": "blocks.{}.ff_a.2",
-        "double_blocks.{}.txt_mlp.0": "blocks.{}.ff_b.0", "double_blocks.{}.txt_mlp.2": "blocks.{}.ff_b.2",
-        "single_blocks.{}.linear1": "single_transformer_blocks.{}.qkv_mlp single_blocks.{}.to_qkv_mlp",
-        "single_blocks.{}.modulation.lin": "single_blocks.{}.norm.linear",
-        "single_blocks.{}.linear2": "single_blocks.{}.proj_out"}.items():
-    ALIASES |= dict.fromkeys(names.split(), NAMES[original])
-# OneTrainer numbers the parts of a fused layer; XLabs and USO name processors
-MORE_NAMES = spellings(
-    ALIASES
-    | {f"{name}.{i}": (part, (part,)) for name, (_, parts) in (NAMES | ALIASES).items() if len(parts) > 1
-       for i, part in enumerate(parts)}
-    | {"single_transformer_blocks.{}.attn.to_qkv": SINGLE_QKV, SINGLE_QKV[0]: SINGLE_QKV,
-       "img_in.proj": NAMES["img_in"],
-       "single_blocks.{}.processor.qkv_lora": SINGLE_QKV,
-       "single_blocks.{}.processor.proj_lora": NAMES["single_blocks.{}.linear2"]}
-    | {f"double_blocks.{{}}.processor.{layer}_lora{i}": NAMES[f"double_blocks.{{}}.{stream}_attn.{layer}"]
-       for i, stream in ((1, "img"), (2, "txt")) for layer in ("qkv", "proj")})
-NORMS = spellings({name: (name, ()) for original, parts in FLUX_NAMES.items() if original not in FLUX_LINEARS
-                   for name in (original, *parts)})
-LINEARS = NAMES | MORE_NAMES
+    "img_in": "img_in.proj",
+    "double_blocks.{}.img_attn.qkv":
+        "transformer_blocks.{}.attn.to_qkv transformer_blocks.{}.attn.qkv blocks.{}.attn.a_to_qkv",
+    "double_blocks.{}.txt_attn.qkv":
+        "transformer_blocks.{}.attn.to_added_qkv transformer_blocks.{}.attn.added_qkv "
+        "blocks.{}.attn.b_to_qkv",
+    "double_blocks.{}.img_mod.lin": "blocks.{}.norm1_a.linear",
+    "double_blocks.{}.txt_mod.lin": "blocks.{}.norm1_b.linear",
+    "double_blocks.{}.img_attn.proj": "blocks.{}.attn.a_to_out",
+    "double_blocks.{}.txt_attn.proj": "blocks.{}.attn.b_to_out",
+    "double_blocks.{}.img_mlp.0": "blocks.{}.ff_a.0",
+    "double_blocks.{}.img_mlp.2": "blocks.{}.ff_a.2",
+    "double_blocks.{}.txt_mlp.0": "blocks.{}.ff_b.0",
+    "double_blocks.{}.txt_mlp.2": "blocks.{}.ff_b.2",
+    "single_blocks.{}.linear1": "single_transformer_blocks.{}.qkv_mlp single_blocks.{}.to_qkv_mlp",
+    "single_blocks.{}.modulation.lin": "single_blocks.{}.norm.linear",
+    "single_blocks.{}.linear2": "single_blocks.{}.proj_out",
+}.items():
+    MORE |= dict.fromkeys(names.split(), OWN[original])
+# OneTrainer numbers the parts of a fused layer
+for name, (_, parts) in (OWN | MORE).items():
+    if len(parts) > 1:
+        MORE |= {f"{name}.{i}": (part, (part,)) for i, part in enumerate(parts)}
+# XLabs and USO name processors, 1 of the image stream and 2 of the text's
+for i, stream in enumerate(("img", "txt"), start=1):
+    for layer in ("qkv", "proj"):
+        own = OWN[f"double_blocks.{{}}.{stream}_attn.{layer}"]
+        MORE[f"double_blocks.{{}}.processor.{layer}_lora{i}"] = own
+MORE["single_blocks.{}.processor.proj_lora"] = OWN["single_blocks.{}.linear2"]
+MORE["single_blocks.{}.processor.qkv_lora"] = SINGLE_QKV
+MORE["single_transformer_blocks.{}.attn.to_qkv"] = SINGLE_QKV
+MORE[SINGLE_QKV[0]] = SINGLE_QKV
+LINEARS = NAMES | spellings(MORE)
+NORMS = {}
+for original in FLUX_NAMES.keys() - FLUX_LINEARS.keys():
+    for name in (original, *FLUX_NAMES[original]):
+        NORMS[name] = (name, ())
+NORMS = spellings(NORMS)
 
 
 def bare(name: str) -> str:
@@ -111,18 +126,23 @@ def bare(name: str) -> str:
 
 def find_layer(name: str, names: dict[str, Layer]) -> Layer | None:
     spelling, number = split_number(bare(name))
-    template, parts = names.get(spelling, (None, ()))
-    return template and (template.replace("{}", number), tuple(part.format(number) for part in parts))
+    if spelling not in names:
+        return None
+    template, parts = names[spelling]
+    return template.replace("{}", number), tuple(part.format(number) for part in parts)
 
 
 def parse_key(key: str) -> tuple[str, str, tuple[str, ...], str] | None:
     """Key -> (key without its ending, module, diffusers paths, "A" | "B" | "alpha"); None: not recognised."""
     ending = ENDING.search(key)
-    name = key[:ending.start()] if ending else key
-    layer = find_layer(name, LINEARS) if ending else None
-    if not layer or ending[0] in (".down.weight", ".up.weight") and ".processor." not in name:
+    if not ending:
         return None
-    return name, *layer, KINDS[next(filter(None, ending.groups()))]
+    name = key[:ending.start()]
+    layer = find_layer(name, LINEARS)
+    is_processors = ".processor." in name
+    if not layer or (ending[0] in (".down.weight", ".up.weight") and not is_processors):
+        return None
+    return name, *layer, KINDS[ending[1] or ending[2] or ending[3]]
 
 
 def is_change(key: str) -> bool:
@@ -132,15 +152,18 @@ def is_change(key: str) -> bool:
 
 
 def named(names: list[str]) -> str:
-    return repr(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+    more = len(names) - 1
+    return f"{names[0]!r} and {more} more" if more else repr(names[0])
 
 # Fused layers -----------------------------------------------------------------------------------------------
 
 def is_stacked(B: Tensor, sizes: list[int]) -> bool:
     """Is B block-diagonal, with the same number of columns for each part?"""
     rank, rest = divmod(B.shape[1], len(sizes))
-    return not rest and not any(block[:, :i * rank].any() or block[:, (i + 1) * rank:].any()
-                                for i, block in enumerate(B.split(sizes)))
+    if rest:
+        return False
+    blocks = [torch.ones(size, rank) for size in sizes]
+    return not B[torch.block_diag(*blocks) == 0].any()
 
 
 def unfuse(A: Tensor, B: Tensor, sizes: list[int]) -> list[Pair | None]:
@@ -150,97 +173,71 @@ def unfuse(A: Tensor, B: Tensor, sizes: list[int]) -> list[Pair | None]:
     if not is_stacked(B, sizes):
         return [(A.clone(), block.clone()) for block in B.split(sizes)]
     pairs = []
-    for i, (a, b) in enumerate(zip(A.chunk(len(sizes)), B.split(sizes))):
-        b = b[:, i * len(a):(i + 1) * len(a)]
-        used = (a.any(dim=1) | b.any(dim=0)).nonzero()       # padding is zero in both, a new LoRA only in B
-        rank = int(used.max()) + 1 if len(used) else 0
-        pairs.append((a[:rank].clone(), b[:, :rank].clone()) if rank else None)
+    rank = len(A) // len(sizes)
+    for i, rows in enumerate(B.split(sizes)):
+        own = slice(i * rank, (i + 1) * rank)
+        a, b = A[own], rows[:, own]
+        # padding is zero in both, a new LoRA only in B
+        used = (a.any(dim=1) | b.any(dim=0)).nonzero()
+        if len(used):
+            last = int(used.max()) + 1
+            pairs.append((a[:last].clone(), b[:, :last].clone()))
+        else:
+            pairs.append(None)
     return pairs
 
 
 def fuse(pairs: list[Pair | None], sizes: list[int]) -> Pair:
     """(A, B) of each part (None: it has no LoRA) -> (A, B) of the Linear. The inverse of unfuse."""
-    if all(pairs) and all(torch.equal(A, pairs[0][0]) for A, _ in pairs):
+    there = [pair for pair in pairs if pair]
+    first = there[0][0]
+    if len(there) == len(pairs) and all(torch.equal(A, first) for A, _ in pairs):
         B = torch.cat([B for _, B in pairs])
         if not is_stacked(B, sizes):                       # else reading would take it for the form below
-            return pairs[0][0], B
-    like = next(A for A, _ in filter(None, pairs))
-    pairs = [pair or (like[:0], like.new_zeros(size, 0)) for pair, size in zip(pairs, sizes)]
-    rank = max(len(A) for A, _ in pairs)
-    return (torch.cat([F.pad(A, (0, 0, 0, rank - len(A))) for A, _ in pairs]),
-            torch.block_diag(*(F.pad(B, (0, rank - B.shape[1])) for _, B in pairs)))
+            return first, B
+    rank = max(len(A) for A, _ in there)
+    As, Bs = [], []
+    for pair, size in zip(pairs, sizes):
+        A, B = pair or (first[:0], first.new_zeros(size, 0))
+        missing = rank - len(A)
+        As.append(F.pad(A, (0, 0, 0, missing)))
+        Bs.append(F.pad(B, (0, missing)))
+    return torch.cat(As), torch.block_diag(*Bs)
 
 # What is no LoRA of FLUX.1 ----------------------------------------------------------------------------------
 
-# marks in keys that are not recognised -> the kind of file, in the order in which they are looked for
-UNSUPPORTED = {r"(qkv|to_q|linear1|proj_mlp)\.weight$": "whole model", r"lokr_": "LoKr", r"hada_": "LoHa",
-               r"dora|magnitude": "DoRA", r"[._]b?oft[._]": "OFT", r"vera_": "VeRA",
-               r"\.lora_(down|up)$": "LoRA in nunchaku's layout",
-               r"lora_mid": "LoCon with a core", r"\.on_input$": "IA3", r"\.[ab][12]\.": "GLoRA",
-               r"norm\.scale$|norm_(added_)?[qk]\.weight$|\.(reshape|set)_weight$": "control LoRA",
-               r"ip_adapter": "IP-Adapter", r"controlnet": "ControlNet"}
-OTHER_MODELS = {
-    r"(double|single)_stream_modulation|to_qkv_mlp_proj|[._]linear_(in|out)\b|time_guidance_embed|"
-    r"single_transformer_blocks[._]\d+[._]attn[._]to_out[._]lora": "FLUX.2",
-    r"(img|txt)_mlp[._]net[._]|(img|txt)_mod[._]1\b": "Qwen-Image",
-    r"\.(img|txt)_attn_(qkv|proj|q|k|v)\b|(img|txt)_mlp[._]fc[12]|(img|txt)_mod[._]linear|"
-    r"modulation[._]linear|token_refiner": "HunyuanVideo",
-    r"distilled_guidance_layer": "Chroma",
-    r"joint_transformer_blocks|(double|single)_layers[._]": "AuraFlow",
-    r"joint_blocks|context_block|x_block": "SD3 or SD3.5",
-    r"down_blocks[._]0[._]att|up_blocks[._]3[._]att": "Stable Diffusion 1.5 or 2",
-    r"(in|out)put_blocks|middle_block|mid_block_attentions_0_transformer_blocks_[1-9]|"
-    r"down_blocks[._]2[._]attentions[._]\d[._]transformer_blocks[._][1-9]": "SDXL",
-    r"(down|mid|up)_blocks?[._]": "SDXL or Stable Diffusion 1.5",
-    r"(double|single)_stream_blocks": "HiDream",
-    r"transformer_blocks[._]\d+[._]attn1": "LTX-Video, CogVideoX, PixArt or Sana",
-    r"transformer_blocks[._]\d+[._]attn2": "SD3.5",
-    r"\bblocks[._]\d+[._](self|cross)_attn|unet_blocks_": "Wan or Cosmos",
-    r"layers[._]\d+[._](attention|feed_forward)|(noise|context)_refiner": "Z-Image or Lumina"}
-# where all names are FLUX.1's: (double, single) blocks, the width of the blocks, and what the metadata say
-BY_BLOCKS = {(60, 0): "Qwen-Image", (20, 40): "HunyuanVideo", (8, 48): "FLUX.2", (8, 24): "FLUX.2 [klein]",
-             (5, 20): "FLUX.2 [klein]", (19, 38): "FLUX.1 in full size",
-             (38, 0): "SD3.5 large", (24, 0): "SD3 or SD3.5 medium"}
-BY_WIDTH = {6144: "FLUX.2", 4096: "FLUX.2 [klein]", 2432: "SD3.5 large", 1536: "SD3 or SD3.5 medium"}
-BY_METADATA = {r"flux[-_. ]?2": "FLUX.2", "qwen": "Qwen-Image", "hunyuan": "HunyuanVideo",
-               r"sd[-_]?3|stable-diffusion-3": "SD3 or SD3.5"}
-
-
-def first_match(patterns: dict[str, str], keys: list[str]) -> tuple[str, list[str]]:
-    """The meaning of the first pattern that is found, and the keys with it."""
-    for pattern, meaning in patterns.items():
-        if found := [key for key in keys if re.search(pattern, key, re.IGNORECASE)]:
-            return meaning, found
-    return "", []
+# kinds of file, by keys that are not recognised, in the order in which they are looked for
+UNSUPPORTED = {
+    "a whole model": r"(qkv|to_q|linear1|proj_mlp)\.weight$",
+    "a LoKr": r"lokr_",
+    "a LoHa": r"hada_",
+    "a DoRA": r"dora|magnitude",
+    "an OFT": r"[._]b?oft[._]",
+    "a VeRA": r"vera_",
+    "a LoRA in nunchaku's layout": r"\.lora_(down|up)$",
+    "a LoCon with a core": r"lora_mid",
+    "an IA3": r"\.on_input$",
+    "a GLoRA": r"\.[ab][12]\.",
+    "a control LoRA": r"norm\.scale$|norm_(added_)?[qk]\.weight$|\.(reshape|set)_weight$",
+    "an IP-Adapter": r"ip_adapter",
+    "a ControlNet": r"controlnet",
+}
 
 
 def check_kind(path: Place, keys: list[str], unknown: list[str], metadata: dict[str, str]) -> None:
     """ValueError that says what a file is that is not wholly a LoRA of FLUX.1."""
     kind, found = first_match(UNSUPPORTED, unknown)
     if kind:
-        kind = f"an {kind}" if kind[0] in "IO" else f"a {kind}"
         raise ValueError(f"{path} is {kind} ({named(found)}), which is not supported: plain LoRA only")
-    said = [metadata.get(field, "") for field in ("modelspec.architecture", "ss_base_model_version")]
-    for model, found in first_match(OTHER_MODELS, unknown), first_match(BY_METADATA, said):
-        if model:
-            raise ValueError(f"{path} is a LoRA of {model}, not of FLUX.1 (it has {named(found)})")
+    fields = "modelspec.architecture", "ss_base_model_version"
+    said = [metadata[field] for field in fields if field in metadata]
+    model, found = first_match(OTHER_MODELS, unknown + said)
+    if model:
+        raise ValueError(f"{path} is a LoRA of {model}, not of FLUX.1 (it has {named(found)})")
     if unknown:
-        hint = "".join(f"; its metadata say {text!r}" for text in filter(None, said[:1]))
+        hint = f"; its metadata say {said[0]!r}" if said else ""
         raise ValueError(f"{path}: {len(unknown)} of {len(keys)} keys are of no FLUX LoRA: "
                          f"{named(unknown)}{hint}")
-
-
-def guess_model(lora: Lora) -> str:
-    """What a LoRA that does not fit may be of: " (...)", or nothing."""
-    numbers = list(map(split_number, lora))
-    blocks = [max((int(number) + 1 for template, number in numbers if template.startswith(kind)), default=0)
-              for kind in ("transformer_", "single_transformer_")]
-    widths = {A.shape[1] for path, (A, _) in lora.items() if ".attn." in path}
-    gated = any(path.endswith(("proj_mlp", ".ff.net.0.proj")) and len(B) == 6 * A.shape[1]
-                for path, (A, B) in lora.items())                   # twice 3 times the width; FLUX.1's is 4
-    other = "FLUX.2" if gated else BY_BLOCKS.get(tuple(blocks)) or next(
-        (BY_WIDTH[width] for width in widths if width in BY_WIDTH), None)
-    return f" (it looks like a LoRA of {other})" if other else ""
 
 # Reading ----------------------------------------------------------------------------------------------------
 
@@ -283,8 +280,9 @@ def peft_settings(path: Path, metadata: dict[str, str]) -> dict:
         else:
             return {}
         settings = {key.removeprefix("transformer."): value for key, value in settings.items()}
-        settings["alpha_pattern"] = {re.compile(rf"(.*\.)?({pattern})$"): float(alpha) for pattern, alpha
-                                     in (settings.get("alpha_pattern") or {}).items()}
+        alphas = settings.get("alpha_pattern") or {}
+        settings["alpha_pattern"] = {
+            re.compile(rf"(.*\.)?({pattern})$"): float(alpha) for pattern, alpha in alphas.items()}
         if settings.get("lora_alpha") is not None:
             settings["lora_alpha"] = float(settings["lora_alpha"])
     except (AttributeError, TypeError, ValueError, re.error) as error:
@@ -300,28 +298,36 @@ def peft_settings(path: Path, metadata: dict[str, str]) -> dict:
 def peft_alpha(settings: dict, name: str, rank: int) -> float | None:
     """The alpha of a module without one of its own, as its scale is alpha / rank; None: the scale is 1."""
     alpha = settings.get("lora_alpha")
-    found = (own for pattern, own in settings.get("alpha_pattern", {}).items() if pattern.match(bare(name)))
-    alpha = next(found, alpha)
-    return alpha * rank ** 0.5 if settings.get("use_rslora") and alpha is not None else alpha
+    for pattern, own in settings.get("alpha_pattern", {}).items():
+        if pattern.match(bare(name)):
+            alpha = own
+            break
+    if alpha is not None and settings.get("use_rslora"):
+        alpha *= rank ** 0.5
+    return alpha
 
 
 def sort_keys(path: Place, file: safe_open) -> tuple[list[str], list[str]]:
     """The keys of pairs, and those of whole changes that are not zero. ValueError for what is no LoRA."""
-    all_keys, unused = sorted(file.keys()), {}
-    for kind, pattern in (("text encoders", TEXT_ENCODER), ("embeddings", EMBEDDING)):
-        unused[kind] = [key for key in all_keys if pattern.match(key)]
-    keys = [key for key in all_keys if not any(key in found for found in unused.values())]
+    all_keys = sorted(file.keys())
+    texts = [key for key in all_keys if TEXT_ENCODER.match(key)]
+    embeddings = [key for key in all_keys if EMBEDDING.match(key) and key not in texts]
+    keys = sorted({*all_keys} - {*texts, *embeddings})
     if not keys:
-        what = " and ".join(kind for kind in unused if unused[kind])
-        raise ValueError(f"{path} holds no LoRA of the transformer: it has {len(all_keys) or 'no'} tensors"
-                         + (f", all of {what}, which are not used" if what else ""))
+        kinds = {"text encoders": texts, "embeddings": embeddings}
+        what = " and ".join(kind for kind, found in kinds.items() if found)
+        what = f", all of {what}, which are not used" if what else ""
+        raise ValueError(f"{path} holds no LoRA of the transformer: it has {len(all_keys) or 'no'} "
+                         f"tensors{what}")
     pairs = [key for key in keys if parse_key(key)]
     changes = [key for key in keys if is_change(key)]
-    check_kind(path, keys, sorted({*keys} - {*pairs, *changes}), file.metadata() or {})
-    for kind, found in unused.items():
-        if found:
-            names = f": {named(found)}" if kind == "embeddings" else ""
-            warnings.warn(f"{path}: {len(found)} tensors of {kind} are not used{names}", stacklevel=4)
+    unknown = sorted({*keys} - {*pairs, *changes})
+    check_kind(path, keys, unknown, file.metadata() or {})
+    if texts:
+        warnings.warn(f"{path}: {len(texts)} tensors of text encoders are not used", stacklevel=4)
+    if embeddings:
+        warnings.warn(f"{path}: {len(embeddings)} tensors of embeddings are not used: {named(embeddings)}",
+                      stacklevel=4)
     return pairs, [key for key in changes if file.get_tensor(key).float().any()]
 
 
@@ -334,26 +340,32 @@ def group_keys(keys: list[str]) -> Iterator[tuple[str, str, tuple[str, ...], dic
     modules = {}
     for key in keys:
         name, *layer, kind = parse_key(key)
-        modules.setdefault(tuple(layer), {}).setdefault(name, {}).setdefault(kind, []).append(key)
+        loras = modules.setdefault(tuple(layer), {})
+        loras.setdefault(name, {}).setdefault(kind, []).append(key)
     for layer, loras in modules.items():
         if not all({"A", "B"} <= lora.keys() for lora in loras.values()):
-            together = {kind: sum((lora.get(kind, []) for lora in loras.values()), [])
-                        for kind in ("A", "B", "alpha")}
-            loras = {next(iter(loras)): {kind: found for kind, found in together.items() if found}}
-        yield from ((name, *layer, lora) for name, lora in loras.items())
+            together = {}
+            for lora in loras.values():
+                for kind, found in lora.items():
+                    together.setdefault(kind, []).extend(found)
+            loras = {next(iter(loras)): together}
+        for name, lora in loras.items():
+            yield name, *layer, lora
 
 
 def read_one(path: Place, file: safe_open, keys: list[str]) -> Tensor:
     """The tensor that all these keys hold."""
     first, *others = map(file.get_tensor, keys)
-    if not all(first.shape == other.shape and torch.equal(first.float(), other.float()) for other in others):
-        raise ValueError(f"{path}: {keys[0]!r} is there twice, with two endings or prefixes ({keys[1]!r}), "
-                         "and they differ")
+    for other in others:
+        if first.shape != other.shape or not torch.equal(first.float(), other.float()):
+            raise ValueError(f"{path}: {keys[0]!r} is there twice, with two endings or prefixes "
+                             f"({keys[1]!r}), and they differ")
     return first
 
 
 def check_pair(where: str, A: Tensor, B: Tensor) -> None:
-    if A.dim() != 2 or B.dim() != 2 or len(A) != B.shape[1] or not len(A):
+    fit = A.dim() == B.dim() == 2 and len(A) == B.shape[1] > 0
+    if not fit:
         raise ValueError(f"{where}: A {list(A.shape)} and B {list(B.shape)} are no (r, in) and (out, r)")
     if not (A.isfinite().all() and B.isfinite().all()):
         raise ValueError(f"{where} holds values that are not finite (in {A.dtype})")
@@ -402,10 +414,11 @@ def read_changes(path: Place, file: safe_open, keys: list[str]) -> Iterator[tupl
 
 def same_update(one: Pair | None, other: Pair | None) -> bool:
     """Do two pairs (None: no update) make the same update, up to the rounding of fp32?"""
-    if one and other and all(map(torch.equal, one, other)):
-        return True
-    a, b = (pair[1] @ pair[0] if pair else torch.zeros(()) for pair in (one, other))
-    return (a.shape == b.shape or not (one and other)) and bool((a - b).norm() <= 1e-5 * a.norm())
+    a = one[1] @ one[0] if one else torch.zeros(())
+    b = other[1] @ other[0] if other else torch.zeros(())
+    if one and other and a.shape != b.shape:
+        return False
+    return bool((a - b).norm() <= 1e-5 * a.norm())
 
 
 def check_model(path: Place, lora: Lora, config: FluxConfig) -> None:
@@ -415,13 +428,12 @@ def check_model(path: Place, lora: Lora, config: FluxConfig) -> None:
     for part, (A, B) in lora.items():
         shape = [len(B), A.shape[1]]
         if part not in shapes:
-            raise ValueError(f"{path}: {part} is not in this model, which has {blocks}{guess_model(lora)}")
+            raise ValueError(f"{path}: {part} is not in this model, which has {blocks}")
         if part == "x_embedder" and shape[1] > config.in_channels:
             raise ValueError(f"{path} is a control LoRA ({part} of {shape[1]} channels instead of "
                              f"{config.in_channels}), which is not supported: plain LoRA only")
         if shapes[part] != shape:
-            raise ValueError(f"{path}: {part} is {shape}, but {shapes[part]} in this model"
-                             f"{guess_model(lora)}")
+            raise ValueError(f"{path}: {part} is {shape}, but {shapes[part]} in this model")
 
 
 def load_lora(path: Place, config: FluxConfig | None = None) -> Lora:
@@ -430,7 +442,7 @@ def load_lora(path: Place, config: FluxConfig | None = None) -> Lora:
     `config`: the model that it must fit. What is not used (text encoders, embeddings, changes of biases and
     norms) is named in a warning. ValueError, in one line, for anything that is not wholly understood.
     """
-    file, lora = open_lora(path), {}
+    file = open_lora(path)
     settings = peft_settings(Path(path), file.metadata() or {})
     pairs, changes = sort_keys(path, file)
     layers = []
@@ -440,12 +452,14 @@ def load_lora(path: Place, config: FluxConfig | None = None) -> Lora:
     layers += read_changes(path, file, changes)
     if not layers:
         raise ValueError(f"{path} holds no LoRA of the transformer: it changes at most biases and norms")
+    lora = {}
     for name, module, parts, (A, B) in layers:
-        sizes = part_sizes(len(parts), len(B), A.shape[1])
-        if sum(sizes) != len(B) or min(sizes) < 1 or (module == FINAL and len(B) % 2):
-            raise ValueError(f"{path}: {name} cannot be [{len(B)}, {A.shape[1]}]")
+        rows, width = len(B), A.shape[1]
+        sizes = part_sizes(len(parts), rows, width)
+        if sum(sizes) != rows or min(sizes) < 1 or (module == FINAL and rows % 2):
+            raise ValueError(f"{path}: {name} cannot be [{rows}, {width}]")
         if module == FINAL:
-            B = B.roll(len(B) // 2, 0)
+            B = swap_halves(B)
         for part, pair in zip(parts, unfuse(A, B, sizes)):
             if part in lora and not same_update(lora[part], pair):
                 raise ValueError(f"{path}: {part} is there twice, under two names, and they differ ({name})")
@@ -455,22 +469,32 @@ def load_lora(path: Place, config: FluxConfig | None = None) -> Lora:
         check_model(path, lora, config)
     return lora
 
+
+def swap_halves(B: Tensor) -> Tensor:
+    """Of the final modulation: shift and scale, which diffusers has the other way round."""
+    return B.roll(len(B) // 2, 0)
+
 # Writing ----------------------------------------------------------------------------------------------------
 
 def to_original(lora: Lora, mlp_ratio: float) -> Lora:
     """LoRA by diffusers paths -> by original module paths, the parts of fused layers together."""
+    layers = {}
+    for path in lora:
+        part, number = split_number(path)
+        original = ORIGINAL_OF[part]
+        layers[original.format(number)] = [part.format(number) for part in FLUX_LINEARS[original]]
     fused = {}
-    for layer, number in dict.fromkeys((ORIGINAL_OF[part], n) for part, n in map(split_number, lora)):
-        pairs = [lora.get(part.format(number)) for part in FLUX_LINEARS[layer]]
-        shapes = [[len(pair[1]), pair[0].shape[1]] if pair else None for pair in pairs]
-        width = next(shape[1] for shape in shapes if shape)
-        last = shapes[-1][0] if shapes[-1] else int(mlp_ratio * width)
-        sizes = part_sizes(len(pairs), last if len(pairs) == 1 else 3 * width + last, width)
-        if any(shape and shape != [size, width] for shape, size in zip(shapes, sizes)):
-            there = [shape for shape in shapes if shape]
-            raise ValueError(f"{layer.format(number)}: its parts do not fit together: {there}")
+    for layer, paths in layers.items():
+        pairs = [lora.get(path) for path in paths]
+        there = [[len(B), A.shape[1]] for A, B in filter(None, pairs)]
+        width = there[0][1]
+        last = len(pairs[-1][1]) if pairs[-1] else int(mlp_ratio * width)
+        rows = last if len(pairs) == 1 else 3 * width + last
+        sizes = part_sizes(len(pairs), rows, width)
+        if there != [[size, width] for size, pair in zip(sizes, pairs) if pair]:
+            raise ValueError(f"{layer}: its parts do not fit together: {there}")
         A, B = fuse(pairs, sizes)
-        fused[layer.format(number)] = (A, B.roll(len(B) // 2, 0) if layer == FINAL else B)
+        fused[layer] = (A, swap_halves(B) if layer == FINAL else B)
     return fused
 
 
@@ -493,16 +517,26 @@ def standard_metadata(lora: Lora, metadata: dict[str, str]) -> dict[str, str]:
 
     No title from the path and no date: equal runs give equal bytes.
     """
-    rank, words = max(len(A) for A, _ in lora.values()), metadata.get("prompt")
+    rank = max(len(A) for A, _ in lora.values())
+    words = metadata.get("prompt")
     kind = "schnell" if "schnell" in metadata.get("model", "") else "dev"
-    facts = {"modelspec.sai_model_spec": "1.0.1", "modelspec.architecture": f"flux-1-{kind}/lora",
-             "modelspec.implementation": "https://github.com/black-forest-labs/flux",
-             "modelspec.title": words or "LoRA", "ss_base_model_version": "flux1",
-             "ss_network_module": "networks.lora_flux"}
+    facts = {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"flux-1-{kind}/lora",
+        "modelspec.implementation": "https://github.com/black-forest-labs/flux",
+        "modelspec.title": words or "LoRA",
+        "ss_base_model_version": "flux1",
+        "ss_network_module": "networks.lora_flux",
+    }
     if words:
-        facts |= {"modelspec.trigger_phrase": words, "ss_tag_frequency": json.dumps({"": {words: 1}})}
+        facts["modelspec.trigger_phrase"] = words
+        facts["ss_tag_frequency"] = json.dumps({"": {words: 1}})
     # last, what is true of this file, whatever metadata came along: the scale is in B, so alpha is the rank
-    own = {"ss_network_dim": str(rank), "ss_network_alpha": str(float(rank)), "format": "pt"}
+    own = {
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": str(float(rank)),
+        "format": "pt",
+    }
     return facts | metadata | own
 
 
@@ -524,7 +558,8 @@ def lora_bytes(lora: Lora, format: str = "diffusers", metadata: dict[str, str] |
     """What save_lora writes; `path` is for messages."""
     if format not in FORMATS:
         raise ValueError(f"there is no LoRA format {format!r}, only {', '.join(FORMATS)}")
-    metadata = {key: text for key, text in (metadata or {}).items() if key != PEFT_METADATA}  # now it is in B
+    metadata = dict(metadata or {})
+    metadata.pop(PEFT_METADATA, None)                       # its scale is in B now
     if not all(isinstance(text, str) for text in (*metadata, *metadata.values())):
         raise ValueError(f"{path}: the metadata of a LoRA must be text, str to str")
     if not lora:
@@ -534,48 +569,61 @@ def lora_bytes(lora: Lora, format: str = "diffusers", metadata: dict[str, str] |
     lora = {name: [tensor.detach().to("cpu", dtype) for tensor in pair] for name, pair in lora.items()}
     for name, (A, B) in lora.items():
         check_pair(f"{path}: {name}", A, B)
+    metadata = standard_metadata(lora, metadata)
+    if format != "diffusers":
+        lora = to_original(lora, mlp_ratio)
     prefix, down, up = WRITTEN[format]
     tensors = {}
-    for name, (A, B) in (lora if format == "diffusers" else to_original(lora, mlp_ratio)).items():
-        name = prefix + (name.replace(".", "_") if format == "kohya" else name)
-        tensors[name + down], tensors[name + up] = A.clone().contiguous(), B.clone().contiguous()
+    for name, (A, B) in lora.items():
         if format == "kohya":
-            tensors[f"{name}.alpha"] = torch.tensor(float(len(A)))        # the rank: scale 1
-    return tensor_bytes(tensors, standard_metadata(lora, metadata))
+            name = name.replace(".", "_")
+            tensors[f"{prefix}{name}.alpha"] = torch.tensor(float(len(A)))        # the rank: scale 1
+        tensors[prefix + name + down] = A.clone().contiguous()
+        tensors[prefix + name + up] = B.clone().contiguous()
+    return tensor_bytes(tensors, metadata)
 
 # LoMD -------------------------------------------------------------------------------------------------------
 
 def check_lomd(lomd: dict[str, Tensor], targets: list[Target]) -> None:
     """ValueError, naming the first difference, where a LoMD is of another model."""
     d_in = {target.path: target.d_in for target in targets}
-    odd = [f"{path} is {'not in the model' if path in lomd else 'missing from it'}"
-           for path in sorted(set(lomd) ^ set(d_in))]
-    odd = odd or [f"{path} is {list(A.shape)} instead of [r1, {d_in[path]}]" for path, A in lomd.items()
-                  if A.dim() != 2 or len(A) == 0 or A.shape[1] != d_in[path]]
+    odd = []
+    for path in sorted(lomd.keys() ^ d_in.keys()):
+        odd.append(f"{path} is {'not in the model' if path in lomd else 'missing from it'}")
+    for path, A in lomd.items() if not odd else ():
+        if A.dim() != 2 or len(A) == 0 or A.shape[1] != d_in[path]:
+            odd.append(f"{path} is {list(A.shape)} instead of [r1, {d_in[path]}]")
     if odd:
         raise ValueError(f"this LoMD is of another model: {odd[0]}")
-    if len(ranks := sorted({len(A) for A in lomd.values()})) > 1:
+    ranks = sorted({len(A) for A in lomd.values()})
+    if len(ranks) > 1:
         rows = " and ".join(map(str, ranks))
         raise ValueError(f"this LoMD has matrices of {rows} rows: all must have the same")
 
 
 def save_lomd(path: Place, lomd: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Writes {diffusers path: (r1, d_in)} as <path>.lomd, in fp32; the file is whole or absent."""
-    r1 = len(next(iter(lomd.values())))
-    tensors = {f"{k}.lomd": v.detach().float().cpu().contiguous() for k, v in lomd.items()}
-    facts = {"format": "pt", "r1": str(r1), "targets": str(len(lomd))}
+    tensors = {}
+    for name, A in lomd.items():
+        tensors[f"{name}.lomd"] = A.detach().float().cpu().contiguous()
+    facts = {"format": "pt", "r1": str(len(A)), "targets": str(len(lomd))}
     write_whole(path, tensor_bytes(tensors, facts | metadata))
 
 
 def load_lomd(path: Place) -> tuple[dict[str, Tensor], dict[str, str]]:
     """LoMD and metadata of a file that save_lomd wrote. ValueError, in one line, for any other."""
     files = TensorFiles([Path(path)])
-    odd = [key for key in (*files.file_of, *files.raw) if not key.endswith(".lomd")]
-    if odd or not files.file_of:
-        raise ValueError(f"{path} is no LoMD file: {f'it holds {odd[0]}' if odd else 'it is empty'}")
-    lomd = {key.removesuffix(".lomd"): files[key].float() for key in files.file_of}
-    if unsound := [key for key, A in lomd.items() if not A.isfinite().all()]:
-        raise ValueError(f"{path}: {unsound[0]}.lomd is not finite")
+    keys = [*files.file_of, *files.raw]
+    if not keys:
+        raise ValueError(f"{path} is no LoMD file: it is empty")
+    lomd = {}
+    for key in keys:
+        if not key.endswith(".lomd"):
+            raise ValueError(f"{path} is no LoMD file: it holds {key}")
+        A = files[key].float()
+        if not A.isfinite().all():
+            raise ValueError(f"{path}: {key} is not finite")
+        lomd[key.removesuffix(".lomd")] = A
     return lomd, files.metadata
 
 
@@ -583,19 +631,23 @@ def find_lomd(folder: Place | None, path: Place | None = None) -> Path:
     """The LoMD's file: `path`, else of a model's folder (None: not there yet), else of this one."""
     if path:
         check_file(path, "LoMD")
-    places = [Path(path)] if path else [*([Path(folder) / "lomd.safetensors"] if folder else []),
-                                        Path("lomd.safetensors")]
-    if (found := next(filter(Path.is_file, places), None)) is None:
-        raise ValueError(f"no LoMD {' or ./'.join(map(str, places))}: train one with meta_train.py, name "
-                         "yours with --lomd, or train a plain LoRA with --method lora")
-    return found
+        return Path(path)
+    places = [Path("lomd.safetensors")]
+    if folder:
+        places.insert(0, Path(folder) / "lomd.safetensors")
+    for place in places:
+        if place.is_file():
+            return place
+    raise ValueError(f"no LoMD {' or ./'.join(map(str, places))}: train one with meta_train.py, name "
+                     "yours with --lomd, or train a plain LoRA with --method lora")
 
 
 def read_lomd(folder: Place, path: Place | None = None) -> tuple[dict[str, Tensor], str, bool]:
     """The LoMD for the model in `folder` -> ({path: (r1, d_in)}, its hash, was it never trained?)."""
     path = find_lomd(folder, path)
     lomd, metadata = load_lomd(path)
-    mine, name = flux_fingerprint(folder), metadata.get("model", "unnamed")
+    mine = flux_fingerprint(folder)
+    name = metadata.get("model", "unnamed")
     theirs = metadata.get("model_fingerprint", mine)
     fits = is_copy(folder, theirs)
     if fits is None:
@@ -607,7 +659,8 @@ def read_lomd(folder: Place, path: Place | None = None) -> tuple[dict[str, Tenso
                              f" with fingerprint {theirs}; this one has {mine}")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return lomd, f"sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}", metadata.get("random") == "true"
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return lomd, f"sha256 {digest}", metadata.get("random") == "true"
 
 # LoRAs of a command line -----------------------------------------------------------------------------------
 

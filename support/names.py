@@ -1,4 +1,4 @@
-"""FLUX.1's module names in the original and the diffusers layout, and which Linears a LoRA adapts.
+"""FLUX.1's module names in both layouts, which Linears a LoRA adapts, and how other models are known.
 
 The ground floor: imports nothing of ours. The original layout fuses q, k, v (and the MLP's input)
 into one Linear; diffusers keeps a Linear for each.
@@ -132,3 +132,34 @@ def find_targets(flux: nn.Module, outside: bool = False) -> list[Target]:
             targets.append(Target(path.format(number), name, start, rows, module.in_features))
             start += rows
     return targets
+
+
+# what only another model's names, or a file's own words about itself, have; looked for in this order
+OTHER_MODELS = {
+    "FLUX.2": r"(double|single)_stream_modulation|to_qkv_mlp_proj|[._]linear_(in|out)\b|time_guidance_embed"
+              r"|single_transformer_blocks[._]\d+[._]attn[._]to_out[._]lora|flux[-_. ]?2",
+    "Qwen-Image": r"(img|txt)_mlp[._]net[._]|(img|txt)_mod[._]1\b|qwen",
+    "HunyuanVideo": r"\.(img|txt)_attn_(qkv|proj|q|k|v)\b|(img|txt)_mlp[._]fc[12]|(img|txt)_mod[._]linear"
+                    r"|modulation[._]linear|token_refiner|hunyuan",
+    "Chroma": r"distilled_guidance_layer",
+    "AuraFlow": r"joint_transformer_blocks|(double|single)_layers[._]",
+    "SD3 or SD3.5": r"joint_blocks|context_block|x_block|sd[-_]?3|stable-diffusion-3",
+    "Stable Diffusion 1.5 or 2": r"down_blocks[._]0[._]att|up_blocks[._]3[._]att",
+    "SDXL": r"(in|out)put_blocks|middle_block|mid_block_attentions_0_transformer_blocks_[1-9]"
+            r"|down_blocks[._]2[._]attentions[._]\d[._]transformer_blocks[._][1-9]",
+    "SDXL or Stable Diffusion 1.5": r"(down|mid|up)_blocks?[._]",
+    "HiDream": r"(double|single)_stream_blocks",
+    "LTX-Video, CogVideoX, PixArt or Sana": r"transformer_blocks[._]\d+[._]attn1",
+    "SD3.5": r"transformer_blocks[._]\d+[._]attn2",
+    "Wan or Cosmos": r"\bblocks[._]\d+[._](self|cross)_attn|unet_blocks_",
+    "Z-Image or Lumina": r"layers[._]\d+[._](attention|feed_forward)|(noise|context)_refiner",
+}
+
+
+def first_match(patterns: dict[str, str], texts: list[str]) -> tuple[str, list[str]]:
+    """{meaning: pattern} -> the first meaning that is found, and the texts with it; ("", []) without."""
+    for meaning, pattern in patterns.items():
+        found = [text for text in texts if re.search(pattern, text, re.IGNORECASE)]
+        if found:
+            return meaning, found
+    return "", []

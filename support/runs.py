@@ -86,10 +86,13 @@ def compare_settings(run: Path, settings: dict) -> None:
 class Group:
     """The processes that torchrun started; one alone without it. Counts the bytes that it sends."""
     def __init__(self, device_name: str | None):
-        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank = int(os.environ.get("RANK", 0))
+        self.size = int(os.environ.get("WORLD_SIZE", 1))
+        self.sent = 0
         if self.size > 1 and device_name is None and torch.cuda.is_available():
             device_name = f"cuda:{os.environ.get('LOCAL_RANK', self.rank)}"
-        self.device, self.sent, backend = pick_device(device_name), 0, "gloo"
+        self.device = pick_device(device_name)
+        backend = "gloo"
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             backend = "cpu:gloo,cuda:nccl"       # a flag of the CPU does not wait for the card
@@ -143,11 +146,21 @@ class Group:
             dist.destroy_process_group()
 
 
-def read_state(path: Path, device: str | torch.device = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file of a run."""
+State = dict[str, Tensor]
+
+
+def save_state(path: Path, tensors: State, metadata: dict[str, str] | None = None) -> None:
+    with whole(path) as part:
+        save_file({name: tensor.cpu() for name, tensor in tensors.items()}, part, metadata)
+
+
+def read_state(path: Path, device: torch.device) -> tuple[State, dict[str, str]]:
+    """Tensors and metadata of a file of a run."""
+    tensors = {}
     with safe_open(path, "pt", device=str(device)) as file:
-        # clone: on a CPU a matmul's bits depend on how its operands lie in memory, and a file's lie oddly
-        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+        for name in file.keys():
+            # clone: on a CPU a matmul's bits depend on how its operands lie, and a file's lie oddly
+            tensors[name] = file.get_tensor(name).clone()
         return tensors, file.metadata() or {}
 
 
@@ -158,32 +171,38 @@ class WaitingRows:
     members: how many of its people each bucket has. size: numbers in a row.
     """
     def __init__(self, folder: Path, members: list[int], size: int):
-        self.folder, self.members, self.size = folder, members, size
+        self.folder = folder
+        self.members = members
+        self.size = size
 
     def path(self, number: int) -> Path:
         return self.folder / f"pass{number:04d}.safetensors"
 
     def bytes(self, bucket: int) -> int:
         """Of a bucket's file: weights and both moments in fp32, and the step counts."""
-        return self.members[bucket] * (3 * 4 * self.size + 8)
+        row = 3 * 4 * self.size + 8
+        return self.members[bucket] * row
 
-    def save(self, number: int, tensors: dict[str, Tensor]) -> None:
+    def save(self, number: int, tensors: State) -> None:
         """The rows at the end of a pass. By now every process has saved the end of the pass before it, so
         nobody goes back to before that, and the file which that pass started from can go."""
         self.path(number - 1 - len(self.members)).unlink(missing_ok=True)
-        with whole(self.path(number)) as part:
-            save_file({name: tensor.cpu() for name, tensor in tensors.items()}, part)
+        save_state(self.path(number), tensors)
 
-    def load(self, number: int, device: torch.device) -> dict[str, Tensor] | None:
+    def load(self, number: int, device: torch.device) -> State | None:
         """What a pass starts from; None: its people have never trained."""
         before = number - len(self.members)
-        return None if before < 0 else read_state(self.path(before), device)[0]
+        if before < 0:
+            return None
+        return read_state(self.path(before), device)[0]
 
     def check(self, open_pass: int, passes: int) -> None:
         """ValueError unless the files are there that the passes after the open one will start from."""
         buckets = len(self.members)
-        for number in range(max(0, open_pass + 1 - buckets), min(open_pass, passes - buckets)):
-            path, shape = self.path(number), [self.members[number % buckets], self.size]
+        first = max(0, open_pass + 1 - buckets)
+        for number in range(first, min(open_pass, passes - buckets)):
+            path = self.path(number)
+            shape = [self.members[number % buckets], self.size]
             try:
                 with safe_open(path, "pt") as file:
                     found = file.get_slice("weight").get_shape()
@@ -194,6 +213,10 @@ class WaitingRows:
                 raise ValueError(f"{path} holds rows of {found}, not {shape}: it is of another run")
 
 
+def size_of(folder: Path, pattern: str) -> int:
+    return sum(path.stat().st_size for path in folder.glob(pattern))
+
+
 def check_room(rows: WaitingRows, used: set[int], lomd: int, cache: int, group: Group) -> None:
     """ValueError where the disk lacks room for what all processes together are still going to write.
 
@@ -202,40 +225,47 @@ def check_room(rows: WaitingRows, used: set[int], lomd: int, cache: int, group: 
     sizes = [rows.bytes(bucket) for bucket in used]
     largest = max(sizes, default=0)
     # two checkpoints are kept, of several processes three, while another is written
-    states = (3 if group.size == 1 else 4) * (largest + 3 * 4 * lomd)
-    needed = {"people": sum(sizes) + largest, "checkpoints": states, "latents and text": cache}
-    for what, pattern in (("people", "pass*.safetensors"), ("checkpoints", "*-*.safetensors")):
-        needed[what] -= sum(path.stat().st_size for path in rows.folder.glob(pattern))
-    everybodys = group.gather(needed)
-    totals = {what: sum(max(0, theirs[what]) for theirs in everybodys) for what in needed}
+    count = 3 if group.size == 1 else 4
+    people = sum(sizes) + largest - size_of(rows.folder, "pass*")
+    checkpoints = count * (largest + 3 * 4 * lomd) - size_of(rows.folder, "*-*")
+    mine = [max(0, people), max(0, checkpoints), cache]
+    people, checkpoints, cache = torch.tensor(group.gather(mine)).sum(dim=0).tolist()
     free_bytes = shutil.disk_usage(rows.folder).free
-    if sum(totals.values()) > free_bytes:
-        parts = ", ".join(f"{what} {size / 1e9:.3g} GB" for what, size in totals.items())
-        raise ValueError(f"{rows.folder.parent} has no room for this run: {parts}; "
+    if people + checkpoints + cache > free_bytes:
+        raise ValueError(f"{rows.folder.parent} has no room for this run: people {people / 1e9:.3g} GB, "
+                         f"checkpoints {checkpoints / 1e9:.3g} GB, latents and text {cache / 1e9:.3g} GB; "
                          f"{free_bytes / 1e9:.3g} GB are free")
 
 
 class Checkpoints:
     """One process's states of a run: <iteration>-<steps that LoMD has made>.safetensors in its folder."""
     def __init__(self, folder: Path, group: Group):
-        self.folder, self.group = folder, group
+        self.folder = folder
+        self.group = group
         folder.mkdir(exist_ok=True)
         for part in folder.glob("*.part"):       # of a process that was killed while it wrote
             part.unlink()
 
     def found(self) -> list[tuple[int, int, Path]]:
         """[(iteration, steps of LoMD, path)], the newest last."""
-        return sorted((*map(int, path.stem.split("-")), path) for path in self.folder.glob("*-*.safetensors"))
+        found = []
+        for path in self.folder.glob("*-*.safetensors"):
+            iteration, steps = path.stem.split("-")
+            found.append((int(iteration), int(steps), path))
+        return sorted(found)
 
     def save(self, iteration: int, steps: int, tensors: dict[str, Tensor], at: str) -> None:
         """Two are kept; of several processes also the last from before LoMD's latest step, since another
         process may not have saved after it."""
-        with whole(self.folder / f"{iteration:08d}-{steps:08d}.safetensors") as part:
-            save_file({name: tensor.cpu() for name, tensor in tensors.items()}, part, {"pass": at})
+        path = self.folder / f"{iteration:08d}-{steps:08d}.safetensors"
+        save_state(path, tensors, {"pass": at})
         found = self.found()
-        kept = found[-2:] + [each for each in found if each[1] < steps and self.group.size > 1][-1:]
-        for path in {path for *_, path in found} - {path for *_, path in kept}:
-            path.unlink()
+        kept = found[-2:]
+        if self.group.size > 1:
+            kept += [each for each in found if each[1] < steps][-1:]
+        for each in found:
+            if each not in kept:
+                each[2].unlink()
 
     def newest(self, device: torch.device) -> tuple[Path | None, str, dict[str, Tensor]]:
         """(path, `at`, tensors) of the newest state that all processes have, (None, "", {}) without one: in a
@@ -275,46 +305,88 @@ class Log:
 
     A run that goes on first drops the lines from after its checkpoint."""
     def __init__(self, args, iteration: int, group: Group):
-        self.path, self.group, self.entries, self.smooth = args.run / "log.jsonl", group, [], None
-        self.bar = tqdm(total=args.iters, initial=iteration, desc="meta-training", unit="it", smoothing=0.02,
-                        disable=True if group.rank else None)
+        self.path = args.run / "log.jsonl"
+        self.group = group
+        self.entries = []
+        self.smooth = None
+        self.bar = tqdm(total=args.iters, initial=iteration, desc="meta-training", unit="it",
+                        smoothing=0.02, disable=True if group.rank else None)
         self.peak = 0.0
         peak_memory(group.device)                # a new peak begins: loading is not of interest
         if group.rank == 0:
-            lines = self.path.read_text("utf-8").splitlines() if self.path.exists() else []
-            lines = [line for line in lines if line.endswith("}")]    # a kill may tear the last
-            kept = [line for line in lines if json.loads(line)["iteration"] <= iteration]
-            self.smooth = json.loads(kept[-1])["loss"] if kept else None
-            write_whole(self.path, "".join(line + "\n" for line in kept).encode())
+            self.drop_after(iteration)
+
+    def drop_after(self, iteration: int):
+        lines = self.path.read_text("utf-8").splitlines() if self.path.exists() else []
+        kept = ""
+        for line in lines:
+            if not line.endswith("}"):           # a kill may tear the last
+                continue
+            entry = json.loads(line)
+            if entry["iteration"] <= iteration:
+                kept += line + "\n"
+                self.smooth = entry["loss"]
+        write_whole(self.path, kept.encode())
 
     def start(self):
-        self.time, self.sent = time.perf_counter(), self.group.sent
+        self.time = time.perf_counter()
+        self.sent = self.group.sent
 
     def add(self, iteration, joint, bucket, losses, t, norms, lomd_norm):
         # one wait for the card: what lies there comes in one piece
         values = torch.cat([losses, norms, lomd_norm[None]]).tolist()
-        losses, norms, lomd_norm = values[:len(losses)], values[len(losses):-1], values[-1]
-        phase = "joint" if joint else "warm-up"
+        images = len(losses)
         self.peak = memory = max(self.peak, peak_memory(self.group.device))
-        loss = sum(losses) / len(losses)
+        phase = "joint" if joint else "warm-up"
+        entry = {
+            "iteration": iteration,
+            "phase": phase,
+            "bucket": bucket,
+            "losses": values[:images],
+            "t": t.tolist(),
+            "norms": values[images:-1],
+            "lomd_norm": values[-1],
+            "seconds": time.perf_counter() - self.time,
+            "sent": self.group.sent - self.sent,
+            "memory": memory,
+        }
+        self.entries.append(entry)
+        loss = sum(entry["losses"]) / images
         self.smooth = loss if self.smooth is None else 0.98 * self.smooth + 0.02 * loss
-        self.entries.append((iteration, phase, bucket, losses, t.tolist(), norms, lomd_norm,
-                             time.perf_counter() - self.time, self.group.sent - self.sent, memory))
         self.bar.set_postfix_str(f"{phase}, loss {self.smooth:.4f}, peak {memory:.1f} GB", refresh=False)
         self.bar.update()
 
+    def all_of(self, name: str) -> np.ndarray:
+        return np.hstack([entry[name] for entry in self.entries])
+
     def write(self):
-        iterations, phases, buckets, losses, t, norms, lomd_norms, seconds, sent, memory = zip(*self.entries)
-        losses, t, norms = (np.concatenate(values) for values in (losses, t, norms))
-        bins = np.minimum((t * T_BINS).astype(int), T_BINS - 1)
-        line = {"iteration": iterations[-1], "phase": phases[-1], "bucket": buckets[-1],
-                "loss": losses.mean(), "gradient_rows": norms.mean(), "gradient_lomd": np.mean(lomd_norms),
-                "loss_by_t": [losses[bins == b].mean() if (bins == b).any() else None for b in range(T_BINS)],
-                "seconds": np.mean(seconds), "bytes_sent": int(np.mean(sent)), "peak_gb": memory[-1]}
-        rounded = json.loads(json.dumps(line, default=float), parse_float=lambda x: float(f"{float(x):.5g}"))
+        losses = self.all_of("losses")
+        bins = np.minimum((self.all_of("t") * T_BINS).astype(int), T_BINS - 1)
+        by_t = []
+        for number in range(T_BINS):
+            inside = losses[bins == number]
+            by_t.append(rounded(inside.mean()) if len(inside) else None)
+        last = self.entries[-1]
+        line = {
+            "iteration": last["iteration"],
+            "phase": last["phase"],
+            "bucket": last["bucket"],
+            "loss": rounded(losses.mean()),
+            "gradient_rows": rounded(self.all_of("norms").mean()),
+            "gradient_lomd": rounded(self.all_of("lomd_norm").mean()),
+            "loss_by_t": by_t,
+            "seconds": rounded(self.all_of("seconds").mean()),
+            "bytes_sent": int(self.all_of("sent").mean()),
+            "peak_gb": rounded(last["memory"]),
+        }
         with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(rounded) + "\n")
+            file.write(json.dumps(line) + "\n")
         self.entries = []
+
+
+def rounded(number: float) -> float:
+    """To five digits."""
+    return float(f"{number:.5g}")
 
 
 @only_to_be_seen("loss.png")
@@ -327,14 +399,19 @@ def plot(log: Path, path: Path) -> None:
     figure = Figure(figsize=(11, 4), layout="constrained")
     over, by_t = figure.subplots(1, 2)
     for phase in ("warm-up", "joint"):
-        if some := [(line["iteration"], line["loss"]) for line in lines if line["phase"] == phase]:
-            over.plot(*zip(*some), ".", markersize=3, label=phase)
+        some = [line for line in lines if line["phase"] == phase]
+        if some:
+            iterations = [line["iteration"] for line in some]
+            losses = [line["loss"] for line in some]
+            over.plot(iterations, losses, ".", markersize=3, label=phase)
     over.set(xlabel="iteration", ylabel="loss", title="loss by phase")
-    centres, fifth = (np.arange(T_BINS) + 0.5) / T_BINS, max(1, len(lines) // 5)
-    for part, some in (("first fifth", lines[:fifth]), ("last fifth", lines[-fifth:])):
+    centres = (np.arange(T_BINS) + 0.5) / T_BINS
+    fifth = max(1, len(lines) // 5)
+    for part, some in {"first fifth": lines[:fifth], "last fifth": lines[-fifth:]}.items():
         values = np.array([line["loss_by_t"] for line in some], float)                   # None becomes nan
         seen = ~np.isnan(values).all(axis=0)
-        by_t.plot(centres[seen], np.nanmean(values[:, seen], axis=0), "o-", label=part)
+        means = np.nanmean(values[:, seen], axis=0)
+        by_t.plot(centres[seen], means, "o-", label=part)
     by_t.set(xlabel="t (1 is noise)", title="loss by time")
     over.legend()
     by_t.legend()
@@ -346,15 +423,19 @@ def plot(log: Path, path: Path) -> None:
 def draw_preview(adapter: object, pictures: dict[int, Photo], text: dict[str, Tensor], args: Namespace,
                  iteration: int) -> None:
     """Two people of the bucket, {row: a picture of theirs}: that, and a sample with their rows."""
-    device, size = next(adapter.flux.parameters()).device, max(args.resolution)
+    device = next(adapter.flux.parameters()).device
+    size = max(args.resolution)
     guidance = model_defaults(args.folder)["guidance"]
-    txt, y = (text[part][None].to(device) for part in ("txt", "y"))
+    txt = text["txt"][None].to(device)
+    y = text["y"][None].to(device)
     rows = sorted(pictures)[:2]
     sheet = Image.new("RGB", (2 * size, size * len(rows)))
     autoencoder = load_autoencoder(args.folder, device, args.dtype)
     for i, row in enumerate(rows):
         adapter.assign(torch.tensor([row]))
-        latent = denoise(adapter.flux, get_noise(size, size, i).to(device), txt, y, 30, guidance)
-        sheet.paste(ImageOps.fit(read_photo(pictures[row].path), (size, size)), (0, size * i))
+        noise = get_noise(size, size, i).to(device)
+        latent = denoise(adapter.flux, noise, txt, y, 30, guidance)
+        photo = ImageOps.fit(read_photo(pictures[row].path), (size, size))
+        sheet.paste(photo, (0, size * i))
         sheet.paste(to_image(autoencoder.decode(latent)[0]), (size, size * i))
     save_png(sheet, args.run / "previews" / f"{iteration:08d}.png")

@@ -449,6 +449,7 @@ class FakeCard(TorchDispatchMode):
         # in C++ it would make its zeros where C++ believes the tensor to be
         patch(torch.nn.functional, "one_hot", lambda x, n: (x[..., None] == torch.arange(n, device=x.device)).long())
         patch(torch.Tensor, "tolist", fake_tolist)
+        patch(FakeTensor, "tolist", fake_tolist)                 # its own asks for one number after the other
         patch(torch.Tensor, "backward", fake_backward)
         patch(torch.nn.functional, "scaled_dot_product_attention", sdpa)
         patch(torch, "rms_norm", rms_norm)

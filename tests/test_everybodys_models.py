@@ -164,7 +164,7 @@ def test_formats_that_are_not_read_are_refused_by_name(tmp_path, extra, name):
 @pytest.mark.parametrize("change, make", [
     ({"img_in.weight": torch.zeros(64, 384)}, "FLUX.1 Fill"), ({"img_in.weight": torch.zeros(64, 128)}, "Canny or Depth"),
     ({"distilled_guidance_layer.in_proj.weight": torch.zeros(2)}, "Chroma"), ({"redux_up.weight": torch.zeros(2)}, "Redux"),
-    ({"double_stream_modulation_img.lin.weight": torch.zeros(2)}, "FLUX.2"), ({"joint_blocks.0.x": torch.zeros(2)}, "Stable"),
+    ({"double_stream_modulation_img.lin.weight": torch.zeros(2)}, "FLUX.2"), ({"joint_blocks.0.x": torch.zeros(2)}, "SD3"),
     ({"single_transformer_blocks.0.attn.to_qkv_mlp_proj.weight": torch.zeros(2)}, "FLUX.2"),
     ({"single_blocks.0.to_qkv_mlp.weight": torch.zeros(2)}, "DiffSynth"),
     ({"double_blocks.0.img_attn.qkv.lora_A.weight": torch.zeros(2)}, "LoRA")])

@@ -6,7 +6,10 @@ right devices and dtypes, waits, launches and bytes stay within bounds, and a ru
 import argparse
 import sys
 import tempfile
+from argparse import Namespace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -22,9 +25,11 @@ import flux_model
 import meta_train
 import personalize
 import sample
-from metalora import MetaLoRA
+from metalora import MetaLoRA, random_lomd
 from support import checkpoints, memory, people, photos
 from support.names import find_targets
+from support.people import Photo
+from support.runs import Log, WaitingRows
 
 BF16 = torch.bfloat16
 pytestmark = pytest.mark.skipif(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14), reason="older tensors without "
@@ -138,6 +143,40 @@ def stage_1(card, size=(512, 512), folks=4, r2=1, px=512, batch=4, new=False, **
     return run.adapter.flux
 
 
+def waits_of_stage_1(card, folder, iterations):
+    """meta_train's own iterations of 4 people, with latents and text made up -> waits of each."""
+    class Encoded:
+        def __init__(self, *words): pass
+        def sizes(self, picture): return {(512, 512): 512}
+        def latent_path(self, picture, size): return "latent"
+        def text_path(self, caption): return "text"
+
+        def load(self, path):
+            if path == "latent":
+                return {"posterior": torch.randn(2, 16, 64, 64)}
+            return {"txt": torch.randn(512, 4096).bfloat16(), "y": torch.randn(768).bfloat16()}
+
+    group = SimpleNamespace(rank=0, size=1, device=card.device, sent=0, sum=lambda tensor: tensor, gather=lambda thing: [thing])
+    args = Namespace(run=folder, folder=folder, dtype=BF16, resolution=[512], iters=iterations + 1, batch_size=4, warmup=0.5,
+                     seed=0, lr=4e-4, r1=16, r2=1, prompt="a person", save_every=10 ** 6, preview_every=0)
+    people = {f"p{i}": [Photo(folder / f"{i}{j}.png", f"{i}{j}", 512, 512, None) for j in range(2)] for i in range(4)}
+    with mock.patch.object(meta_train, "Cache", Encoded), \
+            mock.patch.object(meta_train, "schedule", partial(meta_train.schedule, bucket_iters=iterations + 1)):
+        run = meta_train.Run(args, {"a": people}, group)
+    flux = full_size_flux(card, config=flux_model.FluxConfig(depth=1, depth_single_blocks=2))      # a block waits for nothing
+    run.adapter = MetaLoRA(flux, 1, random_lomd(find_targets(flux), 16), num_identities=0, slots=4)
+    run.adapter.shared.make_moments()
+    run.waiting = WaitingRows(folder, [4], run.adapter.size)
+    run.open_bucket(0)
+    log, waits = Log(args, 0, group), []
+    with run.interruption, log.bar:
+        for _ in range(iterations):
+            card.reset()
+            run.iterate(run.passes[0], log)
+            waits.append(sum(card.syncs.values()))
+    return waits
+
+
 def sampling(card, px=1024, rank=1, **switches):
     """sample.py from its check to the latents of a picture of two steps, with a LoRA."""
     card.model()
@@ -175,6 +214,14 @@ def test_a_step_of_stage_2():
         assert not card.problems, card.problems
         assert sum(card.launches.values()) <= 8500 and sum(card.syncs.values()) <= 2, card.report()
         assert card.launches["assign"] < 300 and run_twice(flux) == 0 and 30 < held(card) < 35
+
+
+def test_waits_of_stage_1(tmp_path):
+    """Two an iteration, in the warm-up and after it: are the gradients finite, and the line for the log."""
+    with FakeCard(141) as card:
+        waits = waits_of_stage_1(card, tmp_path, 5)
+        assert not card.problems, card.problems
+        assert max(waits) <= 2, card.report()
 
 
 def test_loading_in_8_bits_leaves_no_holes():

@@ -640,17 +640,18 @@ def test_other_kinds_and_other_models_are_named(tmp_path, keys, kind):
         assert "\n" not in str(error.value) and keys[0].partition(".")[0] in str(error.value)
 
 
-@pytest.mark.parametrize("tensors, model", [
+@pytest.mark.parametrize("tensors, model", [          # a model whose blocks have FLUX.1's names, but not its shapes
     (pair("transformer_blocks.59.attn.to_q"), "Qwen-Image"), (pair("transformer_blocks.37.attn.add_k_proj"), "SD3.5 large"),
     (pair("transformer_blocks.19.attn.to_q") | pair("single_transformer_blocks.39.attn.to_q"), "HunyuanVideo"),
     (pair("double_blocks.7.img_attn.proj", prefix="") | pair("single_blocks.47.linear2", prefix="", width=64), "FLUX.2"),
     (pair("single_blocks.1.linear1", rows=9 * H, prefix="diffusion_model."), "FLUX.2"),
     (pair("double_blocks.1.img_mlp.0", rows=6 * H, prefix=""), "FLUX.2"),
     (pair(width=6144, rows=6144), "FLUX.2"), (pair(width=2432, rows=2432), "SD3.5 large")])
-def test_other_models_with_the_names_of_flux_are_guessed(tmp_path, tensors, model):
+def test_other_models_with_the_names_of_flux_are_refused(tmp_path, tensors, model):
     path = write(tmp_path / "foreign.safetensors", tensors)
-    with pytest.raises(ValueError, match=rf"^{path}: .* in this model.* \(it looks like a LoRA of {re.escape(model)}\)$"):
+    with pytest.raises(ValueError, match=rf"^{path}: .* in this model") as error:
         load_lora(path, CONFIG)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("metadata, model", [({"modelspec.architecture": "flux-2-dev/lora"}, r"FLUX\.2"),

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 
 from flux_model import Flux, FluxConfig, flow_matching_loss, velocity
 from metalora import AdaptedLinear, IdentityBank, MetaLoRA, apply_loras, plain_meta_lora, random_lomd, set_update, views
-from support.names import find_targets
 from support.lora_files import FORMATS, check_lomd, load_lomd, load_lora, save_lomd, save_lora
+from support.names import find_targets
 
 CONFIG = FluxConfig(vec_in_dim=24, context_in_dim=40, hidden_size=64, num_heads=2, depth=1,
                     depth_single_blocks=2, axes_dim=(4, 14, 14))
@@ -518,3 +518,30 @@ def test_lomd_of_another_model():
         message = one_line(check_lomd, lomd | {path: torch.zeros(shape)}, targets)
         assert path in message and str(list(shape)) in message and str(targets[7].d_in) in message
     assert "5" in one_line(check_lomd, lomd | {path: torch.zeros(5, targets[7].d_in)}, targets)            # two kinds of r1
+
+
+def test_what_never_learns_takes_no_room():
+    """A LoMD that stays has no moments, and those that are given are taken as they are."""
+    flux = tiny_flux()
+    adapter = MetaLoRA(flux, 1, lomd=random_lomd(find_targets(flux), 5))
+    assert adapter.shared.exp_avg is None and adapter.shared.exp_avg_sq is None
+    for adapter.train_lomd in (False, True):
+        adapter.assign(torch.tensor([0]))
+        flow_matching_loss(flux, *draws(1), guidance=1.0).sum().backward()
+        adapter.step(1e-3)
+        assert (adapter.shared.exp_avg is not None) == adapter.train_lomd
+    assert adapter.shared.exp_avg.abs().max() > 0
+    state = [torch.rand(2, 3), torch.rand(2, 3), torch.rand(2, 3), torch.tensor([4, 5])]
+    bank = IdentityBank(*state)
+    assert all(getattr(bank, part) is given for part, given in zip(IdentityBank.PARTS, state))
+
+
+def test_a_modulation_keeps_its_own_weight():
+    """It sees one vector an image: a wide copy of its weight would be for nothing."""
+    flux = tiny_flux()
+    before = {name: p.data_ptr() for name, p in flux.named_parameters()}
+    adapter = MetaLoRA(flux, 1)
+    narrow = {t.module for t in adapter.targets if flux.get_submodule(t.module).S is None}
+    assert narrow == {t.module for t in adapter.targets if "mod" in t.module} != set()
+    for name in narrow:
+        assert flux.get_submodule(name).base.weight.data_ptr() == before[f"{name}.weight"]
