@@ -29,8 +29,8 @@ from support import photos
 from support.checkpoints import (add_speed_options, check_training_memory, encode_texts, is_small,
                                  load_autoencoder, open_flux, speed_words, take_model)
 from support.common import (Interruption, Parser, check_out_file, check_out_folder, check_training, free,
-                            keep, note, pick_device, positive, reserved, run_script, to_device,
-                            use_threads)
+                            is_out_of_memory, keep, note, pick_device, positive, reserved, run_script,
+                            to_device, use_threads)
 from support.finding import HUB, home_of, model_name, model_words
 from support.lora_files import find_lomd, lora_bytes, read_lomd, save_lora, tell_replaced
 from support.memory import blocks_of, fit_training, is_compiled, seconds_compiling
@@ -275,8 +275,8 @@ def personalize(argv: list[str] | None) -> None:
             crop = crops[error.crop]
             raise FloatingPointError(f"{error}, on {crop.photo} {crop.box}; a --lr below {args.lr:g} may "
                                      f"help; {args.out} was not written") from None
-        except KeyboardInterrupt:
-            if done:
+        except (KeyboardInterrupt, RuntimeError) as error:
+            if done and (isinstance(error, KeyboardInterrupt) or is_out_of_memory(error)):
                 kept = args.out.with_name(f"{args.out.stem}-interrupted-{done:06d}.safetensors")
                 keep(kept, save)
                 note(f"the {done} iterations so far are in {kept}")

@@ -79,6 +79,11 @@ def check_tensors(model: nn.Module, files: TensorFiles, plan: dict[str, list[str
         raise ValueError(f"{files.path} does not fit this {type(model).__name__}: {', '.join(problems)}")
 
 
+def bar_off() -> bool | None:
+    """For tqdm's `disable`: one bar for all processes of torchrun, and none where nobody looks."""
+    return None if os.environ.get("RANK", "0") == "0" else True
+
+
 def load_weights(model: nn.Module, files: TensorFiles, sources: Callable[[str], list[str]],
                  dtype: torch.dtype, place: Callable[[str], Device], fp8: bool = False) -> nn.Module:
     """Fills a model built on the meta device, strictly: the peak of memory is the model and one tensor.
@@ -92,8 +97,7 @@ def load_weights(model: nn.Module, files: TensorFiles, sources: Callable[[str], 
         if isinstance(layer, nn.Linear) and "_blocks." in name:
             size, device = (layer.in_features, layer.out_features), place(f"{name}.weight")
             model.set_submodule(name, Fp8Linear(*size, layer.bias is not None, dtype, device))
-    show = None if os.environ.get("RANK", "0") == "0" else True        # one bar for all processes of torchrun
-    for name in tqdm(plan, f"loading {type(model).__name__}", disable=show, leave=False):
+    for name in tqdm(plan, f"loading {type(model).__name__}", disable=bar_off(), leave=False):
         module, _, attribute = name.rpartition(".")
         layer = model.get_submodule(module)
         if isinstance(layer, Fp8Linear) and attribute == "weight":
@@ -264,7 +268,9 @@ def load_text_encoder(kind: type, folder: Place, part: str, dtype: torch.dtype) 
     """CLIP or T5 of a model, from values and not from files: those may be quantised, or hold more."""
     paths, home = text_files(folder, part)
     files = TensorFiles(paths, part)
-    state = {name: files[name].to(dtype) for name in files.file_of if not NEUTRAL.fullmatch(name)}
+    names = [name for name in files.file_of if not NEUTRAL.fullmatch(name)]
+    bar = tqdm(names, f"loading {kind.__name__}", disable=bar_off(), leave=False)
+    state = {name: files[name].to(dtype) for name in bar}
     tied = "encoder.embed_tokens.weight"
     if tied in files.file_of and "shared.weight" not in files.file_of:
         state["shared.weight"] = files[tied].to(dtype)

@@ -1,19 +1,19 @@
-"""Twelve billion parameters on one card: 8-bit weights, blocks that live on the CPU, gradient checkpointing,
-compilation, tiles.
+"""Twelve billion parameters on one card: 8-bit weights, blocks that live on the CPU, gradient
+checkpointing, compilation, tiles.
 
     flux = load_flux(folder, "cuda", torch.bfloat16, fp8=True, offload=True)
     compile_blocks(flux)                                       # before an adapter is put in
     fit_training(MetaLoRA(flux, 1), (128, 128), 512)           # latent pixels, text tokens
 
-What is known is checked before anything large is read (`check_memory`). What is not is tried: a step at the
-largest size with everything in place, and while memory runs out something is taken back (`fit`).
+What is known is checked before anything large is read (`check_memory`). What is not is tried: a
+step at the largest size with everything in place, and while memory runs out something is taken back
+(`fit`).
 
-Nothing here changes what is computed by more than rounding, but for fp8 (tests/test_memory.py says by how
-much) and tiles (`upsample_tiled`).
+Nothing here changes what is computed by more than rounding, but for fp8 (tests/test_memory.py says
+by how much) and tiles (`upsample_tiled`).
 
-Sources: "FP8 Formats for Deep Learning" (Micikevicius et al. 2022), "Training Deep Nets with Sublinear Memory
-Cost" (Chen et al. 2016, gradient checkpointing).
-"""
+Sources: "FP8 Formats for Deep Learning" (Micikevicius et al. 2022), "Training Deep Nets with
+Sublinear Memory Cost" (Chen et al. 2016, gradient checkpointing). """
 import logging
 import math
 import mmap
@@ -40,13 +40,13 @@ from support.names import find_targets
 E4M3 = torch.float8_e4m3fn
 GIB = 2 ** 30
 
-# 8-bit weights ----------------------------------------------------------------------------------------------
+# 8-bit weights ------------------------------------------------------------------------------------
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(n, d) -> float8_e4m3 (n, d) and an fp32 scale (1, 1) such that x is about their product; zeros stay
-    zeros. One scale does: a float keeps its relative precision over 15 powers of two."""
-    if x.device.type == "cpu":                               # where a norm takes seven times as long
+    """(n, d) -> float8_e4m3 (n, d) and an fp32 scale (1, 1) such that x is about their product;
+    zeros stay zeros. One scale does: a float keeps its relative precision over 15 powers of two."""
+    if x.device.type == "cpu":                       # where a norm takes seven times as long
         low, high = torch.aminmax(x)
         largest = torch.maximum(-low, high).view(1, 1)
     else:
@@ -63,16 +63,16 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def multiplies_fp8(device: torch.device) -> bool:
-    """Whether float8 matrices of one scale each are multiplied fast there: on cards from 8.9 on. A CPU is
-    three times slower at it than in 16 bits, and less exact."""
+    """Whether float8 matrices of one scale each are multiplied fast there: on cards from 8.9 on. A
+    CPU is three times slower at it than in 16 bits, and less exact."""
     if device.type != "cuda" or not torch.version.cuda:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 class Fp8Product(torch.autograd.Function):
-    """x (n, d_in) times a float8 weight (d_out, d_in) with its scale. Gradient of x only, in x's dtype: a
-    transposed float8 copy of the weight would cost all that float8 saves."""
+    """x (n, d_in) times a float8 weight (d_out, d_in) with its scale. Gradient of x only, in x's
+    dtype: a transposed float8 copy of the weight would cost all that float8 saves."""
     @staticmethod
     def forward(ctx, x, weight, scale, unit, kernel, bias):
         ctx.save_for_backward(weight, scale)
@@ -92,7 +92,8 @@ class Fp8Product(torch.autograd.Function):
     @staticmethod
     def in_16_bits(x: Tensor, weight: Tensor, scale: Tensor, unit: float | None,
                    bias: Tensor | None) -> Tensor:
-        """x times the weight, or its transpose, as a matrix of x's dtype, which holds 8 bits exactly."""
+        """x times the weight, or its transpose, as a matrix of x's dtype, which holds 8 bits
+        exactly."""
         W = weight.to(x.dtype)
         if unit is not None:                                 # the scale is part of the GEMM
             beta = 0 if bias is None else 1
@@ -104,12 +105,14 @@ class Fp8Product(torch.autograd.Function):
 
 
 class Fp8Linear(nn.Module):
-    """A frozen Linear of 8 bits a weight: `weight` float8_e4m3 (d_out, d_in), `scale` fp32 (1, 1), or (d_out,
-    1) of a file that has several, `bias` or None. `unit` is the one scale as a number, else 1; `kernel`
-    whether the device multiplies 8 bits of this size. Filled by checkpoints.load_flux."""
+    """A frozen Linear of 8 bits a weight: `weight` float8_e4m3 (d_out, d_in), `scale` fp32 (1, 1),
+    or (d_out, 1) of a file that has several, `bias` or None. `unit` is the one scale as a number,
+    else 1; `kernel` whether the device multiplies 8 bits of this size. Filled by
+    checkpoints.load_flux."""
     widen = False                     # for metalora.py: nothing can be stored beside this weight
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype, device=None):
+    def __init__(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype,
+                 device: torch.device | str | None = None):
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
@@ -122,21 +125,24 @@ class Fp8Linear(nn.Module):
         self.bias = frozen(dtype, out_features) if bias else None
 
     def fill(self, weight: Tensor, scale: Tensor) -> None:
-        """With what lies on the device where it will run, even if its own weight is kept elsewhere."""
+        """With what lies on the device where it will run, even if its own weight is kept
+        elsewhere."""
         self.weight.data.copy_(weight)
         self.scale.data = scale.to(self.weight.device)
         self.unit = scale.item() if len(scale) == 1 else 1.0
-        fits = len(scale) == 1 and not any(n % 16 for n in weight.shape)    # kernels take multiples of 16
-        self.kernel = fits and multiplies_fp8(weight.device)           # here, since a compiler cannot ask
+        # kernels take multiples of 16; asked here, since a compiler cannot ask
+        fits = len(scale) == 1 and not any(n % 16 for n in weight.shape)
+        self.kernel = fits and multiplies_fp8(weight.device)
 
     def forward(self, x: Tensor) -> Tensor:
         # to a compiler a number is code, another for every block
         unit = None if torch.compiler.is_compiling() else self.unit
-        y = Fp8Product.apply(x.flatten(0, -2), self.weight, self.scale, unit, self.kernel, self.bias)
+        x2d = x.flatten(0, -2)
+        y = Fp8Product.apply(x2d, self.weight, self.scale, unit, self.kernel, self.bias)
         return y.unflatten(0, x.shape[:-1])
 
 
-# How a block is run -----------------------------------------------------------------------------------------
+# How a block is run -------------------------------------------------------------------------------
 
 
 def blocks_of(flux: nn.Module) -> list[nn.Module]:
@@ -144,9 +150,9 @@ def blocks_of(flux: nn.Module) -> list[nn.Module]:
 
 
 class Managed(nn.Module):
-    """Mixed into a block's class: it runs compiled or not, wherever its weights live, once or twice. By its
-    class, since a `forward` of its own would refer back to the block, and the weights would outlive their
-    last use."""
+    """Mixed into a block's class: it runs compiled or not, wherever its weights live, once or
+    twice. By its class, since a `forward` of its own would refer back to the block, and the weights
+    would outlive their last use."""
     index = 0
     compiled = None
     offload = None
@@ -157,7 +163,8 @@ class Managed(nn.Module):
         away = self.offload is not None and self.index >= self.offload.stay
         if away:
             forward = partial(self.offload.run, self.index, forward)
-        # the backward pass of a block that lives elsewhere needs its weights again, as running it again does
+        # the backward pass of a block that lives elsewhere needs its weights again, as running it
+        # again does
         if torch.is_grad_enabled() and (away or self.recompute):
             return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False)
         return forward(*inputs)
@@ -179,7 +186,8 @@ def managed_class(kind: type) -> type:
 
 
 def recompute_blocks(flux: nn.Module, count: int) -> None:
-    """In training the first `count` blocks keep only their inputs, and run again in the backward pass."""
+    """In training the first `count` blocks keep only their inputs, and run again in the backward
+    pass."""
     for block in managed(flux):
         block.recompute = block.index < count
 
@@ -188,13 +196,15 @@ class GivenUp(logging.Handler):
     """Says aloud what dynamo only logs: that it compiles no further variant of a block."""
     def emit(self, record: logging.LogRecord) -> None:
         if "recompile_limit" in record.getMessage():
-            note("torch gave up compiling further variants of the blocks; these run slower, as written")
+            note("torch gave up compiling variants of the blocks; these run slower, as written")
 
 
 def compile_blocks(flux: nn.Module) -> None:
-    """Compiles the two classes of blocks, and nothing around them: two pieces of code for 57 blocks, and
-    another number of tokens is no reason to compile again. Before an adapter is put in."""
-    # variants: one person or several, with gradients or without, widths of the adapter; dynamo's limit is 8
+    """Compiles the two classes of blocks, and nothing around them: two pieces of code for 57
+    blocks, and another number of tokens is no reason to compile again. Before an adapter is put
+    in."""
+    # variants: one person or several, with gradients or without, widths of the adapter; dynamo's
+    # limit is 8
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     logger = logging.getLogger("torch._dynamo.convert_frame")
     if not any(isinstance(handler, GivenUp) for handler in logger.handlers):
@@ -218,16 +228,15 @@ def seconds_compiling() -> float:
     return calculate_time_spent()["total_wall_time"]
 
 
-# Blocks that live on the CPU --------------------------------------------------------------------------------
+# Blocks that live on the CPU ----------------------------------------------------------------------
 
 
 class Offload:
-    """Weights of the blocks from `stay` on in page-locked CPU memory. Of two places on the device one holds
-    the block that runs, the other the next, copied meanwhile on a stream of its own.
+    """Weights of the blocks from `stay` on in page-locked CPU memory. Of two places on the device
+    one holds the block that runs, the other the next, copied meanwhile on a stream of its own.
 
-    `run(i, forward, *inputs)` runs block i, in any order; expected is up from `stay` to the last and, when
-    training, back. Only what is frozen moves: adapters stay on the device.
-    """
+    `run(i, forward, *inputs)` runs block i, in any order; expected is up from `stay` to the last
+    and, when training, back. Only what is frozen moves: adapters stay on the device. """
     def __init__(self, flux: nn.Module, device: torch.device | str):
         self.device = torch.device(device)
         self.cuda = self.device.type == "cuda"
@@ -236,10 +245,9 @@ class Offload:
             block.offload = self
             self.tensors.append([p for p in block.parameters() if not p.requires_grad])
             for module in block.modules():
-                if isinstance(module, nn.Linear):
-                    module.widen = False         # for metalora.py: a copy of this weight would not move along
+                module.widen = False     # for metalora.py: a copy of it would not move along
         self.stay = len(self.tensors)
-        self.homes = [None] * self.stay          # on the CPU; one piece for each block: one copy moves it
+        self.homes = [None] * self.stay          # on the CPU, in one piece: one copy moves a block
         self.held = [None, None]                 # which block a place on the device holds
         self.stream = torch.cuda.Stream(self.device) if self.cuda else None
         self.arrived = [torch.cuda.Event() if self.cuda else None for _ in range(2)]
@@ -264,7 +272,8 @@ class Offload:
 
     @staticmethod
     def place(tensors: list[Tensor], flat: Tensor, fill: bool = False) -> None:
-        """Makes every tensor a view of its part of `flat`, with fill=True after copying it there."""
+        """Makes every tensor a view of its part of `flat`, with fill=True after copying it
+        there."""
         start = 0
         for tensor in tensors:
             view = flat[start:start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
@@ -274,7 +283,8 @@ class Offload:
             tensor.data = view
 
     def fetch(self, index: int, place: int) -> None:
-        """Starts to copy a block to a place, after whatever was queued so far has read what lies there."""
+        """Starts to copy a block to a place, after whatever was queued so far has read what lies
+        there."""
         before = self.held[place]
         if before is not None:
             self.place(self.tensors[before], self.homes[before])
@@ -305,17 +315,21 @@ class Offload:
     def next_after(self, index: int) -> int:
         """Which block is likely to run after this one."""
         end = len(self.tensors) - 1
-        new_step = index == self.stay and self.last == end
-        if torch.is_grad_enabled() and self.last is not None and index <= self.last and not new_step:
+        training = torch.is_grad_enabled()
+        new_step = self.last is None or (index == self.stay and self.last == end)
+        if training and not new_step and index <= self.last:
             return index - 1                                 # the backward pass
         if index < end:
             return index + 1
-        return end if torch.is_grad_enabled() else self.stay
+        return end if training else self.stay
 
 
 def page_locked(size: int, lock: bool) -> Tensor:
-    """CPU memory (size,), uint8, that shares no page with any other: two locks of one page would fail. torch's
-    own allocator of locked memory rounds up to a power of two."""
+    """CPU memory (size,), uint8, that shares no page with any other: two locks of one page would
+    fail. torch's own allocator of locked memory rounds up to a power of two."""
+    if size > host_memory():
+        raise ValueError(f"--offload puts {size / GIB:.1f} GiB more into the CPU's memory, "
+                         "which is full: --fp8 halves what it takes")
     page = mmap.PAGESIZE
     flat = torch.empty(size + 2 * page, dtype=torch.uint8)
     start = -flat.data_ptr() % page
@@ -323,8 +337,8 @@ def page_locked(size: int, lock: bool) -> Tensor:
     if lock:
         cudart = torch.cuda.cudart()
         if int(cudart.cudaHostRegister(home.data_ptr(), -(-size // page) * page, 0)):
-            raise OSError(f"the system does not let --offload lock {size / GIB:.1f} GiB more of its memory: a "
-                          "higher limit (ulimit -l) or --fp8 helps")
+            raise OSError(f"the system does not let --offload lock {size / GIB:.1f} GiB more "
+                          "of its memory: a higher limit (ulimit -l) or --fp8 helps")
         weakref.finalize(flat.untyped_storage(), cudart.cudaHostUnregister, home.data_ptr())
     return home
 
@@ -334,17 +348,18 @@ def padded(size: int) -> int:
     return -(-size // 256) * 256
 
 
-# What is known: bytes, before anything is read --------------------------------------------------------------
+# What is known: bytes, before anything is read ----------------------------------------------------
 
 RESERVE = GIB // 2            # stays free: workspace of libraries, what other sizes leave between
-# What a block holds while it runs or is differentiated, in inputs of its own: at most so many, as counted by
-# tests/test_full_size.py. On a card this only refuses early; for a CPU it decides, which raises nothing.
+# What a block holds while it runs or is differentiated, in inputs of its own: at most so many, as
+# counted by tests/test_full_size.py. On a card this only refuses early; for a CPU it decides, which
+# raises nothing.
 BLOCK = 25
 
 
 def memory_left(device: torch.device | str) -> float:
-    """Bytes that can still be had on a device: what its driver or system has left, and what torch holds
-    unused."""
+    """Bytes that can still be had on a device: what its driver or system has left, and what torch
+    holds unused."""
     device = torch.device(device)
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -356,17 +371,24 @@ def memory_left(device: torch.device | str) -> float:
 
 def host_memory() -> float:
     """Bytes of CPU memory that are free for use."""
-    try:
-        return int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text("utf-8"))[1]) * 1024
-    except (OSError, TypeError):
-        return math.inf                                                            # not Linux: no way to know
+    path = Path("/proc/meminfo")
+    if not path.exists():
+        return math.inf                                      # not Linux: no way to know
+    kib = re.search(r"MemAvailable:\s+(\d+)", path.read_text("utf-8"))
+    return int(kib[1]) * 1024 if kib else math.inf
 
 
 def weight_bytes(flux: Flux, dtype: torch.dtype, fp8: bool) -> tuple[int, list[int]]:
-    """Bytes of the weights around a transformer's blocks, and of each block; `flux` may be on meta."""
+    """Bytes of the weights around a transformer's blocks, and of each block; `flux` may be on
+    meta."""
     around = sum(p.numel() for name, p in flux.named_parameters() if "_blocks." not in name)
-    size = lambda p: p.numel() * (1 if fp8 and p.dim() == 2 else dtype.itemsize)
-    return around * dtype.itemsize, [sum(map(size, block.parameters())) for block in blocks_of(flux)]
+    blocks = []
+    for block in blocks_of(flux):
+        size = 0
+        for p in block.parameters():
+            size += p.numel() * (1 if fp8 and p.dim() == 2 else dtype.itemsize)
+        blocks.append(size)
+    return around * dtype.itemsize, blocks
 
 
 def update_bytes(flux: Flux, columns: dict[str, int], dtype: torch.dtype) -> int:
@@ -385,49 +407,56 @@ def update_bytes(flux: Flux, columns: dict[str, int], dtype: torch.dtype) -> int
 
 
 def step_bytes(flux: Flux, tokens: int, dtype: torch.dtype, once: int = 1, twice: int = 0) -> int:
-    """Bytes of a step over so many tokens, of all pictures, beside the weights, where so many blocks at once
-    keep everything (one, without gradients) and so many their inputs."""
-    largest = max(p.numel() for p in flux.parameters())                      # an 8-bit weight in 16 bits
-    return (tokens * flux.config.hidden_size * (BLOCK * once + twice) + largest) * dtype.itemsize
+    """Bytes of a step over so many tokens, of all pictures, beside the weights, where so many
+    blocks at once keep everything (one, without gradients) and so many their inputs."""
+    inputs = tokens * flux.config.hidden_size
+    widened = max(p.numel() for p in flux.parameters())      # an 8-bit weight in 16 bits
+    return (inputs * (BLOCK * once + twice) + widened) * dtype.itemsize
 
 
 def training_bytes(flux: Flux, dtype: torch.dtype, tokens: int, rank: int, r1: int, slots: int = 1,
                    people: int = 1, joint: bool = False) -> int:
-    """Bytes of training beside the weights, at least: an adapter of this rank, over LoMD's r1 rows (0: none;
-    joint: they learn, too), rows and moments of so many people; and a step over `slots` pictures, all blocks
-    run twice."""
+    """Bytes of training beside the weights, at least: an adapter of this rank, over LoMD's r1 rows
+    (0: none; joint: they learn, too), rows and moments of so many people; and a step over `slots`
+    pictures, all blocks run twice."""
     targets = find_targets(flux)
     row = rank * sum(target.rows + (r1 or target.d_in) for target in targets)
     lomd = r1 * sum(target.d_in for target in targets)
     kept = 3 * people * row + (3 if joint else 1) * lomd
     gradients = 2 * (slots * row + joint * lomd)             # and what they are of, once more
     updates = update_bytes(flux, {target.path: slots * rank for target in targets}, dtype)
-    return 4 * (kept + gradients) + updates + step_bytes(flux, slots * tokens, dtype, 1, len(blocks_of(flux)))
+    step = step_bytes(flux, slots * tokens, dtype, 1, len(blocks_of(flux)))
+    return 4 * (kept + gradients) + updates + step
 
 
-def check_memory(flux: Flux, device: torch.device | str, dtype: torch.dtype, fp8: bool, offload: bool,
-                 beside: float) -> str:
-    """One line on what a run takes of a device's memory, `beside` bytes of adapter and step included;
-    ValueError where that is more than is free, with the switch under which it is not. `flux` is on meta."""
+def check_memory(flux: Flux, device: torch.device | str, dtype: torch.dtype, fp8: bool,
+                 offload: bool, beside: float) -> str:
+    """One line on what a run takes of a device's memory, `beside` bytes of adapter and step
+    included; ValueError where that is more than is free, with the switch under which it is not.
+    `flux` is on meta."""
     free = memory_left(device)
-    own = torch.device(device).type != "cpu"                 # else nothing is gained by moving blocks to the CPU
+    elsewhere = torch.device(device).type != "cpu"           # where --offload could put blocks
 
     def takes(fp8: bool, offload: bool) -> float:
         around, blocks = weight_bytes(flux, dtype, fp8)
-        here = 2 * max(blocks) if offload and own else sum(blocks)
-        return (around + here + beside + RESERVE) / GIB
-    line = f"this takes {takes(fp8, offload):.1f} GiB or more, of which {free / GIB:.1f} are free"
-    if takes(fp8, offload) * GIB > free:
-        for words, *switches in (("--fp8", True, offload), ("--offload", fp8, True), ("--fp8 --offload", True, True)):
-            if takes(*switches) * GIB <= free:
-                raise ValueError(f"{line}; with {words} it takes {takes(*switches):.1f}")
-        raise ValueError(f"{line}: no switch makes it fit, but a smaller size, --resolution or --batch-size may")
-    if offload and own:
+        here = 2 * max(blocks) if offload and elsewhere else sum(blocks)
+        return around + here + beside + RESERVE
+    needed = takes(fp8, offload)
+    line = f"this takes {needed / GIB:.1f} GiB or more, of which {free / GIB:.1f} are free"
+    if needed > free:
+        both = True, True
+        others = {"--fp8": (True, offload), "--offload": (fp8, True), "--fp8 --offload": both}
+        for words, switches in others.items():
+            if takes(*switches) <= free:
+                raise ValueError(f"{line}; with {words} it takes {takes(*switches) / GIB:.1f}")
+        raise ValueError(f"{line}: no switch makes it fit, but a smaller size, --resolution or "
+                         "--batch-size may")
+    if offload and elsewhere:
         stay = blocks_on_device(flux, device, dtype, fp8, beside)
         away = sum(weight_bytes(flux, dtype, fp8)[1][stay:])
         if away > host_memory():
-            raise ValueError(f"--offload puts {away / GIB:.1f} GiB of weights into the CPU's memory, of which "
-                             f"{host_memory() / GIB:.1f} are free")
+            raise ValueError(f"--offload puts {away / GIB:.1f} GiB of weights into the CPU's "
+                             f"memory, of which {host_memory() / GIB:.1f} are free")
     return line
 
 
@@ -441,7 +470,7 @@ def blocks_on_device(flux: Flux, device: torch.device | str, dtype: torch.dtype,
     return sum(size <= left - 2 * max(blocks) for size in accumulate(blocks))
 
 
-# What is not known is tried ---------------------------------------------------------------------------------
+# What is not known is tried -----------------------------------------------------------------------
 
 def succeeds(step: Callable[[], object], device: torch.device) -> bool:
     """Whether a step finds the memory that it needs while RESERVE bytes stay free."""
@@ -453,15 +482,16 @@ def succeeds(step: Callable[[], object], device: torch.device) -> bool:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-    free(device)                                 # here, where the error no longer keeps what the step made
+    free(device)                         # here, where the error no longer keeps what the step made
     return False
 
 
 def fit(flux: Flux, device: torch.device, step: Callable[[], object], training: bool,
         recompute: int | None = None) -> None:
-    """Runs `step`, the largest there will be, with all in place that will be there; while memory runs out
-    takes something back: more blocks run twice in training (`recompute`: just so many), then, if blocks are
-    offloaded, fewer stay on the device. ValueError where nothing is left to take back."""
+    """Runs `step`, the largest there will be, with all in place that will be there; while memory
+    runs out takes something back: more blocks run twice in training (`recompute`: just so many),
+    then, if blocks are offloaded, fewer stay on the device. ValueError where nothing is left to
+    take back."""
     offload = managed(flux)[0].offload
     every = len(blocks_of(flux))
     if not training and not offload:
@@ -484,27 +514,30 @@ def fit(flux: Flux, device: torch.device, step: Callable[[], object], training: 
     back = 1
     while found == len(counts):
         if not offload or not offload.stay:
-            raise ValueError(f"a step of this size does not fit into the memory of {device}, and nothing is "
-                             "left to take back: try --fp8, --offload, a smaller --resolution or --batch-size")
+            raise ValueError(f"a step of this size does not fit into the memory of {device}: try "
+                             "--fp8, --offload, a smaller --resolution or --batch-size")
         offload.keep(max(0, offload.stay - back))
         back *= 2
         if succeeds(step, device):
             return
 
 
-def blank(flux: Flux, batch: int, size: tuple[int, int], text_tokens: int, device: torch.device) -> list[Tensor]:
+def blank(flux: Flux, batch: int, size: tuple[int, int], text_tokens: int,
+          device: torch.device) -> list[Tensor]:
     """A batch without content: latent (B, 16, *size), t (B,), txt (B, T, _), y (B, _)."""
     config = flux.config
-    shapes = (config.in_channels // 4, *size), (), (text_tokens, config.context_in_dim), (config.vec_in_dim,)
+    latent = config.in_channels // 4, *size
+    shapes = latent, (), (text_tokens, config.context_in_dim), (config.vec_in_dim,)
     return [torch.zeros(batch, *shape, device=device) for shape in shapes]
 
 
 def fit_training(adapter: object, size: tuple[int, int], text_tokens: int,
                  recompute: int | None = None) -> int:
-    """`fit` for a MetaLoRA with its bank in place, and pictures of so many latent pixels, of another person in
-    each slot -> how many blocks run twice. Nothing else is changed by it.
+    """`fit` for a MetaLoRA with its bank in place, and pictures of so many latent pixels, of
+    another person in each slot -> how many blocks run twice. Nothing else is changed by it.
 
-    A CPU is not tried: the system ends a process that takes too much. There `step_bytes` decides."""
+    A CPU is not tried: the system ends a process that takes too much. There `step_bytes`
+    decides."""
     flux, slots, device = adapter.flux, adapter.slots, adapter.device
     adapter.bank.make_moments()
     if adapter.train_lomd:
@@ -529,16 +562,17 @@ def fit_training(adapter: object, size: tuple[int, int], text_tokens: int,
 
 @torch.no_grad()
 def fit_sampling(flux: Flux, size: tuple[int, int], text_tokens: int, batch: int = 1) -> None:
-    """`fit` for a batch of pictures of so many latent pixels, with all LoRAs in place. A CPU is not tried."""
+    """`fit` for a batch of pictures of so many latent pixels, with all LoRAs in place. A CPU is not
+    tried."""
     device = flux.img_in.weight.device
     if device.type != "cpu":
         latent, t, txt, y = blank(flux, batch, size, text_tokens, device)
         fit(flux, device, lambda: velocity(flux, latent, t, txt, y, 1.0), training=False)
 
 
-# Large pictures in tiles ------------------------------------------------------------------------------------
+# Large pictures in tiles --------------------------------------------------------------------------
 
-WHOLE_PIXELS = 1_500_000      # larger pictures are decoded in tiles, and those for which memory runs out
+WHOLE_PIXELS = 1_500_000      # larger pictures are decoded in tiles, as those that memory lacks for
 TILE = 96                     # latent pixels a side, at most
 OVERLAP = 16                  # of them shared with the next tile
 
@@ -553,25 +587,27 @@ class TiledDecoder(Decoder):
                 if not is_out_of_memory(error):
                     raise
             free(z.device)
-        x = self.mid(self.conv_in(z))                 # its attention is global, and it is small: not in tiles
+        x = self.mid(self.conv_in(z))            # global attention, and small: not in tiles
         return torch.cat([upsample_tiled(self, each) for each in x.split(1)])
 
 
 def upsample_tiled(decoder: nn.Module, x: Tensor) -> Tensor:
-    """decoder.upsample of one picture, (1, C, h, w) -> (1, 3, 8 h, 8 w), with the memory of one tile.
+    """decoder.upsample of one picture, (1, C, h, w) -> (1, 3, 8 h, 8 w), with the memory of one
+    tile.
 
-    Not quite the same picture. All tiles share the GroupNorm statistics of one pass over a coarser grid,
-    every step-th feature each way, after the "fast mode" of Tiled VAE
-    (pkuliyi2015/multidiffusion-upscaler-for-automatic1111); and edges see less of their surroundings. With
-    the baby's autoencoder at 1024 x 1536 that is a relative distance of 0.005 (56 dB, a third of an 8-bit
-    level on average); with statistics of each tile's own it was 0.045 (37 dB).
-    """
+    Not quite the same picture. All tiles share the GroupNorm statistics of one pass over a coarser
+    grid, every step-th feature each way, after the "fast mode" of Tiled VAE
+    (pkuliyi2015/multidiffusion-upscaler-for-automatic1111); and edges see less of their
+    surroundings. With the baby's autoencoder at 1024 x 1536 that is a relative distance of 0.005
+    (56 dB, a third of an 8-bit level on average); with statistics of each tile's own it was 0.045
+    (37 dB). """
     norms = [m for m in (*decoder.up.modules(), decoder.norm_out) if isinstance(m, nn.GroupNorm)]
     scale = 2 ** (len(decoder.up) - 1)
     step = math.ceil(math.sqrt(x[0, 0].numel()) / TILE)
     height, width = x.shape[2:]
-    picture = torch.zeros(1, decoder.conv_out.out_channels, scale * height, scale * width, device=x.device)
-    weights = torch.zeros(picture.shape[2:], device=x.device)
+    size = scale * height, scale * width
+    picture = torch.zeros(1, decoder.conv_out.out_channels, *size, device=x.device)
+    weights = torch.zeros(size, device=x.device)
     try:
         for norm in norms:
             norm.forward = held_statistics(norm)
@@ -590,32 +626,33 @@ def upsample_tiled(decoder: nn.Module, x: Tensor) -> Tensor:
 
 
 def ramp(length: int, scale: int, device: torch.device) -> Tensor:
-    """Weights of a tile's pixels by their distance to its nearest edge: linear over the overlap, where those
-    of two tiles are made to sum to 1. Pixels at the edge saw zeros beyond it and count for almost nothing; at
-    the picture's own edge they are the only ones."""
+    """Weights of a tile's pixels by their distance to its nearest edge: linear over the overlap,
+    where those of two tiles are made to sum to 1. Pixels at the edge saw zeros beyond it and count
+    for almost nothing; at the picture's own edge they are the only ones."""
     distance = torch.arange(0.5, length, device=device)
     distance = torch.minimum(distance, distance.flip(0)) - scale * OVERLAP / 4
     return distance.clamp(min=1e-3)
 
 
 def held_statistics(norm: nn.GroupNorm) -> Callable[[Tensor], Tensor]:
-    """A forward for a GroupNorm that keeps the statistics of its first call for all others: a tile's are not
-    its picture's."""
+    """A forward for a GroupNorm that keeps the statistics of its first call for all others: a
+    tile's are not its picture's."""
     kept = []
 
     def forward(x: Tensor) -> Tensor:
         if not kept:
             groups = rearrange(x.float(), "1 (g c) h w -> g (c h w)", g=norm.num_groups)
             var, mean = torch.var_mean(groups, 1, correction=0)
-            kept.extend(each.repeat_interleave(len(norm.weight) // norm.num_groups) for each in (mean, var))
+            channels = len(norm.weight) // norm.num_groups
+            kept.extend(part.repeat_interleave(channels) for part in (mean, var))
         # a BatchNorm at inference is just that: given statistics, in fp32 whatever x is
         return F.batch_norm(x, *kept, norm.weight.float(), norm.bias.float(), eps=norm.eps)
     return forward
 
 
 def tiles(size: int) -> list[slice]:
-    """The fewest slices of one length, at most TILE, that cover `size` and overlap by OVERLAP or by one
-    more."""
+    """The fewest slices of one length, at most TILE, that cover `size` and overlap by OVERLAP or by
+    one more."""
     count = max(1, math.ceil((size - OVERLAP) / (TILE - OVERLAP)))
     length = math.ceil((size + (count - 1) * OVERLAP) / count)
     starts = [i * (size - length) // max(1, count - 1) for i in range(count)]
