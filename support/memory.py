@@ -401,7 +401,7 @@ def update_bytes(flux: Flux, columns: dict[str, int], dtype: torch.dtype) -> int
         within[target.module] += rank
     for name, rank in within.items():
         module = flux.get_submodule(name)
-        if rank and getattr(module, "widen", True):
+        if "mod" not in name and getattr(module, "widen", True):     # as metalora.adapt has it
             numbers += -(-rank // 8) * 8 * max(module.in_features, module.out_features)
     return numbers * dtype.itemsize
 
