@@ -1,7 +1,7 @@
 """People that the base model invents: a folder for stage 1 without anybody's photographs.
 
     python -m paper.invent --out faces/ --people 50 --pictures 10
-    python meta_train.py --data faces/ --iters 1000 --warmup 0
+    python meta_train.py --data faces/ --resolution 512 --iters 1000 --warmup 0
 
 A person is a description and a start noise; each picture has another setting. Half of a person's
 pictures start from the person's own noise, half from free noise, so that poses differ. The baby's

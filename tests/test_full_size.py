@@ -124,7 +124,7 @@ def stage_1(card, size=(512, 512), folks=4, r2=1, px=512, batch=4, new=False, **
     words = ["--data", str(folder / "data"), "--run", str(folder / "run"), "--model", "flux", "--warmup", "0", "--r2", str(r2),
              "--iters", str(10 ** 6), "--batch-size", str(batch), "--resolution", str(px), *switches_of(**switches)]
     args = meta_train.parse(words)
-    meta_train.check(args, card.device)
+    meta_train.check_stage_1(args, card.device)
     own = [people.Photo(folder / f"{i}.png", f"{i:032x}", *size, None) for i in range(2)]
     buckets = {str(bucket): {f"{bucket} {i}": own for i in range(folks)} for bucket in range(2)}
     group = argparse.Namespace(rank=0, size=1, device=card.device, gather=lambda thing: [thing], sum=lambda tensor: tensor, sent=0)

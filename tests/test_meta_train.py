@@ -871,7 +871,7 @@ def test_iterations_may_be_raised_and_the_cache_shared(run, recorded):
         assert run(*OPTIONS, **options, iters=8)[0] == 0
         assert load_lomd("lomd.safetensors")[1]["iterations"] == "8"
         code, out, _ = run(*OPTIONS, **options, iters=24)
-    assert code == 0 and "going on from iteration 8" in out
+    assert code == 0 and "resuming from iteration 8" in out
     again, expected = load_lomd("lomd.safetensors")[0], load_lomd(recorded.folder / "out.safetensors")[0]
     assert again.keys() == expected.keys() and all(torch.equal(again[k], expected[k]) for k in again)
     assert_same_waiting(Path(), recorded.folder)
@@ -1166,7 +1166,7 @@ def test_a_run_of_an_earlier_version_is_refused_by_name(begun):
 @pytest.mark.parametrize("iters", [24, 10])
 def test_a_finished_run_is_left_as_it_is(begun, recorded, iters):
     code, out, _ = begun("--out", "again.safetensors", iters=iters)
-    assert code == 0 and "going on from iteration 24" in out
+    assert code == 0 and "resuming from iteration 24" in out
     again, expected = load_lomd("again.safetensors"), load_lomd(recorded.folder / "out.safetensors")
     assert again[1] == expected[1] and all(torch.equal(again[0][k], expected[0][k]) for k in expected[0])
     assert_same_waiting(Path(), recorded.folder)

@@ -314,7 +314,7 @@ def doubled(argv):
     and of each process's people in a bank of theirs."""
     args = meta_train.parse(argv)
     group = meta_train.Group(args.device)
-    meta_train.check(args, group.device)
+    meta_train.check_stage_1(args, group.device)
     people, _ = check_people(args.data, 16, {})
     pair = [SimpleNamespace(rank=rank, size=2, device=group.device) for rank in range(2)]
     meta_train.check_settings(args, people, pair[0])
@@ -371,7 +371,7 @@ def log_lines(run):
 
 def stopped(iteration):
     """What Ctrl-C and SIGTERM write to stderr."""
-    return f"note: at iteration {iteration} of {ITERS}; the same command goes on\nmeta_train.py: interrupted\n"
+    return f"note: at iteration {iteration} of {ITERS}; rerun the command to resume\nmeta_train.py: interrupted\n"
 
 
 def assert_same_state(folder, reference, rank=0):
@@ -482,7 +482,7 @@ def test_a_run_hit_anywhere_goes_on_bit_for_bit(server, data, reference, tmp_pat
         assert (tmp_path / "lomd.safetensors").exists() == (hook[1:2] == ("loss.png",))
     assert sorted(at) == at and len(set(at)) >= len(CHAIN) / 3   # they were hit all over the run
     code, out, err = run(server, tmp_path, argv)
-    assert (code, err) == (0, "") and f"going on from iteration {at[-1]}" in out
+    assert (code, err) == (0, "") and f"resuming from iteration {at[-1]}" in out
     assert_same_end(tmp_path, reference)
     assert len(list((tmp_path / "run" / "rank0").glob("*-*.safetensors"))) == 2
 
@@ -530,7 +530,7 @@ def test_more_iterations_later_after_a_torn_checkpoint_and_with_previews(server,
     torn = newest(warm / "run" / "rank0")[1]
     os.truncate(torn, torn.stat().st_size - 1)
     code, out, err = run(server, warm, argv, (short_previews,))
-    assert code == 0 and "going on from iteration 8" in out
+    assert code == 0 and "resuming from iteration 8" in out
     assert err.count("\n") == 1 and err.startswith(f"note: {torn.relative_to(warm)} is damaged and passed over: ")
     assert_same_end(warm, reference)
     previews = sorted((warm / "run" / "previews").iterdir())
@@ -550,7 +550,7 @@ def test_rows_that_are_ahead_of_the_checkpoints(server, data, reference, warm, e
     torn = newest(warm / "run" / "rank0")[1]
     os.truncate(torn, 1000)
     code, out, err = run(server, warm, argv)
-    assert code == 0 and f"going on from iteration {dict([(12, 6), (22, 18)])[end]}" in out and "is damaged" in err
+    assert code == 0 and f"resuming from iteration {dict([(12, 6), (22, 18)])[end]}" in out and "is damaged" in err
     assert_same_end(warm, reference)
 
 
@@ -783,6 +783,6 @@ def test_torchrun_is_stopped_and_loses_a_process(squares, pair, warm_pair):
         err = finish_torchrun(process)
         assert (process.returncode == 0) == (hit is None), err
         if hit == signal.SIGTERM:
-            assert err.count("the same command goes on") == 2
+            assert err.count("rerun the command to resume") == 2
         assert all(iteration <= int(name[:8]) or hit == signal.SIGKILL for name in checkpoints(warm_pair))
     assert_same_end(warm_pair, pair, ranks=2)
