@@ -456,7 +456,7 @@ def test_what_is_in_the_wrong_place(tmp_path):
     mixed = make_people(tmp_path / "mixed", {"a/ann": 2, "bob": 2})
     people, problems = read(mixed)
     assert names(people) == {"a": {"ann": ["0.png", "1.png"]}}
-    assert len(problems) == 1 and problems[0].startswith(f"{mixed / 'bob'} is no bucket")
+    assert len(problems) == 1 and problems[0].startswith(f"{mixed / 'bob'} is not a bucket")
     flat = make_people(tmp_path / "flat", {"ann": 2, "bob": 2})
     (flat / "bob" / "notes").mkdir()                                     # does not make a bucket of bob
     people, problems = read(flat)
@@ -520,7 +520,7 @@ def make_bad_data(root):
     make_people(root, {"flat": 2})
     return ["ann/bad.jpg", "ann/empty.png", "ann/phone.heic", "ann/small.png", "bob/0.txt", "bob/1.txt",
             "cy/copy.png", "few has 1", "data/loose.png", "such as loose.png", "cy/inner",
-            "flat is no bucket"]
+            "flat is not a bucket"]
 
 
 def test_main_names_each_fault_and_writes_nothing(run):
