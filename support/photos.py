@@ -2,11 +2,11 @@
 
     python -c "from support import photos; print(photos.find_faces(photos.read_photo('face.jpg')))"
 
-Sources: Meta-LoRA, section "Stage-2: Test-time ID Personalization" (the crops); MTCNN as packaged by
-facenet-pytorch, weights included. Deviations: the paper does not say what "face centred" means beside a
-border. Here a crop keeps its size and moves, see `face_crops`.
-"""
+Sources: Meta-LoRA, section "Stage-2: Test-time ID Personalization" (the crops); MTCNN as packaged
+by facenet-pytorch, weights included. Deviation: the paper does not say what "face centred" means
+near a border. Here a crop keeps its size and moves, see `face_crops`. """
 import functools
+import itertools
 import json
 import re
 import warnings
@@ -22,105 +22,120 @@ import torch.nn.functional as F
 from PIL import Image, ImageChops, ImageCms, ImageOps, PngImagePlugin
 from torch import Tensor, nn
 
-from support.common import check_writable, digest, note, save_png
+from support.common import check_file, check_writable, digest, not_content, note, save_png
 
 HEIF_SUFFIXES = {".heic", ".heif", ".hif"}
-NO_PICTURES = {"BUFR", "GRIB", "HDF5", "MPEG"}   # Pillow knows these, and decodes none
-SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items()
-            if (kind in Image.OPEN or kind == "MPO") and kind not in NO_PICTURES} | HEIF_SUFFIXES
-LITTER = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir",
-          "system volume information"}           # of operating systems, beside hidden files
-# where systems and file servers keep deleted files, and older versions of others: never somebody's folder
-DELETED = {"$recycle.bin", "recycler", "#recycle", "@recycle", "#snapshot", "@recently-snapshot",
-           "lost+found", "network trash folder", "found.000"}
-MASK = re.compile(r"(.+)(-masklabel|-condlabel|[-_.]mask)", re.IGNORECASE)      # OneTrainer's, and others'
-LARGEST = 16384 * 12288                          # pixels; the largest sensors of phones, 200 megapixels
-HALVED = 2 ** 26                                 # pixels from which a picture is read at half its sides
-HEIF_BRANDS = b"heic heix heim heis hevc hevx hevm hevs mif1 msf1".split()       # at byte 8, after "ftyp"
-MENDED: set[tuple[Path, int]] = set()            # pictures without their end, with their times: noted once
+# Pillow registers these formats, but cannot decode them by itself
+UNREADABLE = {"BUFR", "GRIB", "HDF5", "MPEG"}
+SUFFIXES = set(HEIF_SUFFIXES)
+for suffix, kind in Image.registered_extensions().items():
+    if kind == "MPO" or kind in Image.OPEN and kind not in UNREADABLE:
+        SUFFIXES.add(suffix)
+# written by operating systems, besides hidden files
+LITTER = set("thumbs.db|ehthumbs.db|desktop.ini|icon\r|__macosx|@eadir|"
+             "system volume information".split("|"))
+# where systems and file servers keep deleted files and older versions
+DELETED = set("$recycle.bin|recycler|#recycle|@recycle|#snapshot|@recently-snapshot|lost+found|"
+              "network trash folder|found.000".split("|"))
+MASK = re.compile(r"(.+)(-masklabel|-condlabel|[-_.]mask)", re.IGNORECASE)   # OneTrainer and others
+LARGEST = 16384 * 12288                          # pixels; 200 megapixels, the largest phone sensors
+HALVED = 2 ** 26                              # pixels; larger pictures are read at half their sides
+# at byte 8, after "ftyp"
+HEIF_BRANDS = b"heic heix heim heis hevc hevx hevm hevs mif1 msf1".split()
 MIN_SIDE = 16                                    # pixels; one image token
-ASPECTS = {"16:9": 16 / 9, "4:3": 4 / 3, "1:1": 1, "3:4": 3 / 4, "9:16": 9 / 16}    # of crops, width / height
+MIN_RESOLUTION = 512                             # pixels; FLUX.1 was not made for less
+# width / height of crops
+ASPECTS = {"16:9": 16 / 9, "4:3": 4 / 3, "1:1": 1, "3:4": 3 / 4, "9:16": 9 / 16}
 FACE_SCALES = (1.5, 2, 2.5, 3.5, 4.5)            # shorter side of a crop / longer side of the face
 Face = tuple[float, float, float, float, float]  # x0, y0, x1, y1, probability
 Box = tuple[int, int, int, int]                  # x0, y0, x1, y1
-FLOOR = 512                                      # pixels; FLUX.1 was not made for less
 
 
 def visible(folder: str | Path) -> list[Path]:
-    """Sorted paths of what is directly inside `folder`, without hidden files and litter of systems."""
+    """Sorted paths directly inside `folder`, without hidden files and the litter of systems."""
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"no such folder: {folder}")
-    return sorted(p for p in folder.iterdir() if not p.name.startswith(".") and p.name.lower() not in LITTER)
+    paths = sorted(folder.iterdir())
+    return [path for path in paths if path.name[0] != "." and path.name.lower() not in LITTER]
 
 
 def subfolders(folder: str | Path) -> list[Path]:
-    """Sorted paths of the visible folders directly inside `folder`, without those of deleted files."""
-    return [path for path in visible(folder) if path.is_dir() and path.name.lower() not in DELETED]
+    """Sorted paths of the visible folders directly inside `folder`, except for trash folders."""
+    paths = visible(folder)
+    return [path for path in paths if path.is_dir() and path.name.lower() not in DELETED]
 
 
 def image_files(folder: str | Path) -> list[Path]:
-    """Sorted paths of the pictures directly inside `folder`, by suffix; dead links too, to be named.
+    """Sorted paths of the pictures directly inside `folder`, by suffix, without masks.
 
-    Without masks that other trainers keep beside them."""
-    paths = [path for path in visible(folder) if path.suffix.lower() in SUFFIXES and not path.is_dir()]
-    return without_masks(paths)
+    Includes dead links, so that an error can name them."""
+    paths = visible(folder)
+    return without_masks([p for p in paths if p.suffix.lower() in SUFFIXES and not p.is_dir()])
 
 
 def without_masks(paths: list[Path]) -> list[Path]:
-    """The pictures that are not the mask of another, as a_mask.png or a-masklabel.png beside a.jpg is."""
-    named = {path: MASK.fullmatch(path.stem) for path in paths}
-    others = {path.with_suffix("") for path in paths}
-    return [path for path in paths if not named[path] or path.with_name(named[path][1]) not in others]
+    """Drops masks of other pictures: a_mask.png or a-masklabel.png next to a.jpg."""
+    stems = {path.with_suffix("") for path in paths}
+    kept = []
+    for path in paths:
+        mask = MASK.fullmatch(path.stem)
+        if not mask or path.with_name(mask[1]) not in stems:
+            kept.append(path)
+    return kept
+
+
+# --------------------------------------------------------------------------------------------------
+# Reading
 
 
 def read_photo(path: str | Path) -> Image.Image:
-    """Any picture that Pillow reads -> PIL image, mode RGB in sRGB, upright by its EXIF orientation.
+    """Any picture that Pillow reads -> PIL image, mode RGB in sRGB, upright by its EXIF
+    orientation.
 
-    The first frame of an animation, transparency on white; over 67 megapixels at half its sides, which
-    info["reduced"] then says. ValueError, one line naming the file: no whole picture, under 16 pixels a
-    side, or over 200 megapixels. A JPEG without its last bytes is read, with a note.
+    The first frame of an animation; transparency on white. Over 67 megapixels it is read at half
+    its sides, and info["reduced"] is 2. A JPEG that lacks its last bytes is read, with a note.
+    ValueError, one line naming the file: damaged, under 16 pixels a side, or over 200 megapixels.
     """
     path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder, not a picture")
-    if not path.is_file():
-        raise ValueError(f"{path} is a dead link" if path.is_symlink() else f"no such picture: {path}")
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path} is empty")
+    check_file(path, "picture")
+    is_heif = path.suffix.lower() in HEIF_SUFFIXES
     try:
-        with open(path, "rb") as file, generous_limits():
+        with open(path, "rb") as file:
             head = file.read(12)
-            if is_heif := head[4:8] == b"ftyp" and head[8:] in HEIF_BRANDS:
-                can_read_heif()
+        if head[4:8] == b"ftyp" and head[8:] in HEIF_BRANDS:
+            is_heif = True
+            can_read_heif()
+        with raised_limits():
             image = decode(path)
-    except Image.UnidentifiedImageError as error:
-        hint = ""
-        if is_heif or path.suffix.lower() in HEIF_SUFFIXES:
-            hint = " as HEIC" if can_read_heif() else "; HEIC is read after: pip install pillow-heif"
-        raise ValueError(f"{path} is not a picture that can be read{hint}") from error
     except Image.DecompressionBombError:
         raise ValueError(f"{path} is too large: over {LARGEST:,} pixels") from None
-    except PermissionError:
-        raise ValueError(f"{path} may not be read: see its owner and mode (`ls -l`)") from None
-    except Exception as error:                   # on broken files the decoders raise whatever they stumble on
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path} is damaged or cannot be read: {reason}") from error
+    except Exception as error:                  # decoders raise all sorts of things on broken files
+        why = not_content(path)
+        if not why and isinstance(error, Image.UnidentifiedImageError):
+            why = "it is not a picture that can be read"
+            if is_heif:
+                why += " as HEIC" if can_read_heif() else "; for HEIC: pip install pillow-heif"
+        why = why or " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path} cannot be read: {why}") from error
+    width, height = image.size
     if min(image.size) < MIN_SIDE:
-        width, height = image.size
-        raise ValueError(f"{path} is {width} x {height} pixels; at least {MIN_SIDE} x {MIN_SIDE} are needed")
+        raise ValueError(f"{path} is {width} x {height} pixels, under {MIN_SIDE} x {MIN_SIDE}")
     return image
 
 
 @contextmanager
-def generous_limits() -> Iterator[None]:
-    """Pillow's guards against bombs, raised to what sound pictures hold: editors write megabytes of text."""
+def raised_limits() -> Iterator[None]:
+    """Raises Pillow's guards against bombs to what sound pictures hold: some carry megabytes of
+    text."""
     png = PngImagePlugin
     before = Image.MAX_IMAGE_PIXELS, png.MAX_TEXT_CHUNK, png.MAX_TEXT_MEMORY
-    Image.MAX_IMAGE_PIXELS, png.MAX_TEXT_CHUNK, png.MAX_TEXT_MEMORY = LARGEST / 2, 2 ** 28, 2 ** 29
+    Image.MAX_IMAGE_PIXELS = LARGEST / 2    # Pillow warns from here on, and refuses from twice this
+    png.MAX_TEXT_CHUNK = 2 ** 28
+    png.MAX_TEXT_MEMORY = 2 ** 29
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")      # Pillow warns from half of its limit on
+            warnings.simplefilter("ignore")
             yield
     finally:
         Image.MAX_IMAGE_PIXELS, png.MAX_TEXT_CHUNK, png.MAX_TEXT_MEMORY = before
@@ -128,7 +143,7 @@ def generous_limits() -> Iterator[None]:
 
 @functools.cache
 def can_read_heif() -> bool:
-    """Teaches Pillow to read HEIC, where pillow-heif is installed."""
+    """Teaches Pillow to read HEIC if pillow-heif is installed."""
     try:
         from pillow_heif import register_heif_opener
     except ImportError:
@@ -138,12 +153,12 @@ def can_read_heif() -> bool:
 
 
 def decode(path: Path) -> Image.Image:
-    """An image file -> RGB, upright, half as large in each direction where it is huge."""
+    """An image file -> RGB, upright, at half its sides if it is huge."""
     with Image.open(path) as image:
-        reduced = 1 + (image.width * image.height > HALVED)
+        reduced = 2 if image.width * image.height > HALVED else 1
         size = image.width // reduced, image.height // reduced
-        if reduced > 1:
-            image.draft(None, size)              # of JPEG alone: scaled while it is decoded
+        if reduced == 2:
+            image.draft(None, size)              # JPEG only: scales while decoding
         try:
             image.load()
         except OSError:
@@ -153,90 +168,117 @@ def decode(path: Path) -> Image.Image:
         image = to_rgb(ImageOps.exif_transpose(image))
     if image.width * image.height > HALVED:
         image = image.reduce(reduced)
-    image.info = {"reduced": reduced}            # a profile would be saved with crops, whose colours are sRGB
+    image.info = {"reduced": reduced}            # drops the profile: the colors are sRGB now
+    return image
+
+
+def finish_jpeg(data: bytes, size: tuple[int, int]) -> Image.Image:
+    """Decodes a JPEG without its end; after an end marker the decoder makes up the missing
+    pixels."""
+    image = Image.open(BytesIO(data + b"\xff\xd9"))
+    image.draft(None, size)
+    image.load()
     return image
 
 
 def mend_jpeg(path: Path, size: tuple[int, int]) -> Image.Image:
-    """A JPEG that lacks its end, with a note. OSError where more than a fiftieth of the picture is lost."""
+    """A JPEG that lacks its end, with a note. OSError if more than 2 % of the picture is
+    missing."""
     data = path.read_bytes().rstrip(b"\xff")     # half a marker
-
-    def finish(filler: bytes) -> Image.Image:    # with an end marker the decoder makes up what is missing
-        image = Image.open(BytesIO(data + filler + b"\xff\xd9"))
-        image.draft(None, size)
-        image.load()
-        return image
-
-    image = finish(b"")
-    # what depends on the bytes that follow was not in the file
-    other = finish(b"\x55" * (image.width * image.height // 8 + 1000))
-    lost = np.asarray(ImageChops.difference(image, other)) > 0
-    if lost.reshape(image.height, image.width, -1).any(-1).mean() > 0.02:
+    image = finish_jpeg(data, size)
+    # pixels that depend on the bytes that follow are missing from the file
+    filler = b"\x55" * (image.width * image.height // 8 + 1000)
+    changed = np.asarray(ImageChops.difference(image, finish_jpeg(data + filler, size))) > 0
+    if changed.reshape(image.height, image.width, -1).any(-1).mean() > 0.02:
         raise OSError("its end is missing")
-    if (this := (path.resolve(), path.stat().st_mtime_ns)) not in MENDED:
-        note(f"{path} lacks its last bytes; the rest is used")
-        MENDED.add(this)
+    note_mended(path)
     return image
 
 
+@functools.cache                                 # one note a file
+def note_mended(path: Path) -> None:
+    note(f"{path} lacks its last bytes; the rest is used")
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
-    """PIL image of any mode -> mode RGB, sRGB. Pillow's own conversion clips 16 bits, drops transparency."""
-    profile, alpha = image.info.get("icc_profile"), None
-    if image.mode.startswith("I") or image.mode == "F":    # no white point is stated: the first that fits
+    """PIL image of any mode -> RGB, sRGB. Pillow's own conversion clips 16 bits and drops
+    transparency."""
+    profile = image.info.get("icc_profile")
+    alpha = None
+    if image.mode[0] in "IF":                    # 16 or 32 bits
         values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0, neginf=0)
-        whites = (1, 255) if image.mode == "F" else (65535,)
-        white = next((w for w in whites if values.max() <= w), values.max())
+        # the file does not state its white point: take the first that fits
+        white = values.max()
+        for usual in (1, 255) if image.mode == "F" else (65535,):
+            if values.max() <= usual:
+                white = usual
+                break
         image = Image.fromarray((values / white * 255).clip(0, 255).round().astype(np.uint8))
     elif image.has_transparency_data:
-        kind = "L" if image.mode.startswith("L") else "RGB"
+        mode = "L" if image.mode[0] == "L" else "RGB"
         image = image.convert("RGBA")
-        image, alpha = image.convert(kind), image.getchannel("A")
+        alpha = image.getchannel("A")
+        image = image.convert(mode)
     elif image.mode == "P":
         image = image.convert("RGB")
     image = to_srgb(image, profile)
     if alpha:
         image.putalpha(alpha)
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image).convert("RGB")
     return image
 
 
 def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """The colours that the profile gives the numbers; without one, or with a broken one, they are sRGB's."""
-    try:
-        own = ImageCms.ImageCmsProfile(BytesIO(profile)) if profile else None
-        if own and not ImageCms.getProfileDescription(own).startswith("sRGB"):
-            return ImageCms.profileToProfile(image, own, ImageCms.createProfile("sRGB"), outputMode="RGB")
-    except (ImageCms.PyCMSError, OSError, ValueError):
-        pass                                     # viewers do the same
+    """Converts from the embedded profile to sRGB; a missing or broken profile counts as sRGB."""
+    if profile:
+        try:
+            embedded = ImageCms.ImageCmsProfile(BytesIO(profile))
+            if not ImageCms.getProfileDescription(embedded).startswith("sRGB"):
+                srgb = ImageCms.createProfile("sRGB")
+                return ImageCms.profileToProfile(image, embedded, srgb, outputMode="RGB")
+        except (ImageCms.PyCMSError, OSError, ValueError):
+            pass                                 # image viewers do the same
     return image.convert("RGB")
+
+
+# --------------------------------------------------------------------------------------------------
+# Faces
 
 
 @functools.lru_cache(maxsize=2)
 def face_detector(device: str) -> nn.Module:
     """MTCNN with its packaged weights on `device`, built once."""
-    from facenet_pytorch import MTCNN            # slow to import, and most users of this file need no faces
+    from facenet_pytorch import MTCNN    # slow to import, and most users of this file need no faces
     return MTCNN(keep_all=True, device=torch.device(device)).eval()
 
 
 @torch.no_grad()
-def find_faces(image: Image.Image, device: str | torch.device = "cpu", threshold: float = 0.9) -> list[Face]:
-    """PIL image -> [(x0, y0, x1, y1, probability)], in pixels, within the image, the largest box first.
+def find_faces(
+    image: Image.Image,
+    device: str | torch.device = "cpu",
+    threshold: float = 0.9,
+) -> list[Face]:
+    """PIL image -> [(x0, y0, x1, y1, probability)] in pixels, within the image, largest box first.
 
-    MTCNN sees it at 480 to 1024 pixels (side of a square of its area), in a grey margin for faces that fill
-    it. The threshold: faces in photos and paintings get above 0.99, 1 of 210 textures more than 0.9.
-    """
-    own_side = (image.width * image.height) ** 0.5
-    side = min(max(own_side, 480), 1024)
-    scale = side / own_side
+    MTCNN sees it at 480 to 1024 pixels (side of a square of its area), with a gray margin for faces
+    that fill it. Faces in photos and paintings score above 0.99; 1 of 210 textures scored above
+    0.9. """
+    full_side = (image.width * image.height) ** 0.5
+    side = min(max(full_side, 480), 1024)
+    scale = side / full_side
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     margin = round(0.2 * side)
-    seen = ImageOps.expand(image.convert("RGB").resize(size, Image.BICUBIC), margin, (128, 128, 128))
-    # Pooling to arbitrary sizes does not exist on mps; the CPU needs a tenth of a second.
+    seen = image.convert("RGB").resize(size, Image.BICUBIC)
+    seen = ImageOps.expand(seen, margin, (128, 128, 128))
+    # MPS cannot pool to arbitrary sizes; the CPU needs a tenth of a second
     detector = face_detector("cpu" if torch.device(device).type == "mps" else str(device))
     detector.min_face_size = max(20, side / 32)
     boxes, probabilities = detector.detect(seen)
+    if boxes is None:
+        return []
     faces = []
-    for box, probability in zip(boxes if boxes is not None else (), probabilities):
+    for box, probability in zip(boxes, probabilities):
         box = (np.asarray(box, dtype=np.float64) - margin) / [*size, *size]
         x0, y0, x1, y1 = (box.clip(0, 1) * [*image.size, *image.size]).tolist()
         if probability >= threshold and x1 - x0 >= 1 and y1 - y0 >= 1:
@@ -246,90 +288,179 @@ def find_faces(image: Image.Image, device: str | torch.device = "cpu", threshold
 
 def head_box(face: tuple[float, ...]) -> Box:
     """A face (x0, y0, x1, y1, ...) -> the box of the head, which may reach beyond the picture."""
-    x0, y0, x1, y1 = face[:4]             # from the middle of the forehead to the chin, without hair and ears
-    w, h = x1 - x0, y1 - y0
+    x0, y0, x1, y1 = face[:4]             # from mid-forehead to the chin, without hair and ears
+    w = x1 - x0
+    h = y1 - y0
     return round(x0 - 0.12 * w), round(y0 - 0.35 * h), round(x1 + 0.12 * w), round(y1 + 0.08 * h)
 
 
-def face_crops(width: int, height: int, box: tuple[float, ...], aspects: list[str] | None = None,
-               scales: list[float] | None = None) -> list[Box]:
-    """The paper's crops around one face: 1 to 25 boxes (x0, y0, x1, y1), integer pixels, inside the picture.
+def overlapping_boxes(image: Image.Image, number: int) -> list[Box]:
+    """Boxes of 1 / number of the sides that overlap by half, so that a small face is whole in
+    one."""
+    w = image.width / number
+    h = image.height / number
+    boxes = []
+    for row, column in itertools.product(range(2 * number - 1), repeat=2):
+        x = column * w / 2
+        y = row * h / 2
+        boxes.append((round(x), round(y), round(x + w), round(y + h)))
+    return boxes
 
-    For each aspect the shorter side is the face's longer side x 1.5, 2, 2.5, 3.5 and 4.5, the face centred.
-      - A size that the picture does not hold is replaced by the largest of that aspect, once.
-      - A crop that hangs over a border is moved inside, not shrunk, which would leave one size of the five:
-        faces are mostly near the top. It contains the face, or as much of it as its aspect allows.
+
+def find_anywhere(image: Image.Image, path: Path) -> tuple[Image.Image, list[Face]]:
+    """The picture, turned upright if need be, and the faces in it; notes say what it took to find
+    them.
+
+    Searched as it is, then turned, then enlarged: an upright face of any size comes before a lying
+    one. """
+    turned = {0: image}
+    lying = [90, 180, 270]
+    for angle in lying:
+        turned[angle] = image.transpose(Image.Transpose[f"ROTATE_{angle}"])
+    searches = [([0], 1), (lying, 1)]            # angles, parts a side
+    # the detector sees at most 1024 x 1024; a part of a small picture is a handful of pixels
+    if image.width * image.height > MIN_RESOLUTION ** 2:
+        searches += [([0], 2), ([0], 4), (lying, 2)]
+
+    for angles, number in searches:
+        best = []
+        for angle in angles:
+            for x, y, x1, y1 in overlapping_boxes(turned[angle], number):
+                part = turned[angle].crop((x, y, x1, y1))
+                # many parts, so many chances for a false alarm: ask for more
+                sure = [face for face in find_faces(part) if number == 1 or face[4] > 0.99]
+                if sure and (not best or sure[0][4] > best[0][4]):
+                    best_angle = angle
+                    best = [(f[0] + x, f[1] + y, f[2] + x, f[3] + y, f[4]) for f in sure]
+        if best:
+            if best_angle:
+                note(f"no face in {path} as it is; "
+                     f"it is rotated {best_angle} degrees counterclockwise")
+            if number > 1:
+                note(f"the face in {path} is small: {describe(best[0])}")
+            return turned[best_angle], best
+    raise ValueError(f"no face found in {path}, even turned or enlarged: mark the subject with "
+                     "--box X0 Y0 X1 Y1, in pixels, or take whole photos with --no-augment")
+
+
+def describe(face: Face) -> str:
+    x0, y0, x1, y1 = map(round, face[:4])
+    return f"{x1 - x0} x {y1 - y0} pixels at ({x0}, {y0})"
+
+
+# --------------------------------------------------------------------------------------------------
+# Crops
+
+
+def place_crop(size: float, limit: int, low: float, high: float) -> tuple[int, int]:
+    """Start and end of a crop along one axis: centered on the face (low, high), moved inside 0 ..
+    limit."""
+    size = min(max(1, round(size)), limit)
+    start = min(max(round((low + high - size) / 2), 0), limit - size)
+    return start, start + size
+
+
+def face_crops(
+    width: int,
+    height: int,
+    box: tuple[float, ...],
+    aspects: list[str] | None = None,
+    scales: list[float] | None = None,
+) -> list[Box]:
+    """The paper's crops around one face: 1 to 25 boxes (x0, y0, x1, y1), integer pixels, inside the
+    picture.
+
+    For each aspect the shorter side is the face's longer side x 1.5, 2, 2.5, 3.5 and 4.5, the face
+    centered.
+      - A size that does not fit into the picture is replaced by the largest of that aspect, once. -
+      A crop that reaches over a border is moved inside, not shrunk: faces are mostly near the top,
+      and
+        shrinking would leave one size of the five.
       - A crop within 2 pixels of an earlier one on all four edges is left out.
-    `aspects`: names in ASPECTS; `scales`: of the face's longer side; None is all of the paper's. ValueError
-    if `box` (x0, y0, x1, y1, ...) has no area inside the picture.
-    """
-    x0, y0, x1, y1 = (min(max(v, 0), limit) for v, limit in zip(box[:4], (width, height, width, height)))
+    aspects: names in ASPECTS; scales: of the face's longer side; None: all of the paper's.
+    ValueError if `box` (x0, y0, x1, y1, ...) has no area inside the picture. """
+    x0, x1 = np.clip(box[0:4:2], 0, width).tolist()
+    y0, y1 = np.clip(box[1:4:2], 0, height).tolist()
     if not (x1 > x0 and y1 > y0):                # also refuses nan
-        raise ValueError(f"face box {tuple(box[:4])} has no area inside a {width} x {height} picture")
-
-    def place(size: int, limit: int, low: float, high: float) -> tuple[int, int]:      # along one axis
-        start = min(max(round((low + high - size) / 2), 0), limit - size)
-        return start, start + size
-
+        raise ValueError(f"face box {tuple(box[:4])} has no area within {width} x {height} pixels")
     crops = []
-    for aspect in map(ASPECTS.get, aspects or ASPECTS):
-        wide, tall = max(1, aspect), max(1, 1 / aspect)    # sides, in units of the shorter one
-        largest = min(width / wide, height / tall)
-        for scale in scales or FACE_SCALES:
-            short = min(scale * max(x1 - x0, y1 - y0), largest)
-            across = place(min(max(1, round(short * wide)), width), width, x0, x1)
-            down = place(min(max(1, round(short * tall)), height), height, y0, y1)
-            crop = across[0], down[0], across[1], down[1]
-            if not any(max(abs(a - b) for a, b in zip(crop, other)) <= 2 for other in crops):
-                crops.append(crop)
+    for aspect, scale in itertools.product(aspects or ASPECTS, scales or FACE_SCALES):
+        # sides in units of the shorter one
+        wide = max(1, ASPECTS[aspect])
+        tall = max(1, 1 / ASPECTS[aspect])
+        short = min(scale * max(x1 - x0, y1 - y0), width / wide, height / tall)
+        left, right = place_crop(short * wide, width, x0, x1)
+        top, bottom = place_crop(short * tall, height, y0, y1)
+        crop = left, top, right, bottom
+        if not any(np.abs(np.subtract(crop, other)).max() <= 2 for other in crops):
+            crops.append(crop)
     return crops
 
 
-def grid_size(width: int, height: int, resolution: int, multiple: int = 16,
-              upscale: bool = False) -> tuple[int, int]:
+def grid_size(
+    width: int,
+    height: int,
+    resolution: int,
+    multiple: int = 16,
+    upscale: bool = False,
+) -> tuple[int, int]:
     """(w, h), multiples of `multiple`, with w * h near resolution**2 and w / h near width / height.
 
     Without `upscale`, w * h is at most width * height, unless a side is under `multiple`.
     """
     if min(width, height, resolution, multiple) < 1:
-        sizes = f"{width} x {height}, resolution {resolution}, multiple {multiple}"
-        raise ValueError(f"sizes must be positive: {sizes}")
+        raise ValueError(f"sizes must be positive: {width} x {height}, {resolution=}, {multiple=}")
     limit = float("inf") if upscale else width * height
-    area, aspect = min(resolution ** 2, limit), width / height
+    area = min(resolution ** 2, limit)
+    aspect = width / height
 
     def around(side: float) -> tuple[int, int]:
         low = max(1, int(side / multiple)) * multiple
         return low, low + multiple
-    sizes = [(w, h) for w in around((area * aspect) ** 0.5) for h in around((area / aspect) ** 0.5)]
-    fitting = [(w, h) for w, h in sizes if w * h <= limit] or sizes[:1]
-    # the error in aspect is cropped away, that in area is blur or cost
-    return min(fitting, key=lambda s: 2 * abs(np.log(s[0] / s[1] / aspect)) + abs(np.log(s[0] * s[1] / area)))
+
+    def error(size: tuple[int, int]) -> float:
+        # the error in aspect is cropped away, that in area is blur or cost
+        w, h = size
+        return 2 * abs(np.log(w / h / aspect)) + abs(np.log(w * h / area))
+
+    sizes = list(itertools.product(around((area * aspect) ** 0.5), around((area / aspect) ** 0.5)))
+    fitting = [(w, h) for w, h in sizes if w * h <= limit]
+    return min(fitting or sizes[:1], key=error)
 
 
-def fit_to_grid(image: Image.Image, resolution: int, multiple: int = 16,
-                upscale: bool = False) -> Image.Image:
-    """PIL image -> PIL image of `grid_size`: scaled to cover it, the rest cut off evenly, never stretched."""
+def fit_to_grid(
+    image: Image.Image,
+    resolution: int,
+    multiple: int = 16,
+    upscale: bool = False,
+) -> Image.Image:
+    """PIL image -> PIL image of `grid_size`: scaled to cover it, the rest cut off evenly, never
+    stretched."""
     w, h = grid_size(*image.size, resolution, multiple, upscale)
     scale = max(w / image.width, h / image.height)
-    left, top = (image.width - w / scale) / 2, (image.height - h / scale) / 2
-    box = max(0, left), max(0, top), min(image.width, left + w / scale), min(image.height, top + h / scale)
-    return image.resize((w, h), Image.BICUBIC, box=box)
+    left = (image.width - w / scale) / 2
+    top = (image.height - h / scale) / 2
+    right = min(image.width, left + w / scale)
+    bottom = min(image.height, top + h / scale)
+    return image.resize((w, h), Image.BICUBIC, box=(max(0, left), max(0, top), right, bottom))
 
 
 class Crop(NamedTuple):
     picture: Image.Image                         # as the model sees it
     photo: Path
-    box: Box                                     # where in the photo
-    head: Image.Image | None = None     # white where the head is, of the picture's size; None: not looked for
+    box: Box                                     # its place in the photo
+    # white where the head is, of the picture's size; None: not searched
+    head: Image.Image | None = None
 
 
 def to_sizes(picture: Image.Image, resolutions: list[int]) -> list[Image.Image]:
-    """A picture at each resolution, no size twice; enlarged only from under 512 x 512 or the resolution."""
+    """A picture at each resolution, no size twice; enlarged only from under 512 x 512 or the
+    resolution."""
     sized = {}
     for resolution in resolutions:
-        floor = min(resolution, FLOOR)           # blur is a smaller evil than a handful of tokens
-        small = picture.width * picture.height < floor ** 2
-        fitted = fit_to_grid(picture, floor if small else resolution, upscale=small)
+        smallest = min(resolution, MIN_RESOLUTION)       # better some blur than a handful of tokens
+        small = picture.width * picture.height < smallest ** 2
+        fitted = fit_to_grid(picture, smallest if small else resolution, upscale=small)
         sized.setdefault(fitted.size, fitted)
     return list(sized.values())
 
@@ -337,101 +468,68 @@ def to_sizes(picture: Image.Image, resolutions: list[int]) -> list[Image.Image]:
 def check_photos(paths: list[str], box: list[int] | None, augment: bool) -> None:
     """ValueError for a photo that cannot be read, and for a --box that does not fit."""
     if box and (len(paths) > 1 or not augment):
-        raise ValueError("--box is for one photo and its crops: "
-                         + ("leave out --no-augment" if not augment else f"{len(paths)} photos are given"))
+        raise ValueError("--box takes one photo, and does not go with --no-augment")
     for path in paths:
         photo = read_photo(path)
         if box:
             width, height = (length * photo.info["reduced"] for length in photo.size)
             x0, y0, x1, y1 = box
             if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
-                raise ValueError(f"--box {x0} {y0} {x1} {y1} must be X0 < X1 and Y0 < Y1 within {path}, "
-                                 f"which is {width} x {height} pixels")
+                raise ValueError(f"--box {x0} {y0} {x1} {y1} must be X0 < X1 and Y0 < Y1 within "
+                                 f"{path}, which is {width} x {height} pixels")
 
 
 def fingerprints(paths: list[str | Path]) -> dict[str, str]:
-    """What the metadata of a LoRA say of its photos, in order: their names, and digests of the files."""
-    paths = [*map(Path, paths)]
-    return {"photos": ", ".join(path.name for path in paths),
-            "photo_digests": " ".join(digest(path.read_bytes()) for path in paths)}
+    """Names and digests of photos, in order, for the metadata of a LoRA."""
+    paths = list(map(Path, paths))
+    return {
+        "photos": ", ".join(path.name for path in paths),
+        "photo_digests": " ".join(digest(path.read_bytes()) for path in paths),
+    }
 
 
-def parts_of(image: Image.Image, number: int) -> list[Box]:
-    """Boxes of 1 / number of the sides that overlap by half, so that each small thing is whole in one."""
-    w, h = image.width / number, image.height / number
-    return [(round(x * w / 2), round(y * h / 2), round(x * w / 2 + w), round(y * h / 2 + h))
-            for y in range(2 * number - 1) for x in range(2 * number - 1)]
+def load_crops(
+    paths: list[str | Path],
+    resolutions: list[int],
+    augment: bool = True,
+    aspects: list[str] | None = None,
+    scales: list[float] | None = None,
+    box: list[int] | None = None,
+) -> list[Crop]:
+    """Photos of one person -> the crops of all of them; without `augment`, each photo as a whole.
 
-
-def find_anywhere(image: Image.Image, path: Path) -> tuple[Image.Image, list[Face]]:
-    """A picture -> itself, or turned with a note, and the faces in it, found in parts of it if need be.
-
-    As it is, turned, then in parts: an upright face of any size counts before a lying one among details.
-    """
-    turn = Image.Transpose
-    turned = {0: image} | {angle: image.transpose(way) for angle, way in
-                           ((90, turn.ROTATE_90), (180, turn.ROTATE_180), (270, turn.ROTATE_270))}
-    others = [90, 180, 270]
-    # the detector sees at most 1024 x 1024; a part of a small picture is a handful of pixels
-    parts = [([0], 2), ([0], 4), (others, 2)] if image.width * image.height > FLOOR ** 2 else []
-    for angles, number in [([0], 1), (others, 1), *parts]:
-        best = []
-        for angle in angles:
-            view = turned[angle]
-            for x, y, x1, y1 in parts_of(view, number):
-                faces = find_faces(view.crop((x, y, x1, y1)) if number > 1 else view)
-                # many looks at little: more is asked for
-                sure = [f for f in faces if number == 1 or f[4] > 0.99]
-                here = [(f[0] + x, f[1] + y, f[2] + x, f[3] + y, f[4]) for f in sure]
-                if here and (not best or here[0][4] > best[1][0][4]):
-                    best = [angle, here]
-        if best:
-            angle, faces = best
-            if angle:
-                note(f"no face in {path} as it is; it is taken turned by {angle} degrees to the left")
-            if number > 1:
-                x0, y0, x1, y1 = map(round, faces[0][:4])
-                note(f"the face in {path} is small: {x1 - x0} x {y1 - y0} pixels at ({x0}, {y0})")
-            return turned[angle], faces
-    raise ValueError(f"no face found in {path}, turned or enlarged: --box X0 Y0 X1 Y1 says where the subject "
-                     "is, in pixels, and --no-augment takes whole photos")
-
-
-def load_crops(paths: list[str | Path], resolutions: list[int], augment: bool = True,
-               aspects: list[str] | None = None, scales: list[float] | None = None,
-               box: list[int] | None = None) -> list[Crop]:
-    """Photos of one person -> the crops of all of them; without `augment` each photo as a whole.
-
-    box: where the subject is (x0, y0, x1, y1), in pixels of the one photo; else its face is looked for. Of
-    several faces the largest counts. ValueError names a photo that cannot be read or shows no face.
-    """
+    box: the subject (x0, y0, x1, y1) in pixels of the one photo; otherwise its face is searched,
+    and the largest of several counts. ValueError names a photo that cannot be read or shows no
+    face. """
     crops = []
     for path in map(Path, paths):
         photo = read_photo(path)
-        boxes, head = [(0, 0, *photo.size)], None
-        if augment and box:
+        if not augment:
+            pictures = to_sizes(photo, resolutions)
+            crops += [Crop(picture, path, (0, 0, *photo.size)) for picture in pictures]
+            continue
+        if box:
             subject = tuple(round(edge / photo.info["reduced"]) for edge in box)
-            inner = subject
-        elif augment:
-            photo, faces = find_anywhere(photo, path)    # on the CPU: the same crops on any device
+            head_area = subject
+        else:
+            photo, faces = find_anywhere(photo, path)     # on the CPU: the same crops on any device
+            subject = faces[0]
+            head_area = head_box(subject)
             if len(faces) > 1:
-                x, y, x1, y1 = map(round, faces[0][:4])
-                largest = f"{x1 - x} x {y1 - y} pixels at ({x}, {y})"
-                note(f"{len(faces)} faces in {path}; taking the largest, {largest}")
-            subject, inner = faces[0], head_box(faces[0])
-        if augment:
-            boxes, head = face_crops(*photo.size, subject, aspects, scales), Image.new("L", photo.size)
-            head.paste(255, inner)
-        for place in boxes:
-            pictures = to_sizes(photo.crop(place), resolutions)
-            heads = to_sizes(head.crop(place), resolutions) if head else [None] * len(pictures)
-            crops += [Crop(picture, path, place, own) for picture, own in zip(pictures, heads)]
+                note(f"{len(faces)} faces in {path}; taking the largest, {describe(subject)}")
+        head = Image.new("L", photo.size)
+        head.paste(255, head_area)
+        for area in face_crops(*photo.size, subject, aspects, scales):
+            pictures = to_sizes(photo.crop(area), resolutions)
+            heads = to_sizes(head.crop(area), resolutions)
+            crops += [Crop(picture, path, area, head) for picture, head in zip(pictures, heads)]
     return crops
 
 
 def head_weights(crop: Crop, background: float) -> Tensor:
-    """How much the loss counts at each place of a crop's latent, (1, H / 8, W / 8), with a mean of 1;
-    `background` is the share of what is not head, 1 to count all alike, as the paper does."""
+    """Weight of the loss at each place of a crop's latent, (1, H / 8, W / 8), with a mean of 1.
+
+    background: weight of what is not head; 1 weighs all places alike, as the paper does."""
     if crop.head is None:
         return torch.ones(1, 1, 1)
     head = F.avg_pool2d(torch.from_numpy(np.array(crop.head)).float()[None] / 255, 8)
@@ -440,9 +538,13 @@ def head_weights(crop: Crop, background: float) -> Tensor:
 
 
 def save_crops(crops: list[Crop], folder: Path) -> None:
-    """One PNG for each, numbered and named by size and photo."""
+    """One PNG for each crop, numbered, and named by its size and photo."""
     for i, (picture, photo, *_) in enumerate(crops):
         save_png(picture, folder / f"{i:02d}-{picture.width}x{picture.height}-{photo.stem}.png")
+
+
+# --------------------------------------------------------------------------------------------------
+# Tensors and generated pictures
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -451,7 +553,8 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def to_image(tensor: Tensor) -> Image.Image:
-    """(3, H, W) in [-1, 1], clamped and rounded -> PIL image. ValueError: another shape, or not finite."""
+    """(3, H, W) in [-1, 1], clamped and rounded -> PIL image. ValueError: another shape, or not
+    finite."""
     if tensor.ndim != 3 or tensor.shape[0] != 3:
         raise ValueError(f"a picture has shape (3, height, width), not {tuple(tensor.shape)}")
     if not torch.isfinite(tensor).all():
@@ -460,36 +563,54 @@ def to_image(tensor: Tensor) -> Image.Image:
     return Image.fromarray(pixels.round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
 
 
-def picture_fields(prompt: str, seed: int, settings: dict, model: str,
-                   loras: list[tuple[str, float]]) -> dict[str, object]:
-    """Text fields of a PNG: first `parameters`, as A1111 writes it and Forge, Civitai and viewers read it.
+def picture_fields(
+    prompt: str,
+    seed: int,
+    settings: dict,
+    model: str,
+    loras: list[tuple[str, float]],
+) -> dict[str, object]:
+    """Text fields of a PNG: first `parameters`, in the format of A1111 that Forge, Civitai and
+    viewers read.
 
-    None is called `prompt`, under which ComfyUI looks for JSON. settings: of sample.py.
+    No field is called `prompt`, where ComfyUI expects JSON. settings: sample.py's.
     """
-    named = [(Path(path).stem, f"{strength:g}") for path, strength in loras]
-    lines = [prompt + "".join(f" <lora:{name}:{strength}>" for name, strength in named)]
+    lines = [prompt]
+    for path, strength in loras:
+        lines[0] += f" <lora:{Path(path).stem}:{strength:g}>"
     if settings["true_cfg"] != 1.0:
         lines.append(f"Negative prompt: {settings['negative']}")
     name = model.removesuffix(".safetensors")
-    quoted = json.dumps(name, ensure_ascii=False) if set(name) & set(',:"') else name
-    facts = {"Steps": settings["steps"], "Sampler": "Euler", "CFG scale": f"{settings['true_cfg']:g}",
-             "Distilled CFG Scale": f"{settings['guidance']:g}", "Seed": seed,
-             "Size": f"{settings['width']}x{settings['height']}", "Model": quoted}
-    lines.append(", ".join(f"{key}: {value}" for key, value in facts.items()))
-    files = ", ".join(f"{Path(path).name}:{strength:g}" for path, strength in loras)
-    return {"parameters": "\n".join(lines), "prompt_text": prompt, "seed": seed, **settings,
-            "model": model, "loras": files}
+    if set(name) & set(',:"'):
+        name = json.dumps(name, ensure_ascii=False)
+    lines.append(
+        f"Steps: {settings['steps']}, Sampler: Euler, CFG scale: {settings['true_cfg']:g}, "
+        f"Distilled CFG Scale: {settings['guidance']:g}, Seed: {seed}, "
+        f"Size: {settings['width']}x{settings['height']}, Model: {name}")
+    return {
+        "parameters": "\n".join(lines),
+        "prompt_text": prompt,
+        "seed": seed,
+        **settings,
+        "model": model,
+        "loras": ", ".join(f"{Path(path).name}:{strength:g}" for path, strength in loras),
+    }
 
 
 def plan_files(out: Path | None, prompts: int, seeds: range) -> tuple[list[Path], Path | None]:
-    """Where each picture goes, prompt after prompt, and the grid (None for one picture). Writes nothing."""
+    """Paths of the pictures, prompt after prompt, and of the grid (None for one picture). Writes
+    nothing."""
     count = prompts * len(seeds)
     out = out or Path("samples" if count > 1 else "out.png")
-    is_file = out.suffix.lower() == ".png" and not out.is_dir()
-    if is_file and count > 1:
-        raise ValueError(f"--out {out} is one file, but there are {count} pictures: name a folder")
-    if out.suffix.lower() in SUFFIXES - {".png"} and not out.is_dir():
+    suffix = "" if out.is_dir() else out.suffix.lower()
+    if suffix in SUFFIXES - {".png"}:
         raise ValueError(f"--out {out}: pictures are written as PNG")
-    check_writable(out.parent if is_file else out, "--out")
-    files = [out / f"{prompt}_{seed}.png" for prompt in range(prompts) for seed in seeds]
-    return [out] if is_file else files, out / "grid.png" if count > 1 else None
+    if suffix == ".png":
+        if count > 1:
+            raise ValueError(f"--out {out} is one file for {count} pictures: name a folder")
+        check_writable(out.parent, "--out")
+        return [out], None
+    check_writable(out, "--out")
+    numbers = itertools.product(range(prompts), seeds)
+    files = [out / f"{prompt}_{seed}.png" for prompt, seed in numbers]
+    return files, out / "grid.png" if count > 1 else None

@@ -423,7 +423,7 @@ def test_a_turned_photo_is_turned_back(capsys, way, angle):
     image = photos.read_photo(ASTRONAUT)
     found, faces = photos.find_anywhere(image.transpose(way), Path("lying.jpg"))
     assert np.array_equal(np.asarray(found), np.asarray(image)) and faces == photos.find_faces(image)
-    assert capsys.readouterr().err == f"note: no face in lying.jpg as it is; it is taken turned by {angle} degrees to the left\n"
+    assert capsys.readouterr().err == f"note: no face in lying.jpg as it is; it is rotated {angle} degrees counterclockwise\n"
     assert photos.find_anywhere(image, Path("up.jpg"))[0] is image and capsys.readouterr().err == ""
 
 
