@@ -1,14 +1,17 @@
 """Stage 2: one photo in, a LoRA of the person out.
 
-    python personalize.py face.jpg                  # FLUX.1-dev and its lomd.safetensors -> out.safetensors
-    python personalize.py face.jpg --model baby     # the same on a laptop
-    python personalize.py face.jpg --method lora    # the paper's baseline; needs no LoMD
+    python personalize.py face.jpg                # FLUX.1-dev, lomd.safetensors -> out.safetensors
+    python personalize.py face.jpg --model baby   # the same on a laptop
+    python personalize.py face.jpg --method lora  # the paper's baseline; needs no LoMD
 
-Sources: Meta-LoRA, "Stage-2: Test-time ID Personalization" (crops, flips, what is trained and how long);
-ai-toolkit, the paper's trainer (times, loss, guidance input 1.0, a latent drawn anew from the posterior).
-Deviations: sides are multiples of 16 pixels and not of 64, which keeps aspect ratios closer; a crop is seen
-at one resolution unless --resolution names more; small crops are enlarged, see photos.to_sizes. An iteration
-is one step of the optimiser, as in the paper's tables; its Algorithm 2, read literally, would count epochs.
+Sources: Meta-LoRA, "Stage-2: Test-time ID Personalization" (crops, flips, what is trained, and for
+how long); ai-toolkit, the paper's trainer (times, loss, guidance input 1.0, a new sample of the
+posterior each time).
+
+Deviations: sides are multiples of 16 pixels instead of 64, which keeps aspect ratios closer. A crop
+is used at one resolution unless --resolution names more. Small crops are enlarged, see
+photos.to_sizes. An iteration is one optimizer step, as in the paper's tables; its Algorithm 2, read
+literally, would count epochs.
 """
 import argparse
 import math
@@ -18,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import support  # before torch: how its threads wait
+import support  # before torch: sets how its threads wait
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -26,80 +29,132 @@ from tqdm import tqdm
 from flux_model import AutoEncoder, Flux, flow_matching_loss, sample_times
 from metalora import MetaLoRA
 from support import photos
-from support.checkpoints import (add_speed_options, check_training_memory, encode_texts, is_small,
-                                 load_autoencoder, open_flux, speed_words, take_model)
-from support.common import (Interruption, Parser, check_out_file, check_out_folder, check_training, free,
-                            is_out_of_memory, keep, note, pick_device, positive, reserved, run_script,
-                            to_device, use_threads)
+from support.checkpoints import (add_speed_options, check_training_memory, encode_texts,
+                                 is_small, load_autoencoder, model_defaults, open_flux,
+                                 speed_words, take_model)
+from support.common import (Interruption, Parser, check_out_file, check_out_folder, check_training,
+                            free, is_out_of_memory, keep, note, pick_device, positive, reserved,
+                            run_script, to_device, use_threads)
 from support.finding import HUB, home_of, model_name, model_words
 from support.lora_files import find_lomd, lora_bytes, read_lomd, save_lora, tell_replaced
 from support.memory import blocks_of, fit_training, is_compiled, seconds_compiling
 from support.people import captions_beside, named_photos
 
-ITERATIONS = {"meta-lora": 375, "lora": 625}     # the paper's
+# the paper's; a model's defaults.json may have others
+ITERATIONS = {"meta-lora": 375, "lora": 625}
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The method: crops, latents, training
 
 
 class NotFinite(FloatingPointError):
-    """Training diverged at `iteration`, on the crop of this index."""
+    """Training diverged at `iteration`, on the crop with this index."""
     def __init__(self, iteration: int, crop: int):
         super().__init__(f"the loss or its gradient is not finite at iteration {iteration}")
-        self.iteration, self.crop = iteration, crop
+        self.iteration = iteration
+        self.crop = crop
 
 
 @torch.no_grad()
-def encode_crops(autoencoder: AutoEncoder, crops: list[photos.Crop], background: float = 1.0,
-                 mirror: bool = True) -> tuple[list[Tensor], list[Tensor]]:
-    """Of each crop latents (K, 2, 16, H / 8, W / 8), fp32, and weights of the loss, as `train` takes them.
+def encode_crops(
+    autoencoder: AutoEncoder,
+    crops: list[photos.Crop],
+    background: float = 1.0,
+    mirror: bool = True,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Crops -> for each its latents (K, 2, 16, H / 8, W / 8) and loss weights (K, 1, h, w), fp32.
 
-    The K latents, as mean and standard deviation, are those of the crop and, with `mirror`, of its mirror
-    image: encoded, since a flipped latent is not the latent of a flipped picture. Whole photos, whose heads
-    nobody looked for, have none.
+    The K views are the crop and, with `mirror`, its mirror image, which is encoded too: a flipped
+    latent is not the latent of a flipped picture. Whole photos, in which no head was looked for,
+    have one view. A latent is a mean and a standard deviation. `background`: weight of the loss
+    outside the head.
     """
-    device, latents, weights = next(autoencoder.parameters()).device, [], []
+    device = next(autoencoder.parameters()).device
+    latents = []
+    weights = []
     for crop in crops:
-        pixels, own = photos.to_tensor(crop.picture).to(device), photos.head_weights(crop, background)
-        both = mirror and crop.head
-        latents.append(autoencoder.posterior(torch.stack([pixels, pixels.flip(-1)] if both else [pixels])))
-        weights.append(torch.stack([own, own.flip(-1)] if both else [own]))
+        pixels = photos.to_tensor(crop.picture).to(device)[None]                      # (1, 3, H, W)
+        weight = photos.head_weights(crop, background)[None]                          # (1, 1, h, w)
+        if mirror and crop.head:
+            pixels = torch.cat((pixels, pixels.flip(-1)))
+            weight = torch.cat((weight, weight.flip(-1)))
+        latents.append(autoencoder.posterior(pixels))
+        weights.append(weight)
     return latents, weights
 
 
-def batches(latents: list[Tensor], weights: list[Tensor],
-            seed: int) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
-    """Endless batches of one person: which crop, latent (1, 16, h, w), noise, weight (1, 1, h, w), t (1,).
+def batches(
+    latents: list[Tensor],
+    weights: list[Tensor],
+    seed: int,
+) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
+    """Endless batches: index of a crop, latent (1, 16, h, w), noise, weight (1, 1, h, w), t (1,).
 
-    Every crop comes once before any comes again; a coin decides about the mirror image, and the latent is
-    drawn anew from the posterior, as the paper's trainer does. One CPU generator draws all.
+    Each epoch shows every crop once, in random order. All draws come from one CPU generator, so a
+    seed gives the same batches on any device.
     """
-    generator, device = torch.Generator().manual_seed(seed), latents[0].device
+    generator = torch.Generator().manual_seed(seed)
+    device = latents[0].device
     while True:
-        for crop in torch.randperm(len(latents), generator=generator).tolist():
-            image = torch.randint(len(latents[crop]), (), generator=generator).item()
-            mean, deviation = latents[crop][image][:, None]                                    # (1, 16, h, w)
-            draws = [torch.randn(mean.shape, generator=generator) for _ in range(2)]
-            draws += weights[crop][image][None], sample_times(1, generator)
-            own, noise, weight, t = (to_device(draw, device) for draw in draws)
-            yield crop, mean + deviation * own, noise, weight, t
+        order = torch.randperm(len(latents), generator=generator)
+        for crop in order.tolist():
+            # the crop or its mirror image
+            views = len(latents[crop])
+            view = torch.randint(views, (), generator=generator).item()
+            mean, std = latents[crop][view].unsqueeze(1)                             # (1, 16, h, w)
+            weight = weights[crop][view][None]                                       # (1, 1, h, w)
+
+            # a new sample of the autoencoder's posterior each time, as in the paper's trainer
+            epsilon = torch.randn(mean.shape, generator=generator)
+            latent = mean + std * to_device(epsilon, device)
+
+            # flow matching goes from this noise at t = 1 to the latent at t = 0
+            noise = torch.randn(mean.shape, generator=generator)
+            t = sample_times(1, generator)
+            noise, weight, t = (to_device(tensor, device) for tensor in (noise, weight, t))
+            yield crop, latent, noise, weight, t
 
 
-def train(flux: Flux, adapter: MetaLoRA, latents: list[Tensor], weights: list[Tensor],
-          txt: Sequence[Tensor], y: Sequence[Tensor], iters: int, lr: float, seed: int = 0,
-          on_step: Callable[[int, float], object] | None = None):
-    """Algorithm 2: `iters` steps of flow matching on one person's crops; the base stays as it is.
+def train(
+    flux: Flux,
+    adapter: MetaLoRA,
+    latents: list[Tensor],
+    weights: list[Tensor],
+    txt: Sequence[Tensor],
+    y: Sequence[Tensor],
+    iters: int,
+    lr: float,
+    seed: int = 0,
+    on_step: Callable[[int, float], object] | None = None,
+) -> None:
+    """Algorithm 2: `iters` steps of flow matching on one person's crops; flux itself stays frozen.
 
-    flux with `adapter` in it; latents and weights of `encode_crops`; captions of the K crops, or one of all,
-    K times txt (T, _) and y (_). lr is constant, so a longer run begins as a shorter one. on_step(iteration,
-    loss) comes after each. Raises NotFinite.
+    flux: with `adapter` in it. latents, weights: from `encode_crops`. txt, y: a (T, context_in_dim)
+    and a (vec_in_dim,) for each crop, or a single one for all. lr is constant, so a longer run
+    starts out as a shorter one. on_step(iteration, loss) is called after each step. Raises
+    NotFinite, and ValueError for any other number of captions.
     """
-    for iteration, batch in zip(range(1, iters + 1), batches(latents, weights, seed)):
-        crop, latent, noise, weight, t = batch
-        adapter.assign(torch.tensor([0]))
-        text = (part[crop % len(part)][None] for part in (txt, y))
-        loss = flow_matching_loss(flux, latent, noise, t, *text, guidance=1.0, weight=weight).sum()
+    crops = len(latents)
+    if len(txt) != len(y) or len(txt) not in (1, crops):
+        raise ValueError(f"txt holds {len(txt)} captions and y {len(y)}, for {crops} crops: "
+                         "give each one caption for all crops, or one per crop")
+    person = torch.tensor([0])                   # the bank's only row
+    stream = batches(latents, weights, seed)
+    for iteration in range(1, iters + 1):
+        crop, latent, noise, weight, t = next(stream)
+        caption = 0 if len(txt) == 1 else crop
+        adapter.assign(person)
+        loss = flow_matching_loss(
+            flux,
+            latent,
+            noise,
+            t,
+            txt[caption][None],
+            y[caption][None],
+            guidance=1.0,
+            weight=weight,
+        ).sum()
         loss.backward()
         try:
             adapter.step(lr)
@@ -109,103 +164,166 @@ def train(flux: Flux, adapter: MetaLoRA, latents: list[Tensor], weights: list[Te
             on_step(iteration, loss.item())
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The command
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="personalize.py", usage="personalize.py photo [photo ...] [options]",
-                    description="Turns one photo of a person, or a few, into a LoRA.", allow_abbrev=False)
+    parser = Parser(
+        prog="personalize.py",
+        usage="personalize.py photo [photo ...] [options]",
+        description="Turn one or more photos of a person into a LoRA.",
+        allow_abbrev=False,
+    )
     add = parser.add_argument
     add("photos", nargs="+", metavar="photo", help="photos of one person, or a folder of them")
     add("--model", type=model_name, default="flux-dev",
         help="flux-dev (default), flux-schnell, baby, a folder or a file")
-    add("--out", type=Path, default=Path("out.safetensors"), help="file to write (default: out.safetensors)")
-    add("--format", choices=("diffusers", "kohya", "original"), default="diffusers", help="read by "
-        "most programs | most, and sd-scripts | ComfyUI, Forge, InvokeAI, not diffusers (docs/LORAS.md)")
-    add("--method", choices=tuple(ITERATIONS), default="meta-lora", help="lora is the paper's baseline")
-    add("--lomd", help="weights of stage 1 (default: lomd.safetensors of the model's folder, else here)")
+    add("--out", type=Path, default=Path("out.safetensors"),
+        help="file to write (default: out.safetensors)")
+    add("--format", choices=("diffusers", "kohya", "original"), default="diffusers",
+        help="layout of the LoRA file. diffusers (default): most programs read it; kohya: so does "
+        "sd-scripts; original: ComfyUI, Forge and InvokeAI, but not diffusers (docs/LORAS.md)")
+    add("--method", choices=tuple(ITERATIONS), default="meta-lora",
+        help="meta-lora (default), or lora, the paper's baseline")
+    add("--lomd", help="LoMD from stage 1 (default: lomd.safetensors in the model's folder, "
+        "then in this one)")
     add("--rank", type=positive, default=1, help="rank of the LoRA (default: 1)")
-    add("--iters", type=positive, help="steps of training (default: 375, with --method lora 625)")
-    add("--lr", type=float, help="learning rate (default: the model's; 4e-4 for FLUX.1)")
-    add("--resolution", type=positive, nargs="+", metavar="PIXELS", help="train at the area of a square of "
-        "this side; several: every crop at each (default: the model's; 1024 for FLUX.1)")
-    add("--prompt", help="what a photo without a caption beside it (a.txt) is called (default: the model's)")
-    add("--no-augment", action="store_true", help="the whole photo instead of crops and mirror images")
-    add("--box", type=int, nargs=4, metavar=("X0", "Y0", "X1", "Y1"), help="the subject, if it is no face")
-    add("--seed", type=int, default=0, help="one CPU and one seed: the same weights to the bit (default: 0)")
+    add("--iters", type=positive,
+        help="training steps (default: the model's. FLUX.1: 375, with --method lora 625; "
+        "baby: 250)")
+    add("--lr", type=float,
+        help="learning rate (default: the model's. FLUX.1: 4e-4; baby: 2.4e-3)")
+    add("--resolution", type=positive, nargs="+", metavar="PIXELS",
+        help="train at the area of a square with this side; with several, use every crop at each "
+        "(default: the model's. FLUX.1: 1024; baby: 128)")
+    add("--prompt", help="caption of photos without one beside them, as a.txt is beside a.jpg "
+        "(default: the model's. FLUX.1 and baby: a photo of a person)")
+    add("--no-augment", action="store_true",
+        help="train on the whole photo instead of crops and mirror images")
+    add("--box", type=int, nargs=4, metavar=("X0", "Y0", "X1", "Y1"),
+        help="where the subject is, in pixels, if it is not a face (default: the largest face)")
+    add("--seed", type=int, default=0,
+        help="seed of every random draw; repeats to the bit on the same CPU (default: 0)")
     add("--save-at", type=positive, nargs="+", default=[], metavar="N",
-        help="also write out-00000N.safetensors after N steps, and so on")
-    add("--save-crops", type=Path, metavar="DIR", help="write the pictures that are trained on, as PNG")
+        help="also save the LoRA after N steps, as out-00000N.safetensors")
+    add("--save-crops", type=Path, metavar="DIR", help="save the training pictures as PNG files")
     add_speed_options(add, training=True)
-    add("--device", help="cuda, mps or cpu (default: the best there is)")
+    add("--device", help="cuda, mps or cpu (default: the best available)")
     return parser.parse_intermixed_args(argv)
 
 
 def check(args: argparse.Namespace) -> None:
-    """ValueError for what can be refused before anything large is read; fills in the model's defaults."""
-    args.iters = args.iters or ITERATIONS[args.method]
+    """ValueError for bad input, before anything large is read. Fills in the model's defaults."""
+    if home_of(args.model) is None:                  # to be downloaded: it has no defaults.json
+        args.iters = args.iters or ITERATIONS[args.method]
     for path in (args.out, *(numbered(args.out, iteration) for iteration in args.save_at)):
         check_out_file(path, ".safetensors")
     if args.save_crops:
         check_out_folder(args.save_crops, "--save-crops")
-    if max(args.save_at, default=0) > args.iters:
-        raise ValueError(f"--save-at {max(args.save_at)} is beyond the last of {args.iters} iterations")
+    check_save_at(args)
     check_training(args)
-    if args.lomd and args.method == "lora":
-        raise ValueError("--method lora trains its own A and takes no --lomd")
-    if args.method == "meta-lora" and (args.lomd or args.model in HUB):      # before a download of the model
-        find_lomd(home_of(args.model), args.lomd)
-    if args.lomd and args.out.exists() and args.out.samefile(args.lomd):
-        raise ValueError(f"--out would overwrite the LoMD {args.lomd}")
-    args.photos = named_photos(args.photos)
-    pictures = photos.without_masks([Path(path) for path in args.photos])
-    for mask in sorted({*map(Path, args.photos)} - {*pictures}):
-        note(f"{mask} is the mask of another photo, and is not used")
-    args.photos = [str(path) for path in pictures]
-    photos.check_photos(args.photos, args.box, not args.no_augment)
-    args.seen = photos.fingerprints(args.photos)     # now: a photo may be gone when the LoRA is saved
+    check_lomd_options(args)
+    check_pictures(args)
+    # now, since a photo may be gone when the LoRA is saved
+    args.seen = photos.fingerprints(args.photos)
     tell_replaced(args.out, args.seen["photo_digests"])
+
     args.switches = speed_words(args)
     args.device = pick_device(args.device)
     take_model(args, args.device, args.method)
+    iterations = ITERATIONS | model_defaults(args.folder)["iterations"]
+    args.iters = args.iters or iterations[args.method]
+    check_save_at(args)
     use_threads(args.device.type == "cpu" and is_small(args.folder))
     args.captions = captions_beside(args.photos, args.prompt, tell=True)
     args.mirror = args.mirror and not args.no_augment
 
 
+def check_save_at(args: argparse.Namespace) -> None:
+    last = max(args.save_at, default=0)
+    if args.iters and last > args.iters:     # None: the model's default, not known yet
+        raise ValueError(f"--save-at {last} is beyond the last of {args.iters} iterations")
+
+
+def check_lomd_options(args: argparse.Namespace) -> None:
+    if args.lomd and args.method == "lora":
+        raise ValueError("--method lora trains its own A and takes no --lomd")
+    # a missing LoMD is an error before the model is downloaded
+    if args.method == "meta-lora" and (args.lomd or args.model in HUB):
+        find_lomd(home_of(args.model), args.lomd)
+    if args.lomd and args.out.exists() and args.out.samefile(args.lomd):
+        raise ValueError(f"--out would overwrite the LoMD {args.lomd}")
+
+
+def check_pictures(args: argparse.Namespace) -> None:
+    """args.photos: files, folders, patterns -> files without masks of other photos."""
+    named = [Path(name) for name in named_photos(args.photos)]
+    pictures = photos.without_masks(named)
+    for mask in sorted(set(named) - set(pictures)):
+        note(f"{mask} is the mask of another photo, and is not used")
+    args.photos = [str(path) for path in pictures]
+    photos.check_photos(args.photos, args.box, not args.no_augment)
+
+
 def numbered(out: Path, iteration: int) -> Path:
-    """Where the LoRA of an earlier iteration goes."""
+    """The file for the LoRA after an earlier iteration."""
     return out.with_name(f"{out.stem}-{iteration:06d}.safetensors")
 
 
 def metadata(args: argparse.Namespace, done: int, lomd: str) -> dict[str, str]:
-    """What the LoRA's file says of how it was made."""
-    words = lambda values: " ".join(map(str, values))
-    own = ["method", "rank", "seed", "prompt", "background", "mirror"] + ["box"] * bool(args.box)
-    facts = {name: getattr(args, name) for name in own}
-    facts |= {"iterations": done, "learning_rate": f"{args.lr:g}", "resolution": words(args.resolution),
-              "augment": not args.no_augment,
-              "aspects": words(args.aspects or photos.ASPECTS),
-              "scales": words(args.scales or photos.FACE_SCALES),
-              "captions": " | ".join(dict.fromkeys(args.captions.values())),
-              "model": Path(args.model).name, "lomd": lomd, "made_by": "personalize.py"} | args.seen
-    return {name: str(fact).lower() if isinstance(fact, bool) else str(fact) for name, fact in facts.items()}
+    """Fields of the LoRA file: how it was made."""
+    names = ["method", "rank", "seed", "prompt", "background", "mirror"]
+    if args.box:
+        names.append("box")
+    facts = {name: getattr(args, name) for name in names}
+    captions = dict.fromkeys(args.captions.values())         # each once, in their order
+    facts |= {
+        "iterations": done,
+        "learning_rate": f"{args.lr:g}",
+        "resolution": joined(args.resolution),
+        "augment": not args.no_augment,
+        "aspects": joined(args.aspects or photos.ASPECTS),
+        "scales": joined(args.scales or photos.FACE_SCALES),
+        "captions": " | ".join(captions),
+        "model": Path(args.model).name,
+        "lomd": lomd,
+        "made_by": "personalize.py",
+    }
+    facts |= args.seen
+    for name, fact in facts.items():
+        facts[name] = str(fact).lower() if isinstance(fact, bool) else str(fact)
+    return facts
 
 
-def prepare(args: argparse.Namespace, lap: Callable[[str], None]) -> tuple:
-    """Crops, caption and latents, the adapted transformer -> all that training takes, and the LoMD's hash.
+def joined(values: object) -> str:
+    return " ".join(map(str, values))
 
-    Three models come and go in turn, so that the peak of memory is the largest of them and not the sum.
+
+def prepare(args: argparse.Namespace, record_time: Callable[[str], None]) -> tuple:
+    """Photos -> flux, its adapter, the crops, their data for `train`, and the LoMD's hash.
+
+    Text encoders, autoencoder and transformer are loaded one after another, and the first two are
+    dropped, so that peak memory is the largest of the three and not their sum.
     """
-    lomd, lomd_name, untrained, r1 = None, "none", False, 0
+    lomd = None
+    lomd_name = "none"
+    untrained = False
+    r1 = 0
     if args.method == "meta-lora":
         lomd, lomd_name, untrained = read_lomd(args.folder, args.lomd)
         r1 = len(next(iter(lomd.values())))
         if args.rank > r1:
-            note(f"over a LoMD of {r1} rows --rank {args.rank} can do no more than {r1}")
-    crops = photos.load_crops(args.photos, args.resolution, not args.no_augment, args.aspects, args.scales,
-                              args.box)
+            note(f"this LoMD has {r1} rows: --rank {args.rank} can do no more than {r1}")
+
+    crops = photos.load_crops(
+        args.photos,
+        args.resolution,
+        not args.no_augment,
+        args.aspects,
+        args.scales,
+        args.box,
+    )
     if args.save_crops:
         photos.save_crops(crops, args.save_crops)
     if untrained:
@@ -214,44 +332,52 @@ def prepare(args: argparse.Namespace, lap: Callable[[str], None]) -> tuple:
     width, height = max((crop.picture.size for crop in crops), key=math.prod)
     largest = height // 8, width // 8
     check_training_memory(args, args.device, largest, args.rank, r1)
-    lap("photos")
+    record_time("photos")
+
     texts = encode_texts(args, [*args.captions.values()])
-    # a crop refers to its caption's text: T5's states of one are 4 MB, kept once however many crops there are
+    # crops share the tensors of their caption: T5's output for one is 4 MB
     captions = [texts[args.captions[crop.photo]] for crop in crops]
     txt = [states[0] for states, _ in captions]
     y = [pooled[0] for _, pooled in captions]
-    lap("text")
+    record_time("text")
+
     autoencoder = load_autoencoder(args.folder, args.device, args.dtype)
     bar = tqdm(crops, "encoding", disable=None, leave=False)
     latents, weights = encode_crops(autoencoder, bar, args.background, args.mirror)
     del autoencoder
-    lap("pictures")
+    record_time("pictures")
+
     flux = open_flux(args, args.device, args.iters)
     adapter = MetaLoRA(flux, args.rank, lomd, seed=args.seed)
     blocks = fit_training(adapter, largest, len(txt[0]), args.recompute)
     if blocks:
         print(f"{blocks} of {len(blocks_of(flux))} blocks are run twice, to save memory")
-    lap("model")
+    record_time("model")
     return flux, adapter, crops, (latents, weights, txt, y), lomd_name
 
 
 def personalize(argv: list[str] | None) -> None:
     args = parse(argv)
     check(args)
-    start, seconds = time.perf_counter(), {}
-    def lap(part: str) -> None:
+    start = time.perf_counter()
+    seconds = {}
+
+    def record_time(part: str) -> None:
         free(args.device)
         seconds[part] = time.perf_counter() - start - sum(seconds.values())
 
-    flux, adapter, crops, data, lomd = prepare(args, lap)
-    done, smooth, memory = 0, math.nan, ""
+    flux, adapter, crops, data, lomd = prepare(args, record_time)
+    done = 0
+    smooth = math.nan                            # running mean of the loss
+    memory = ""
 
     def save(path: Path) -> None:
         save_lora(path, adapter.collapse(), args.format, metadata(args, done, lomd))
 
     def on_step(iteration: int, loss: float) -> None:
         nonlocal done, smooth, memory
-        done, smooth = iteration, loss if iteration == 1 else 0.95 * smooth + 0.05 * loss
+        done = iteration
+        smooth = loss if iteration == 1 else 0.95 * smooth + 0.05 * loss
         if args.device.type == "cuda":
             memory = f", peak {torch.cuda.max_memory_allocated(args.device) / 2 ** 30:.1f} GiB"
         bar.set_postfix_str(f"loss {smooth:.4f}{memory}", refresh=False)
@@ -268,40 +394,53 @@ def personalize(argv: list[str] | None) -> None:
     outputs = [args.out, *(numbered(args.out, iteration) for iteration in args.save_at)]
     with Interruption() as interruption:
         try:
-            with reserved(outputs, room), tqdm(total=args.iters, desc="training", disable=None) as bar:
+            with (
+                reserved(outputs, room),
+                tqdm(total=args.iters, desc="training", disable=None) as bar,
+            ):
                 train(flux, adapter, *data, args.iters, args.lr, args.seed, on_step)
                 keep(args.out, save)
         except NotFinite as error:
             crop = crops[error.crop]
-            raise FloatingPointError(f"{error}, on {crop.photo} {crop.box}; a --lr below {args.lr:g} may "
-                                     f"help; {args.out} was not written") from None
+            raise FloatingPointError(f"{error}, on {crop.photo} {crop.box}; try a --lr below "
+                                     f"{args.lr:g}; {args.out} was not written") from None
         except (KeyboardInterrupt, RuntimeError) as error:
             if done and (isinstance(error, KeyboardInterrupt) or is_out_of_memory(error)):
                 kept = args.out.with_name(f"{args.out.stem}-interrupted-{done:06d}.safetensors")
                 keep(kept, save)
-                note(f"the {done} iterations so far are in {kept}")
+                note(f"the LoRA after {done} iterations is in {kept}")
             raise
         interruption.raise_if_asked()
-    lap("training")
-    print(f"{args.out}: rank {args.rank}, {args.out.stat().st_size / 1e3:.0f} kB, {len(crops)} pictures, "
+    record_time("training")
+    size = args.out.stat().st_size / 1e3
+    print(f"{args.out}: rank {args.rank}, {size:.0f} kB, {len(crops)} pictures, "
           f"{args.iters} iterations, loss {smooth:.4f}{memory}")
     if is_compiled(flux):
-        print(f"of training {seconds_compiling():.1f} s went into compiling")
-    print(f"seconds: {', '.join(f'{part} {value:.1f}' for part, value in seconds.items())}; in all "
-          f"{sum(seconds.values()):.1f}, an iteration {seconds['training'] / args.iters:.3f}")
+        print(f"training includes {seconds_compiling():.1f} s of compiling")
+    print_times(seconds, args.iters)
+    print_next_commands(args)
+
+
+def print_times(seconds: dict[str, float], iters: int) -> None:
+    parts = ", ".join(f"{part} {value:.1f}" for part, value in seconds.items())
+    print(f"seconds: {parts}; total {sum(seconds.values()):.1f}, "
+          f"{seconds['training'] / iters:.3f} per iteration")
+
+
+def print_next_commands(args: argparse.Namespace) -> None:
+    """How to sample with the LoRA and, after --save-at, how to compare all that were saved."""
     model = model_words(args) + args.switches
-    words = f"{model}--lora {shlex.quote(str(args.out))} {shlex.quote(args.prompt)}"
-    print(f"try it:  python sample.py {words}")
+    prompt = shlex.quote(args.prompt)
+    print(f"try it:  python sample.py {model}--lora {shlex.quote(str(args.out))} {prompt}")
     if args.save_at:
         files = [str(numbered(args.out, iteration)) for iteration in sorted({*args.save_at})]
         if args.iters not in args.save_at:
             files.append(str(args.out))
-        words = f"{model}{shlex.quote(args.prompt)} --compare {shlex.join(files)}"
-        print(f"which one?  python sample.py {words}")
+        print(f"which one?  python sample.py {model}{prompt} --compare {shlex.join(files)}")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 done, 1 training diverged or memory ran out, 2 bad input, 130, 143 or 129 by a signal."""
+    """Exit code: 0 done, 1 diverged or out of memory, 2 bad input, 130, 143 or 129 by a signal."""
     return run_script("personalize.py", personalize, argv)
 
 

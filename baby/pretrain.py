@@ -102,7 +102,8 @@ CROPS = 3
 WEAK = 2 / 9.5  # part of the run after which the averaged weights are those to be guided away from
 DEFAULTS = {
     "resolution": 128,
-    "learning_rate": {"lora": 6e-4, "meta-lora": 1.2e-3, "stage 1": 4e-3},
+    "learning_rate": {"lora": 2.4e-3, "meta-lora": 2.4e-3, "stage 1": 4e-3},
+    "iterations": {"lora": 250, "meta-lora": 250},
     "prompt": "a photo of a person",
     "guidance": 2.75,
     "warmup": 0.0,

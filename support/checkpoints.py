@@ -372,7 +372,7 @@ LONG_RUN = 300                 # steps of a large model after which compiling ma
 def model_defaults(folder: Place) -> dict:
     """What suits a model: FLUX.1's values, or those of its own defaults.json.
 
-    learning_rate: one, or {use: rate}. guidance: of pictures. warmup: of stage 1. aspects, scales: of crops,
+    learning_rate: one, or {use: rate}. iterations: {method: stage 2's}, else the paper's. guidance: of pictures. warmup: of stage 1. aspects, scales: of crops,
     None is all of the paper's; background: its weight in the loss of a crop; mirror: crops mirrored too.
     """
     path = Path(folder) / "defaults.json"
@@ -389,6 +389,7 @@ def model_defaults(folder: Place) -> dict:
         "scales": None,
         "background": 1.0,
         "mirror": True,
+        "iterations": {},
     }
     kinds = {
         "prompt": str,
@@ -396,10 +397,15 @@ def model_defaults(folder: Place) -> dict:
         "aspects": list | None,
         "scales": list | None,
         "learning_rate": float | int | dict,
+        "iterations": dict,
     }
     for name, value in own.items():
         kind = kinds.get(name, float | int)
-        if name not in defaults or not isinstance(value, kind):
+        fits = name in defaults and isinstance(value, kind)
+        if fits and name == "iterations":
+            counted = all(type(count) is int and count > 0 for count in value.values())
+            fits = counted and value.keys() <= {"lora", "meta-lora"}
+        if not fits:
             raise ValueError(f"{path}: {name}, {value!r:.60}, is no default of a model: they are "
                              f"{', '.join(defaults)}")
     return defaults | own

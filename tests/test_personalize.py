@@ -169,9 +169,24 @@ def test_defaults_are_the_papers_and_the_models(tmp_path):
     args = personalize.parse([str(ASTRONAUT), "--model", "baby"])
     personalize.check(args)
     assert (args.aspects, args.scales, args.background, args.mirror) == (["1:1"], [4.5], 0.1, False)     # its defaults.json
+    assert (args.iters, args.lr) == (250, 2.4e-3)
+    args = personalize.parse([str(ASTRONAUT), "--model", "baby", "--method", "lora", "--save-at", "251"])
+    with pytest.raises(ValueError, match="--save-at 251 is beyond the last of 250"):
+        personalize.check(args)
+    args = personalize.parse([str(ASTRONAUT), "--model", "baby", "--iters", "300", "--lr", "0.01", "--save-at", "251"])
+    personalize.check(args)
+    assert (args.iters, args.lr) == (300, 0.01)
     args = personalize.parse([str(ASTRONAUT), "--model", str(MODEL), "--method", "lora"])
     personalize.check(args)
     assert args.iters == 625
+
+
+def test_save_at_is_checked_before_a_download(run, monkeypatch):
+    """A model of the hub that is not here yet: the paper's number of iterations holds."""
+    monkeypatch.setattr(personalize, "home_of", lambda name: None)
+    monkeypatch.setattr(personalize, "take_model", lambda *words: pytest.fail("it was downloaded"))
+    with pytest.raises(ValueError, match="--save-at 626 is beyond the last of 625"):
+        personalize.check(personalize.parse([str(ASTRONAUT), "--method", "lora", "--save-at", "626"]))
 
 
 # crops
@@ -464,6 +479,9 @@ def test_every_crop_trains_with_its_own_caption(lomd):
     for crop, (_, text, vector) in zip(order, seen[:4]):
         assert torch.equal(text[0], txt[crop]) and torch.equal(vector[0], y[crop]) and len(text) == 1
     assert all(torch.equal(text, txt[:1]) for _, text, _ in seen[4:])
+    for texts, vectors in (txt.repeat(2, 1, 1), y.repeat(2, 1)), (txt, y[:1]), (txt[:0], y[:0]):
+        with pytest.raises(ValueError, match="one caption"):
+            personalize.train(flux, adapter, latents, weights, texts, vectors, 1, 1e-3)
 
 
 real = personalize.batches
@@ -616,7 +634,8 @@ def test_what_stands_in_the_place_of_settings_is_named(run, path, content, words
     assert refused(result, f"hub/{path}") and words in result[2]
 
 
-@pytest.mark.parametrize("content", [b'{"model_type": "t5"}', b'{"learning_rate": "fast"}', b'{"mirror": [1]}', b'{"resolution": "1024"}'])
+@pytest.mark.parametrize("content", [b'{"model_type": "t5"}', b'{"learning_rate": "fast"}', b'{"mirror": [1]}', b'{"resolution": "1024"}',
+                                     b'{"iterations": 250}', b'{"iterations": {"lora": 0}}', b'{"iterations": {"LoRA": 250}}'])
 def test_foreign_settings_are_named(run, content):
     broken_hub("defaults.json", content)
     assert refused(run(ASTRONAUT, model="hub", method="lora"), "hub/defaults.json")
