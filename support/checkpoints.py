@@ -372,8 +372,9 @@ LONG_RUN = 300                 # steps of a large model after which compiling ma
 def model_defaults(folder: Place) -> dict:
     """What suits a model: FLUX.1's values, or those of its own defaults.json.
 
-    learning_rate: one, or {use: rate}. iterations: {method: stage 2's}, else the paper's. guidance: of pictures. warmup: of stage 1. aspects, scales: of crops,
-    None is all of the paper's; background: its weight in the loss of a crop; mirror: crops mirrored too.
+    learning_rate: one, or {use: rate}. iterations: of stage 2, {method: number}; a method that is not
+    named has the paper's. guidance: of pictures. warmup: of stage 1. aspects, scales: of crops, None is all
+    of the paper's; background: its weight in the loss of a crop; mirror: crops mirrored too.
     """
     path = Path(folder) / "defaults.json"
     if not path.is_file():

@@ -31,7 +31,7 @@ QUICK = [command for command in BLOCKS[0] if command.startswith("python")]
 
 def test_quick_start(tmp_path):
     """A face that the baby has never seen becomes a LoRA and a picture, with the very words of the README, but for the number
-    of iterations: 375 take half a minute."""
+    of iterations: 250 take a while."""
     for item in ROOT.iterdir():
         if not item.name.startswith("."):
             (tmp_path / item.name).symlink_to(item)
