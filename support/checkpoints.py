@@ -34,7 +34,7 @@ from support.memory import (E4M3, Fp8Linear, GIB, Offload, TiledDecoder, blocks_
 from support.names import (BLOCK, Target, diffusers_autoencoder_names, diffusers_flux_names, find_targets,
                            part_sizes)
 from support.tensors import TensorFiles
-from support.text import LoudTextEncoders
+from support.text import CheckedTextEncoders
 
 Device = str | torch.device
 BF16 = torch.bfloat16
@@ -298,7 +298,7 @@ def load_text_encoders(folder: Place, device: Device = "cpu", dtype: torch.dtype
             from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
             clip = load_text_encoder(CLIPTextModel, folder, "clip", dtype).to(device)
             t5 = load_text_encoder(T5EncoderModel, folder, "t5", dtype).to(device)
-            return LoudTextEncoders(clip, CLIPTokenizer.from_pretrained(tokenizers / "tokenizer"), t5,
+            return CheckedTextEncoders(clip, CLIPTokenizer.from_pretrained(tokenizers / "tokenizer"), t5,
                                     T5Tokenizer.from_pretrained(tokenizers / "tokenizer_2"), max_length)
     except torch.OutOfMemoryError:
         raise

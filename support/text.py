@@ -1,4 +1,4 @@
-"""Text encoders that say what they do not see, and what they take literally."""
+"""Text encoders that report which words of a prompt are lost, and which are taken literally."""
 import bisect
 import re
 
@@ -7,51 +7,67 @@ from torch import Tensor
 from flux_model import TextEncoders
 from support.common import note, shorten
 
-# what other programs take for commands: <lora:x:0.8>, (word:1.2), ((word)), [trigger], {a|b}, --w 512, ...
-COMMAND = re.compile(r"<\w+:[^<>]*>|\([^()]*:\s*[\d.]+\)|\(\([^()]*\)\)|\[[^][]*\]|\{[^{}]*\}|__\w+__"
-                     r"|\bBREAK\b|\bembedding:\S+|(?<!\S)--\w+(?: [\d.]+)?")
+# commands in other programs: <lora:x:0.8>, (word:1.2), ((word)), [trigger], {a|b}, --w 512, ...
+COMMAND = re.compile(
+    r"<\w+:[^<>]*>|\([^()]*:\s*[\d.]+\)|\(\([^()]*\)\)|\[[^][]*\]|\{[^{}]*\}|__\w+__"
+    r"|\bBREAK\b|\bembedding:\S+|(?<!\S)--\w+(?: [\d.]+)?")
 
 
-class LoudTextEncoders(TextEncoders):
-    """Notes, once for each prompt, what T5 has no room for or does not know, and other programs' commands."""
+class CheckedTextEncoders(TextEncoders):
+    """Notes once per prompt: words that T5 cuts off or does not know, commands of other programs."""
     def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         encoded = super().encode(prompts)
-        self.tell(prompts)
+        self.check(prompts)
         return encoded
 
-    def tell(self, prompts: list[str]) -> None:
-        """The notes on all of these: one of each kind, with the first prompt and the number of others."""
-        told = self.__dict__.setdefault("told", set())
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in told]
-        told.update(new)
-        for find, what in ((self.lost_words, f"T5 sees {self.max_length} tokens: lost of"),
-                           (self.unknown_words, "what T5 has no letters for, so takes for one unknown, in"),
-                           (self.commands, "what other programs take for commands, and is text here, in")):
-            found = {prompt: words for prompt in new if (words := find(prompt))}
-            for prompt in [*found][:1]:
-                others = f", the first of {len(found)} such prompts" if len(found) > 1 else ""
-                note(f"{what} {shorten(prompt)} is {found[prompt]!r}{others}")
+    def check(self, prompts: list[str]) -> None:
+        """One note of each kind: the first prompt that has such words, and how many others do."""
+        checked = self.__dict__.setdefault("checked", set())
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in checked]
+        checked.update(new)
+        kinds = [
+            (self.lost_words, f"T5 sees {self.max_length} tokens: cut off from"),
+            (self.unknown_words, "T5 has no letters for, and reads as unknown: in"),
+            (self.commands, "a command to other programs, and plain text here: in"),
+        ]
+        for find_words, message in kinds:
+            found = {}
+            for prompt in new:
+                words = find_words(prompt)
+                if words:
+                    found[prompt] = words
+            for prompt, words in list(found.items())[:1]:
+                others = ""
+                if len(found) > 1:
+                    others = f", the first of {len(found)} such prompts"
+                note(f"{message} {shorten(prompt)} is {words!r}{others}")
+
+    def count_tokens(self, text: str) -> int:
+        # verbose=False: transformers would warn of the very thing that is looked for here
+        return len(self.t5_tokenizer(text, verbose=False).input_ids)
 
     def lost_words(self, prompt: str) -> str:
-        """The end of a prompt that is cut off, from the first word that is not whole, in one line."""
+        """The end of a prompt that is cut off, from its first incomplete word, in one line."""
         def too_long(letters: int) -> bool:
-            # not verbose: transformers would warn of what is looked for here
-            return len(self.t5_tokenizer(prompt[:letters], verbose=False).input_ids) > self.max_length
+            return self.count_tokens(prompt[:letters]) > self.max_length
 
         if not too_long(len(prompt)):
             return ""
-        seen = bisect.bisect_left(range(len(prompt)), True, key=too_long) - 1
-        start = max(prompt.rfind(blank, 0, seen + 1) for blank in " \n\t") + 1
-        return " ".join(prompt[start or seen:].split())
+        kept = bisect.bisect_left(range(len(prompt)), True, key=too_long) - 1
+        start = 1 + max(prompt.rfind(blank, 0, kept + 1) for blank in " \n\t")
+        return " ".join(prompt[start or kept:].split())
 
     def unknown_words(self, prompt: str) -> str:
-        """The words with letters that are not in T5's vocabulary, which has no Chinese, for example."""
+        """The words with letters outside T5's vocabulary, such as all of Chinese."""
         def unknown(text: str) -> bool:
-            return self.t5_tokenizer.unk_token_id in self.t5_tokenizer(text, verbose=False).input_ids
+            ids = self.t5_tokenizer(text, verbose=False).input_ids
+            return self.t5_tokenizer.unk_token_id in ids
 
-        return " ".join(filter(unknown, prompt.split())) if unknown(prompt) else ""
+        if not unknown(prompt):
+            return ""
+        return " ".join(word for word in prompt.split() if unknown(word))
 
     @staticmethod
     def commands(prompt: str) -> str:
-        """What other programs would not take for words."""
+        """The parts that other programs would execute."""
         return " ".join(COMMAND.findall(prompt))

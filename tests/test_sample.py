@@ -18,7 +18,7 @@ from support import checkpoints
 from support.checkpoints import (diffusers_flux_names, flux_files, load_autoencoder, load_flux, load_text_encoders,
                                  open_flux)
 from support.lora_files import save_lora, split_lora
-from support.text import LoudTextEncoders
+from support.text import CheckedTextEncoders
 
 ROOT = Path(__file__).resolve().parents[1]
 HUBS = (ROOT / "tests" / "golden" / "hub", ROOT.parent / "shared" / "golden" / "hub")
@@ -383,7 +383,7 @@ def test_words_that_t5_does_not_know_are_named(capsys, one_load):
     ("a __colour__ cat", "__colour__"), ("embedding:style, a cat", "embedding:style,"), ("a ((big)) cat", "((big))"),
     ("a cat (and a dog), 3:4 -- breaking", ""), ("well-made, a man's cat; 50 mm <3", "")])
 def test_commands_of_other_programs(text, words):
-    assert LoudTextEncoders.commands(text) == words
+    assert CheckedTextEncoders.commands(text) == words
 
 
 def test_commands_of_other_programs_in_a_file_of_prompts_are_named_once(tmp_path, capsys):
