@@ -1,6 +1,6 @@
-"""Judges of generated pictures, which of these there are, and what they were to show.
+"""The networks that judge generated pictures, and which pictures and prompts belong together.
 
-Faces are told apart by InceptionResnetV1 of facenet-pytorch (VGGFace2), or by the baby's own network.
+InceptionResnetV1 of facenet-pytorch (VGGFace2) tells faces apart, or the baby's own network.
 """
 import itertools
 import re
@@ -28,19 +28,23 @@ META_PHD = Path(__file__).resolve().parents[1] / "paper" / "meta_phd"
 
 
 class FaceEmbedder(nn.Module):
-    """The baby's InceptionResnetV1: crops (B, 3, 64, 64), about [-1, 1] -> (B, 128), of norm 1."""
-    SIDE, DIM, WIDTHS = 64, 128, (24, 48, 96, 160)
+    """The baby's InceptionResnetV1: crops (B, 3, 64, 64), about [-1, 1] -> (B, 128), norm 1."""
+    SIDE = 64
+    DIM = 128
+    WIDTHS = 24, 48, 96, 160
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks, before = nn.ModuleList(), 3
-        for width in self.WIDTHS:                # each halves the sides: 32, 16, 8, 4
-            conv = lambda: nn.Conv2d(width, width, 3, padding=1, bias=False)
-            self.blocks.append(nn.ModuleDict({
-                "skip": nn.Conv2d(before, width, 1, stride=2),
-                "down": nn.Conv2d(before, width, 3, stride=2, padding=1), "norm1": nn.BatchNorm2d(width),
-                "conv1": conv(), "norm2": nn.BatchNorm2d(width), "conv2": conv(),
-                "norm3": nn.BatchNorm2d(width), "conv3": conv()}))
+        self.blocks = nn.ModuleList()
+        before = 3
+        for width in self.WIDTHS:                # each block halves the sides: 32, 16, 8, 4
+            block = nn.ModuleDict()
+            block["skip"] = nn.Conv2d(before, width, 1, stride=2)
+            block["down"] = nn.Conv2d(before, width, 3, stride=2, padding=1)
+            for i in (1, 2, 3):
+                block[f"norm{i}"] = nn.BatchNorm2d(width)
+                block[f"conv{i}"] = nn.Conv2d(width, width, 3, padding=1, bias=False)
+            self.blocks.append(block)
             before = width
         self.norm = nn.BatchNorm2d(before)
         self.last = nn.Linear(before * 16, self.DIM)
@@ -48,13 +52,19 @@ class FaceEmbedder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
-            x = block["skip"](x) + block["conv1"](F.relu(block["norm1"](block["down"](x))))
-            x = x + block["conv3"](F.relu(block["norm3"](block["conv2"](F.relu(block["norm2"](x))))))
-        return F.normalize(self.last_norm(self.last(F.relu(self.norm(x)).flatten(1))), dim=1)
+            h = block["down"](x)
+            h = block["conv1"](F.relu(block["norm1"](h)))
+            x = block["skip"](x) + h
+            h = block["conv2"](F.relu(block["norm2"](x)))
+            h = block["conv3"](F.relu(block["norm3"](h)))
+            x = x + h
+        x = F.relu(self.norm(x)).flatten(1)
+        x = self.last_norm(self.last(x))
+        return F.normalize(x, dim=1)
 
 
 def find_inception() -> Path:
-    """facenet-pytorch's VGGFace2 weights, in its own cache; downloaded if need be."""
+    """facenet-pytorch's VGGFace2 weights in its own cache; downloaded if they are not there."""
     from facenet_pytorch.models.inception_resnet_v1 import get_torch_home
     path = Path(get_torch_home()) / "checkpoints" / INCEPTION.rpartition("/")[2]
     if not path.is_file():
@@ -62,67 +72,110 @@ def find_inception() -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(INCEPTION, str(path))
         except (OSError, RuntimeError) as error:
-            raise ValueError(f"InceptionResnetV1 is not at {path} and cannot be downloaded ({error}): fetch "
-                             f"{INCEPTION} (107 MB), or name a state dict with --face-weights; "
-                             "--model baby needs neither") from None
+            raise ValueError(
+                f"InceptionResnetV1 is not at {path} and cannot be downloaded ({error}): fetch "
+                f"{INCEPTION} (107 MB), or name a state dict with --face-weights; "
+                "--model baby needs neither") from None
     return path
 
 
-def load_face_embedder(baby: Path | None, weights: Path | None = None) -> tuple[nn.Module, int, str]:
-    """The network, the side of its crops in pixels, its name with a hash. baby: a model with its own judges.
-
-    weights: a state dict, .safetensors or .pt; a pickle of more than tensors is refused, not run. ValueError.
-    """
-    path = weights or (baby / "face_embedder.safetensors" if baby else find_inception())
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """A .safetensors file, or a .pt of tensors only: ValueError for any other pickle, never run."""
     check_file(path, "file of weights")
     try:
-        own = path.suffix == ".safetensors"
-        state = load_file(path) if own else torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:                   # of files that are none, readers raise anything
-        reason = not_content(path) or (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path} is no file of weights: {reason}") from None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path} is no state dict: it must map names to tensors")
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                   # on files of another kind, readers raise anything
+        message = str(error) or type(error).__name__
+        reason = not_content(path) or message.splitlines()[0]
+        raise ValueError(f"{path} is not a file of weights: {reason}") from None
+    values = state.values() if isinstance(state, dict) else [None]
+    if not all(isinstance(value, Tensor) for value in values):
+        raise ValueError(f"{path} is not a state dict: it must map names to tensors")
+    return state
+
+
+def find_shapes(state: dict[str, Tensor]) -> set[tuple[str, torch.Size]]:
+    """(name, shape) of what an embedder needs: no classifier, none of BatchNorm's counts."""
+    shapes = set()
+    for name, value in state.items():
+        if not name.startswith("logits.") and "num_batches_tracked" not in name:
+            shapes.add((name, value.shape))
+    return shapes
+
+
+def load_face_embedder(
+    baby: Path | None,
+    weights: Path | None = None,
+) -> tuple[nn.Module, int, str]:
+    """The network, the side of its crops in pixels, and its name with a hash.
+
+    baby: folder of a model with its own face network. weights: file of a state dict. ValueError."""
+    path = weights
+    if path is None:
+        path = baby / "face_embedder.safetensors" if baby else find_inception()
+    state = read_state_dict(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from facenet_pytorch import InceptionResnetV1
     model = FaceEmbedder() if baby else InceptionResnetV1(pretrained=None)
-    shapes = lambda tensors: {(name, value.shape) for name, value in tensors.items()
-                              if not name.startswith("logits.") and "num_batches_tracked" not in name}
-    if odd := sorted(name for name, _ in shapes(state) ^ shapes(model.state_dict())):
-        raise ValueError(f"{path} does not fit {type(model).__name__}: the first difference is in {odd[0]}")
-    # all else was compared just now: only BatchNorm's counts of batches are absent
-    model.load_state_dict({name: state[name] for name, _ in shapes(state)}, strict=False)
-    return model.eval(), 64 if baby else 160, f"{type(model).__name__} {digest(path.read_bytes())}"
+
+    kind = type(model).__name__
+    shapes = find_shapes(state)
+    different = sorted(name for name, _ in shapes ^ find_shapes(model.state_dict()))
+    if different:
+        raise ValueError(f"{path} does not fit {kind}: the first difference is in {different[0]}")
+    # strict=False: only BatchNorm's counts are missing, all else was just compared
+    model.load_state_dict({name: state[name] for name, _ in shapes}, strict=False)
+    side = FaceEmbedder.SIDE if baby else 160
+    return model.eval(), side, f"{kind} {digest(path.read_bytes())}"
 
 
 class Judges:
-    """MTCNN with a face embedder, and CLIP: all that turns pictures into numbers, frozen, fp32, on device.
+    """MTCNN with a face embedder, and CLIP: frozen, fp32, on `device`.
 
-    model: one with judges of its own (baby), else InceptionResnetV1 and CLIP ViT-B/32. ValueError, one line,
-    where weights are missing. Embeddings are (n, E), of norm 1, on the CPU.
-    """
-    def __init__(self, model: str = "flux-dev", face_weights: Path | None = None, clip: str | None = None,
-                 device: str | torch.device = "cpu") -> None:
+    model: one with its own judges (baby); any other gets InceptionResnetV1 and CLIP ViT-B/32.
+    Embeddings are (n, E), of norm 1, on the CPU. ValueError if weights are missing."""
+    BATCH = 32
+
+    def __init__(
+        self,
+        model: str = "flux-dev",
+        face_weights: Path | None = None,
+        clip: str | None = None,
+        device: str | torch.device = "cpu",
+    ) -> None:
         from facenet_pytorch import MTCNN
         from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
-        folder, self.device = own_folder(model), torch.device(device)
-        baby = folder if folder and (folder / "face_embedder.safetensors").is_file() else None
-        self.embedder, side, face = load_face_embedder(None if face_weights else baby, face_weights)
+        self.device = torch.device(device)
+        folder = own_folder(model)
+        baby = None
+        if folder and (folder / "face_embedder.safetensors").is_file():
+            baby = folder
+
+        network = None if face_weights else baby
+        self.embedder, side, face_name = load_face_embedder(network, face_weights)
         self.embedder.to(self.device)
-        # pooling to arbitrary sizes does not exist on mps
-        self.detector = MTCNN(side, margin=0, device="cpu" if self.device.type == "mps" else self.device)
+        # MTCNN pools to arbitrary sizes, which mps cannot
+        detector_device = "cpu" if self.device.type == "mps" else self.device
+        self.detector = MTCNN(side, margin=0, device=detector_device)
+
         name = clip or (folder / "scorer" if baby else CLIP)
         try:
             with quiet_transformers():
                 self.tokenizer = CLIPTokenizer.from_pretrained(name)
                 self.processor = CLIPImageProcessor.from_pretrained(name)
-                self.clip = load_transformers_model(CLIPModel, name, torch.float32, None).to(self.device)
+                self.clip = load_transformers_model(CLIPModel, name, torch.float32, None)
+                self.clip.to(self.device)
         except (OSError, ValueError, ImportError) as error:
-            raise ValueError(f"CLIP cannot be loaded from {name} ({str(error).splitlines()[0]}): download "
-                             f"{CLIP}, or name a folder with --clip; --model baby needs neither") from None
-        weights = self.clip.text_projection.weight.detach().cpu().numpy().tobytes()
-        self.names = {"face": face, "text": f"{Path(name).name} {digest(weights)}"}
+            raise ValueError(
+                f"CLIP cannot be loaded from {name} ({str(error).splitlines()[0]}): download "
+                f"{CLIP}, or name a folder with --clip; --model baby needs neither") from None
+        weights = self.clip.text_projection.weight.detach().cpu().numpy()
+        clip_name = f"{Path(name).name} {digest(weights.tobytes())}"
+        self.names = {"face": face_name, "text": clip_name}
 
     @torch.no_grad()
     def crop(self, image: Image.Image) -> Tensor | None:
@@ -131,113 +184,162 @@ class Judges:
         return None if face is None else face.cpu()
 
     def count(self, image: Image.Image) -> int:
-        """How many faces there are of which MTCNN is sure."""
-        _, probabilities = self.detector.detect(image)
-        return sum(probability is not None and probability > 0.9 for probability in probabilities)
+        """How many faces MTCNN is sure of."""
+        _, probabilities = self.detector.detect(image)             # [None] without a face
+        return sum(value is not None and value > 0.9 for value in probabilities)
 
     @torch.no_grad()
     def embed(self, crops: list[Tensor]) -> Tensor:
-        parts = [self.embedder(torch.stack(crops[i:i + 32]).to(self.device)).cpu()
-                 for i in range(0, len(crops), 32)]
-        return torch.cat(parts) if parts else torch.zeros(0, 1)
+        """Crops of `crop` -> (n, E)."""
+        if not crops:
+            return torch.zeros(0, 1)
+        parts = []
+        for i in range(0, len(crops), self.BATCH):
+            batch = torch.stack(crops[i:i + self.BATCH])
+            parts.append(self.embedder(batch.to(self.device)).cpu())
+        return torch.cat(parts)
 
     @torch.no_grad()
     def embed_images(self, images: list[Image.Image]) -> Tensor:
+        """CLIP's image embeddings (n, E)."""
         parts = []
-        for i in range(0, len(images), 32):
-            pixels = self.processor(images=images[i:i + 32], return_tensors="pt")["pixel_values"]
-            seen = self.clip.vision_model(pixel_values=pixels.to(self.device)).pooler_output
-            parts.append(self.clip.visual_projection(seen))
+        for i in range(0, len(images), self.BATCH):
+            batch = self.processor(images=images[i:i + self.BATCH], return_tensors="pt")
+            pixels = batch["pixel_values"].to(self.device)
+            pooled = self.clip.vision_model(pixel_values=pixels).pooler_output
+            parts.append(self.clip.visual_projection(pooled))
         return F.normalize(torch.cat(parts), dim=1).cpu()
 
     @torch.no_grad()
     def embed_texts(self, texts: list[str]) -> Tensor:
-        length = self.clip.config.text_config.max_position_embeddings        # 77 tokens; the rest is cut off
-        ids = self.tokenizer(texts, padding="max_length", truncation=True, max_length=length,
-                             return_tensors="pt").input_ids.to(self.device)
-        return F.normalize(self.clip.text_projection(self.clip.text_model(ids).pooler_output), dim=1).cpu()
+        """CLIP's text embeddings (n, E)."""
+        length = self.clip.config.text_config.max_position_embeddings    # 77 tokens; cut off after
+        batch = self.tokenizer(
+            texts,
+            padding="max_length",
+            truncation=True,
+            max_length=length,
+            return_tensors="pt",
+        )
+        pooled = self.clip.text_model(batch.input_ids.to(self.device)).pooler_output
+        return F.normalize(self.clip.text_projection(pooled), dim=1).cpu()
 
     def match(self, images: list[Image.Image], texts: list[str]) -> Tensor:
         """CLIP-T: cosine of each image with its own text (n,)."""
         return (self.embed_images(images) * self.embed_texts(texts)).sum(dim=1)
 
 
-# The pictures to judge ------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# The pictures to judge
 
 
 class Picture(NamedTuple):
-    label: str                       # of its method: a row of the tables
+    label: str                       # its method: a row of the tables
     person: str
-    prompt: int                      # its number among the person's prompts
+    prompt: int                      # number among the person's prompts
     seed: int
     path: Path
     text: str                        # the prompt
 
 
 def own_folder(model: str) -> Path | None:
-    """The folder of a model that may bring judges and prompts of its own."""
-    if model in HUB or Path(model).is_file():
-        return None if model in HUB else Path(model).parent
+    """The folder of a model that may hold its own judges and prompts."""
+    if model in HUB:
+        return None
+    if Path(model).is_file():
+        return Path(model).parent
     return Path(find_model(model))
 
 
-def prompts_for(people: list[Person], own: Path | None,
-                model_folder: Path | None) -> dict[str, list[str | None]]:
-    """{person: its prompts, None where one is not for it}: of the file, else the model's or Meta-PHD's."""
-    if own is None and model_folder and (model_folder / "prompts.txt").is_file():
-        own = model_folder / "prompts.txt"
-    lists, found = {}, {}
+def prompts_for(
+    people: list[Person],
+    prompt_file: Path | None,
+    model_folder: Path | None,
+) -> dict[str, list[str | None]]:
+    """{person: prompts, None for one that is for the other gender}.
+
+    They come from `prompt_file`, or else from the model's prompts.txt, or else from Meta-PHD."""
+    if prompt_file is None and model_folder and (model_folder / "prompts.txt").is_file():
+        prompt_file = model_folder / "prompts.txt"
+    lists = {}                                   # {file: its lines}
+    prompts = {}
     for person in people:
-        path = own or META_PHD / ("unsplash.txt" if person.tests else "ffhq.txt")
+        path = prompt_file or META_PHD / ("unsplash.txt" if person.tests else "ffhq.txt")
         if path not in lists:
             lists[path] = read_prompts([], path)
-        found[person.name] = [fill(prompt, person.gender) for prompt in lists[path]]
-    return found
+        prompts[person.name] = [fill(prompt, person.gender) for prompt in lists[path]]
+    return prompts
 
 
-def find_pictures(root: Path, prompts: dict[str, list[str | None]]) -> tuple[list[Picture], list[str]]:
-    """Pictures of <root>/<method>/<identity>/<prompt>_<seed>.<suffix>; a line for each thing that is none."""
-    pictures, odd, folders = [], {}, []
+def find_pictures(
+    root: Path,
+    prompts: dict[str, list[str | None]],
+) -> tuple[list[Picture], list[str]]:
+    """Pictures root/<method>/<identity>/<prompt>_<seed>.png, and a line for each other thing."""
+    pictures, folders = [], []
+    skipped = {}                                 # {path: why}
     for path in visible(root):
         if path.is_dir():
             folders += visible(path)
         elif path.name not in (PROMPTS, SHEET):
-            odd[path] = "it is not in a method's folder"
+            skipped[path] = "it is not in a method's folder"
+
     for folder in folders:
         if folder.name not in prompts or not folder.is_dir():
-            odd[folder] = "no identity of that name in --data"
+            skipped[folder] = "no identity of that name in --data"
             continue
-        texts = dict(enumerate(prompts[folder.name]))
+        texts = prompts[folder.name]
         for path in visible(folder):
             match = re.fullmatch(r"(.+)_([0-9]+)", path.stem)
             if path.suffix.lower() not in SUFFIXES or not match:
-                odd[path] = "its name is not <prompt>_<seed>.png"
-            elif not match[1].isdecimal() or texts.get(int(match[1])) is None:
-                odd[path] = f"{match[1]} is no prompt of {folder.name}"
-            else:
-                number = int(match[1])
-                pictures.append(Picture(folder.parent.name, folder.name, number, int(match[2]), path,
-                                        texts[number]))
-    return pictures, [f"{path} is not scored: {why}" for path, why in odd.items()]
+                skipped[path] = "its name is not <prompt>_<seed>.png"
+                continue
+            number = int(match[1]) if match[1].isdecimal() else len(texts)
+            if number >= len(texts) or texts[number] is None:
+                skipped[path] = f"{match[1]} is not a prompt of {folder.name}"
+                continue
+            pictures.append(Picture(
+                label=folder.parent.name,
+                person=folder.name,
+                prompt=number,
+                seed=int(match[2]),
+                path=path,
+                text=texts[number],
+            ))
+    return pictures, [f"{path} is not scored: {why}" for path, why in skipped.items()]
 
 
-def check_complete(pictures: list[Picture], people: list[Person], prompts: dict[str, list[str | None]],
-                   seeds: int | None) -> tuple[list[Picture], list[str]]:
-    """Each prompt and seed once, and a line for what is too much and for everybody's missing ones. Wanted are
-    seeds 0 to seeds - 1, else all that there are of anybody by any method."""
-    wanted = range(seeds) if seeds is not None else sorted({p.seed for p in pictures})
-    kept, problems = {}, []
+def check_complete(
+    pictures: list[Picture],
+    people: list[Person],
+    prompts: dict[str, list[str | None]],
+    seeds: int | None,
+) -> tuple[list[Picture], list[str]]:
+    """Each prompt and seed once, and a line for each extra picture and each person's missing ones.
+
+    Expected are the seeds 0 to seeds - 1, or else every seed that anybody has from any method."""
+    if seeds is None:
+        expected = sorted({picture.seed for picture in pictures})
+    else:
+        expected = range(seeds)
+    kept, problems = {}, []                      # kept: {(label, person, prompt, seed): Picture}
     for picture in pictures:
-        if picture.seed not in wanted:
+        if picture.seed not in expected:
             problems.append(f"{picture.path} is not scored: its seed is beyond --seeds {seeds}")
-        elif (first := kept.setdefault(picture[:4], picture)) is not picture:
-            problems.append(f"{picture.path} is not scored: {first.path.name} is the same prompt and seed")
+            continue
+        first = kept.setdefault(picture[:4], picture)
+        if first is not picture:
+            same = f"{first.path.name} is the same prompt and seed"
+            problems.append(f"{picture.path} is not scored: {same}")
+
     labels = dict.fromkeys(picture.label for picture in pictures)
     for label, person in itertools.product(labels, people):
         numbers = [i for i, text in enumerate(prompts[person.name]) if text is not None]
-        cells = [*itertools.product(numbers, wanted)]
-        gone = [cell for cell in cells if (label, person.name, *cell) not in kept]
-        if gone:
-            problems.append(f"{label}: {len(gone)} of {len(cells)} pictures of {person.name} are missing, "
-                            f"the first is prompt {gone[0][0]}, seed {gone[0][1]}")
+        cells = list(itertools.product(numbers, expected))
+        missing = [cell for cell in cells if (label, person.name, *cell) not in kept]
+        if missing:
+            number, seed = missing[0]
+            problems.append(
+                f"{label}: {len(missing)} of {len(cells)} pictures of {person.name} are missing, "
+                f"the first is prompt {number}, seed {seed}")
     return list(kept.values()), problems

@@ -1,7 +1,7 @@
 """FLUX.1's module names in both layouts, which Linears a LoRA adapts, and how other models are known.
 
-The ground floor: imports nothing of ours. The original layout fuses q, k, v (and the MLP's input)
-into one Linear; diffusers keeps a Linear for each.
+The original layout fuses q, k, v (and the MLP's input) into one Linear; diffusers keeps a Linear
+for each. This file imports nothing else of the project.
 """
 import re
 from typing import NamedTuple
@@ -10,14 +10,14 @@ from torch import nn
 
 
 def table(original: str, diffusers: str, names: dict[str, str]) -> dict[str, tuple[str, ...]]:
-    """{name: diffusers names with spaces between} -> the same with both prefixes in front, as tuples."""
+    """{name: diffusers names, separated by spaces} -> tuples, with the prefixes in front of names."""
     prefixed = {}
     for name, parts in names.items():
         prefixed[original + name] = tuple(diffusers + part for part in parts.split())
     return prefixed
 
 
-# original module -> diffusers modules, {} for a block's number; a fused layer has their rows in turn
+# original module -> diffusers modules, {} for a block's number; a fused layer stacks their rows
 FLUX_NAMES = {
     **table("", "", {
         "img_in": "x_embedder",
@@ -49,12 +49,12 @@ FLUX_NAMES = {
         "linear2": "proj_out",
     }),
 }
-for ours, theirs in {"time": "timestep", "vector": "text", "guidance": "guidance"}.items():
+for original, diffusers in {"time": "timestep", "vector": "text", "guidance": "guidance"}.items():
     layers = {"in_layer": "linear_1", "out_layer": "linear_2"}
-    FLUX_NAMES |= table(f"{ours}_in.", f"time_text_embed.{theirs}_embedder.", layers)
+    FLUX_NAMES |= table(f"{original}_in.", f"time_text_embed.{diffusers}_embedder.", layers)
 
 FLUX_LINEARS = {name: parts for name, parts in FLUX_NAMES.items() if not name.endswith("_norm")}
-FINAL = "final_layer.adaLN_modulation.1"         # its halves are swapped in diffusers
+FINAL = "final_layer.adaLN_modulation.1"         # diffusers swaps its halves
 
 AUTOENCODER_NAMES = (                            # original pattern, diffusers replacement
     (r"(down|up)\.(\d+)\.block\.", r"\1_blocks.\2.resnets."),
@@ -80,7 +80,7 @@ def split_number(name: str) -> tuple[str, str]:
 
 
 def diffusers_flux_names(name: str) -> list[str]:
-    """Parameter of Flux -> the diffusers parameters whose rows, in turn, are its rows."""
+    """Parameter of Flux -> the diffusers parameters that are stacked in it."""
     module, _, kind = name.rpartition(".")
     template, number = split_number(module)
     kind = kind.replace("scale", "weight")
@@ -88,7 +88,7 @@ def diffusers_flux_names(name: str) -> list[str]:
 
 
 def diffusers_autoencoder_names(name: str, levels: int) -> list[str]:
-    """Parameter of AutoEncoder with this many resolutions -> the one diffusers parameter."""
+    """Parameter of an AutoEncoder with `levels` resolutions -> the diffusers parameter."""
     for pattern, replacement in AUTOENCODER_NAMES:
         name = re.sub(pattern, replacement, name)
 
@@ -99,28 +99,28 @@ def diffusers_autoencoder_names(name: str, levels: int) -> list[str]:
 
 
 def part_sizes(num_parts: int, rows: int, width: int) -> list[int]:
-    """Rows of each part of a Linear: q, k, v are as wide as the input, the MLP gets what is left."""
+    """Rows of each part of a Linear: q, k, v are as wide as its input, the MLP gets the rest."""
     if num_parts == 1:
         return [rows]
     return [width] * 3 + [rows - 3 * width] * (num_parts - 3)
 
 
 class Target(NamedTuple):
-    """A Linear of the transformer as diffusers has it: q, k, v and the MLP's input are one each."""
+    """A Linear of the transformer as in diffusers: q, k, v, and the MLP's input are separate."""
     path: str             # diffusers module path
-    module: str           # the Linear of Flux that holds it
+    module: str           # the Linear of Flux that contains it
     start: int            # first of its rows there
     rows: int             # d_out
     d_in: int
 
 
 def find_targets(flux: nn.Module, outside: bool = False) -> list[Target]:
-    """What a LoRA adapts: 14 targets a double block and 6 a single one.
+    """The Linears that a LoRA adapts: 14 in each double block, 6 in each single block.
 
-    outside: the Linears outside of the blocks too."""
+    outside: also those outside the blocks."""
     targets = []
     for name, module in flux.named_modules():
-        name = name.removesuffix(".base")        # the Linear within one that is adapted already
+        name = name.removesuffix(".base")        # an adapted Linear keeps its own as `base`
         is_linear = hasattr(module, "in_features")          # 8-bit ones are not nn.Linear
         if not is_linear or not (outside or "_blocks." in name):
             continue

@@ -14,7 +14,7 @@ COMMAND = re.compile(
 
 
 class CheckedTextEncoders(TextEncoders):
-    """Notes once per prompt: words that T5 cuts off or does not know, commands of other programs."""
+    """Notes once per prompt: words that T5 cuts off or does not know, other programs' commands."""
     def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         encoded = super().encode(prompts)
         self.check(prompts)

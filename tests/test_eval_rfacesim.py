@@ -352,9 +352,9 @@ def test_the_babys_judges_know_people_and_words(baby_judges):
 
 
 @pytest.mark.parametrize("make, message", [
-    (lambda p: torch.save({"model": torch.nn.Linear(2, 2)}, p), "no file of weights"),             # a pickle with code
+    (lambda p: torch.save({"model": torch.nn.Linear(2, 2)}, p), "not a file of weights"),             # a pickle with code
     (lambda p: torch.save({"last_bn.weight": torch.zeros(3)}, p), "does not fit InceptionResnetV1"),
-    (lambda p: torch.save([1], p), "no state dict"), (lambda p: p.write_bytes(b"torn"), "no file of weights")])
+    (lambda p: torch.save([1], p), "not a state dict"), (lambda p: p.write_bytes(b"torn"), "not a file of weights")])
 def test_face_weights_that_are_none_are_refused_in_one_line(tmp_path, make, message):
     make(tmp_path / "weights.pt")
     with pytest.raises(ValueError, match=message) as error:
@@ -425,7 +425,7 @@ def test_a_foreign_methods_folder_makes_a_row_and_each_fault_is_reported(people,
     assert run(*base) == 0
     out, err = capsys.readouterr()
     notes = [line for line in err.splitlines() if line.startswith("note: ")]
-    for words in ("wrong name.png is not scored: its name", "9_0.png is not scored: 9 is no prompt", "notes.txt is not scored",
+    for words in ("wrong name.png is not scored: its name", "9_0.png is not scored: 9 is not a prompt", "notes.txt is not scored",
                   "not scored: " + str(results / "Other/p1/0_0.png"), "1 of 2 pictures of p2 are missing, the first is prompt 0, seed 0",
                   "is the same prompt and seed", "nobody is not scored: no identity", "grid.png is not scored: it is not in a method"):
         assert sum(words in line for line in notes) == 1, words
