@@ -10,7 +10,7 @@ from torch import nn
 
 
 def table(original: str, diffusers: str, names: dict[str, str]) -> dict[str, tuple[str, ...]]:
-    """{name: diffusers names, separated by spaces} -> tuples, with the prefixes in front of names."""
+    """{name: diffusers names, separated by spaces} -> tuples, with the prefixes in front."""
     prefixed = {}
     for name, parts in names.items():
         prefixed[original + name] = tuple(diffusers + part for part in parts.split())
