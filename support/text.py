@@ -26,9 +26,9 @@ class CheckedTextEncoders(TextEncoders):
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in checked]
         checked.update(new)
         kinds = [
-            (self.lost_words, f"T5 sees {self.max_length} tokens: cut off from"),
-            (self.unknown_words, "T5 has no letters for, and reads as unknown: in"),
-            (self.commands, "a command to other programs, and plain text here: in"),
+            (self.lost_words, f"T5 sees {self.max_length} tokens: the part cut off from"),
+            (self.unknown_words, "T5 has no letters for some words: the unknown part of"),
+            (self.commands, "commands of other programs are plain text here: the command in"),
         ]
         for find_words, message in kinds:
             found = {}
