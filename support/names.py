@@ -134,13 +134,13 @@ def find_targets(flux: nn.Module, outside: bool = False) -> list[Target]:
     return targets
 
 
-# what only another model's names, or a file's own words about itself, have; looked for in this order
+# patterns that only another model's names or metadata match; tried in this order
 OTHER_MODELS = {
-    "FLUX.2": r"(double|single)_stream_modulation|to_qkv_mlp_proj|[._]linear_(in|out)\b|time_guidance_embed"
-              r"|single_transformer_blocks[._]\d+[._]attn[._]to_out[._]lora|flux[-_. ]?2",
+    "FLUX.2": r"(double|single)_stream_modulation|to_qkv_mlp_proj|[._]linear_(in|out)\b"
+              r"|time_guidance_embed|single_transformer_blocks[._]\d+[._]attn[._]to_out[._]lora|flux[-_. ]?2",
     "Qwen-Image": r"(img|txt)_mlp[._]net[._]|(img|txt)_mod[._]1\b|qwen",
-    "HunyuanVideo": r"\.(img|txt)_attn_(qkv|proj|q|k|v)\b|(img|txt)_mlp[._]fc[12]|(img|txt)_mod[._]linear"
-                    r"|modulation[._]linear|token_refiner|hunyuan",
+    "HunyuanVideo": r"\.(img|txt)_attn_(qkv|proj|q|k|v)\b|(img|txt)_mlp[._]fc[12]"
+                    r"|(img|txt)_mod[._]linear|modulation[._]linear|token_refiner|hunyuan",
     "Chroma": r"distilled_guidance_layer",
     "AuraFlow": r"joint_transformer_blocks|(double|single)_layers[._]",
     "SD3 or SD3.5": r"joint_blocks|context_block|x_block|sd[-_]?3|stable-diffusion-3",

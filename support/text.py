@@ -21,7 +21,7 @@ class CheckedTextEncoders(TextEncoders):
         return encoded
 
     def check(self, prompts: list[str]) -> None:
-        """One note of each kind: the first prompt that has such words, and how many others do."""
+        """One note of each kind: the first prompt that has such words, and how many do."""
         checked = self.__dict__.setdefault("checked", set())
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in checked]
         checked.update(new)
