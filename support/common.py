@@ -1,4 +1,4 @@
-"""What every script stands on: files that are whole or absent, command lines, printing, Ctrl-C."""
+"""Shared by all scripts: files that are complete or absent, command lines, printing, Ctrl-C."""
 import argparse
 import errno
 import glob
@@ -23,16 +23,17 @@ from PIL import Image, PngImagePlugin
 from safetensors import SafetensorError
 
 from support import SIGHUP, SIGNALS
-from support.devices import (free, is_out_of_memory, pick_device, to_device,  # noqa: F401: asked for here
+from support.devices import (free, is_out_of_memory, pick_device, to_device,  # noqa: F401
                              use_threads)
 
-NOT_SUPPORTED = errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK      # by a file system
+# errors of file systems that lack an operation
+NOT_SUPPORTED = errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK
 NOT_YOURS = "may not be read: see its owner and mode (`ls -l`)"
-RESERVED: dict[Path, Path] = {}                  # file -> its temporary file, which has its room already
+RESERVED: dict[Path, Path] = {}                  # file -> its temporary file, with space allocated
 
 
 def new_part(place: Path) -> Path:
-    """A new, empty file beside `place`; its name is short, whatever that of `place`."""
+    """A new, empty file beside `place`, with a short name however long that of `place` is."""
     part = place.with_name(f"{place.name[:20]}.{secrets.token_hex(4)}.part")
     part.touch(exist_ok=False)
     return part
@@ -40,11 +41,13 @@ def new_part(place: Path) -> Path:
 
 @contextmanager
 def whole(path: str | Path) -> Iterator[Path]:
-    """with whole(path) as part: at the end `part` is on disk in the place of `path`. OSError names path.
+    """with whole(path) as part: write `part`; on success it is synced and renamed to `path`.
 
-    A link stays, and what it points to is replaced. The mode is that of the old file, else umask's.
+    A link is kept, and its target replaced. The mode is the old file's, else umask's. OSError names
+    the path.
     """
-    path, place = Path(path), Path(os.path.realpath(path))
+    path = Path(path)
+    place = Path(os.path.realpath(path))
     part = RESERVED.pop(place, None)
     try:
         part = part or new_part(place)
@@ -52,23 +55,25 @@ def whole(path: str | Path) -> Iterator[Path]:
         yield part
         with open(part, "rb+") as file:
             sync(file.fileno())
-        with suppress(OSError):                  # save_file makes 0600; some file systems have no modes
+        with suppress(OSError):                  # save_file makes 0600; a file system may lack modes
             part.chmod(stat.S_IMODE(mode))
         os.replace(part, place)
-        if os.name == "posix":         # the name too: what is written later never comes without it
-            with suppress(PermissionError):      # a folder may take files and show none
+        # sync the folder too, so that no file written later outlives this one in a crash
+        if os.name == "posix":
+            with suppress(PermissionError):      # a folder can be writable and not readable
                 folder = os.open(place.parent, os.O_RDONLY)
                 sync(folder)
                 os.close(folder)
     except (OSError, SafetensorError) as error:
-        raise OSError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(f"{path} cannot be written: {reason}") from None
     finally:
-        with suppress(OSError, AttributeError):  # a disk that is gone, or became read-only
+        with suppress(OSError, AttributeError):  # the disk is gone or read-only, or no part
             part.unlink(missing_ok=True)
 
 
 def sync(descriptor: int) -> None:
-    """Waits for the disk, where the file system can say: some cannot of folders (CIFS, FUSE)."""
+    """fsync, where the file system supports it; CIFS and FUSE may not for folders."""
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -77,10 +82,10 @@ def sync(descriptor: int) -> None:
 
 
 def take_room(file: BinaryIO, size: int) -> None:
-    """Makes an open file `size` bytes long and gives it all its blocks; what is in it stays. OSError."""
+    """Allocates `size` bytes on disk for an open file and keeps its content. OSError: no space."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(file.fileno(), 0, size)
-    else:                                        # macOS, Windows: zeros, where there is nothing yet
+    else:                                        # macOS, Windows: append zeros
         file.seek(0, os.SEEK_END)
         while (missing := size - file.tell()) > 0:
             file.write(bytes(min(missing, 2 ** 24)))
@@ -88,7 +93,7 @@ def take_room(file: BinaryIO, size: int) -> None:
 
 @contextmanager
 def reserved(paths: Iterable[Path], size: int) -> Iterator[None]:
-    """Meanwhile `size` bytes of disk are kept for each of these files, for write_whole. OSError: no room."""
+    """Reserves `size` bytes of disk for each of these files, for write_whole. OSError: no space."""
     with ExitStack() as parts:
         for path in paths:
             place = Path(os.path.realpath(path))
@@ -102,7 +107,7 @@ def reserved(paths: Iterable[Path], size: int) -> Iterator[None]:
 
 
 def keep(path: Path, save: Callable[[Path], object]) -> None:
-    """save(path); where it cannot be written it is saved elsewhere, and the OSError says where."""
+    """save(path); if that fails, saves elsewhere and raises an OSError that says where."""
     try:
         save(path)
     except OSError as error:
@@ -117,7 +122,7 @@ def keep(path: Path, save: Callable[[Path], object]) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An OSError that came of writing to an open file names the file, as it does not by itself."""
+    """Adds the file's name to an OSError from writing to an open file, which lacks it."""
     try:
         yield
     except OSError as error:
@@ -125,19 +130,19 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def write_whole(path: str | Path, data: bytes | str) -> None:
-    """Text in UTF-8."""
+    """Writes a complete file; text in UTF-8."""
     with whole(path) as part, open(part, "rb+") as file:
         file.write(data if isinstance(data, bytes) else encodable(data).encode())
-        file.truncate()                          # its room may be larger
+        file.truncate()                          # its reserved space may be larger
 
 
 def encodable(text: object) -> str:
-    """Text that every file takes: bytes of names that are not UTF-8 (old archives) become escapes."""
+    """Text that encodes to UTF-8: other bytes, in file names of old archives, become escapes."""
     return str(text).encode("utf-8", "backslashreplace").decode()
 
 
 def save_png(image: Image.Image, path: Path, fields: dict | None = None) -> None:
-    """A PNG with text fields {name: value}; makes its folder."""
+    """Saves a PNG with text fields {name: value}; creates its folder."""
     text = PngImagePlugin.PngInfo()
     for name, value in (fields or {}).items():
         text.add_text(name, encodable(value))
@@ -147,22 +152,24 @@ def save_png(image: Image.Image, path: Path, fields: dict | None = None) -> None
 
 
 def save_figure(figure: object, path: Path) -> None:
-    """A matplotlib figure as PNG."""
+    """Saves a matplotlib figure as PNG."""
     with whole(path) as part:
         figure.savefig(part, format="png", dpi=120)
 
 
 def digest(data: bytes) -> str:
-    """The first 16 letters of its SHA-256."""
+    """The first 16 hex digits of the SHA-256."""
     return hashlib.sha256(data).hexdigest()[:16]
 
 
 def not_content(path: str | Path) -> str | None:
-    """What stands where a file's content is expected, and the way out; None where nothing is known of it."""
+    """Why a file does not hold the expected content, and what to do; None if it looks fine."""
     path = Path(path)
     if path.is_dir():
         inside = ", ".join(sorted(p.name for p in path.iterdir())[:3])
-        return f"it is a folder: name a file in it ({inside}, ...)" if inside else "it is an empty folder"
+        if not inside:
+            return "it is an empty folder"
+        return f"it is a folder: name a file in it ({inside}, ...)"
     if not path.is_file():
         return "it is a dead link" if path.is_symlink() else None
     try:
@@ -171,10 +178,12 @@ def not_content(path: str | Path) -> str | None:
     except PermissionError:
         return f"it {NOT_YOURS}"
     if head.startswith(b"version https://git-lfs"):
-        return f"it is a pointer of git-lfs, not the content: `git lfs pull` in {path.parent} brings that"
+        return ("it is a pointer of git-lfs, not the content: "
+                f"run `git lfs pull` in {path.parent}")
     if b"annex/objects/" in head:
-        return f"it is a pointer of git-annex, not the content: `git annex get` in {path.parent} brings that"
-    # a pickle by its first bytes, alone or in a zip; a safetensors file has a brace after 8 of any value
+        return ("it is a pointer of git-annex, not the content: "
+                f"run `git annex get` in {path.parent}")
+    # a pickle, alone or in a zip; a safetensors file begins with 8 bytes of any value and a brace
     if head[:4] == b"PK\x03\x04" or re.match(rb"\x80[\x02-\x05]", head) and head[8:9] != b"{":
         return "it is a pickle, which is never loaded: take a .safetensors file"
     if head.lstrip()[:5].lower() in (b"<!doc", b"<html", b"<?xml"):
@@ -183,19 +192,20 @@ def not_content(path: str | Path) -> str | None:
 
 
 def check_readable(path: Path) -> None:
-    """PermissionError for a file that may not be read: safe_open calls it missing; it is not damaged."""
+    """PermissionError for a file without read permission, which safe_open reports as missing."""
     if path.exists() and not os.access(path, os.R_OK):
         raise PermissionError(f"{path} {NOT_YOURS}")
 
 
 def check_file(path: str | Path, what: str) -> None:
-    """ValueError unless there is such a file; a folder is named as one."""
+    """ValueError unless the file exists; says so if it is a folder."""
     if not Path(path).is_file():
-        raise ValueError(f"no such {what}: {path}" + (f", {why}" if (why := not_content(path)) else ""))
+        why = not_content(path)
+        raise ValueError(f"no such {what}: {path}" + (f", {why}" if why else ""))
 
 
 class JsonFile(dict):
-    """A JSON object on disk. ValueError, in one line: it cannot be read, or lacks the field in [...]."""
+    """A JSON object on disk. ValueError, in one line: unreadable, or file[field] is missing."""
     def __init__(self, path: Path) -> None:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
@@ -212,7 +222,7 @@ class JsonFile(dict):
 
 
 def check_writable(path: Path, option: str) -> None:
-    """ValueError unless `path`, or the folders above it that are not there yet, can be made."""
+    """ValueError unless the folder `path` exists or can be created, with its missing parents."""
     base = next(p for p in (path, *path.absolute().parents) if p.exists())
     if not base.is_dir():
         raise ValueError(f"{option} {path}: {base} is not a folder")
@@ -223,22 +233,23 @@ def check_writable(path: Path, option: str) -> None:
 
 
 def check_apart(path: Path, option: str, data: list[Path]) -> None:
-    """ValueError unless `path` can be written, and is not among the data, where it would be read later."""
+    """ValueError unless `path` is writable and outside the data, where it would be read later."""
     check_writable(path, option)
     for folder in data:
         if path.resolve().is_relative_to(folder.resolve()):
-            raise ValueError(f"{option} {path} lies within --data {folder}; name a folder outside of it")
+            raise ValueError(f"{option} {path} lies within --data {folder}; "
+                             "name a folder outside of it")
 
 
 def check_out_folder(path: Path, option: str) -> None:
-    """ValueError unless the folder of an option is there or can be made, and the one above it is there."""
+    """ValueError unless an option's folder can be created and its parent exists."""
     check_writable(path, option)
     if not path.absolute().parent.is_dir():
         raise ValueError(f"the folder of {option} does not exist: {path.parent}")
 
 
 def check_out_file(path: Path, suffix: str, option: str = "--out") -> None:
-    """ValueError unless a file can be written: its folder must be there, and its name end in `suffix`."""
+    """ValueError unless the file is writable, its folder exists and its name ends in `suffix`."""
     if path.suffix != suffix or path.is_dir():
         raise ValueError(f"{option} must be a file that ends in {suffix}, not {path}")
     place = Path(os.path.realpath(path))
@@ -250,7 +261,7 @@ def check_out_file(path: Path, suffix: str, option: str = "--out") -> None:
 
 
 def expand(names: Iterable[str | Path]) -> list[str]:
-    """Patterns become the files that they stand for, where no shell has done that (Windows)."""
+    """Expands glob patterns, which the shell does not on Windows."""
     found = []
     for name in map(str, names):
         matches = [] if Path(name).exists() else sorted(glob.glob(name))
@@ -259,7 +270,7 @@ def expand(names: Iterable[str | Path]) -> list[str]:
 
 
 def read_prompts(words: list[str], path: Path | None) -> list[str]:
-    """The prompts of the command line and of the file, in their order, without repetition."""
+    """Prompts from the command line, then from the file, without duplicates."""
     prompts = list(words)
     if path:
         try:
@@ -268,7 +279,9 @@ def read_prompts(words: list[str], path: Path | None) -> list[str]:
             raise ValueError(f"--prompts {path} is not a text file in UTF-8") from None
         prompts += [line for line in lines if line and not line.startswith("#")]
     if not prompts:
-        raise ValueError(f"{path} holds no prompt" if path else "no prompt: give one, or --prompts FILE")
+        if path:
+            raise ValueError(f"{path} holds no prompt")
+        raise ValueError("no prompt: give one, or --prompts FILE")
     for prompt in prompts:
         if not prompt.strip() or prompt != prompt.encode("utf-8", "replace").decode():
             raise ValueError(f"a prompt is {'not text in UTF-8' if prompt.strip() else 'empty'}")
@@ -290,18 +303,20 @@ def finite_number(text: str) -> float:
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises ValueError on bad arguments, where argparse would print its usage and exit."""
+    """Raises ValueError for bad arguments; argparse would print its usage and exit."""
     def error(self, message: str) -> None:
         raise ValueError(f"{message} (--help lists all options)")
 
 
 def side(text: str) -> int:
-    """Pixels of a picture's side: a multiple of 16."""
+    """Side of a picture in pixels, a multiple of 16."""
     value = int(text)
-    low = value - value % 16
-    if value < 16 or value % 16:
-        near = f"{value} is no multiple of 16; the nearest are {low} and {low + 16}"
-        raise argparse.ArgumentTypeError(near if value >= 16 else f"must be at least 16, not {value}")
+    if value < 16:
+        raise argparse.ArgumentTypeError(f"must be at least 16, not {value}")
+    if value % 16:
+        low = value - value % 16
+        raise argparse.ArgumentTypeError(f"{value} is not a multiple of 16; the nearest are {low} "
+                                         f"and {low + 16}")
     return value
 
 
@@ -318,11 +333,12 @@ def count(text: str) -> int:
 
 
 def check_training(args: argparse.Namespace) -> None:
-    """ValueError for options that neither training stage takes. None, the model's default, is fine."""
+    """ValueError for values that no training stage accepts. None means the model's default."""
     if args.lr is not None and not 0 < args.lr < math.inf:
         raise ValueError(f"--lr must be a positive number, not {args.lr}")
     if args.resolution and not 64 <= min(args.resolution) <= max(args.resolution) <= 4096:
-        raise ValueError(f"--resolution takes 64 to 4096 pixels, not {' '.join(map(str, args.resolution))}")
+        given = " ".join(map(str, args.resolution))
+        raise ValueError(f"--resolution takes 64 to 4096 pixels, not {given}")
     if not 0 <= args.seed < 2 ** 63:
         raise ValueError(f"--seed is between 0 and {2 ** 63 - 1}, not {args.seed}")
     if args.recompute is not None and args.recompute < 0:
@@ -330,7 +346,7 @@ def check_training(args: argparse.Namespace) -> None:
 
 
 class Console:
-    """Standard output or error: that nobody reads on, or that it cannot show a letter, is not an error."""
+    """Standard output or error that never fails: not without a reader, nor over a character."""
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
         if hasattr(stream, "reconfigure"):
@@ -350,13 +366,13 @@ class Console:
         try:
             act(*words)
         except (OSError, ValueError):            # a closed pipe or terminal, a full disk
-            with suppress(OSError, ValueError):  # what the stream still holds goes nowhere, too
+            with suppress(OSError, ValueError):  # discard what is still buffered
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 @contextmanager
 def consoles() -> Iterator[None]:
-    """Meanwhile printing decides nothing."""
+    """Within this block, a failure to print is not an error."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (stream and Console(stream) for stream in before)
     try:
@@ -369,7 +385,7 @@ def consoles() -> Iterator[None]:
 
 @contextmanager
 def on_signals(act: Callable[[int, object], object]) -> Iterator[None]:
-    """Meanwhile Ctrl-C, SIGTERM and SIGHUP (a closed terminal) call `act`; under nohup SIGHUP does not."""
+    """Within this block Ctrl-C, SIGTERM, and SIGHUP except under nohup, call `act`."""
     able = threading.current_thread() is threading.main_thread()
     before = {number: signal.getsignal(number) for number in SIGNALS if able}
     if before.get(SIGHUP) is signal.SIG_IGN:
@@ -384,7 +400,7 @@ def on_signals(act: Callable[[int, object], object]) -> Iterator[None]:
 
 
 class Stopped(KeyboardInterrupt):
-    """By the signal of this number."""
+    """Stopped by the signal with this number."""
 
 
 def stop(number: int, frame: object = None) -> None:
@@ -393,8 +409,8 @@ def stop(number: int, frame: object = None) -> None:
 
 def run_script(name: str, script: Callable[[list[str] | None], object],
                argv: list[str] | None = None) -> int:
-    """script(argv) -> exit code: 0 or, with a line on stderr, 1 failed computing, 2 bad input, 130 Ctrl-C,
-    143 SIGTERM, 129 SIGHUP."""
+    """Runs script(argv) -> exit code: 0, or with a line on stderr 1 failed while computing, 2 bad
+    input, 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP."""
     with consoles(), on_signals(stop):
         try:
             script(argv)
@@ -410,7 +426,7 @@ def run_script(name: str, script: Callable[[list[str] | None], object],
 
 
 class Interruption:
-    """with Interruption(): a signal is a flag, read between two iterations; a second one acts."""
+    """with Interruption(): a signal sets a flag, checked between iterations; a second one stops."""
     def __enter__(self) -> "Interruption":
         self.asked = self.time = None            # the number of the signal, and when it came
         self.signals = on_signals(self.ask)
@@ -423,8 +439,9 @@ class Interruption:
     def ask(self, number: int, frame: object) -> None:
         if self.asked and time.monotonic() - self.time > 3:
             stop(number)
-        if not self.asked:                       # torchrun passes on what the terminal has already sent
-            self.asked, self.time = number, time.monotonic()
+        if not self.asked:                       # torchrun forwards what the terminal already sent
+            self.asked = number
+            self.time = time.monotonic()
 
     def raise_if_asked(self) -> None:
         if self.asked:

@@ -1,19 +1,19 @@
-"""Twelve billion parameters on one card: 8-bit weights, blocks that live on the CPU, gradient
-checkpointing, compilation, tiles.
+"""Fits twelve billion parameters on one GPU: 8-bit weights, blocks offloaded to the CPU, gradient
+checkpointing, compilation, and tiled decoding.
 
     flux = load_flux(folder, "cuda", torch.bfloat16, fp8=True, offload=True)
     compile_blocks(flux)                                       # before an adapter is put in
     fit_training(MetaLoRA(flux, 1), (128, 128), 512)           # latent pixels, text tokens
 
-What is known is checked before anything large is read (`check_memory`). What is not is tried: a
-step at the largest size with everything in place, and while memory runs out something is taken back
-(`fit`).
+Known costs are checked before anything large is read (`check_memory`). The rest is tried: `fit`
+runs a step at the largest size with everything in place, and saves more memory while it runs out.
 
-Nothing here changes what is computed by more than rounding, but for fp8 (tests/test_memory.py says
-by how much) and tiles (`upsample_tiled`).
+Nothing here changes results beyond rounding, except fp8 (by how much: tests/test_memory.py) and
+tiles (`upsample_tiled`).
 
 Sources: "FP8 Formats for Deep Learning" (Micikevicius et al. 2022), "Training Deep Nets with
-Sublinear Memory Cost" (Chen et al. 2016, gradient checkpointing). """
+Sublinear Memory Cost" (Chen et al. 2016, gradient checkpointing).
+"""
 import logging
 import math
 import mmap
@@ -44,9 +44,10 @@ GIB = 2 ** 30
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(n, d) -> float8_e4m3 (n, d) and an fp32 scale (1, 1) such that x is about their product;
-    zeros stay zeros. One scale does: a float keeps its relative precision over 15 powers of two."""
-    if x.device.type == "cpu":                       # where a norm takes seven times as long
+    """(n, d) -> float8_e4m3 (n, d) and an fp32 scale (1, 1); their product approximates x, and
+    zeros stay zero. One scale is enough: a float keeps its relative precision over 15 powers of
+    two."""
+    if x.device.type == "cpu":                       # a norm takes seven times as long there
         low, high = torch.aminmax(x)
         largest = torch.maximum(-low, high).view(1, 1)
     else:
@@ -55,7 +56,7 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     if torch.compiler.is_compiling():
         return (x.float() / scale).to(E4M3), scale
     out = torch.empty_like(x, dtype=E4M3)
-    # a card divides and rounds in one kernel; a CPU makes a copy in fp32, of these rows only
+    # a GPU divides and rounds in one kernel; a CPU makes an fp32 copy, of these rows only
     rows = 128 if x.device.type == "cpu" else len(x)
     for some, some_out in zip(x.split(rows), out.split(rows)):
         torch.div(some, scale, out=some_out)
@@ -63,16 +64,16 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def multiplies_fp8(device: torch.device) -> bool:
-    """Whether float8 matrices of one scale each are multiplied fast there: on cards from 8.9 on. A
-    CPU is three times slower at it than in 16 bits, and less exact."""
+    """Whether the device multiplies float8 matrices fast: GPUs of compute capability 8.9 or higher.
+    On a CPU that is three times slower than in 16 bits, and less accurate."""
     if device.type != "cuda" or not torch.version.cuda:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 class Fp8Product(torch.autograd.Function):
-    """x (n, d_in) times a float8 weight (d_out, d_in) with its scale. Gradient of x only, in x's
-    dtype: a transposed float8 copy of the weight would cost all that float8 saves."""
+    """x (n, d_in) times a float8 weight (d_out, d_in) and its scale. Backward gives x's gradient
+    only, in x's dtype: a transposed float8 copy of the weight would use up what float8 saves."""
     @staticmethod
     def forward(ctx, x, weight, scale, unit, kernel, bias):
         ctx.save_for_backward(weight, scale)
@@ -105,11 +106,11 @@ class Fp8Product(torch.autograd.Function):
 
 
 class Fp8Linear(nn.Module):
-    """A frozen Linear of 8 bits a weight: `weight` float8_e4m3 (d_out, d_in), `scale` fp32 (1, 1),
-    or (d_out, 1) of a file that has several, `bias` or None. `unit` is the one scale as a number,
-    else 1; `kernel` whether the device multiplies 8 bits of this size. Filled by
+    """A frozen Linear with 8 bits per weight: `weight` float8_e4m3 (d_out, d_in), `scale` fp32,
+    (1, 1) or, from files with one per row, (d_out, 1), `bias` or None. `unit`: a single scale as a
+    number, else 1. `kernel`: whether the device multiplies float8 of this size. Filled by
     checkpoints.load_flux."""
-    widen = False                     # for metalora.py: nothing can be stored beside this weight
+    widen = False                     # for metalora.py: the weight cannot move into S
 
     def __init__(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype,
                  device: torch.device | str | None = None):
@@ -125,7 +126,7 @@ class Fp8Linear(nn.Module):
         self.bias = frozen(dtype, out_features) if bias else None
 
     def fill(self, weight: Tensor, scale: Tensor) -> None:
-        """With what lies on the device where it will run, even if its own weight is kept
+        """Copies values that are on the device the layer runs on, even if its weight is stored
         elsewhere."""
         self.weight.data.copy_(weight)
         self.scale.data = scale.to(self.weight.device)
@@ -135,7 +136,7 @@ class Fp8Linear(nn.Module):
         self.kernel = fits and multiplies_fp8(weight.device)
 
     def forward(self, x: Tensor) -> Tensor:
-        # to a compiler a number is code, another for every block
+        # a compiler would take each number for new code and recompile per block
         unit = None if torch.compiler.is_compiling() else self.unit
         x2d = x.flatten(0, -2)
         y = Fp8Product.apply(x2d, self.weight, self.scale, unit, self.kernel, self.bias)
@@ -150,9 +151,9 @@ def blocks_of(flux: nn.Module) -> list[nn.Module]:
 
 
 class Managed(nn.Module):
-    """Mixed into a block's class: it runs compiled or not, wherever its weights live, once or
-    twice. By its class, since a `forward` of its own would refer back to the block, and the weights
-    would outlive their last use."""
+    """Mixed into a block's class: the block runs compiled or not, offloaded or not, and with
+    gradient checkpointing or not. Done by class, since replacing the instance's `forward` would
+    make a reference cycle that keeps the weights alive."""
     index = 0
     compiled = None
     offload = None
@@ -163,15 +164,14 @@ class Managed(nn.Module):
         away = self.offload is not None and self.index >= self.offload.stay
         if away:
             forward = partial(self.offload.run, self.index, forward)
-        # the backward pass of a block that lives elsewhere needs its weights again, as running it
-        # again does
+        # an offloaded block needs its weights again in the backward pass: checkpointing runs it
         if torch.is_grad_enabled() and (away or self.recompute):
             return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False)
         return forward(*inputs)
 
 
 def managed(flux: nn.Module) -> list[Managed]:
-    """All blocks, made Managed where they are not yet."""
+    """All blocks, each made Managed if it is not yet."""
     for index, block in enumerate(blocks_of(flux)):
         if not isinstance(block, Managed):
             block.__class__ = managed_class(type(block))
@@ -181,28 +181,27 @@ def managed(flux: nn.Module) -> list[Managed]:
 
 @cache
 def managed_class(kind: type) -> type:
-    """One for all blocks of a kind: to a compiler another class is other code."""
+    """One class for all blocks of a kind: a compiler takes another class for other code."""
     return type(f"Managed{kind.__name__}", (Managed, kind), {})
 
 
 def recompute_blocks(flux: nn.Module, count: int) -> None:
-    """In training the first `count` blocks keep only their inputs, and run again in the backward
-    pass."""
+    """Gradient checkpointing in the first `count` blocks: they keep only their inputs and run again
+    in the backward pass."""
     for block in managed(flux):
         block.recompute = block.index < count
 
 
 class GivenUp(logging.Handler):
-    """Says aloud what dynamo only logs: that it compiles no further variant of a block."""
+    """Notes on stderr what dynamo only logs: it stopped compiling further variants of a block."""
     def emit(self, record: logging.LogRecord) -> None:
         if "recompile_limit" in record.getMessage():
             note("torch gave up compiling variants of the blocks; these run slower, as written")
 
 
 def compile_blocks(flux: nn.Module) -> None:
-    """Compiles the two classes of blocks, and nothing around them: two pieces of code for 57
-    blocks, and another number of tokens is no reason to compile again. Before an adapter is put
-    in."""
+    """Compiles the two classes of blocks and nothing around them: two pieces of code for 57 blocks,
+    for any number of tokens. Call it before an adapter is put in."""
     # variants: one person or several, with gradients or without, widths of the adapter; dynamo's
     # limit is 8
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
@@ -223,7 +222,7 @@ def is_compiled(flux: nn.Module) -> bool:
 
 
 def seconds_compiling() -> float:
-    """Time that this process has spent compiling so far, by dynamo's own count."""
+    """Time that this process has spent compiling so far, as dynamo counts it."""
     from torch._dynamo.utils import calculate_time_spent
     return calculate_time_spent()["total_wall_time"]
 
@@ -232,11 +231,12 @@ def seconds_compiling() -> float:
 
 
 class Offload:
-    """Weights of the blocks from `stay` on in page-locked CPU memory. Of two places on the device
-    one holds the block that runs, the other the next, copied meanwhile on a stream of its own.
+    """Keeps the weights of all blocks from `stay` on in page-locked CPU memory. The device has two
+    buffers: one holds the block that runs, the other the next, copied meanwhile on its own stream.
 
-    `run(i, forward, *inputs)` runs block i, in any order; expected is up from `stay` to the last
-    and, when training, back. Only what is frozen moves: adapters stay on the device. """
+    `run(i, forward, *inputs)` runs block i, in any order. It is fastest from `stay` up to the last
+    block and, in training, back down. Only frozen weights move: adapters stay on the device.
+    """
     def __init__(self, flux: nn.Module, device: torch.device | str):
         self.device = torch.device(device)
         self.cuda = self.device.type == "cuda"
@@ -245,21 +245,21 @@ class Offload:
             block.offload = self
             self.tensors.append([p for p in block.parameters() if not p.requires_grad])
             for module in block.modules():
-                module.widen = False     # for metalora.py: a copy of it would not move along
+                module.widen = False     # for metalora.py: S would not be offloaded
         self.stay = len(self.tensors)
-        self.homes = [None] * self.stay          # on the CPU, in one piece: one copy moves a block
-        self.held = [None, None]                 # which block a place on the device holds
+        self.homes = [None] * self.stay          # on the CPU, contiguous: one copy moves a block
+        self.held = [None, None]                 # index of the block in each buffer
         self.stream = torch.cuda.Stream(self.device) if self.cuda else None
         self.arrived = [torch.cuda.Event() if self.cuda else None for _ in range(2)]
 
     def keep(self, stay: int) -> None:
-        """From now on the weights of no more than the first `stay` blocks lie on the device."""
+        """Offloads all blocks from `stay` on; a block that was offloaded before stays so."""
         if self.cuda:
             torch.cuda.synchronize(self.device)
         for index in self.held:
             if index is not None:
                 self.place(self.tensors[index], self.homes[index])
-        self.places = None                       # freed before larger ones are made
+        self.places = None                       # free these before larger ones are allocated
         for index in range(stay, self.stay):
             tensors = self.tensors[index]
             self.homes[index] = page_locked(sum(padded(t.nbytes) for t in tensors), self.cuda)
@@ -272,8 +272,8 @@ class Offload:
 
     @staticmethod
     def place(tensors: list[Tensor], flat: Tensor, fill: bool = False) -> None:
-        """Makes every tensor a view of its part of `flat`, with fill=True after copying it
-        there."""
+        """Makes each tensor a view of its part of `flat`; fill=True copies its values there
+        first."""
         start = 0
         for tensor in tensors:
             view = flat[start:start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
@@ -283,8 +283,8 @@ class Offload:
             tensor.data = view
 
     def fetch(self, index: int, place: int) -> None:
-        """Starts to copy a block to a place, after whatever was queued so far has read what lies
-        there."""
+        """Starts copying a block to a buffer, once all work queued so far is done reading from
+        it."""
         before = self.held[place]
         if before is not None:
             self.place(self.tensors[before], self.homes[before])
@@ -313,7 +313,7 @@ class Offload:
         return forward(*inputs)
 
     def next_after(self, index: int) -> int:
-        """Which block is likely to run after this one."""
+        """Index of the block that is likely to run after this one."""
         end = len(self.tensors) - 1
         training = torch.is_grad_enabled()
         new_step = self.last is None or (index == self.stay and self.last == end)
@@ -325,8 +325,8 @@ class Offload:
 
 
 def page_locked(size: int, lock: bool) -> Tensor:
-    """CPU memory (size,), uint8, that shares no page with any other: two locks of one page would
-    fail. torch's own allocator of locked memory rounds up to a power of two."""
+    """CPU memory (size,), uint8, that shares no page with other memory: a page cannot be locked
+    twice. torch's own allocator of page-locked memory rounds up to a power of two."""
     if size > host_memory():
         raise ValueError(f"--offload puts {size / GIB:.1f} GiB more into the CPU's memory, "
                          "which is full: --fp8 halves what it takes")
@@ -344,22 +344,22 @@ def page_locked(size: int, lock: bool) -> Tensor:
 
 
 def padded(size: int) -> int:
-    """Bytes up to a multiple of 256, where every tensor of a flat piece of memory begins."""
+    """Bytes rounded up to a multiple of 256, where each tensor of a flat buffer begins."""
     return -(-size // 256) * 256
 
 
 # What is known: bytes, before anything is read ----------------------------------------------------
 
-RESERVE = GIB // 2            # stays free: workspace of libraries, what other sizes leave between
-# What a block holds while it runs or is differentiated, in inputs of its own: at most so many, as
-# counted by tests/test_full_size.py. On a card this only refuses early; for a CPU it decides, which
-# raises nothing.
+RESERVE = GIB // 2            # stays free: workspace of libraries, fragmentation
+# Peak memory of a block, forward and backward, in units of its input: an upper bound, counted by
+# tests/test_full_size.py. On a GPU it only serves to refuse early. On a CPU it decides, since
+# running out of memory raises no error there.
 BLOCK = 25
 
 
 def memory_left(device: torch.device | str) -> float:
-    """Bytes that can still be had on a device: what its driver or system has left, and what torch
-    holds unused."""
+    """Bytes that can still be allocated on a device: what its driver or system has left, and what
+    torch holds unused."""
     device = torch.device(device)
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -370,7 +370,7 @@ def memory_left(device: torch.device | str) -> float:
 
 
 def host_memory() -> float:
-    """Bytes of CPU memory that are free for use."""
+    """Bytes of CPU memory available."""
     path = Path("/proc/meminfo")
     if not path.exists():
         return math.inf                                      # not Linux: no way to know
@@ -392,7 +392,8 @@ def weight_bytes(flux: Flux, dtype: torch.dtype, fp8: bool) -> tuple[int, list[i
 
 
 def update_bytes(flux: Flux, columns: dict[str, int], dtype: torch.dtype) -> int:
-    """Bytes of low-rank updates {diffusers path: rank}, within the weights and beside them."""
+    """Bytes of low-rank updates {diffusers path: rank}, inside the widened weights and beside
+    them."""
     numbers = 0
     within = Counter()
     for target in find_targets(flux, outside=True):
@@ -401,14 +402,14 @@ def update_bytes(flux: Flux, columns: dict[str, int], dtype: torch.dtype) -> int
         within[target.module] += rank
     for name, rank in within.items():
         module = flux.get_submodule(name)
-        if "mod" not in name and getattr(module, "widen", True):     # as metalora.adapt has it
+        if "mod" not in name and getattr(module, "widen", True):     # as in metalora.adapt
             numbers += -(-rank // 8) * 8 * max(module.in_features, module.out_features)
     return numbers * dtype.itemsize
 
 
 def step_bytes(flux: Flux, tokens: int, dtype: torch.dtype, once: int = 1, twice: int = 0) -> int:
-    """Bytes of a step over so many tokens, of all pictures, beside the weights, where so many
-    blocks at once keep everything (one, without gradients) and so many their inputs."""
+    """Bytes of a step beside the weights. tokens: of all pictures together. once: blocks that keep
+    all activations at a time (1 without gradients). twice: blocks that keep only their inputs."""
     inputs = tokens * flux.config.hidden_size
     widened = max(p.numel() for p in flux.parameters())      # an 8-bit weight in 16 bits
     return (inputs * (BLOCK * once + twice) + widened) * dtype.itemsize
@@ -416,14 +417,14 @@ def step_bytes(flux: Flux, tokens: int, dtype: torch.dtype, once: int = 1, twice
 
 def training_bytes(flux: Flux, dtype: torch.dtype, tokens: int, rank: int, r1: int, slots: int = 1,
                    people: int = 1, joint: bool = False) -> int:
-    """Bytes of training beside the weights, at least: an adapter of this rank, over LoMD's r1 rows
-    (0: none; joint: they learn, too), rows and moments of so many people; and a step over `slots`
-    pictures, all blocks run twice."""
+    """Bytes of training beside the weights, at least: an adapter of this rank with a LoMD of r1
+    rows (0: none; joint: it is trained too), the rows and moments of all people, and a step over
+    `slots` pictures in which all blocks run twice."""
     targets = find_targets(flux)
     row = rank * sum(target.rows + (r1 or target.d_in) for target in targets)
     lomd = r1 * sum(target.d_in for target in targets)
     kept = 3 * people * row + (3 if joint else 1) * lomd
-    gradients = 2 * (slots * row + joint * lomd)             # and what they are of, once more
+    gradients = 2 * (slots * row + joint * lomd)             # and the values they belong to
     updates = update_bytes(flux, {target.path: slots * rank for target in targets}, dtype)
     step = step_bytes(flux, slots * tokens, dtype, 1, len(blocks_of(flux)))
     return 4 * (kept + gradients) + updates + step
@@ -431,11 +432,11 @@ def training_bytes(flux: Flux, dtype: torch.dtype, tokens: int, rank: int, r1: i
 
 def check_memory(flux: Flux, device: torch.device | str, dtype: torch.dtype, fp8: bool,
                  offload: bool, beside: float) -> str:
-    """One line on what a run takes of a device's memory, `beside` bytes of adapter and step
-    included; ValueError where that is more than is free, with the switch under which it is not.
-    `flux` is on meta."""
+    """One line on the memory that a run needs, including `beside` bytes of adapter and step.
+    ValueError if that is more than is free; it names the switch that would make it fit. `flux` is
+    on meta."""
     free = memory_left(device)
-    elsewhere = torch.device(device).type != "cpu"           # where --offload could put blocks
+    elsewhere = torch.device(device).type != "cpu"           # --offload can move blocks to the CPU
 
     def takes(fp8: bool, offload: bool) -> float:
         around, blocks = weight_bytes(flux, dtype, fp8)
@@ -462,7 +463,7 @@ def check_memory(flux: Flux, device: torch.device | str, dtype: torch.dtype, fp8
 
 def blocks_on_device(flux: Flux, device: torch.device | str, dtype: torch.dtype, fp8: bool,
                      beside: float) -> int:
-    """How many blocks, from the first on, can stay on the device when the others are offloaded."""
+    """How many blocks, counted from the first, can stay on the device with the rest offloaded."""
     around, blocks = weight_bytes(flux, dtype, fp8)
     left = memory_left(device) - RESERVE - beside - around
     if sum(blocks) <= left:
@@ -470,10 +471,10 @@ def blocks_on_device(flux: Flux, device: torch.device | str, dtype: torch.dtype,
     return sum(size <= left - 2 * max(blocks) for size in accumulate(blocks))
 
 
-# What is not known is tried -----------------------------------------------------------------------
+# The rest is tried --------------------------------------------------------------------------------
 
 def succeeds(step: Callable[[], object], device: torch.device) -> bool:
-    """Whether a step finds the memory that it needs while RESERVE bytes stay free."""
+    """Whether a step fits into memory with RESERVE bytes left."""
     try:
         reserve = torch.empty(RESERVE, dtype=torch.uint8, device=device)
         step()
@@ -482,23 +483,22 @@ def succeeds(step: Callable[[], object], device: torch.device) -> bool:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-    free(device)                         # here, where the error no longer keeps what the step made
+    free(device)                         # not while the error holds the step's tensors
     return False
 
 
 def fit(flux: Flux, device: torch.device, step: Callable[[], object], training: bool,
         recompute: int | None = None) -> None:
-    """Runs `step`, the largest there will be, with all in place that will be there; while memory
-    runs out takes something back: more blocks run twice in training (`recompute`: just so many),
-    then, if blocks are offloaded, fewer stay on the device. ValueError where nothing is left to
-    take back."""
+    """Runs `step`, the largest of the run, with everything else in memory. While that does not fit,
+    more blocks run twice (training only; `recompute` fixes their number), then, if blocks are
+    offloaded, fewer stay on the device. ValueError if nothing more can be saved."""
     offload = managed(flux)[0].offload
     every = len(blocks_of(flux))
     if not training and not offload:
-        return                                   # there is nothing to take back
+        return                                   # nothing can be saved
     counts = range(every + 1)
     if offload and offload.stay < every:
-        counts = [every]                         # an offloaded block runs twice anyhow
+        counts = [every]                         # offloaded blocks always run twice
     if not training:
         counts = [0]
     if recompute is not None:
@@ -524,7 +524,7 @@ def fit(flux: Flux, device: torch.device, step: Callable[[], object], training: 
 
 def blank(flux: Flux, batch: int, size: tuple[int, int], text_tokens: int,
           device: torch.device) -> list[Tensor]:
-    """A batch without content: latent (B, 16, *size), t (B,), txt (B, T, _), y (B, _)."""
+    """A batch of zeros: latent (B, 16, *size), t (B,), txt (B, T, _), y (B, _)."""
     config = flux.config
     latent = config.in_channels // 4, *size
     shapes = latent, (), (text_tokens, config.context_in_dim), (config.vec_in_dim,)
@@ -533,11 +533,11 @@ def blank(flux: Flux, batch: int, size: tuple[int, int], text_tokens: int,
 
 def fit_training(adapter: object, size: tuple[int, int], text_tokens: int,
                  recompute: int | None = None) -> int:
-    """`fit` for a MetaLoRA with its bank in place, and pictures of so many latent pixels, of
-    another person in each slot -> how many blocks run twice. Nothing else is changed by it.
+    """`fit` for a MetaLoRA with its bank, on pictures of `size` latent pixels, a different person
+    in each slot -> how many blocks run twice. Changes nothing else.
 
-    A CPU is not tried: the system ends a process that takes too much. There `step_bytes`
-    decides."""
+    Nothing is tried on a CPU, where the system kills a process that runs out of memory; there
+    `step_bytes` decides."""
     flux, slots, device = adapter.flux, adapter.slots, adapter.device
     adapter.bank.make_moments()
     if adapter.train_lomd:
@@ -556,14 +556,14 @@ def fit_training(adapter: object, size: tuple[int, int], text_tokens: int,
             adapter.assign(torch.arange(slots) % len(adapter.bank.weight))
             flow_matching_loss(flux, latent, latent, t, txt, y).sum().backward()
         fit(flux, device, step, training=True, recompute=recompute)
-        adapter.assign(torch.arange(1))          # without the gradients
+        adapter.assign(torch.arange(1))          # drops the gradients
     return sum(block.recompute for block in blocks_of(flux))
 
 
 @torch.no_grad()
 def fit_sampling(flux: Flux, size: tuple[int, int], text_tokens: int, batch: int = 1) -> None:
-    """`fit` for a batch of pictures of so many latent pixels, with all LoRAs in place. A CPU is not
-    tried."""
+    """`fit` for a batch of pictures of `size` latent pixels, with all LoRAs applied. Does nothing
+    on a CPU."""
     device = flux.img_in.weight.device
     if device.type != "cpu":
         latent, t, txt, y = blank(flux, batch, size, text_tokens, device)
@@ -572,13 +572,13 @@ def fit_sampling(flux: Flux, size: tuple[int, int], text_tokens: int, batch: int
 
 # Large pictures in tiles --------------------------------------------------------------------------
 
-WHOLE_PIXELS = 1_500_000      # larger pictures are decoded in tiles, as those that memory lacks for
+WHOLE_PIXELS = 1_500_000      # larger pictures are decoded in tiles, and any that do not fit
 TILE = 96                     # latent pixels a side, at most
-OVERLAP = 16                  # of them shared with the next tile
+OVERLAP = 16                  # latent pixels shared with the next tile
 
 
 class TiledDecoder(Decoder):
-    """The autoencoder's decoder, but that it makes large pictures in tiles, see upsample_tiled."""
+    """The autoencoder's decoder, which decodes large pictures in tiles, see upsample_tiled."""
     def forward(self, z: Tensor) -> Tensor:
         if z[0, 0].numel() * 4 ** (len(self.up) - 1) <= WHOLE_PIXELS:
             try:
@@ -587,7 +587,7 @@ class TiledDecoder(Decoder):
                 if not is_out_of_memory(error):
                     raise
             free(z.device)
-        x = self.mid(self.conv_in(z))            # global attention, and small: not in tiles
+        x = self.mid(self.conv_in(z))            # small, with global attention: not in tiles
         return torch.cat([upsample_tiled(self, each) for each in x.split(1)])
 
 
@@ -635,8 +635,8 @@ def ramp(length: int, scale: int, device: torch.device) -> Tensor:
 
 
 def held_statistics(norm: nn.GroupNorm) -> Callable[[Tensor], Tensor]:
-    """A forward for a GroupNorm that keeps the statistics of its first call for all others: a
-    tile's are not its picture's."""
+    """A forward for a GroupNorm that keeps using the statistics of its first call: those of a tile
+    are not those of the picture."""
     kept = []
 
     def forward(x: Tensor) -> Tensor:
@@ -645,14 +645,14 @@ def held_statistics(norm: nn.GroupNorm) -> Callable[[Tensor], Tensor]:
             var, mean = torch.var_mean(groups, 1, correction=0)
             channels = len(norm.weight) // norm.num_groups
             kept.extend(part.repeat_interleave(channels) for part in (mean, var))
-        # a BatchNorm at inference is just that: given statistics, in fp32 whatever x is
+        # a BatchNorm at inference does just that: given statistics, in fp32 for any x
         return F.batch_norm(x, *kept, norm.weight.float(), norm.bias.float(), eps=norm.eps)
     return forward
 
 
 def tiles(size: int) -> list[slice]:
-    """The fewest slices of one length, at most TILE, that cover `size` and overlap by OVERLAP or by
-    one more."""
+    """The fewest slices of equal length, at most TILE, that cover `size` and overlap by OVERLAP or
+    OVERLAP + 1."""
     count = max(1, math.ceil((size - OVERLAP) / (TILE - OVERLAP)))
     length = math.ceil((size + (count - 1) * OVERLAP) / count)
     starts = [i * (size - length) // max(1, count - 1) for i in range(count)]
