@@ -111,13 +111,13 @@ def read_photo(path: str | Path) -> Image.Image:
     except Image.DecompressionBombError:
         raise ValueError(f"{path} is too large: over {LARGEST:,} pixels") from None
     except Exception as error:                  # decoders raise all sorts of things on broken files
-        why = not_content(path)
-        if not why and isinstance(error, Image.UnidentifiedImageError):
-            why = "it is not a picture that can be read"
+        why = not_content(path) or " ".join(str(error).split()) or type(error).__name__
+        problem = f"is damaged or cannot be read: {why}"
+        if isinstance(error, Image.UnidentifiedImageError) and not not_content(path):
+            problem = "is not a picture that can be read"
             if is_heif:
-                why += " as HEIC" if can_read_heif() else "; for HEIC: pip install pillow-heif"
-        why = why or " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path} cannot be read: {why}") from error
+                problem += " as HEIC" if can_read_heif() else "; for HEIC: pip install pillow-heif"
+        raise ValueError(f"{path} {problem}") from error
     width, height = image.size
     if min(image.size) < MIN_SIDE:
         raise ValueError(f"{path} is {width} x {height} pixels, under {MIN_SIDE} x {MIN_SIDE}")
@@ -468,7 +468,7 @@ def to_sizes(picture: Image.Image, resolutions: list[int]) -> list[Image.Image]:
 def check_photos(paths: list[str], box: list[int] | None, augment: bool) -> None:
     """ValueError for a photo that cannot be read, and for a --box that does not fit."""
     if box and (len(paths) > 1 or not augment):
-        raise ValueError("--box takes one photo, and does not go with --no-augment")
+        raise ValueError(f"--box takes one photo without --no-augment, not {len(paths)} photos")
     for path in paths:
         photo = read_photo(path)
         if box:
