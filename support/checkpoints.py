@@ -453,7 +453,9 @@ def bare_flux(args: Namespace) -> Flux:
     files, config, is_diffusers = flux_files(args.folder)
     with torch.device("meta"):
         flux = Flux(config)
-    plan = {name: diffusers_flux_names(name) if is_diffusers else [name] for name, _ in flux.named_parameters()}
+    plan = {}
+    for name, _ in flux.named_parameters():
+        plan[name] = diffusers_flux_names(name) if is_diffusers else [name]
     check_tensors(flux, files, plan)
     for block in blocks_of(flux) if args.fp8 or args.offload else []:
         for module in block.modules():
