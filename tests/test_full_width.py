@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import personalize
-from flux_model import position_ids, rope_angles
+from flux_model import position_ids, rotary_embedding
 from metalora import MetaLoRA, random_lomd
 from sample import sample_latents
 from support.checkpoints import load_flux
@@ -78,7 +78,7 @@ def test_blocks_are_those_of_diffusers(folder):
     img, txt, vec = (torch.randn(1, n, 3072, generator=g) for n in (64, 32, 1))
     vec = vec[:, 0]
     ids = torch.cat(position_ids(1, 16, 16, 32)[::-1], dim=1)
-    rope = rope_angles(ids, flux.config.axes_dim, flux.config.theta)
+    rope = rotary_embedding(ids, flux.config.axes_dim, flux.config.theta)
     rotations = [part[0, 0].repeat_interleave(2, dim=-1) for part in (rope.real, rope.imag)]
     with torch.no_grad():
         ours = flux.double_blocks[0](img, txt, vec, rope)
