@@ -472,7 +472,7 @@ def encode_prompts(folder: Place, prompts: list[str], device: Device,
                    dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
     """{prompt: its txt (1, T, context_in_dim) and y (1, vec_in_dim)}, on the CPU; the encoders are gone."""
     encoders = load_text_encoders(folder, device, dtype)
-    encoders.tell(prompts)
+    encoders.check(prompts)
     embeddings = {prompt: tuple(part.cpu() for part in encoders.encode([prompt]))
                   for prompt in dict.fromkeys(prompts)}
     del encoders

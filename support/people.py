@@ -694,7 +694,7 @@ class Cache:
         )
         if captions:
             encoders = load_text_encoders(self.model, self.device, self.dtype)
-            encoders.tell(captions)
+            encoders.check(captions)
             for caption in captions:
                 txt, y = encoders.encode([caption])
                 self.save(self.text_path(caption), {"txt": txt[0], "y": y[0]}, stop)
