@@ -98,6 +98,8 @@ def read_photo(path: str | Path) -> Image.Image:
     ValueError, one line naming the file: damaged, under 16 pixels a side, or over 200 megapixels.
     """
     path = Path(path)
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"{path} is a dead link")
     check_file(path, "picture")
     is_heif = path.suffix.lower() in HEIF_SUFFIXES
     try:
