@@ -6,6 +6,7 @@ A tensor that is missing, misshapen or not used is an error, also in the text en
 is finding.py's, what they hold tensors.py's.
 """
 import hashlib
+import itertools
 import gc
 import json
 import math
@@ -185,8 +186,10 @@ def fill_flux(files: TensorFiles, config: FluxConfig, is_diffusers: bool, device
     sources = diffusers_flux_names if is_diffusers else lambda name: [name]
     with torch.device("meta"):
         model = Flux(config)
-    away = {id(p) for block in blocks_of(model)[stay:] for p in block.parameters()} if offload else ()
-    away = {name for name, p in model.named_parameters() if id(p) in away}
+    offloaded = set()
+    for block in blocks_of(model)[stay:] if offload else []:
+        offloaded |= {id(parameter) for parameter in block.parameters()}
+    away = {name for name, parameter in model.named_parameters() if id(parameter) in offloaded}
     load_weights(model, files, sources, dtype, lambda name: "cpu" if name in away else device, fp8)
     free(device)
     if offload:
@@ -328,7 +331,8 @@ def fingerprint_names(folder: Place) -> tuple[TensorFiles, list[str]]:
         names = [name for name, _ in Flux(config).named_parameters()
                  if name.endswith(".scale") or name == "img_in.bias"]
     if is_diffusers:
-        names = [part for name in names for part in diffusers_flux_names(name)]
+        parts = map(diffusers_flux_names, names)
+        names = [*itertools.chain.from_iterable(parts)]
     return files, names
 
 
@@ -473,8 +477,10 @@ def encode_prompts(folder: Place, prompts: list[str], device: Device,
     """{prompt: its txt (1, T, context_in_dim) and y (1, vec_in_dim)}, on the CPU; the encoders are gone."""
     encoders = load_text_encoders(folder, device, dtype)
     encoders.check(prompts)
-    embeddings = {prompt: tuple(part.cpu() for part in encoders.encode([prompt]))
-                  for prompt in dict.fromkeys(prompts)}
+    embeddings = {}
+    for prompt in dict.fromkeys(prompts):
+        txt, y = encoders.encode([prompt])
+        embeddings[prompt] = txt.cpu(), y.cpu()
     del encoders
     gc.collect()                                     # transformers' models hold reference cycles
     free(device)
@@ -484,7 +490,7 @@ def encode_prompts(folder: Place, prompts: list[str], device: Device,
 def encode_texts(args: Namespace, texts: list[str]) -> dict[str, list[Tensor]]:
     """As encode_prompts, but on args.device, whatever --offload says of the encoders."""
     embeddings = encode_prompts(args.folder, texts, text_device(args, args.device), args.dtype)
-    return {text: [part.to(args.device) for part in parts] for text, parts in embeddings.items()}
+    return {text: [txt.to(args.device), y.to(args.device)] for text, (txt, y) in embeddings.items()}
 
 
 def check_fit(args: Namespace, device: torch.device, beside: int) -> None:

@@ -341,7 +341,10 @@ def find_part(part: str, transformer: Path, widths: dict[str, int]) -> Path:
                 if OTHER_AUTOENCODER.search(str(path.relative_to(folder))):
                     foreign.append(path)
             fit = [path for path in fit if path not in foreign]
-        best = [path for stem in PREFERRED[part] for path in fit if path.stem == stem] or fit
+        best = []
+        for stem in PREFERRED[part]:
+            best += [path for path in fit if path.stem == stem]
+        best = best or fit
         if len(best) == 1 or best and best is not fit:
             return best[0]
         if best:

@@ -566,9 +566,13 @@ def lora_bytes(lora: Lora, format: str = "diffusers", metadata: dict[str, str] |
         raise ValueError(f"{path}: there is no LoRA to save")
     if unknown := [name for name in lora if split_number(name)[0] not in ORIGINAL_OF]:
         raise ValueError(f"{path}: no Linear of FLUX has the diffusers path {named(unknown)}")
-    lora = {name: [tensor.detach().to("cpu", dtype) for tensor in pair] for name, pair in lora.items()}
+    pairs = {}
     for name, (A, B) in lora.items():
+        A = A.detach().to("cpu", dtype)                     # what is too large for it becomes infinite
+        B = B.detach().to("cpu", dtype)
         check_pair(f"{path}: {name}", A, B)
+        pairs[name] = [A, B]
+    lora = pairs
     metadata = standard_metadata(lora, metadata)
     if format != "diffusers":
         lora = to_original(lora, mlp_ratio)
