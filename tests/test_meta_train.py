@@ -317,8 +317,8 @@ def test_pictures_without_a_caption_are_counted_where_others_have_one(run):
 
 def test_every_file_of_a_persons_folder_is_used_or_named(run):
     make_people(Path("data"), {"ann": 2, "bob": 2})
-    for suffix in ("TIFF", "ppm", "tga", "jpe", "mpo", "jp2", "ico"):
-        picture(Path(f"data/ann/a.{suffix}"), hash(suffix) % 1000, format={"tga": "TGA", "mpo": "JPEG", "jpe": "JPEG"}.get(suffix))
+    for seed, suffix in enumerate(("TIFF", "ppm", "tga", "jpe", "mpo", "jp2", "ico"), start=500):
+        picture(Path(f"data/ann/a.{suffix}"), seed, format={"tga": "TGA", "mpo": "JPEG", "jpe": "JPEG"}.get(suffix))
     people, problems = read(Path("data"))
     assert not problems and len(people[""]["ann"]) == 9
     for name in ("film.mp4", "notes.md", "9.txt", "0.json", "0.caption"):
