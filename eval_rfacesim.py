@@ -37,7 +37,7 @@ from support.common import (JsonFile, Parser, check_apart, digest, expand, note,
 from support.finding import model_name
 from support.judges import (CLIP, META_PHD, Judges, Picture, check_complete, find_pictures,
                             own_folder, prompts_for)
-from support.people import Person, complain, read_people
+from support.people import Person, complain, read_people, tell
 from support.sheets import PROMPTS, tables
 
 
@@ -391,8 +391,7 @@ def evaluate(argv: list[str] | None = None) -> None:
     real = embed_real(judges, people)
     rows, unread = score_all(judges, real, pictures, args.out / "parts")
     problems = unknown + incomplete + unread
-    for problem in problems:
-        note(" ".join(problem.split()))
+    tell(problems)
 
     report(
         args.out,

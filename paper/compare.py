@@ -44,7 +44,7 @@ from support.judges import Picture, own_folder, prompts_for
 from support.lora_files import load_lora, read_lomd, save_lora
 from support.memory import fit_training
 from support.names import find_targets
-from support.people import Person, captions_beside, fill, read_people
+from support.people import Person, captions_beside, fill, read_people, tell
 
 SAVE_EVERY = 30                                  # seconds between two saved states of a training
 
@@ -636,8 +636,7 @@ def compare(argv: list[str] | None = None, quiet: bool = False) -> None:
         pictures = Run(args, people, prompts, interruption).finish()
     sampled = time.perf_counter()
     rows, problems = score_all(judges, real, pictures, args.out / "parts")
-    for problem in problems:
-        note(" ".join(problem.split()))
+    tell(problems)
     methods, quoted = report(
         args.out,
         people,

@@ -39,7 +39,7 @@ from support.checkpoints import (add_speed_options, check_sampling_memory, encod
 from support.common import (Parser, check_out_folder, count, free, note, pick_device, positive,
                             run_script, save_png, side, use_threads, whole, write_whole)
 from support.finding import tokenizers_of
-from support.judges import load_face_embedder
+from support.judges import load_face_network
 from support.memory import fit_sampling
 from support.photos import read_photo
 from support.sheets import sheet
@@ -159,7 +159,8 @@ def draw_pictures(args: argparse.Namespace, batches: list[list[Shot]], folder: P
         latents = load_file(batch[0].file(folder, ".safetensors"))["latents"]
         for shot, latent in zip(batch, latents):
             picture = decode_latent(autoencoder, latent[None])
-            save_png(picture, shot.file(folder, ".png"), {"prompt": shot.prompt, "seed": shot.seed})
+            fields = {"prompt_text": shot.prompt, "seed": shot.seed}
+            save_png(picture, shot.file(folder, ".png"), fields)
 
 
 # The filter ---------------------------------------------------------------------------------------
@@ -171,17 +172,13 @@ def face_network(args: argparse.Namespace) -> Callable[[Path], Tensor | None] | 
     weights."""
     if args.no_filter:
         return None
-    from facenet_pytorch import MTCNN
     try:
-        embedder, pixels, _ = load_face_embedder(args.baby, args.face_weights)
+        detector, embedder, _ = load_face_network(args.baby, args.face_weights, args.device)
     except ValueError as error:
         if args.face_weights:
             raise
         note(f"no filter, so pictures that show somebody else stay, and no AUC: {error}")
         return None
-    embedder.to(args.device)
-    # pooling to arbitrary sizes does not exist on mps
-    detector = MTCNN(pixels, margin=0, device="cpu" if args.device.type == "mps" else args.device)
 
     @torch.no_grad()
     def embed(path: Path) -> Tensor | None:

@@ -13,7 +13,7 @@ import personalize
 from support.common import save_figure
 from support.judges import Picture
 from support.people import Person
-from support.sheets import sheet
+from support.sheets import sheet, table
 
 METHODS = {"meta-lora": "Meta-LoRA", "lora": "LoRA", "lora-crops": "LoRA + augmented inputs",
            "random-lomd": "Meta-LoRA, random LoMD", "none": "no LoRA"}
@@ -266,7 +266,11 @@ def percent(values: np.ndarray, sign: str = "") -> str:
 def write_report(found: Found) -> str:
     """The tables of a rank, as Markdown: mean over people (standard error)."""
     parts = [score_table, difference_table, level_table, front_table, rate_table]
-    return "\n".join(markdown(part(found)) for part in parts)
+    texts = []
+    for part in parts:
+        header, *rows = part(found)
+        texts.append(table(header, rows))
+    return "\n".join(texts)
 
 
 def score_table(found: Found) -> list[list[str]]:
@@ -356,13 +360,6 @@ def rate_table(found: Found) -> list[list[str]]:
             second = f"{chosen['second']:g}"
             rows.append([METHODS[method], f"{count}", rate, second, with_error(*chosen["lead"])])
     return rows
-
-
-def markdown(rows: list[list[str]]) -> str:
-    """A table; its first row is the header."""
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    lines.insert(1, f"|{' --- |' * len(rows[0])}")
-    return "\n".join(lines) + "\n"
 
 
 def draw_steps(found: Found, path: Path) -> None:

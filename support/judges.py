@@ -133,6 +133,21 @@ def load_face_embedder(
     return model.eval(), side, f"{kind} {digest(path.read_bytes())}"
 
 
+def load_face_network(
+    baby: Path | None,
+    weights: Path | None,
+    device: torch.device,
+) -> tuple[nn.Module, nn.Module, str]:
+    """MTCNN, which finds and crops the largest face; the embedder of its crops; its name.
+
+    baby: folder of a model with its own embedder; weights of a state dict are InceptionResnetV1's."""
+    from facenet_pytorch import MTCNN
+    embedder, side, name = load_face_embedder(None if weights else baby, weights)
+    # MTCNN pools to arbitrary sizes, which mps cannot
+    detector = MTCNN(side, margin=0, device="cpu" if device.type == "mps" else device)
+    return detector, embedder.to(device), name
+
+
 class Judges:
     """MTCNN with a face embedder, and CLIP: frozen, fp32, on `device`.
 
@@ -147,7 +162,6 @@ class Judges:
         clip: str | None = None,
         device: str | torch.device = "cpu",
     ) -> None:
-        from facenet_pytorch import MTCNN
         from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
         self.device = torch.device(device)
         folder = own_folder(model)
@@ -155,12 +169,8 @@ class Judges:
         if folder and (folder / "face_embedder.safetensors").is_file():
             baby = folder
 
-        network = None if face_weights else baby
-        self.embedder, side, face_name = load_face_embedder(network, face_weights)
-        self.embedder.to(self.device)
-        # MTCNN pools to arbitrary sizes, which mps cannot
-        detector_device = "cpu" if self.device.type == "mps" else self.device
-        self.detector = MTCNN(side, margin=0, device=detector_device)
+        faces = load_face_network(baby, face_weights, self.device)
+        self.detector, self.embedder, face_name = faces
 
         name = clip or (folder / "scorer" if baby else CLIP)
         try:

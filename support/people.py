@@ -296,6 +296,12 @@ def complain(problems: list[str], script: str) -> None:
         raise ValueError(problems[-1])
 
 
+def tell(problems: list[str], start: str = "") -> None:
+    """A note for each problem that the command goes on without."""
+    for problem in problems:
+        note(start + " ".join(problem.split()))
+
+
 # --------------------------------------------------------------------------------------------------
 # The evaluation: identities with their real pictures
 
@@ -600,8 +606,7 @@ def read_buckets(
             write_whole(listing, json.dumps(known))
     if not skip_bad:
         complain(problems, "meta_train.py")
-    for problem in problems:
-        note(f"skipped: {' '.join(problem.split())}")
+    tell(problems, start="skipped: ")
     if not people:
         raise ValueError(f"{data} holds no people with pictures")
     return make_buckets(people, size, seed)

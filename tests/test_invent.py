@@ -146,7 +146,7 @@ def test_without_a_face_network(monkeypatch, capsys):
 
     def gone(*words):
         raise ValueError("InceptionResnetV1 is not here")
-    monkeypatch.setattr(invent, "load_face_embedder", gone)
+    monkeypatch.setattr(invent, "load_face_network", gone)
     assert run() == 0
     assert "no filter" in capsys.readouterr().err
     assert len(content("faces")) == 2 * 2 * 3 and len([*Path("faces-drawn").rglob("0*/*.png")]) == 6
