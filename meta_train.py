@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import support  # before torch: how its threads wait
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,7 +40,7 @@ from support.finding import model_name
 from support.lora_files import save_lomd
 from support.memory import fit_training
 from support.names import find_targets
-from support.people import Buckets, Cache, Photo, draw_batch, generator, read_buckets, room_for
+from support.people import Buckets, Cache, Photo, read_buckets, room_for
 from support.runs import (DATA, Checkpoints, Group, Log, WaitingRows, announce, check_room,
                           check_settings, check_stage_1, draw_preview, locked, plot)
 
@@ -97,11 +98,17 @@ def draw_order(shapes: list[list], count: int, batch_size: int,
     return batches[:count]
 
 
+def generator(*key: int) -> torch.Generator:
+    """A CPU generator whose numbers depend on the integers of `key` alone."""
+    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1
+    return torch.Generator().manual_seed(int(seed))
+
+
 class Member(NamedTuple):
     """A person; the position in their bucket's list of members is their row in the bank."""
     number: int                                  # counted over all buckets
     name: str
-    photos: list[Photo]
+    photos: list[Photo]                          # those without a caption have --prompt
 
 
 class TrainingPicture(NamedTuple):
@@ -125,12 +132,15 @@ class Run:
 
         self.members = []                        # of this process, a list for each bucket
         pictures_in = []                         # each bucket, for all processes together
-        first = 0
+        number = 0
         for people in buckets.values():
-            members = [Member(first + i, *person) for i, person in enumerate(people.items())]
+            members = []
+            for name, photos in people.items():
+                captioned = [p._replace(caption=p.caption or args.prompt) for p in photos]
+                members.append(Member(number, name, captioned))
+                number += 1
             self.members.append(members[group.rank::group.size])
             pictures_in.append(sum(map(len, people.values())))
-            first += len(members)
 
         self.batch_size = args.batch_size * group.size        # bs
         self.passes = schedule(pictures_in, args.iters, self.batch_size, args.warmup)
@@ -202,8 +212,13 @@ class Run:
         losses = flux_model.flow_matching_loss(adapter.flux, latent, noise, t_device, txt, y,
                                                guidance=1.0)
         losses.sum().backward()
+
+        def average(gradient: Tensor) -> Tensor:
+            """LoMD's gradient is the mean over all processes' batches. People's stay local."""
+            return self.group.sum(gradient) / self.batch_size
+
         try:
-            norms, lomd_norm = adapter.step(self.args.lr, average=self.average)
+            norms, lomd_norm = adapter.step(self.args.lr, average=average)
         except FloatingPointError:
             raise FloatingPointError(self.what_is_not_finite(now, shown, losses)) from None
         self.iteration += 1
@@ -220,18 +235,18 @@ class Run:
             shown.append((picture.name, picture.photo))
             rows.append(picture.row)
             posteriors.append(picture.posteriors[resolution])
-            texts.append(self.texts[self.caption_of(picture.photo)])
-        latent, noise, t, txt, y = draw_batch(posteriors, texts, rng)
+            texts.append(self.texts[picture.photo.caption])
+        txt = torch.stack([text["txt"] for text in texts])
+        y = torch.stack([text["y"] for text in texts])
+
+        # a new sample of the autoencoder's posterior each time, as in the paper's trainer
+        mean, std = torch.stack(posteriors).float().unbind(1)                       # (B, 16, h, w)
+        latent = mean + std * torch.randn(mean.shape, generator=rng)
+        noise = torch.randn(mean.shape, generator=rng)
+        t = flux_model.sample_times(len(rows), rng)
         device = self.group.device
         latent, noise, txt, y = [to_device(part, device) for part in (latent, noise, txt, y)]
         return shown, [torch.tensor(rows), latent, noise, t, txt, y]
-
-    def average(self, gradient: Tensor) -> Tensor:
-        """LoMD's gradient: the mean over all processes' batches. Those of people stay local."""
-        return self.group.sum(gradient) / self.batch_size
-
-    def caption_of(self, photo: Photo) -> str:
-        return self.args.prompt if photo.caption is None else photo.caption
 
     def what_is_not_finite(self, now: BucketPass, shown: list, losses: Tensor) -> str:
         bad = [who for who, loss in zip(shown, losses.tolist()) if not math.isfinite(loss)]
@@ -268,7 +283,7 @@ class Run:
                 posteriors = [self.cache.load(path)["posterior"] for path in paths]
                 self.pictures.append(TrainingPicture(row, member.name, photo, posteriors))
                 shapes.append(sizes)
-                captions.append(self.caption_of(photo))
+                captions.append(photo.caption)
         self.texts = {text: self.cache.load(self.cache.text_path(text)) for text in set(captions)}
         rng = generator(args.seed, ORDER, number, self.group.rank)
         self.order = draw_order(shapes, now.stop - now.start, args.batch_size, rng)
@@ -316,7 +331,7 @@ class Run:
     def load(self):
         """Encodes all pictures and captions, then loads the model and the newest checkpoint."""
         device = self.group.device
-        captions = [self.args.prompt] + [self.caption_of(photo) for photo in self.photos]
+        captions = [self.args.prompt] + [photo.caption for photo in self.photos]
         self.check_disk(captions)
         if device.type != "cpu" and any(self.cache.missing(self.photos, captions)):
             self.place()                         # fails before hours of encoding if it does not fit

@@ -52,7 +52,8 @@ def plain_meta_lora(x: Tensor, W: Tensor, A: Tensor, M: Tensor, U: Tensor,
                     mask: Tensor | None = None) -> Tensor:
     """Equation 1 with its three matrices one after the other: the reference for everything below.
 
-    x (.., d_in), W (d_out, d_in), A (r1, d_in), M (R, r1), U (d_out, R), mask (.., R); y (.., d_out)."""
+    x (.., d_in), W (d_out, d_in), A (r1, d_in), M (R, r1), U (d_out, R), mask (.., R) ->
+    y (.., d_out)."""
     m = F.linear(F.linear(x, A), M)
     if mask is not None:
         m = m * mask
@@ -79,14 +80,8 @@ def widen_output(x: Tensor, S: Tensor, U: Tensor, mask: Tensor | None,
     wide = F.linear(x, S, bias)
     y0, m, _ = wide.split((d_out, R, padding), dim=-1)
     m = m.contiguous() if mask is None else m * mask
-    return add_up(y0, m, U), m
-
-
-def add_up(y: Tensor, m: Tensor, U: Tensor) -> Tensor:
-    """y (.., d_out) + U m, in one kernel; m (.., R), U (d_out, R)."""
-    rows = m.flatten(0, -2)
-    total = torch.addmm(y.flatten(0, -2), rows, U.T)
-    return total.unflatten(0, y.shape[:-1])
+    y = torch.addmm(y0.flatten(0, -2), m.flatten(0, -2), U.T)        # y0 + U m in one kernel
+    return y.view_as(y0), m
 
 
 class FusedUpdate(torch.autograd.Function):
@@ -99,7 +94,7 @@ class FusedUpdate(torch.autograd.Function):
         half = C if ctx.widens_input else U[0]               # what S does not hold
         widen = widen_input if ctx.widens_input else widen_output
         y, m = widen(x, S, half, mask, bias)
-        ctx.save_for_backward(x, S, half, mask, m)  # autograd checks that S has not changed
+        ctx.save_for_backward(x, S, half, mask, m)           # autograd checks that S is unchanged
         ctx.parts = parts
         return y
 
@@ -128,7 +123,7 @@ class AdaptedLinear(nn.Module):
         super().__init__()
         self.base = base
         self.weight = base.weight
-        # of activations; 8-bit weights differ
+        # the dtype of activations; an 8-bit weight has another
         self.dtype = getattr(base, "dtype", base.weight.dtype)
         self.parts = parts
         self.R = parts[-1][1].stop
@@ -139,7 +134,7 @@ class AdaptedLinear(nn.Module):
             self.move_weight_into_S()
 
     def move_weight_into_S(self) -> None:
-        spare = math.ceil(self.R / 8) * 8  # multiples of 8 suit tensor cores
+        spare = math.ceil(self.R / 8) * 8        # multiples of 8 suit tensor cores
         weight = self.base.weight.detach()
         bias = self.base.bias
         if self.widens_input:
@@ -157,20 +152,21 @@ class AdaptedLinear(nn.Module):
             return self.base(x)
         mask = self.mask
         if mask is not None and x.dim() == 3:
-            mask = mask[:, None]  # (B, 1, R)
+            mask = mask[:, None]                 # (B, 1, R)
         if self.S is not None and x.dim() == 3:
             return FusedUpdate.apply(x, self.S, self.bias, mask, self.parts, self.C, *self.U)
 
         m = F.linear(x, self.C)
         if mask is not None:
             m = m * mask
-        y = self.base(x)
+        y0 = self.base(x)
         U = self.U[0]
-        if len(U) < y.shape[-1]:  # some of a fused layer's targets
-            U = y.new_zeros(y.shape[-1], self.R)
+        if len(U) < y0.shape[-1]:                # one of several targets of a fused layer
+            U = y0.new_zeros(y0.shape[-1], self.R)
             for part, values in zip(self.parts, self.U):
                 U[part] = values
-        return add_up(y, m, U)
+        y = torch.addmm(y0.flatten(0, -2), m.flatten(0, -2), U.T)
+        return y.view_as(y0)
 
 
 def adapt(flux: nn.Module, targets: list[Target], ranks: list[int]) -> list[AdaptedLinear]:
@@ -204,11 +200,12 @@ def set_update(layers: list[AdaptedLinear], Cs: list[Tensor], Us: list[Tensor],
 
     Cs: one (R, d_in) for each layer; Us: one (rows, rank) for each target, layer by layer. mask (B,
     R) has room for the layer with the most parts."""
-    Us = iter(Us)
     places, values = [], []
+    first = 0                                                        # index of the layer's first U
     for layer, C in zip(layers, Cs):
         layer.C = C
-        layer.U = [next(Us) for _ in layer.parts]
+        layer.U = Us[first:first + len(layer.parts)]
+        first += len(layer.parts)
         layer.mask = None if mask is None else mask[:, :layer.R]
         if layer.S is None:
             continue
@@ -221,7 +218,7 @@ def set_update(layers: list[AdaptedLinear], Cs: list[Tensor], Us: list[Tensor],
             places.append(spare[:layer.R])
             values.append(C)
     if places:
-        torch._foreach_copy_(places, values)                         # one kernel instead of hundreds
+        torch._foreach_copy_(places, values)                     # one kernel instead of hundreds
 
 
 @torch.no_grad()
@@ -238,7 +235,7 @@ def apply_loras(flux: nn.Module, loras: list[tuple[LoRA, float]]) -> None:
             d_out, d_in = len(B), A.shape[1]
             if target is None or (d_out, d_in) != (target.rows, target.d_in):
                 raise ValueError(f"the LoRA adapts a {path} of {d_out} x {d_in}: not in this model")
-            if path == "norm_out.linear":  # diffusers has scale before shift
+            if path == "norm_out.linear":        # diffusers has scale before shift
                 B = B.roll(len(B) // 2, dims=0)
             As.setdefault(path, []).append(A)
             Bs.setdefault(path, []).append(strength * B.float())
@@ -249,11 +246,11 @@ def apply_loras(flux: nn.Module, loras: list[tuple[LoRA, float]]) -> None:
     As = [torch.cat(As[target.path], dim=0).to(like) for target in found]
     Bs = [torch.cat(Bs[target.path], dim=1).to(like) for target in found]
     layers = adapt(flux, found, ranks=[len(A) for A in As])
-    As = iter(As)
     Cs = []
+    first = 0                                                        # index of the layer's first A
     for layer in layers:
-        of_layer = [next(As) for _ in layer.parts]
-        Cs.append(torch.cat(of_layer))
+        Cs.append(torch.cat(As[first:first + len(layer.parts)]))
+        first += len(layer.parts)
     set_update(layers, Cs, Bs)
 
 
@@ -262,8 +259,7 @@ def apply_loras(flux: nn.Module, loras: list[tuple[LoRA, float]]) -> None:
 
 
 class IdentityBank:
-    """One row of fp32 weights for each identity (N, P), with AdamW moments and a step count of its
-    own."""
+    """A row of fp32 weights for each identity (N, P), with its own AdamW moments and step count."""
     PARTS = "weight", "exp_avg", "exp_avg_sq", "steps"
 
     def __init__(self, weight: Tensor, exp_avg: Tensor | None = None,
@@ -285,8 +281,7 @@ class IdentityBank:
     @torch.no_grad()
     def step(self, ids: Tensor, grad: Tensor, lr: float, eps: float = 1e-6,
              weight_decay: float = 0.01) -> None:
-        """AdamW on the rows `ids` (n,) with grad (n, P); eps as in ai-toolkit, the paper's
-        trainer."""
+        """AdamW on the rows `ids` (n,) with grad (n, P); eps as in ai-toolkit."""
         self.make_moments()
         rows = ids.tolist()
         # a copy, which the kernel increments
@@ -318,15 +313,13 @@ def views(flat: Tensor, shapes: list[tuple[int, ...]]) -> list[Tensor]:
 
 
 def initial_M(rank: int, r1: int, generator: torch.Generator) -> Tensor:
-    """M at the start (rank, r1), drawn as ai-toolkit draws the A of a plain LoRA. U starts at
-    zero."""
+    """M at the start (rank, r1), drawn as ai-toolkit draws a plain LoRA's A. U starts at zero."""
     M = torch.empty(rank, r1)
     return nn.init.kaiming_uniform_(M, a=5 ** 0.5, generator=generator)
 
 
 def random_lomd(targets: list[Target], r1: int, seed: int = 0) -> dict[str, Tensor]:
-    """An untrained LoMD {path: (r1, d_in)}: where stage 1 starts, and the control of its
-    experiments."""
+    """An untrained LoMD {path: (r1, d_in)}, from which stage 1 starts."""
     generator = torch.Generator().manual_seed(seed)
     lomd = {}
     for target in targets:
@@ -362,7 +355,7 @@ class MetaLoRA:
         self.shapes.append((all_rows, rank))
         self.size = sum(math.prod(shape) for shape in self.shapes)
 
-        if lomd:  # a bank of one row: the same AdamW
+        if lomd:                                                     # one row, with the same AdamW
             As = [lomd[target.path].flatten() for target in self.targets]
             flat = torch.cat(As).float()
             self.shared = IdentityBank(flat[None].to(self.device))
@@ -383,8 +376,7 @@ class MetaLoRA:
         return F.pad(Ms, (0, zeros))
 
     def assign(self, ids: Tensor) -> None:
-        """Says whose images the next batch holds, ids (B,); to be called before every forward
-        pass."""
+        """Says whose images the next batch holds, ids (B,). Call it before every forward pass."""
         self.present, slot, self.counts = torch.unique(
             ids.cpu(),
             return_inverse=True,
@@ -398,7 +390,7 @@ class MetaLoRA:
         # the leaves of this step's graph: the rows of those who are present, and LoMD
         rows = [self.bank.weight[i] for i in self.present.tolist()]
         self.rows = torch.stack(rows).requires_grad_()                                    # (n, P)
-        all_slots = F.pad(self.rows, (0, 0, 0, self.slots - n))  # (slots, P)
+        all_slots = F.pad(self.rows, (0, 0, 0, self.slots - n))                     # (slots, P)
         *Ms, U = views(all_slots, self.shapes)
         As = [None] * len(Ms)
         if self.r1:
@@ -411,7 +403,7 @@ class MetaLoRA:
         Cs = []
         for d_in, A, M in zip(self.widths, As, Ms):
             M = rearrange(M, "slot target rank r1 -> target (slot rank) r1")
-            C = M if A is None else M @ A  # C = M A, fp32
+            C = M if A is None else M @ A                            # C = M A, fp32
             C = rearrange(C, "target R d_in -> (target R) d_in").to(dtype)
             layers = [layer for layer in self.layers if layer.base.in_features == d_in]
             Cs += C.split([layer.R for layer in layers])
@@ -420,9 +412,10 @@ class MetaLoRA:
 
         mask = None
         if n > 1:  # each image meets only its own person's columns
-            mask = F.one_hot(slot, self.slots)  # (B, slots)
-            mask = mask.repeat_interleave(self.rank, dim=1)  # (B, slots rank)
-            mask = mask.repeat(1, 4).to(dtype)  # once for each part of a fused layer, at most 4
+            mask = F.one_hot(slot, self.slots)                                      # (B, slots)
+            mask = mask.repeat_interleave(self.rank, dim=1)                    # (B, slots rank)
+            # a layer's m has these columns once for each of its parts, of which there are at most 4
+            mask = mask.repeat(1, 4).to(dtype)
             mask = to_device(mask, self.device)
         set_update(self.layers, Cs, Us, mask)
 
@@ -465,8 +458,7 @@ class MetaLoRA:
 
     @torch.no_grad()
     def collapse(self, identity: int = 0) -> LoRA:
-        """The plain LoRA of an identity, {path: (M A (rank, d_in), U (d_out, rank))}, fp32 on the
-        CPU."""
+        """An identity's plain LoRA {path: (M A (rank, d_in), U (d_out, rank))}, in fp32."""
         M_shapes = [(self.rank, self.r1 or target.d_in) for target in self.targets]
         U_shapes = [(target.rows, self.rank) for target in self.targets]
         matrices = views(self.bank.weight[identity], M_shapes + U_shapes)

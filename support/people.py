@@ -29,7 +29,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from flux_model import sample_times
 from support.checkpoints import (autoencoder_fingerprint, load_autoencoder, load_text_encoders,
                                  text_fingerprints)
 from support.common import JsonFile, check_readable, digest, expand, free, note, whole, write_whole
@@ -740,28 +739,6 @@ class Cache:
             return load_file(path)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is damaged, delete it: {error}") from None
-
-
-def generator(*key: int) -> torch.Generator:
-    """A CPU generator whose numbers depend on the integers of `key` alone."""
-    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1
-    return torch.Generator().manual_seed(int(seed))
-
-
-def draw_batch(
-    posteriors: list[Tensor],
-    texts: list[dict[str, Tensor]],
-    rng: torch.Generator,
-) -> list[Tensor]:
-    """B cached posteriors (2, 16, h, w) and texts -> latent (B, 16, h, w), noise, t (B,), txt
-    (B, T, _), y (B, _), on the CPU. As in the paper's trainer, every use draws a new latent."""
-    mean, deviation = torch.stack(posteriors).float().unbind(1)
-    latent = mean + deviation * torch.randn(mean.shape, generator=rng)
-    noise = torch.randn(mean.shape, generator=rng)
-    t = sample_times(len(posteriors), rng)
-    txt = torch.stack([text["txt"] for text in texts])
-    y = torch.stack([text["y"] for text in texts])
-    return [latent, noise, t, txt, y]
 
 
 def room_for(cache: Cache, pictures: list[Photo], captions: list[str], text_bytes: int) -> int:
