@@ -68,11 +68,11 @@ class RandomFiles:
     metadata, path = {}, Path("random weights")
 
     def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype):
-        self.file_of = dict(model.named_parameters())
+        self.names = dict(model.named_parameters())
         self.like = {"device": device, "dtype": dtype}
 
     def shape(self, name: str) -> list[int]:
-        return list(self.file_of[name].shape)
+        return list(self.names[name].shape)
 
     def __getitem__(self, name: str) -> Tensor:
         weight = torch.empty(self.shape(name), **self.like)
@@ -104,7 +104,7 @@ def random_autoencoder(device: torch.device, dtype: torch.dtype) -> AutoEncoder:
     with torch.device("meta"):
         model = AutoEncoder(AutoEncoderConfig())
     files = RandomFiles(model, device, dtype)
-    model.load_state_dict({name: files[name] for name in files.file_of}, assign=True)
+    model.load_state_dict({name: files[name] for name in files.names}, assign=True)
     return model.requires_grad_(False).to(memory_format=torch.channels_last)
 
 

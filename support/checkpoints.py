@@ -58,11 +58,11 @@ def read_config(kind: type, text: str, path: Path) -> Any:
 
 def check_tensors(model: nn.Module, files: TensorFiles, plan: dict[str, list[str]]) -> None:
     """ValueError that names the first missing, misshapen and unexpected tensor, where the plan cannot be."""
-    missing, misshapen, unexpected = [], [], {*files.file_of}
+    missing, misshapen, unexpected = [], [], {*files.names}
     for name, parameter in model.named_parameters():
         parts = plan[name]
         unexpected -= {*parts}
-        absent = [part for part in parts if part not in files.file_of]
+        absent = [part for part in parts if part not in files.names]
         missing += absent
         if absent:
             continue
@@ -123,11 +123,11 @@ def load_weights(model: nn.Module, files: TensorFiles, sources: Callable[[str], 
 
 def depths(files: TensorFiles) -> dict[str, int]:
     """The depths of a FLUX.1 of the published width, of which some have lost blocks; {}: as published."""
-    first = "x_embedder.weight" if "x_embedder.weight" in files.file_of else "img_in.weight"
-    if first not in files.file_of or files.shape(first)[0] != FluxConfig().hidden_size:
+    first = "x_embedder.weight" if "x_embedder.weight" in files.names else "img_in.weight"
+    if first not in files.names or files.shape(first)[0] != FluxConfig().hidden_size:
         return {}
     counts = {"depth": 0, "depth_single_blocks": 0}
-    for name in files.file_of:
+    for name in files.names:
         found = BLOCK.search(name)
         if found and name.endswith((".weight", ".scale")):
             kind = "depth_single_blocks" if name.startswith("single") else "depth"
@@ -153,7 +153,7 @@ def flux_files(folder: Place) -> tuple[TensorFiles, FluxConfig, bool]:
             guidance_embed=config["guidance_embeds"],
             axes_dim=config.get("axes_dims_rope", (16, 56, 56)),
         ), True
-    theirs = "x_embedder.weight" in files.file_of
+    theirs = "x_embedder.weight" in files.names
     if "config" in files.metadata:
         return files, read_config(FluxConfig, files.metadata["config"], files.path), theirs
     known = depths(files)
@@ -161,7 +161,7 @@ def flux_files(folder: Place) -> tuple[TensorFiles, FluxConfig, bool]:
         with suppress(ValueError):               # a small model's, of the folder of its tokenizers
             return files, flux_files(folder.tokenizers)[1], theirs
     guidance = diffusers_flux_names(GUIDANCE)[0] if theirs else GUIDANCE
-    return files, FluxConfig(guidance_embed=guidance in files.file_of, **known), theirs
+    return files, FluxConfig(guidance_embed=guidance in files.names, **known), theirs
 
 
 def targets_of(config: FluxConfig, outside: bool = False) -> list[Target]:
@@ -213,10 +213,10 @@ def autoencoder_config(folder: Place) -> tuple[TensorFiles, AutoEncoderConfig, b
             num_groups=config["norm_num_groups"],
             resolution=config["sample_size"],
         ), True
-    theirs = any(".up_blocks." in name for name in files.file_of)
+    theirs = any(".up_blocks." in name for name in files.names)
     said = files.metadata.get("vae.config" if files.whole else "config")
     first = "encoder.conv_in.weight"
-    small = first in files.file_of and files.shape(first)[0] != AutoEncoderConfig().ch
+    small = first in files.names and files.shape(first)[0] != AutoEncoderConfig().ch
     if said is None and small and isinstance(folder, Model):
         with suppress(ValueError):               # as `flux_files`
             return files, autoencoder_config(folder.tokenizers)[1], theirs
@@ -271,11 +271,11 @@ def load_text_encoder(kind: type, folder: Place, part: str, dtype: torch.dtype) 
     """CLIP or T5 of a model, from values and not from files: those may be quantised, or hold more."""
     paths, home = text_files(folder, part)
     files = TensorFiles(paths, part)
-    names = [name for name in files.file_of if not NEUTRAL.fullmatch(name)]
+    names = [name for name in files.names if not NEUTRAL.fullmatch(name)]
     bar = tqdm(names, f"loading {kind.__name__}", disable=bar_off(), leave=False)
     state = {name: files[name].to(dtype) for name in bar}
     tied = "encoder.embed_tokens.weight"
-    if tied in files.file_of and "shared.weight" not in files.file_of:
+    if tied in files.names and "shared.weight" not in files.names:
         state["shared.weight"] = files[tied].to(dtype)
     JsonFile(home / "config.json")               # of a torn one transformers would not say what is wrong
     config = kind.config_class.from_pretrained(home)
@@ -317,7 +317,7 @@ ROUNDED = "e4m3"               # begins a fingerprint of values rounded to it
 def fingerprint(files: TensorFiles, names: list[str] | None = None) -> str:
     """A short hash of tensors' values in bf16, of `names` or of all of up to 4,096 elements."""
     if names is None:
-        names = [name for name in sorted(files.file_of) if math.prod(files.shape(name)) <= 4096]
+        names = [name for name in sorted(files.names) if math.prod(files.shape(name)) <= 4096]
     digest = hashlib.sha256()
     for name in names:
         digest.update(files[name].bfloat16().view(torch.int16).numpy().tobytes())
@@ -430,7 +430,7 @@ def pick_dtype(device: Device, folder: Place) -> torch.dtype:
 def is_small(folder: Place) -> bool:
     """Under a billion parameters in the transformer: memory is no matter then, and batches pay."""
     files = flux_files(folder)[0]
-    return sum(math.prod(files.shape(name)) for name in files.file_of) < 1e9
+    return sum(math.prod(files.shape(name)) for name in files.names) < 1e9
 
 
 def add_speed_options(add: Callable[..., object], training: bool, parts: bool = True) -> None:

@@ -215,7 +215,7 @@ def holds(path: Path, part: str, widths: dict[str, int]) -> bool:
     except (OSError, ValueError):                # without the gguf package only the name tells
         guess = "t5" if "t5" in path.stem.lower() else "transformer"
         return path.suffix == ".gguf" and part == guess
-    names = files.file_of
+    names = files.names
 
     def has_width(name: str) -> bool:
         return name in names and files.shape(name)[-1] == widths[part]
@@ -237,12 +237,12 @@ def holds(path: Path, part: str, widths: dict[str, int]) -> bool:
 def check_make(files: TensorFiles) -> None:
     """ValueError, by name, where a file is of another model than FLUX.1."""
     # an autoencoder in the same file has names of its own, as Stable Diffusion has them
-    names = [name for name in files.file_of if not name.startswith(("encoder.", "decoder."))]
+    names = [name for name in files.names if not name.startswith(("encoder.", "decoder."))]
     make, found = first_match(OTHER_FILES | OTHER_MODELS, names)
     if make:
         raise ValueError(f"{files.path} is {make} ({found[0]}), and not the transformer of FLUX.1")
     for name in ("img_in.weight", "x_embedder.weight"):
-        channels = files.shape(name)[-1] if name in files.file_of else 64
+        channels = files.shape(name)[-1] if name in files.names else 64
         if channels in INPUTS:
             raise ValueError(f"{files.path} is {INPUTS[channels]} ({name} takes {channels} "
                              "channels), which is not supported: FLUX.1 takes 64")
@@ -260,7 +260,7 @@ def widths_of(transformer: Path) -> dict[str, int]:
         ("txt_in.weight", "t5"),
         ("context_embedder.weight", "t5"),
     ):
-        if name in files.file_of:
+        if name in files.names:
             widths[part] = files.shape(name)[1]
     return widths
 

@@ -617,11 +617,10 @@ def save_lomd(path: Place, lomd: dict[str, Tensor], metadata: dict[str, str]) ->
 def load_lomd(path: Place) -> tuple[dict[str, Tensor], dict[str, str]]:
     """LoMD and metadata of a file that save_lomd wrote. ValueError, in one line, for any other."""
     files = TensorFiles([Path(path)])
-    keys = [*files.file_of, *files.raw]
-    if not keys:
+    if not files.places:
         raise ValueError(f"{path} is no LoMD file: it is empty")
     lomd = {}
-    for key in keys:
+    for key in files.places:
         if not key.endswith(".lomd"):
             raise ValueError(f"{path} is no LoMD file: it holds {key}")
         A = files[key].float()

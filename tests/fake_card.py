@@ -528,7 +528,7 @@ class Shapes:
 
     def __init__(self, model):
         self.shapes = {name: list(p.shape) for name, p in model.named_parameters()}
-        self.file_of = self.shapes
+        self.names = self.shapes
 
     def shape(self, name):
         return self.shapes[name]

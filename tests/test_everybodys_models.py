@@ -358,7 +358,7 @@ def test_a_length_that_looks_like_a_pickle(tmp_path):
     path = tmp_path / "x.safetensors"
     text = b'{"a":{"dtype":"F16","shape":[1],"data_offsets":[0,2]}}'.ljust(0x280)
     path.write_bytes(len(text).to_bytes(8, "little") + text + b"ab")
-    assert path.read_bytes()[:2] == b"\x80\x02" and finding.not_content(path) is None and "a" in TensorFiles([path]).file_of
+    assert path.read_bytes()[:2] == b"\x80\x02" and finding.not_content(path) is None and "a" in TensorFiles([path]).names
 
 
 def test_a_folder_with_another_programs_format(tmp_path):
@@ -470,7 +470,7 @@ def test_configurations_that_files_have_lost_come_with_the_tokenizers(tmp_path):
 @pytest.mark.parametrize("kept", [(8, 38), (19, 38)])
 def test_a_flux_of_the_published_width_may_have_lost_blocks(kept):
     class Files:
-        file_of = {f"{kind}_blocks.{i}.{name}.weight": None for kind, count in zip(("double", "single"), kept)
+        names = {f"{kind}_blocks.{i}.{name}.weight": None for kind, count in zip(("double", "single"), kept)
                    for i in range(count) for name in ("linear1", "img_attn.qkv")} | {"img_in.weight": None}
         shape = staticmethod(lambda name: [3072, 64])
     assert checkpoints.depths(Files) == {"depth": kept[0], "depth_single_blocks": kept[1]}

@@ -618,7 +618,7 @@ def load():
 
 def load_twice():
     files = flux_files(sys.argv[1])[0]
-    copies = [files[name].clone() for name in files.file_of]
+    copies = [files[name].clone() for name in files.names]
     return load()
 
 measure(load)
