@@ -32,7 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from support import photos
-from support.common import (JsonFile, Parser, check_apart, digest, expand, note, pick_device,
+from support.common import (JsonFile, Parser, check_writable, digest, expand, note, pick_device,
                             positive, run_script, write_whole)
 from support.finding import model_name
 from support.judges import (CLIP, META_PHD, Judges, Picture, check_complete, find_pictures,
@@ -372,7 +372,7 @@ def evaluate(argv: list[str] | None = None) -> None:
     if not args.images.is_dir():
         raise ValueError(f"no such folder: {args.images}")
     args.data = [Path(name) for name in expand(args.data)]
-    check_apart(args.out, "--out", args.data)
+    check_writable(args.out, "--out", args.data)
 
     # what there is to score, before any network is loaded
     people = read_people(args.data, args.reference, args.gender)

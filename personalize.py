@@ -16,6 +16,7 @@ literally, would count epochs.
 import argparse
 import math
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,16 +33,17 @@ from support import photos
 from support.checkpoints import (add_speed_options, check_training_memory, encode_texts,
                                  is_small, load_autoencoder, model_defaults, open_flux,
                                  speed_words, take_model)
-from support.common import (Interruption, Parser, check_out_file, check_out_folder, check_training,
-                            free, is_out_of_memory, keep, note, pick_device, positive, reserved,
-                            run_script, to_device, use_threads)
+from support.common import (Interruption, Parser, check_out, check_training, free,
+                            is_out_of_memory, keep, note, pick_device, positive, run_script,
+                            to_device, use_threads)
 from support.finding import HUB, home_of, model_name, model_words
-from support.lora_files import find_lomd, lora_bytes, read_lomd, save_lora, tell_replaced
+from support.lora_files import find_lomd, read_lomd, save_lora, tell_replaced
 from support.memory import blocks_of, fit_training, is_compiled, seconds_compiling
 from support.people import captions_beside, named_photos
 
 # the paper's; a model's defaults.json may have others
 ITERATIONS = {"meta-lora": 375, "lora": 625}
+RANK_BYTES = 40e6                                # a LoRA file for FLUX.1 takes less for each rank
 
 
 # --------------------------------------------------------------------------------------------------
@@ -217,10 +219,13 @@ def check(args: argparse.Namespace) -> None:
     """ValueError for bad input, before anything large is read. Fills in the model's defaults."""
     if home_of(args.model) is None:                  # to be downloaded: it has no defaults.json
         args.iters = args.iters or ITERATIONS[args.method]
-    for path in (args.out, *(numbered(args.out, iteration) for iteration in args.save_at)):
-        check_out_file(path, ".safetensors")
+    outputs = [args.out, *(numbered(args.out, iteration) for iteration in args.save_at)]
+    for path in outputs:
+        check_out(path, ".safetensors")
+    if shutil.disk_usage(args.out.parent).free < len(outputs) * args.rank * RANK_BYTES:
+        raise ValueError(f"the disk of --out {args.out} is full")
     if args.save_crops:
-        check_out_folder(args.save_crops, "--save-crops")
+        check_out(args.save_crops, option="--save-crops")
     check_save_at(args)
     check_training(args)
     check_lomd_options(args)
@@ -390,14 +395,9 @@ def personalize(argv: list[str] | None) -> None:
         if iteration < args.iters:
             interruption.raise_if_asked()
 
-    room = len(lora_bytes(adapter.collapse(), args.format, metadata(args, args.iters, lomd)))
-    outputs = [args.out, *(numbered(args.out, iteration) for iteration in args.save_at)]
     with Interruption() as interruption:
         try:
-            with (
-                reserved(outputs, room),
-                tqdm(total=args.iters, desc="training", disable=None) as bar,
-            ):
+            with tqdm(total=args.iters, desc="training", disable=None) as bar:
                 train(flux, adapter, *data, args.iters, args.lr, args.seed, on_step)
                 keep(args.out, save)
         except NotFinite as error:

@@ -37,7 +37,7 @@ from support.checkpoints import (add_speed_options, autoencoder_fingerprint,
                                  check_training_memory, encode_prompts, flux_fingerprint, is_small,
                                  learning_rate, load_autoencoder, model_defaults, open_flux,
                                  take_model)
-from support.common import (Interruption, JsonFile, Parser, check_apart, check_training, digest,
+from support.common import (Interruption, JsonFile, Parser, check_writable, check_training, digest,
                             finite_number, free, note, pick_device, positive, run_script, save_png,
                             whole, write_whole)
 from support.judges import Picture, own_folder, prompts_for
@@ -518,7 +518,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def check(args: argparse.Namespace) -> None:
     """Raises ValueError for bad options before anything large is read."""
-    check_apart(args.out, "--out", args.data)
+    check_writable(args.out, "--out", args.data)
     args.methods = list(dict.fromkeys(args.methods))
     args.ranks = sorted(set(args.ranks))
     if args.iters:

@@ -36,7 +36,7 @@ from sample import decode_latent, sample_latents
 from support.checkpoints import (add_speed_options, check_sampling_memory, encode_prompts, find_model,
                                  is_small, load_autoencoder, model_defaults, open_flux, pick_dtype,
                                  text_device)
-from support.common import (Parser, check_out_folder, count, free, note, pick_device, positive,
+from support.common import (Parser, check_out, count, free, note, pick_device, positive,
                             run_script, save_png, side, use_threads, whole, write_whole)
 from support.finding import tokenizers_of
 from support.judges import load_face_network
@@ -272,7 +272,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise ValueError("--people and --pictures are 2 or more")
     if args.no_filter and args.face_weights:
         raise ValueError("--face-weights is for the filter, which --no-filter turns off")
-    check_out_folder(args.out, "--out")
+    check_out(args.out)
     return args
 
 

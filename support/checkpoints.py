@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from flux_model import AutoEncoder, AutoEncoderConfig, Flux, FluxConfig, TextEncoders
-from support.common import JsonFile, free
+from support.common import JsonFile, count, free
 from support.finding import (HUB, Model, Place, add_model_options, autoencoder_files, check_make,
                              check_text_files, find_model, text_files, tokenizers_of, transformer_files)
 from support.memory import (E4M3, Fp8Linear, GIB, Offload, TiledDecoder, blocks_of, blocks_on_device,
@@ -441,7 +441,7 @@ def add_speed_options(add: Callable[..., object], training: bool, parts: bool = 
     add("--offload", action="store_true", help="keep the blocks' weights in CPU memory: for small cards")
     add("--compile", action=BooleanOptionalAction, help="compile the blocks (default: long runs on a GPU)")
     if training:
-        add("--recompute", type=int, metavar="N", help="blocks run twice to save memory (default: few)")
+        add("--recompute", type=count, metavar="N", help="blocks run twice to save memory (default: few)")
 
 
 def speed_words(args: Namespace) -> str:

@@ -15,9 +15,10 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import (ExitStack, contextmanager, redirect_stderr, redirect_stdout,
+                        suppress)
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, TextIO
 
 from PIL import Image, PngImagePlugin
 from safetensors import SafetensorError
@@ -29,7 +30,20 @@ from support.devices import (free, is_out_of_memory, pick_device, to_device,  # 
 # errors of file systems that lack an operation
 NOT_SUPPORTED = errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK
 NOT_YOURS = "may not be read: see its owner and mode (`ls -l`)"
-RESERVED: dict[Path, Path] = {}                  # file -> its temporary file, with space allocated
+# first bytes of what stands in the place of a file, and what that is
+NOT_CONTENT = {
+    rb"version https://git-lfs":
+        "a pointer of git-lfs, not the content: run `git lfs pull` in its folder",
+    rb".*annex/objects/":
+        "a pointer of git-annex, not the content: run `git annex get` in its folder",
+    # alone or in a zip; a safetensors file begins with 8 bytes of any value and a brace
+    rb"PK\x03\x04|\x80[\x02-\x05](?!.{6}{)":
+        "a pickle, which is never loaded: take a .safetensors file",
+    rb"\s*<(!doc|html|\?xml)":
+        "a web page that was saved in its place: download the file itself",
+    rb"\Z":
+        "empty: download it again",
+}
 
 
 def new_part(place: Path) -> Path:
@@ -48,9 +62,9 @@ def whole(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     place = Path(os.path.realpath(path))
-    part = RESERVED.pop(place, None)
+    part = None
     try:
-        part = part or new_part(place)
+        part = new_part(place)
         mode = (place if place.exists() else part).stat().st_mode
         yield part
         with open(part, "rb+") as file:
@@ -81,31 +95,6 @@ def sync(descriptor: int) -> None:
             raise
 
 
-def take_room(file: BinaryIO, size: int) -> None:
-    """Allocates `size` bytes on disk for an open file and keeps its content. OSError: no space."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(file.fileno(), 0, size)
-    else:                                        # macOS, Windows: append zeros
-        file.seek(0, os.SEEK_END)
-        while (missing := size - file.tell()) > 0:
-            file.write(bytes(min(missing, 2 ** 24)))
-
-
-@contextmanager
-def reserved(paths: Iterable[Path], size: int) -> Iterator[None]:
-    """Reserves `size` bytes of disk for each of these files, for write_whole. OSError: no space."""
-    with ExitStack() as parts:
-        for path in paths:
-            place = Path(os.path.realpath(path))
-            with naming(path):
-                RESERVED[place] = part = new_part(place)
-                parts.callback(part.unlink, missing_ok=True)
-                parts.callback(RESERVED.pop, place, None)
-                with open(part, "rb+") as file:
-                    take_room(file, size)
-        yield
-
-
 def keep(path: Path, save: Callable[[Path], object]) -> None:
     """save(path); if that fails, saves elsewhere and raises an OSError that says where."""
     try:
@@ -131,9 +120,8 @@ def naming(path: Path) -> Iterator[None]:
 
 def write_whole(path: str | Path, data: bytes | str) -> None:
     """Writes a complete file; text in UTF-8."""
-    with whole(path) as part, open(part, "rb+") as file:
-        file.write(data if isinstance(data, bytes) else encodable(data).encode())
-        file.truncate()                          # its reserved space may be larger
+    with whole(path) as part:
+        part.write_bytes(data if isinstance(data, bytes) else encodable(data).encode())
 
 
 def encodable(text: object) -> str:
@@ -172,23 +160,14 @@ def not_content(path: str | Path) -> str | None:
         return f"it is a folder: name a file in it ({inside}, ...)"
     if not path.is_file():
         return "it is a dead link" if path.is_symlink() else None
-    try:
-        with open(path, "rb") as file:
-            head = file.read(100)
-    except PermissionError:
+    if not os.access(path, os.R_OK):
         return f"it {NOT_YOURS}"
-    if head.startswith(b"version https://git-lfs"):
-        return ("it is a pointer of git-lfs, not the content: "
-                f"run `git lfs pull` in {path.parent}")
-    if b"annex/objects/" in head:
-        return ("it is a pointer of git-annex, not the content: "
-                f"run `git annex get` in {path.parent}")
-    # a pickle, alone or in a zip; a safetensors file begins with 8 bytes of any value and a brace
-    if head[:4] == b"PK\x03\x04" or re.match(rb"\x80[\x02-\x05]", head) and head[8:9] != b"{":
-        return "it is a pickle, which is never loaded: take a .safetensors file"
-    if head.lstrip()[:5].lower() in (b"<!doc", b"<html", b"<?xml"):
-        return "it is a web page that was saved in its place: download the file itself"
-    return None if head else "it is empty: download it again"
+    with open(path, "rb") as file:
+        head = file.read(100)
+    for pattern, what in NOT_CONTENT.items():
+        if re.match(pattern, head, re.IGNORECASE | re.DOTALL):
+            return f"it is {what}"
+    return None
 
 
 def check_readable(path: Path) -> None:
@@ -221,8 +200,9 @@ class JsonFile(dict):
         raise ValueError(f"{self.path} lacks the field {field!r}")
 
 
-def check_writable(path: Path, option: str) -> None:
-    """ValueError unless the folder `path` exists or can be created, with its missing parents."""
+def check_writable(path: Path, option: str, data: Iterable[Path] = ()) -> None:
+    """ValueError unless the folder `path` exists or can be created, with its missing parents, and is
+    outside of the data, where it would be read later."""
     base = next(p for p in (path, *path.absolute().parents) if p.exists())
     if not base.is_dir():
         raise ValueError(f"{option} {path}: {base} is not a folder")
@@ -230,34 +210,26 @@ def check_writable(path: Path, option: str) -> None:
         new_part(base / "try").unlink()
     except OSError as error:
         raise ValueError(f"{option} {path}: {base} is not writable: {error.strerror}") from None
-
-
-def check_apart(path: Path, option: str, data: list[Path]) -> None:
-    """ValueError unless `path` is writable and outside the data, where it would be read later."""
-    check_writable(path, option)
     for folder in data:
         if path.resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"{option} {path} lies within --data {folder}; "
                              "name a folder outside of it")
 
 
-def check_out_folder(path: Path, option: str) -> None:
-    """ValueError unless an option's folder can be created and its parent exists."""
-    check_writable(path, option)
-    if not path.absolute().parent.is_dir():
-        raise ValueError(f"the folder of {option} does not exist: {path.parent}")
-
-
-def check_out_file(path: Path, suffix: str, option: str = "--out") -> None:
-    """ValueError unless the file is writable, its folder exists and its name ends in `suffix`."""
-    if path.suffix != suffix or path.is_dir():
+def check_out(path: Path, suffix: str = "", option: str = "--out") -> None:
+    """ValueError unless the file, whose name ends in `suffix`, or else the folder can be written in a
+    folder that exists."""
+    if suffix and (path.suffix != suffix or path.is_dir()):
         raise ValueError(f"{option} must be a file that ends in {suffix}, not {path}")
     place = Path(os.path.realpath(path))
     if not place.parent.is_dir():
         raise ValueError(f"the folder of {option} does not exist: {path.parent}")
-    if place.exists() and not os.access(place, os.W_OK):
+    if place.is_file() and not os.access(place, os.W_OK):
         raise ValueError(f"{option} {path} is write-protected")
-    check_writable(place.parent, f"the folder of {option},")
+    if suffix:
+        check_writable(place.parent, f"the folder of {option},")
+    else:
+        check_writable(path, option)
 
 
 def expand(names: Iterable[str | Path]) -> list[str]:
@@ -320,16 +292,16 @@ def side(text: str) -> int:
     return value
 
 
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
-    return int(text)
+def at_least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, not {text}")
+        return int(text)
+    return number
 
 
-def count(text: str) -> int:
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"must be 0 or more, not {text}")
-    return int(text)
+count = at_least(0)
+positive = at_least(1)
 
 
 def check_training(args: argparse.Namespace) -> None:
@@ -341,14 +313,12 @@ def check_training(args: argparse.Namespace) -> None:
         raise ValueError(f"--resolution takes 64 to 4096 pixels, not {given}")
     if not 0 <= args.seed < 2 ** 63:
         raise ValueError(f"--seed is between 0 and {2 ** 63 - 1}, not {args.seed}")
-    if args.recompute is not None and args.recompute < 0:
-        raise ValueError(f"--recompute takes 0 or more blocks, not {args.recompute}")
 
 
 class Console:
     """Standard output or error that never fails: not without a reader, nor over a character."""
-    def __init__(self, stream: TextIO) -> None:
-        self.stream = stream
+    def __init__(self, stream: TextIO | None) -> None:
+        self.stream = stream or open(os.devnull, "w", encoding="utf-8")
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
@@ -368,19 +338,6 @@ class Console:
         except (OSError, ValueError):            # a closed pipe or terminal, a full disk
             with suppress(OSError, ValueError):  # discard what is still buffered
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-
-
-@contextmanager
-def consoles() -> Iterator[None]:
-    """Within this block, a failure to print is not an error."""
-    before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (stream and Console(stream) for stream in before)
-    try:
-        yield
-    finally:
-        for stream in filter(None, (sys.stdout, sys.stderr)):
-            stream.flush()
-        sys.stdout, sys.stderr = before
 
 
 @contextmanager
@@ -411,7 +368,9 @@ def run_script(name: str, script: Callable[[list[str] | None], object],
                argv: list[str] | None = None) -> int:
     """Runs script(argv) -> exit code: 0, or with a line on stderr 1 failed while computing, 2 bad
     input, 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP."""
-    with consoles(), on_signals(stop):
+    out = Console(sys.stdout)
+    err = Console(sys.stderr)
+    with redirect_stdout(out), redirect_stderr(err), on_signals(stop):
         try:
             script(argv)
         except KeyboardInterrupt as error:
@@ -422,19 +381,18 @@ def run_script(name: str, script: Callable[[list[str] | None], object],
                 raise
             print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
             return 2 if isinstance(error, (ValueError, OSError)) else 1
+        finally:
+            out.flush()
+            err.flush()
     return 0
 
 
-class Interruption:
+class Interruption(ExitStack):
     """with Interruption(): a signal sets a flag, checked between iterations; a second one stops."""
     def __enter__(self) -> "Interruption":
         self.asked = self.time = None            # the number of the signal, and when it came
-        self.signals = on_signals(self.ask)
-        self.signals.__enter__()
+        self.enter_context(on_signals(self.ask))
         return self
-
-    def __exit__(self, *error: object) -> None:
-        self.signals.__exit__(None, None, None)
 
     def ask(self, number: int, frame: object) -> None:
         if self.asked and time.monotonic() - self.time > 3:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from flux_model import denoise, get_noise
 from support.checkpoints import flux_fingerprint, load_autoencoder, model_defaults, take_model
-from support.common import (JsonFile, check_apart, check_out_file, check_readable, check_training,
+from support.common import (JsonFile, check_out, check_readable, check_training,
                             is_out_of_memory, naming, note, pick_device, save_figure, save_png,
                             whole, write_whole)
 from support.people import Buckets, Photo, data_fingerprint, tell_uncaptioned
@@ -47,8 +47,8 @@ def check_stage_1(args: Namespace, device: torch.device) -> None:
     """Fills in the model's defaults. ValueError for what is refused before loading."""
     if not args.data.is_dir():
         raise ValueError(f"--data: no such folder: {args.data}")
-    check_out_file(args.out, ".safetensors")
-    check_apart(args.run, "--run", [args.data])
+    check_out(args.out, ".safetensors")
+    check_writable(args.run, "--run", [args.data])
     check_run(args.run)
     check_training(args)
     if args.warmup is not None and not 0 <= args.warmup < 1:
