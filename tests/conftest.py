@@ -1,5 +1,6 @@
-"""What all tests share: no network, one thread, and random numbers that do not depend on the test before."""
+"""What all tests share: no network, one thread, random numbers that do not depend on the test before, and a server."""
 import os
+from pathlib import Path
 
 import pytest
 
@@ -13,3 +14,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 def seeded():
     import torch
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def server():
+    """A process that has imported everything and computed nothing: `server.Process` is forked from it, since a start of
+    Python costs more than most runs of a script."""
+    import multiprocessing
+    import multiprocessing.forkserver
+    context = multiprocessing.get_context("forkserver")
+    models = [f"transformers.models.{name}.{part}_{name}" for name in ("clip", "t5")
+              for part in ("modeling", "tokenization")]
+    context.set_forkserver_preload(["meta_train", "personalize", "sample", "eval_rfacesim", "pytest", "facenet_pytorch",
+                                    "matplotlib.pyplot", "transformers.models.clip.image_processing_clip", *models])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+        multiprocessing.forkserver.ensure_running()
+    return context

@@ -1,15 +1,12 @@
 """Stage 1 as whole runs on a small random model: hit at any moment and gone on with, in several processes, diverging.
 
-Most runs are forked from a server that has imported everything, since a start of Python costs more than a run; some are
-the command itself. Every run is bit for bit compared with `reference`, whose state after each iteration is kept.
+Most runs are forked from conftest's server, some are the command itself. Every run is bit for bit compared with `reference`, whose state after each iteration is kept.
 """
 import fnmatch
 import functools
 import hashlib
 import itertools
 import json
-import multiprocessing
-import multiprocessing.forkserver
 import os
 import random
 import re
@@ -77,19 +74,6 @@ def data(tmp_path_factory):
 def squares(tmp_path_factory):
     """The same people with pictures of one shape, since two processes may have theirs of different ones."""
     return draw(tmp_path_factory.mktemp("squares") / "buckets", 64)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def server():
-    """The process that all others are forked from. It has imported much and computed nothing."""
-    context = multiprocessing.get_context("forkserver")
-    models = [f"transformers.models.{name}.{part}_{name}" for name in ("clip", "t5")
-              for part in ("modeling", "tokenization")]
-    context.set_forkserver_preload(["meta_train", "pytest", "matplotlib.pyplot", *models])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(ROOT))
-        multiprocessing.forkserver.ensure_running()
-    return context
 
 
 def arguments(data, *more):
