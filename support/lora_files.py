@@ -465,35 +465,30 @@ def standard_metadata(rank: int, metadata: dict[str, object]) -> dict[str, objec
     return facts
 
 
-def save_lora(path: Place, lora: Lora, *args: Any, **options: Any) -> None:
-    """Writes {diffusers module path: (A (r, in), B (out, r))}; arguments are those of lora_bytes.
-
-    The file is whole or absent. ValueError or OSError if it cannot be written.
-    """
-    write_whole(path, lora_bytes(lora, *args, **options))
-
-
-def lora_bytes(
+def save_lora(
+    path: Place,
     lora: Lora,
     format: str = "diffusers",
     metadata: dict[str, Any] | None = None,
     dtype: torch.dtype = torch.float16,
     mlp_ratio: float = FluxConfig.mlp_ratio,
-) -> bytes:
-    """The content of a LoRA file in one of FORMATS, with metadata of any {name: value}.
+) -> None:
+    """Writes {diffusers module path: (A (r, in), B (out, r))} in one of FORMATS.
 
-    mlp_ratio gives the rows of an MLP without a LoRA."""
+    The file is whole or absent. mlp_ratio gives the rows of an MLP without a LoRA. ValueError or
+    OSError if the LoRA cannot be written.
+    """
     if format not in FORMATS:
         raise ValueError(f"there is no LoRA format {format!r}, only {', '.join(FORMATS)}")
     if not lora:
-        raise ValueError("there is no LoRA to save")
+        raise ValueError(f"{path}: there is no LoRA to save")
     cast = {}
     for name, pair in lora.items():
         if split_number(name)[0] not in ORIGINAL_OF:
-            raise ValueError(f"no Linear of FLUX has the diffusers path {name!r}")
+            raise ValueError(f"{path}: no Linear of FLUX has the diffusers path {name!r}")
         # values that are too large for the type become infinite
         A, B = (x.detach().to("cpu", dtype, copy=True).contiguous() for x in pair)
-        check_pair(f"the LoRA's {name}", A, B)
+        check_pair(f"{path}: {name}", A, B)
         cast[name] = (A, B)
     facts = standard_metadata(max(len(A) for A, _ in cast.values()), metadata or {})
     if format != "diffusers":
@@ -506,7 +501,7 @@ def lora_bytes(
             tensors[f"{prefix}{name}.alpha"] = torch.tensor(float(len(A)))         # scale 1
         tensors[prefix + name + down] = A
         tensors[prefix + name + up] = B
-    return tensor_bytes(tensors, facts)
+    write_whole(path, tensor_bytes(tensors, facts))
 
 # LoMD -------------------------------------------------------------------------------------------
 
