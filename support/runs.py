@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from flux_model import denoise, get_noise
 from support.checkpoints import flux_fingerprint, load_autoencoder, model_defaults, take_model
-from support.common import (JsonFile, check_out, check_readable, check_training,
+from support.common import (JsonFile, check_out, check_readable, check_training, check_writable,
                             is_out_of_memory, naming, note, pick_device, save_figure, save_png,
                             whole, write_whole)
 from support.people import Buckets, Photo, data_fingerprint, tell_uncaptioned
