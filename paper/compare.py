@@ -3,34 +3,31 @@
     python -m paper.compare --data people/ --methods lora lora-crops meta-lora --ranks 1 4 --seeds 2
 
 Every method trains a LoRA of every person from one photo, and samples every prompt at every seed.
-The results in --out: scores.json, tables.md, figures, contact sheets, LoRAs, and images. Rerun the
-command to resume; --methods, --ranks, --iters, and --seeds may then list more than before.
+The results in --out: scores.json, tables.md, a figure, a contact sheet, LoRAs, and images. Rerun
+the command to resume; --methods, --ranks, --iters, and --seeds may then list more than before.
 
 Source: "Meta-LoRA" (Topal et al. 2025), section 4 and appendix F.
 """
 import argparse
 import collections
-import itertools
 import json
 import math
-import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import chain, groupby, islice, product
 from pathlib import Path
-from typing import NamedTuple
 
 import support  # before torch: how its threads wait
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
 import personalize
 from eval_rfacesim import Judges, add_options, embed_real, report, score_all
-from flux_model import Flux, flow_matching_loss
+from flux_model import flow_matching_loss
 from metalora import IdentityBank, MetaLoRA, apply_loras, random_lomd
-from paper.report import METHODS, figures, sheets
+from paper.report import METHODS, Line, draw_scores, draw_sheet
 from sample import STEPS, decode_latent, sample_latents
 from support import photos
 from support.checkpoints import (add_speed_options, autoencoder_fingerprint,
@@ -39,181 +36,138 @@ from support.checkpoints import (add_speed_options, autoencoder_fingerprint,
                                  take_model)
 from support.common import (Interruption, JsonFile, Parser, check_writable, check_training, digest,
                             finite_number, free, note, pick_device, positive, run_script, save_png,
-                            whole, write_whole)
+                            side, write_whole)
 from support.judges import Picture, own_folder, prompts_for
 from support.lora_files import load_lora, read_lomd, save_lora
 from support.memory import fit_training
 from support.names import find_targets
-from support.people import Person, captions_beside, fill, read_people, tell
+from support.people import captions_beside, fill, read_people, tell
+from support.runs import read_state, save_state
 
 SAVE_EVERY = 30                                  # seconds between two saved states of a training
 
 
-class Setting(NamedTuple):
-    """A row of the tables: one method at one rank after so many iterations; 0 without a LoRA."""
-    method: str
-    rank: int = 0
-    iterations: int = 0
-
-    @property
-    def label(self) -> str:
-        if not self.rank:
-            return self.method
-        return f"{self.method}_r{self.rank}_i{self.iterations}"
-
-    @classmethod
-    def read(cls, label: str) -> "Setting":
-        match = re.fullmatch(r"(.+)_r(\d+)_i(\d+)", label)
-        if not match:
-            return cls(label)
-        method, rank, iterations = match.groups()
-        return cls(method, int(rank), int(iterations))
-
-    @property
-    def title(self) -> str:
-        name = METHODS.get(self.method, self.method)
-        if not self.rank:
-            return name
-        return f"Rank-{self.rank} {name}, {self.iterations} iterations"
-
-
-def describe(label: str) -> dict:
-    """The title of a row in tables and figures, and its method, rank, and iterations."""
-    setting = Setting.read(label)
-    return {"title": setting.title, **setting._asdict()}
-
-
 def kind_of(method: str) -> str:
-    """The method as metalora.py knows it: "lora" or "meta-lora"."""
+    """The method as personalize.py knows it: "lora" or "meta-lora"."""
     return "lora" if method.startswith("lora") else "meta-lora"
 
 
-def iterations_of(method: str, given: list[int] | None) -> list[int]:
-    """Iteration counts in ascending order, by default the paper's."""
-    if given:
-        return sorted(given)
-    return [personalize.ITERATIONS[kind_of(method)]]
+def label_of(method: str, rank: int, iterations: int) -> str:
+    """The name of a row in files and folders."""
+    return f"{method}_r{rank}_i{iterations}" if rank else method
 
 
-def settings_of(args: argparse.Namespace) -> list[Setting]:
-    """All rows of the tables, method after method."""
-    settings = []
-    for method in args.methods:
-        if method == "none":
-            settings.append(Setting(method))
-            continue
-        for rank in args.ranks:
-            for iterations in iterations_of(method, args.iters):
-                settings.append(Setting(method, rank, iterations))
-    return settings
+def rows_of(args: argparse.Namespace) -> dict[str, dict]:
+    """{label: title, method, rank, and iterations} of all rows of the tables; rank 0: no LoRA."""
+    rows = {}
+    for method, rank in product(args.methods, args.ranks):
+        for count in sorted(args.iters or [personalize.ITERATIONS[kind_of(method)]]):
+            row = {
+                "title": f"Rank-{rank} {METHODS[method]}, {count} iterations",
+                "method": method,
+                "rank": rank,
+                "iterations": count,
+            }
+            if method == "none":
+                row |= {"title": METHODS[method], "rank": 0, "iterations": 0}
+            rows[label_of(method, row["rank"], row["iterations"])] = row
+    return rows
 
 
-def references_of(person: Person) -> list[Path]:
-    """The photos that a method may see."""
-    return [person.reference, *person.more]
+def lora_path(args: argparse.Namespace, label: str, person: str) -> Path:
+    return args.out / "loras" / label / f"{person}.safetensors"
+
+
+def plan_pictures(args: argparse.Namespace) -> list[list[Picture]]:
+    """All images in batches, whether they exist or not. How images are grouped does not depend on
+    what exists, since rounding depends on the batch."""
+    size = 16 if is_small(args.folder) else 1
+    batches = []
+    for label, person, seed in product(args.rows, args.prompts, range(args.seeds)):
+        folder = args.out / "images" / label / person
+        pictures = []
+        for i, text in enumerate(args.prompts[person]):
+            if text is not None:
+                path = folder / f"{i}_{seed}.png"
+                pictures.append(Picture(label, person, i, seed, path, text))
+        for start in range(0, len(pictures), size):
+            batches.append(pictures[start:start + size])
+    return batches
 
 
 # --------------------------------------------------------------------------------------------------
 # Many people in one batch
 
+# of a person: latents, loss weights, and (txt, y), one for each crop
+Crops = tuple[list[Tensor], list[Tensor], list[tuple[Tensor, Tensor]]]
 
-def people_at_once(flux: Flux, rank: int) -> int:
-    """The fastest number of people per step, as measured on the baby at ranks 1 to 16: each person
-    widens every layer by the rank. A large model fills the device with one person."""
-    parameters = sum(parameter.numel() for parameter in flux.parameters())
-    if parameters >= 1e9:
-        return 1
-    return max(1, round(16 / rank ** 0.5))
+
+def batches_of(crops: Crops, seed: int) -> Iterator[list[Tensor]]:
+    """`personalize.batches` with the caption of the crop: latent, noise, weight, t, txt, y."""
+    latents, weights, texts = crops
+    for crop, *tensors in personalize.batches(latents, weights, seed):
+        yield [*tensors, *texts[crop]]
 
 
 def train_together(
-    flux: Flux,
     adapter: MetaLoRA,
-    latents: list[list[Tensor]],
-    weights: list[list[Tensor]],
-    txt: list[Tensor],
-    y: list[Tensor],
+    people: list[Crops],
     iters: int,
     lr: float,
-    seed: int = 0,
-    on_step: Callable[[int, int], object] | None = None,
+    seed: int,
+    on_step: Callable[[int, int], object],
 ) -> None:
     """personalize.train for many people: each trains as if alone, up to step `iters` of its row.
 
-    latents, weights, txt, y: the arguments of `train`, one for each row of the adapter's bank. A
-    row that has trained before skips the batches that it has seen. on_step(iteration, person) is
-    called after each step, from 1. Raises NotFinite, with the index of the person.
-    """
-    streams = []
-    for crops, crop_weights in zip(latents, weights):
-        streams.append(personalize.batches(crops, crop_weights, seed))
+    people: one for each row of the adapter's bank. A row that has trained before skips the batches
+    that it has seen. on_step(person, iteration) is called after each step, from 1. A
+    FloatingPointError has the index of the person and the iteration."""
     done = adapter.bank.steps.tolist()
+    streams = []
+    for crops, seen in zip(people, done):
+        streams.append(islice(batches_of(crops, seed), seen, iters))
     waiting = {}                                 # {person: the next batch}
-    for person, stream in enumerate(streams):
-        for _ in range(done[person]):
-            next(stream)
-        if done[person] < iters:
-            waiting[person] = next(stream)
-
-    while waiting:
+    group = range(len(people))
+    while True:
+        for person in group:
+            batch = next(streams[person], None)
+            if batch:
+                waiting[person] = batch
+        if not waiting:
+            return
         group = next_group(waiting, done, adapter.slots)
-        batches = [waiting.pop(person) for person in group]
-        crops = [batch[0] for batch in batches]
-        losses = batch_losses(flux, adapter, group, batches, txt, y)
+        batch = zip(*(waiting.pop(person) for person in group))
+        latent, noise, weight, t, txt, y = (torch.cat(parts).to(adapter.device) for parts in batch)
+        adapter.assign(torch.tensor(group))
+        losses = flow_matching_loss(
+            adapter.flux,
+            latent,
+            noise,
+            t,
+            txt,
+            y,
+            guidance=1.0,
+            weight=weight,
+        )
         losses.sum().backward()
         try:
             adapter.step(lr)
         except FloatingPointError:
-            finite = losses.isfinite().tolist()
-            bad = 0 if all(finite) else finite.index(False)
-            error = personalize.NotFinite(done[group[bad]] + 1, crops[bad])
-            error.person = group[bad]
-            raise error from None
-
+            finite = adapter.rows.grad.isfinite().all(dim=1)
+            person = adapter.present[finite.int().argmin()].item()
+            raise FloatingPointError(person, done[person] + 1) from None
         for person in group:
             done[person] += 1
-            if done[person] < iters:
-                waiting[person] = next(streams[person])
-            if on_step:
-                on_step(done[person], person)
+            on_step(person, done[person])
 
 
-def next_group(waiting: dict[int, tuple], done: list[int], slots: int) -> list[int]:
+def next_group(waiting: dict[int, list[Tensor]], done: list[int], slots: int) -> list[int]:
     """At most `slots` people whose next batches have the same shape: the most frequent one."""
     by_shape = collections.defaultdict(list)
     for person in sorted(waiting, key=done.__getitem__):         # whoever is behind goes first
-        _, latent, *_ = waiting[person]
+        latent = waiting[person][0]
         by_shape[latent.shape].append(person)
     return max(by_shape.values(), key=len)[:slots]
-
-
-def batch_losses(
-    flux: Flux,
-    adapter: MetaLoRA,
-    group: list[int],
-    batches: list[tuple],
-    txt: list[Tensor],
-    y: list[Tensor],
-) -> Tensor:
-    """The flow matching loss of a group of people (B,), one batch of `personalize.batches` each."""
-    crops, *tensors = zip(*batches)
-    latent, noise, weight, t = [torch.cat(parts).to(adapter.device) for parts in tensors]
-    group_txt, group_y = [], []
-    for person, crop in zip(group, crops):
-        caption = crop if len(txt[person]) > 1 else 0            # or one caption for all crops
-        group_txt.append(txt[person][caption])
-        group_y.append(y[person][caption])
-    adapter.assign(torch.tensor(group))
-    return flow_matching_loss(
-        flux,
-        latent,
-        noise,
-        t,
-        torch.stack(group_txt),
-        torch.stack(group_y),
-        guidance=1.0,
-        weight=weight,
-    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -221,267 +175,187 @@ def batch_losses(
 
 
 class Run:
-    """Trains every method on every person, then samples every prompt at every seed.
-
-    What exists in --out is kept. Results do not depend on interruptions: people train as if alone,
-    and a batch of images is always sampled as a whole."""
-    def __init__(
-        self,
-        args: argparse.Namespace,
-        people: list[Person],
-        prompts: dict[str, list[str | None]],
-        interruption: Interruption,
-    ) -> None:
+    """Trains and samples what is missing in --out. Results do not depend on interruptions: people
+    train as if alone, and a batch of images is always sampled as a whole."""
+    def __init__(self, args: argparse.Namespace, interruption: Interruption) -> None:
+        """Encodes all texts, then loads the autoencoder and the transformer."""
         self.args = args
-        self.people = people
-        self.prompts = prompts
         self.interruption = interruption
-        self.batch_size = 16 if is_small(args.folder) else 1     # of sampling
-        self.flux = None                                         # until `load`
-        self.encoded = {}
-
-    def lora_path(self, setting: Setting, person: Person) -> Path:
-        return self.args.out / "loras" / setting.label / f"{person.name}.safetensors"
-
-    def pictures(self, setting: Setting, person: Person) -> list[Picture]:
-        """All images of a person with a setting, seed after seed, whether they exist or not."""
-        folder = self.args.out / "images" / setting.label / person.name
-        pictures = []
-        for seed in range(self.args.seeds):
-            for i, text in enumerate(self.prompts[person.name]):
-                if text is not None:
-                    path = folder / f"{i}_{seed}.png"
-                    pictures.append(Picture(setting.label, person.name, i, seed, path, text))
-        return pictures
-
-    def missing_batches(self, setting: Setting, person: Person) -> list[list[Picture]]:
-        """Batches with a missing image. How images are grouped does not depend on what exists,
-        since rounding depends on the batch."""
-        pictures = self.pictures(setting, person)
-        missing = []
-        for seed in range(self.args.seeds):
-            of_seed = [picture for picture in pictures if picture.seed == seed]
-            for start in range(0, len(of_seed), self.batch_size):
-                batch = of_seed[start:start + self.batch_size]
-                if not all(picture.path.is_file() for picture in batch):
-                    missing.append(batch)
-        return missing
-
-    def load(self) -> None:
-        """Encodes all texts, then loads the autoencoder and the transformer; once in a run."""
-        if self.flux is not None:
-            return
-        args = self.args
         texts = []
-        for prompts in self.prompts.values():
-            texts += [text for text in prompts if text]
-        for captions in args.captions.values():
-            texts += captions.values()
+        for lines in (*args.prompts.values(), *args.settings["captions"].values()):
+            texts += [text for text in lines if text]
         self.texts = encode_prompts(args.folder, texts, args.device, args.dtype)
         self.autoencoder = load_autoencoder(args.folder, args.device, args.dtype)
-        steps = max(args.iters or [0]) + args.steps
-        self.flux = open_flux(args, args.device, steps)
+        self.flux = open_flux(args, args.device, max(args.iters or [0]) + args.steps)
 
-    def encode(self, augment: bool) -> tuple[list, list, list, list]:
-        """Everybody's latents (on the CPU), weights, txt, and y, as `train_together` takes them."""
-        if augment in self.encoded:
-            return self.encoded[augment]
+    def encode(self, augment: bool) -> list[Crops]:
+        """Everybody's crops, on the CPU."""
         args = self.args
-        latents, weights, txt, y = [], [], [], []
-        name = "crops" if augment else "photos"
-        for person in tqdm(self.people, name, disable=None, leave=False):
+        people = []
+        for captions in tqdm(args.captions.values(), "crops", disable=None, leave=False):
             crops = photos.load_crops(
-                references_of(person), args.resolution, augment, args.aspects, args.scales)
-            crop_latents, crop_weights = personalize.encode_crops(
-                self.autoencoder, crops, args.background, args.mirror)
-            latents.append([latent.cpu() for latent in crop_latents])
-            weights.append(crop_weights)
-
-            captions = args.captions[person.name]
-            texts = [self.texts[captions[crop.photo]] for crop in crops]
-            crop_txt, crop_y = zip(*texts)
-            txt.append(torch.cat(crop_txt).to(args.device))
-            y.append(torch.cat(crop_y).to(args.device))
-            self.interruption.raise_if_asked()
-        self.encoded[augment] = latents, weights, txt, y
-        return self.encoded[augment]
-
-    def sample(self, setting: Setting, person: Person, bar: tqdm) -> None:
-        """Samples the missing images of a person with a setting."""
-        batches = self.missing_batches(setting, person)
-        if not batches:
-            return
-        self.load()
-        args = self.args
-        loras = []
-        if setting.rank:
-            lora = load_lora(self.lora_path(setting, person), self.flux.config)
-            loras.append((lora, 1.0))
-        apply_loras(self.flux, loras)
-        for batch in batches:
-            latents = sample_latents(
-                self.flux,
-                self.texts,
-                jobs=[(picture.text, picture.seed) for picture in batch],
-                width=args.size,
-                height=args.size,
-                steps=args.steps,
-                guidance=args.guidance,
-                batch_size=len(batch),
-                on_step=self.interruption.raise_if_asked,
+                [*captions],
+                args.resolution,
+                augment,
+                args.aspects,
+                args.scales,
             )
-            for picture, latent in zip(batch, list(latents)):
-                image = decode_latent(self.autoencoder, latent)
-                save_png(image, picture.path, {
-                    "prompt_text": picture.text,
-                    "seed": picture.seed,
-                    "identity": person.name,
-                    "method": setting.title,
-                })
-                bar.update()
+            latents, weights = personalize.encode_crops(
+                self.autoencoder,
+                crops,
+                args.background,
+                args.mirror,
+            )
+            texts = [self.texts[captions[crop.photo]] for crop in crops]
+            people.append(([latent.cpu() for latent in latents], weights, texts))
+            self.interruption.raise_if_asked()
+        return people
 
-    def finish(self) -> list[Picture]:
-        """Trains and samples all that is missing, and frees the models -> all images."""
-        settings = settings_of(self.args)
-        for method, rank in dict.fromkeys((s.method, s.rank) for s in settings if s.rank):
-            Training(self, method, rank).finish()
-
-        pairs = list(itertools.product(settings, self.people))
-        missing = 0
-        for setting, person in pairs:
-            missing += sum(map(len, self.missing_batches(setting, person)))
-        with tqdm(total=missing, desc="sampling", unit="image", disable=None) as bar:
-            for setting, person in pairs:
-                self.sample(setting, person, bar)
-
-        self.flux = None
-        self.autoencoder = None
-        free(self.args.device)
-        pictures = []
-        for setting, person in pairs:
-            pictures += self.pictures(setting, person)
-        return pictures
-
-
-class Training:
-    """All LoRAs of one method and rank: everybody is a row of one identity bank."""
-    def __init__(self, run: Run, method: str, rank: int) -> None:
-        self.run = run
-        self.args = run.args
-        self.method = method
-        self.rank = rank
-        self.settings = {}                       # {iterations: Setting}
-        for iterations in iterations_of(method, self.args.iters):
-            self.settings[iterations] = Setting(method, rank, iterations)
-        self.state = self.args.out / "state" / f"{method}_r{rank}.safetensors"
-
-    def finish(self) -> None:
-        """Trains until every LoRA is saved."""
-        run = self.run
-        if not any(map(self.missing, run.people)):
-            return
-        run.load()
-        latents, weights, txt, y = run.encode(augment=self.method != "lora")
-        self.adapter = self.make_adapter()
-        self.resume()
-        sizes = set()
-        for person_latents in latents:
-            sizes |= {latent.shape[-2:] for latent in person_latents}
-        largest = max(sizes, key=math.prod)
-        fit_training(self.adapter, largest, txt[0].shape[1], self.args.recompute)
-
-        steps = self.adapter.bank.steps.tolist()
-        for index, done in enumerate(steps):
-            if done in self.settings:            # the process may have died before saving the LoRA
-                self.save_lora(index, done)
-        last = max(self.settings)
-        left = sum(max(0, last - done) for done in steps)
-        name = f"{self.method}, rank {self.rank}"
-        lr = self.args.rates[self.method]
-        self.saved = time.monotonic()
-        try:
-            with tqdm(total=left, desc=f"training {name}", disable=None) as self.bar:
-                train_together(run.flux, self.adapter, latents, weights, txt, y, last, lr,
-                               self.args.seed, self.on_step)
-        except personalize.NotFinite as error:
-            person = run.people[error.person].name
-            raise FloatingPointError(f"{name}, {person}: {error}; try a learning rate below "
-                                     f"--lr {self.method}={lr:g}") from None
-        self.save_state()
-        apply_loras(run.flux, [])
-
-    def missing(self, person: Person) -> list[int]:
-        """The iterations whose LoRA of this person does not exist."""
-        path = self.run.lora_path
-        return [i for i, setting in self.settings.items() if not path(setting, person).is_file()]
-
-    def make_adapter(self) -> MetaLoRA:
-        """The adapter, with a row for each person. All rows start alike, as in separate runs."""
+    def make_adapter(self, method: str, rank: int) -> MetaLoRA:
+        """With a row for each person; all rows start alike, as in separate runs."""
         args = self.args
-        run = self.run
-        lomd = args.learned_lomd if kind_of(self.method) == "meta-lora" else None
-        if self.method == "random-lomd":
+        count = len(args.people)
+        # the fastest number of people per step, as measured on the baby at ranks 1 to 16: each
+        # widens every layer by the rank. A large model fills the device with one person
+        slots = max(1, round(16 / rank ** 0.5)) if is_small(args.folder) else 1
+        lomd = args.learned_lomd if kind_of(method) == "meta-lora" else None
+        if method == "random-lomd":
             r1 = len(next(iter(lomd.values())))
-            lomd = random_lomd(find_targets(run.flux), r1, args.seed)
-        slots = min(len(run.people), people_at_once(run.flux, self.rank))
-        adapter = MetaLoRA(run.flux, self.rank, lomd, num_identities=0, slots=slots)
-        row = adapter.new_row(torch.Generator().manual_seed(args.seed))
-        rows = row.repeat(len(run.people), 1).to(args.device)
-        adapter.bank = IdentityBank(rows)
+            lomd = random_lomd(find_targets(self.flux), r1, args.seed)
+        adapter = MetaLoRA(self.flux, rank, lomd, seed=args.seed, slots=min(slots, count))
+        adapter.bank = IdentityBank(adapter.bank.weight.repeat(count, 1))
         return adapter
 
-    def resume(self) -> None:
-        """Loads the saved rows, unless they are past an iteration whose LoRA is missing."""
-        if not self.state.is_file():
-            return
-        parts = {}
-        for name, value in load_file(self.state).items():
-            parts[name] = value.clone().to(self.args.device)
-        for person, done in zip(self.run.people, parts["steps"].tolist()):
-            if any(iterations < done for iterations in self.missing(person)):
-                return
-        if parts["weight"].shape == self.adapter.bank.weight.shape:
-            self.adapter.bank = IdentityBank(*(parts[name] for name in IdentityBank.PARTS))
-
-    def on_step(self, iteration: int, index: int) -> None:
-        self.bar.update()
-        if iteration in self.settings:
-            self.save_lora(index, iteration)
-        interruption = self.run.interruption
-        if interruption.asked or time.monotonic() - self.saved > SAVE_EVERY:
-            self.save_state()
-            self.saved = time.monotonic()
-        interruption.raise_if_asked()
-
-    def save_state(self) -> None:
-        """All rows with their moments and step counts, from which training resumes."""
-        bank = self.adapter.bank
-        parts = {name: getattr(bank, name).cpu() for name in IdentityBank.PARTS}
-        self.state.parent.mkdir(parents=True, exist_ok=True)
-        with whole(self.state) as part:
-            save_file(parts, part)
-
-    def save_lora(self, index: int, iterations: int) -> None:
+    def train(self, method: str, rank: int, missing: dict[tuple[int, int], str]) -> None:
+        """Trains the LoRAs of one method and rank. missing: {(person, iterations): label}."""
         args = self.args
-        person = self.run.people[index]
-        path = self.run.lora_path(self.settings[iterations], person)
-        captions = dict.fromkeys(args.captions[person.name].values())
+        people = self.encode(augment=method != "lora")
+        adapter = self.make_adapter(method, rank)
+
+        # the saved rows, unless they are past an iteration whose LoRA is missing
+        state = args.out / "state" / f"{method}_r{rank}.safetensors"
+        if state.is_file():
+            bank = IdentityBank(**read_state(state, args.device)[0])
+            if all(bank.steps[person] <= count for person, count in missing):
+                adapter.bank = bank
+        latents = chain.from_iterable(crops[0] for crops in people)
+        largest = max((latent.shape[-2:] for latent in latents), key=math.prod)
+        text_tokens = people[0][2][0][0].shape[1]
+        fit_training(adapter, largest, text_tokens, args.recompute)
+
+        def save() -> None:
+            nonlocal saved
+            state.parent.mkdir(exist_ok=True)
+            save_state(state, vars(adapter.bank))
+            saved = time.monotonic()
+
+        def on_step(person: int, done: int) -> None:
+            bar.update()
+            if (person, done) in missing:
+                self.save_lora(adapter, missing[person, done], person)
+            if self.interruption.asked or time.monotonic() - saved > SAVE_EVERY:
+                save()
+            self.interruption.raise_if_asked()
+
+        steps = adapter.bank.steps.tolist()
+        for person, done in enumerate(steps):
+            if (person, done) in missing:        # the process may have died before saving the LoRA
+                self.save_lora(adapter, missing[person, done], person)
+        last = max(count for _, count in missing)
+        left = sum(max(0, last - done) for done in steps)
+        name = f"{method}, rank {rank}"
+        lr = args.rates[method]
+        saved = time.monotonic()
+        try:
+            with tqdm(total=left, desc=f"training {name}", disable=None) as bar:
+                train_together(adapter, people, last, lr, args.seed, on_step)
+        except FloatingPointError as error:
+            person, iteration = error.args
+            raise FloatingPointError(
+                f"{name}, {args.people[person].name}: the loss or its gradient is not finite at "
+                f"iteration {iteration}; try a learning rate below --lr {method}={lr:g}") from None
+        save()
+
+    def save_lora(self, adapter: MetaLoRA, label: str, person: int) -> None:
+        args = self.args
+        row = args.rows[label]
+        name = args.people[person].name
+        captions = args.captions[name]
+        path = lora_path(args, label, name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_lora(path, self.adapter.collapse(index), metadata={
-            "method": self.method,
-            "rank": str(self.rank),
-            "iterations": str(iterations),
+        save_lora(path, adapter.collapse(person), metadata={
+            **{field: str(value) for field, value in row.items()},
             "seed": str(args.seed),
-            "learning_rate": f"{args.rates[self.method]:g}",
-            "prompt": " | ".join(captions),
+            "learning_rate": f"{args.rates[row['method']]:g}",
+            "prompt": " | ".join(dict.fromkeys(captions.values())),
             "model": Path(args.model).name,
             "made_by": "paper/compare.py",
-            **photos.fingerprints(references_of(person)),
+            **photos.fingerprints([*captions]),
         })
+
+    def sample(self, batches: list[list[Picture]]) -> None:
+        args = self.args
+        with tqdm(total=sum(map(len, batches)), desc="sampling", unit="image", disable=None) as bar:
+            for (label, person), group in groupby(batches, key=lambda batch: batch[0][:2]):
+                row = args.rows[label]
+                loras = []
+                if row["rank"]:
+                    path = lora_path(args, label, person)
+                    loras.append((load_lora(path, self.flux.config), 1.0))
+                apply_loras(self.flux, loras)
+                for batch in group:
+                    latents = sample_latents(
+                        self.flux,
+                        self.texts,
+                        jobs=[(picture.text, picture.seed) for picture in batch],
+                        width=args.size,
+                        height=args.size,
+                        steps=args.steps,
+                        guidance=args.guidance,
+                        batch_size=len(batch),
+                        on_step=self.interruption.raise_if_asked,
+                    )
+                    for picture, latent in zip(batch, latents):
+                        save_png(decode_latent(self.autoencoder, latent), picture.path, {
+                            "prompt_text": picture.text,
+                            "seed": picture.seed,
+                            "identity": person,
+                            "method": row["title"],
+                        })
+                        bar.update()
+
+
+def produce(args: argparse.Namespace, batches: list[list[Picture]]) -> None:
+    """Trains and samples all that is missing, and frees the models."""
+    missing = {}                                 # {(method, rank): as Run.train takes it}
+    for (label, row), (i, person) in product(args.rows.items(), enumerate(args.people)):
+        if row["rank"] and not lora_path(args, label, person.name).is_file():
+            training = row["method"], row["rank"]
+            missing.setdefault(training, {})[i, row["iterations"]] = label
+    left = []
+    for batch in batches:
+        if not all(picture.path.is_file() for picture in batch):
+            left.append(batch)
+    if missing or left:
+        with Interruption() as interruption:
+            run = Run(args, interruption)
+            for (method, rank), loras in missing.items():
+                run.train(method, rank, loras)
+            run.sample(left)
+        del run
+        free(args.device)
 
 
 # --------------------------------------------------------------------------------------------------
 # The command
+
+
+def rate(text: str) -> tuple[str, float]:
+    """A word of --lr -> method and learning rate; "" stands for all other methods."""
+    method, _, number = text.rpartition("=")
+    if method and method not in METHODS:
+        raise argparse.ArgumentTypeError(f"no method {method!r}; there are {', '.join(METHODS)}")
+    return method, finite_number(number)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -499,7 +373,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--seeds", type=positive, default=5, help="images per prompt (default: 5)")
     add("--photos", type=positive, default=1, metavar="N",
         help="photos per person to train on (default: 1)")
-    add("--lr", nargs="+", default=[], metavar="[METHOD=]LR",
+    add("--lr", type=rate, nargs="+", default=[], metavar="[METHOD=]LR",
         help="learning rates (default: the model's; 4e-4 for FLUX.1)")
     add("--lomd", type=Path,
         help="weights of stage 1 (default: lomd.safetensors in the model's folder, else here)")
@@ -507,7 +381,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "(default: the model's)")
     add("--resolution", type=positive, nargs="+", metavar="PIXELS",
         help="resolutions of training crops (default: the model's; 1024 for FLUX.1)")
-    add("--size", type=positive,
+    add("--size", type=side,
         help="width and height of generated images (default: the model's; 1024 for FLUX.1)")
     add("--steps", type=positive, default=STEPS, help=f"Euler steps (default: {STEPS})")
     add("--guidance", type=float, help="guidance input (default: the model's; 3.5 for FLUX.1)")
@@ -516,55 +390,31 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def check(args: argparse.Namespace) -> None:
-    """Raises ValueError for bad options before anything large is read."""
-    check_writable(args.out, "--out", args.data)
-    args.methods = list(dict.fromkeys(args.methods))
-    args.ranks = sorted(set(args.ranks))
-    if args.iters:
-        args.iters = sorted(set(args.iters))
-    args.device = pick_device(args.device)
-    args.rates = read_rates(args.lr)
-    for args.lr in [*args.rates.values(), None]:
-        check_training(args)
-    if args.size and args.size % 16:
-        raise ValueError(f"--size must be a multiple of 16, not {args.size}")
-
-
-def read_rates(words: list[str]) -> dict[str, float]:
-    """Words of --lr -> {method: learning rate}; "" stands for all other methods."""
-    rates = {}
-    for word in words:
-        method, _, rate = word.rpartition("=")
-        if method and method not in METHODS:
-            raise ValueError(f"--lr {word}: no method {method!r}; there are {', '.join(METHODS)}")
-        try:
-            rates[method] = finite_number(rate)
-        except ValueError:
-            raise ValueError(f"--lr {word}: {rate!r} is not a number") from None
-    return rates
-
-
 def take_defaults(args: argparse.Namespace) -> None:
-    """Finds the model (may download it) and its LoMD, and collects in args.settings all that
-    decides about results."""
+    """Finds the model (may download it), its LoMD, and the captions, and collects in args.settings
+    all that decides about results."""
     take_model(args, args.device, "lora")
-    general = args.rates.pop("", None)
     given = args.rates
     args.rates = {}
     for method in METHODS:
         if method != "none":
-            default = learning_rate(args.folder, kind_of(method))
-            args.rates[method] = given.get(method) or general or default
+            default = given.get("") or learning_rate(args.folder, kind_of(method))
+            args.rates[method] = given.get(method, default)
     args.size = args.size or model_defaults(args.folder)["resolution"]
 
     lomd = "none"
-    args.learned_lomd = None
     if {"meta-lora", "random-lomd"} & set(args.methods):
         args.learned_lomd, lomd, untrained = read_lomd(args.folder, args.lomd)
         if untrained and "meta-lora" in args.methods:
             note("this LoMD is random and was never trained")
 
+    references = []
+    args.captions = {}                           # {person: {reference: its caption}}
+    for person in args.people:
+        paths = [person.reference, *person.more]
+        args.captions[person.name] = captions_beside(paths, fill(args.prompt, person.gender))
+        digests = [digest(path.read_bytes()) for path in paths]
+        references.append(" ".join([person.name, *digests]))
     args.settings = {
         "layout": "numbers of a row by width",
         "model": flux_fingerprint(args.folder),
@@ -572,25 +422,13 @@ def take_defaults(args: argparse.Namespace) -> None:
         "lomd": lomd,
         "learning rates": args.rates,
         "dtype": f"{args.dtype} fp8" if args.fp8 else str(args.dtype),
+        "people and their references": references,
+        "captions": {name: [*captions.values()] for name, captions in args.captions.items()},
+        "prompts": args.prompts,
     }
     for name in ("resolution", "size", "steps", "guidance", "seed", "aspects", "scales",
                  "background", "mirror"):
         args.settings[name] = getattr(args, name)
-
-
-def settings_now(args: argparse.Namespace, people: list[Person], prompts: dict) -> dict:
-    """args.settings, and what the people, their captions, and their prompts are, as JSON has it."""
-    references = []
-    captions = {}
-    for person in people:
-        digests = [digest(path.read_bytes()) for path in references_of(person)]
-        references.append(" ".join([person.name, *digests]))
-        captions[person.name] = list(args.captions[person.name].values())
-    now = dict(args.settings)
-    now["people and their references"] = references
-    now["captions"] = captions
-    now["prompts"] = prompts
-    return json.loads(json.dumps(now))
 
 
 def check_settings(out: Path, now: dict) -> None:
@@ -610,36 +448,52 @@ def check_settings(out: Path, now: dict) -> None:
             raise ValueError(f"--out {out} was made with another setting of {name}{detail}; "
                              "choose a new folder")
     out.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(now, indent=1).encode())
+    write_whole(path, json.dumps(now, indent=1))
 
 
-def compare(argv: list[str] | None = None, quiet: bool = False) -> None:
-    """The command. quiet: only scores.json and tables.md, for a script that reads them."""
-    start = time.perf_counter()
+def lines_of(methods: list[dict]) -> list[Line]:
+    """The summaries of `report` as one line for each method and rank that has both scores."""
+    lines = {}
+    for row in methods:
+        likeness = row["r_facesim"]
+        text = row["clip_t"]
+        if likeness and text:
+            new = Line(row["method"], f"rank {row['rank']}", [], [], [])
+            line = lines.setdefault(new[:2], new)
+            line.steps.append(row["iterations"])
+            line.likeness.append((likeness["mean"], likeness["error"] or 0))
+            line.text.append((text["mean"], text["error"] or 0))
+    return [*lines.values()]
+
+
+def compare(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, list[dict]], list[dict]]:
+    """Writes scores.json and tables.md -> the settings, {label: scores of its images}, and the
+    summary of each label."""
     args = parse(argv)
-    check(args)
-    people = read_people(args.data, args.reference, args.gender, args.photos)
-    prompts = prompts_for(people, args.prompts, own_folder(args.model))
+    check_writable(args.out, "--out", args.data)
+    args.device = pick_device(args.device)
+    args.rates = dict(args.lr)
+    args.lr = min(args.rates.values(), default=None)
+    check_training(args)
+    args.rows = rows_of(args)
+    args.people = read_people(args.data, args.reference, args.gender, args.photos)
+    args.prompts = prompts_for(args.people, args.prompts, own_folder(args.model))
     judges = Judges(args.model, args.face_weights, args.clip, args.device)
-    real = embed_real(judges, people)
+    real = embed_real(judges, args.people)
     take_defaults(args)
     largest = max(args.size, *args.resolution) // 8
     check_training_memory(args, args.device, (largest, largest), max(args.ranks), r1=16,
-                          people=len(people))
-    args.captions = {}
-    for person in people:
-        prompt = fill(args.prompt, person.gender)
-        args.captions[person.name] = captions_beside(references_of(person), prompt)
-    check_settings(args.out, settings_now(args, people, prompts))
+                          people=len(args.people))
+    check_settings(args.out, args.settings)
 
-    with Interruption() as interruption:
-        pictures = Run(args, people, prompts, interruption).finish()
-    sampled = time.perf_counter()
+    batches = plan_pictures(args)
+    produce(args, batches)
+    pictures = [*chain.from_iterable(batches)]
     rows, problems = score_all(judges, real, pictures, args.out / "parts")
     tell(problems)
-    methods, quoted = report(
+    methods, _ = report(
         args.out,
-        people,
+        args.people,
         rows,
         real,
         judges,
@@ -648,22 +502,28 @@ def compare(argv: list[str] | None = None, quiet: bool = False) -> None:
         args.paper,
         base=Path(args.model).name,
         settings=args.settings | {"reference": args.reference},
-        describe=describe,
+        describe=args.rows.__getitem__,
     )
-    if quiet:
-        return
-    figures(methods, quoted, args.out)
-    sheets(pictures, people, args.out, describe)
+    return args, rows, methods
+
+
+def command(argv: list[str] | None) -> None:
+    args, _, methods = compare(argv)
+    lines = lines_of(methods)
+    if lines:
+        draw_scores(args.out / "scores.png", lines, lines)
+    folders = {}
+    for label, row in args.rows.items():
+        folders[row["title"]] = args.out / "images" / label
+    draw_sheet(args.out / "sheet.png", args.people, args.prompts, folders)
     print((args.out / "tables.md").read_text("utf-8"))
     images = sorted(path.name for path in args.out.glob("*.png"))
     print(f"{args.out}: scores.json, tables.md, {', '.join(images)}")
-    end = time.perf_counter()
-    print(f"seconds: {sampled - start:.0f} for the images, {end - sampled:.0f} for the rest")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 done, 1 training diverged or out of memory, 2 bad input, 130 Ctrl-C."""
-    return run_script("paper.compare", compare, argv)
+    return run_script("paper.compare", command, argv)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """paper/reproduce.py: rates are climbed to on other people, what follows from scores, and the whole command in small."""
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,7 +42,7 @@ def fake_scores(sums):
     """`measure` with one sum for everybody by (method, rate), and the number of steps; remembers who was asked."""
     asked = []
 
-    def measure(args, trial, steps, noises, copies=False):
+    def measure(args, trial, steps):
         asked.append((trial.method, trial.rate, tuple(steps)))
         values = {}
         for count in steps:
@@ -58,7 +59,8 @@ def test_each_number_of_steps_has_a_rate_of_its_own(monkeypatch):
     assert {count: own["rate"] for count, own in chosen.items()} == best
     for count, own in chosen.items():                        # the ladder goes on beyond the best on either side
         rates = [float(rate) for rate in own["sums"]]
-        assert min(rates) < own["rate"] < max(rates) and own["lead"][0] > 0
+        assert min(rates) < own["rate"] < max(rates)
+        assert own["sums"][f"{own['rate']:g}"][0] == max(mean for mean, _ in own["sums"].values()) == pytest.approx(1.05)
     assert not [steps for _, rate, steps in asked if rate > 5e-3 and 625 in steps]   # a hot rate is not trained to the end
 
 
@@ -68,8 +70,8 @@ def person(likeness, text, background=0.2):
 
 def scores(gap=0.0):
     """Likeness 0.5 and 0.7 at 100 and 400 steps for the others, `gap` more for Meta-LoRA; two people, two seeds of training."""
-    found = {("none", 0.0): [{"0": {"a": person(0, 0.7, 0.4), "b": person(0, 0.7, 0.4)}}]}
-    for method in reproduce.METHODS:
+    found = {"none": {0.0: [{"0": {"a": person(0, 0.7, 0.4), "b": person(0, 0.7, 0.4)}}]}}
+    for method in reproduce.FIRST_RATES:
         more = gap if method == "meta-lora" else 0.0
         seeds = []
         for seed in (-0.01, 0.01):
@@ -77,41 +79,55 @@ def scores(gap=0.0):
             for count, likeness, text in (("100", 0.5, 0.72), ("400", 0.7, 0.68)):
                 own[count] = {"a": person(likeness + more + seed - 0.05, text), "b": person(likeness + more + seed + 0.05, text)}
             seeds.append(own)
-        found[method, 1e-3] = seeds
-    rates = {m: {count: {"rate": 1e-3, "second": 2e-3, "lead": [0.01, 0.002]} for count in (100, 400)} for m in reproduce.METHODS}
+        found[method] = {1e-3: seeds}
+    rates = {m: {count: {"rate": 1e-3} for count in (100, 400)} for m in reproduce.FIRST_RATES}
     return report.Found([100, 400], rates, found)
 
 
 def test_seeds_of_training_are_averaged_before_people_are():
     found = scores()
-    assert report.of_people(found.scores["lora", 1e-3], 100, "likeness") == pytest.approx([0.45, 0.55])
+    assert found.average("lora", 1e-3)["likeness"][0] == pytest.approx([0.45, 0.55])
     assert report.mean_error([0.45, 0.55, np.nan]) == pytest.approx([0.5, 0.05])
     assert found.curve("lora", "likeness").shape == (2, 2)
 
 
 def test_steps_to_draw_level():
-    sums = np.array([0.2, 0.6, 0.5, 0.8])
+    sums = np.array([0.2, 0.6, 0.5, 0.8])[:, None]
     steps = [100, 200, 400, 800]
     assert report.steps_to_reach(0.1, steps, sums) == 100 and report.steps_to_reach(0.9, steps, sums) == np.inf
     assert report.steps_to_reach(0.4, steps, sums) == pytest.approx(100 * 2 ** 0.5)    # half-way in the logarithm
+    assert report.steps_to_reach(0.55, steps, sums) == pytest.approx(100 * 2 ** 0.875)   # where it gets there first of three times
     assert report.steps_to_reach(0.7, steps, sums) == pytest.approx(400 * 2 ** (2 / 3))
-    own, other = (scores(gap=0.08).curve(method, "sum") for method in ("meta-lora", "lora"))
-    needed = report.steps_needed(own, other[1], [100, 400])                # 1.38 of a curve from 1.30 to 1.46, all people alike
-    assert needed["needed"] == pytest.approx(200) and needed["reached"] == 1
-    assert needed["low"] == pytest.approx(needed["high"])
-    behind = report.steps_needed(other, own[1], [100, 400])
-    assert behind["needed"] == np.inf and behind["reached"] == 0
+    several = report.steps_to_reach(np.array([0.4, 0.1]), [100, 200], np.array([[0.2, 0.2], [0.6, 0.3]]))
+    assert several == pytest.approx([100 * 2 ** 0.5, 100])                # each curve has a target of its own
+
+
+def test_steps_needed_are_in_the_table():
+    """1.38 of a curve from 1.30 to 1.46, all people alike: half-way in the logarithm, and in all resamples."""
+    header, *rows = report.lead_table(scores(gap=0.08))
+    needs = header.index("Meta-LoRA needs")
+    assert header[needs:] == ["Meta-LoRA needs", "16 % quantile", "84 %", "reached in"]
+    for row in rows:
+        assert row[needs:] == (["100", "100", "100", "100%"] if row[1] == 100 else ["200", "200", "200", "100%"])
+    _, *rows = report.lead_table(scores(gap=-0.2))
+    assert [row[needs:] for row in rows if row[1] == 400] == [["more", "more", "more", "0%"]] * 3
 
 
 def test_text_at_equal_likeness_is_the_best_of_all_rates():
-    lines = [np.array([[0.5, 0.7], [0.72, 0.68]]), np.array([[0.4, 0.6, 0.62], [0.74, 0.72, 0.60]])]
+    lines = [np.array([[0.5, 0.7], [0.72, 0.68]])[..., None], np.array([[0.4, 0.6, 0.62], [0.74, 0.72, 0.60]])[..., None]]
     assert report.text_at(0.6, lines) == pytest.approx(0.72)             # the second line's, 0.70 on the first
     assert report.text_at(0.65, lines) == pytest.approx(0.69)
     assert np.isnan(report.text_at(0.8, lines))
     found = scores(gap=0.05)
-    texts = {m: report.text_at_levels([*found.lines(m).values()]) for m in ("lora", "meta-lora")}
-    assert texts["lora"][0] == pytest.approx([0.70, 0.69, 0.68]) and texts["meta-lora"][0] == pytest.approx([0.71, 0.70, 0.69])
-    assert len(texts["lora"]) == 1 + report.RESAMPLES
+    for method, expected in (("lora", [0.70, 0.69, 0.68]), ("meta-lora", [0.71, 0.70, 0.69])):
+        own = found.average(method, 1e-3)
+        line = report.resampled(np.stack([own["likeness"], own["text"]]))
+        assert line.shape == (2, 2, 1 + report.RESAMPLES)
+        assert [report.text_at(level, [line])[0] for level in report.LEVELS] == pytest.approx(expected)
+    _, *rows = report.front_table(found)
+    cells = {row[0]: row[1:] for row in rows}
+    assert [cell.split()[0] for cell in cells["LoRA"]] == ["70.0", "+1.0", "69.0", "+1.0", "68.0", "+1.0"]
+    assert [cell.split()[0] for cell in cells["Meta-LoRA"]] == ["71.0", "+0.0", "70.0", "+0.0", "69.0", "+0.0"]
 
 
 def test_the_tables_and_figures(tmp_path):
@@ -119,10 +135,9 @@ def test_the_tables_and_figures(tmp_path):
     text = report.write_report(found)
     assert "| Meta-LoRA | 400 | 0.001 | 75.0 (5.0) | 68.0 (0.0) | 143.0 (5.0) | 100.0 (0.0) | 50.0 (0.0) |" in text
     assert "| LoRA | 100 | +5.0 (0.0) | +0.0 (0.0) | +5.0 (0.0) |" in text
-    report.draw_steps(found, tmp_path / "steps.png")
-    report.draw_front(found, tmp_path / "front.png")
-    for name in ("steps", "front"):
-        assert np.asarray(Image.open(tmp_path / f"{name}.png").convert("L")).std() > 5
+    assert "| people: 2, trainings of each: 2 | steps |" in text
+    report.draw_found(tmp_path / "scores.png", found)
+    assert np.asarray(Image.open(tmp_path / "scores.png").convert("L")).std() > 5
 
 
 def test_what_the_scores_do_not_see(tmp_path, monkeypatch):
@@ -139,7 +154,7 @@ def test_what_the_scores_do_not_see(tmp_path, monkeypatch):
         picture.paste((seed, 0, 0), (8, 8, 24, 24))                       # only the head differs
         picture.save(tmp_path / f"0_{seed}.png")
         places[seed] = (left, 4, left + 8, 12, 1.0)
-    args = SimpleNamespace(model="baby")
+    args = SimpleNamespace(resolution=[32], aspects=None, scales=None)
     someone = SimpleNamespace(reference=tmp_path / "photo.png")
     found = reproduce.copy_of(args, tmp_path, someone)
     assert found["background"] == 0 and found["move"] == pytest.approx(np.std([8 / 32, 12 / 32], ddof=1))
@@ -148,9 +163,11 @@ def test_what_the_scores_do_not_see(tmp_path, monkeypatch):
 
 
 def test_an_error_in_a_worker_is_the_commands(tmp_path):
-    pool = reproduce.workers(SimpleNamespace(jobs=2, device="cpu"))
+    (tmp_path / "a").write_text("text")
+    args = SimpleNamespace(jobs=2)
+    assert reproduce.side_by_side(args, Path.read_text, [(tmp_path / "a",)] * 3, "calls") == ["text"] * 3
     with pytest.raises(FileNotFoundError, match="nothing"):
-        reproduce.side_by_side(pool, [(Path.read_text, tmp_path / "nothing")], "a call")
+        reproduce.side_by_side(args, Path.read_text, [(tmp_path / "nothing",), (tmp_path / "a",)], "calls")
 
 
 @pytest.fixture
@@ -166,18 +183,26 @@ def small(monkeypatch):
 
 @pytest.mark.slow
 def test_the_command_in_small(tmp_path, monkeypatch, capsys, small):
-    words = ["--subset", "--jobs", "1", "--run", str(tmp_path / "run")]
+    run = tmp_path / "run"
+    words = ["--subset", "--jobs", "1", "--run", str(run)]
+    trained = []
+    run_trial = reproduce.run_trial
+    monkeypatch.setattr(reproduce, "run_trial", lambda args, trial, steps: trained.append(trial) or run_trial(args, trial, steps))
     reproduce.reproduce(words)
     out = capsys.readouterr().out
     assert "| Meta-LoRA | 3 |" in out and "Meta-LoRA needs" in out
-    folder = tmp_path / "run/report"
-    assert {p.name for p in folder.iterdir()} == {"rates_r1.json", "report_r1.md", "steps_r1.png", "front_r1.png", "sheet_r1.png"}
+    first, second = (out.index(f"people: 2, trainings of each: {count}") for count in (1, 2))
+    assert first < second                                                          # a report after each seed of training
+    seeds = [trial.seed for trial in trained]
+    assert seeds == sorted(seeds) and {trial.method for trial in trained if trial.seed} == set(reproduce.FIRST_RATES)
+    folder = run / "report"
+    assert {p.name for p in folder.iterdir()} == {"rates_r1.json", "report_r1.md", "scores_r1.png", "sheet_r1.png"}
     rates = json.loads((folder / "rates_r1.json").read_text())
-    assert set(rates) == set(reproduce.METHODS) and set(rates["lora"]) == {"2", "3"}
-    trial = next((tmp_path / "run/trials/people2").glob("meta-lora_r1_s1_*"))          # a second seed of training
-    kept = json.loads((tmp_path / "run/scores/people2" / f"{trial.name}.json").read_text())["3"]
+    assert set(rates) == set(reproduce.FIRST_RATES) and set(rates["lora"]) == {"2", "3"}
+    trial = next((run / "trials/people2").glob("meta-lora_r1_s1_*"))                  # a second seed of training
+    kept = json.loads((run / "scores/people2" / f"{trial.name}.json").read_text())["3"]
     rows = json.loads((trial / "scores.json").read_text())["pictures"]
-    for someone in eval_rfacesim.read_people([tmp_path / "run/people2"]):
+    for someone in eval_rfacesim.read_people([run / "people2"]):
         own = [row for row in rows if (row["method"], row["identity"]) == ("meta-lora_r1_i3", someone.name)]
         assert kept[someone.name]["text"] == eval_rfacesim.summarise(own, [someone], "clip_t")["mean"]
         assert set(kept[someone.name]) == {*report.METRICS, "facesim"}
@@ -185,3 +210,13 @@ def test_the_command_in_small(tmp_path, monkeypatch, capsys, small):
     monkeypatch.setattr(compare, "compare", None)                                  # all is there: nothing is made again
     reproduce.reproduce(words)
     assert capsys.readouterr().out == out
+
+    # --scores of a stopped run, given back to an empty folder: the tables of the seeds that are whole
+    again = tmp_path / "again"
+    shutil.copytree(run / "scores", again / "scores")
+    (again / "scores/people2" / f"{trial.name}.json").unlink()
+    reproduce.reproduce(["--subset", "--report", "--run", str(again)])
+    printed, said = capsys.readouterr()
+    assert printed == out[:second - 2] and f"{trial.name}.json does not hold 2 steps yet" in said
+    with pytest.raises(TypeError):                                                 # without --report it would train
+        reproduce.reproduce(["--subset", "--jobs", "1", "--run", str(again)])
