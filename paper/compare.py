@@ -78,23 +78,6 @@ def lora_path(args: argparse.Namespace, label: str, person: str) -> Path:
     return args.out / "loras" / label / f"{person}.safetensors"
 
 
-def plan_pictures(args: argparse.Namespace) -> list[list[Picture]]:
-    """All images in batches, whether they exist or not. How images are grouped does not depend on
-    what exists, since rounding depends on the batch."""
-    size = 16 if is_small(args.folder) else 1
-    batches = []
-    for label, person, seed in product(args.rows, args.prompts, range(args.seeds)):
-        folder = args.out / "images" / label / person
-        pictures = []
-        for i, text in enumerate(args.prompts[person]):
-            if text is not None:
-                path = folder / f"{i}_{seed}.png"
-                pictures.append(Picture(label, person, i, seed, path, text))
-        for start in range(0, len(pictures), size):
-            batches.append(pictures[start:start + size])
-    return batches
-
-
 # --------------------------------------------------------------------------------------------------
 # Many people in one batch
 
@@ -115,17 +98,15 @@ def train_together(
     iters: int,
     lr: float,
     seed: int,
-    on_step: Callable[[int, int], object],
+    on_step: Callable[[list[int]], object],
 ) -> None:
     """personalize.train for many people: each trains as if alone, up to step `iters` of its row.
 
     people: one for each row of the adapter's bank. A row that has trained before skips the batches
-    that it has seen. on_step(person, iteration) is called after each step, from 1. A
-    FloatingPointError has the index of the person and the iteration."""
-    done = adapter.bank.steps.tolist()
+    that it has seen. on_step(those who took a step) is called after each step."""
     streams = []
-    for crops, seen in zip(people, done):
-        streams.append(islice(batches_of(crops, seed), seen, iters))
+    for crops, done in zip(people, adapter.bank.steps.tolist()):
+        streams.append(islice(batches_of(crops, seed), done, iters))
     waiting = {}                                 # {person: the next batch}
     group = range(len(people))
     while True:
@@ -135,11 +116,11 @@ def train_together(
                 waiting[person] = batch
         if not waiting:
             return
-        group = next_group(waiting, done, adapter.slots)
+        group = next_group(waiting, adapter.bank.steps.tolist(), adapter.slots)
         batch = zip(*(waiting.pop(person) for person in group))
         latent, noise, weight, t, txt, y = (torch.cat(parts).to(adapter.device) for parts in batch)
         adapter.assign(torch.tensor(group))
-        losses = flow_matching_loss(
+        loss = flow_matching_loss(
             adapter.flux,
             latent,
             noise,
@@ -149,16 +130,9 @@ def train_together(
             guidance=1.0,
             weight=weight,
         )
-        losses.sum().backward()
-        try:
-            adapter.step(lr)
-        except FloatingPointError:
-            finite = adapter.rows.grad.isfinite().all(dim=1)
-            person = adapter.present[finite.int().argmin()].item()
-            raise FloatingPointError(person, done[person] + 1) from None
-        for person in group:
-            done[person] += 1
-            on_step(person, done[person])
+        loss.sum().backward()
+        adapter.step(lr)
+        on_step(group)
 
 
 def next_group(waiting: dict[int, list[Tensor]], done: list[int], slots: int) -> list[int]:
@@ -181,9 +155,8 @@ class Run:
         """Encodes all texts, then loads the autoencoder and the transformer."""
         self.args = args
         self.interruption = interruption
-        texts = []
-        for lines in (*args.prompts.values(), *args.settings["captions"].values()):
-            texts += [text for text in lines if text]
+        texts = chain(*args.prompts.values(), *args.settings["captions"].values())
+        texts = [text for text in texts if text]
         self.texts = encode_prompts(args.folder, texts, args.device, args.dtype)
         self.autoencoder = load_autoencoder(args.folder, args.device, args.dtype)
         self.flux = open_flux(args, args.device, max(args.iters or [0]) + args.steps)
@@ -234,47 +207,45 @@ class Run:
 
         # the saved rows, unless they are past an iteration whose LoRA is missing
         state = args.out / "state" / f"{method}_r{rank}.safetensors"
+        state.parent.mkdir(exist_ok=True)
         if state.is_file():
             bank = IdentityBank(**read_state(state, args.device)[0])
-            if all(bank.steps[person] <= count for person, count in missing):
+            if all(bank.steps[person] < count for person, count in missing):
                 adapter.bank = bank
         latents = chain.from_iterable(crops[0] for crops in people)
         largest = max((latent.shape[-2:] for latent in latents), key=math.prod)
         text_tokens = people[0][2][0][0].shape[1]
         fit_training(adapter, largest, text_tokens, args.recompute)
+        steps = adapter.bank.steps
+        saved = time.monotonic()
 
-        def save() -> None:
+        def on_step(group: list[int]) -> None:
             nonlocal saved
-            state.parent.mkdir(exist_ok=True)
-            save_state(state, vars(adapter.bank))
-            saved = time.monotonic()
-
-        def on_step(person: int, done: int) -> None:
-            bar.update()
-            if (person, done) in missing:
-                self.save_lora(adapter, missing[person, done], person)
+            bar.update(len(group))
+            for person in group:
+                label = missing.get((person, steps[person].item()))
+                if label:
+                    self.save_lora(adapter, label, person)
             if self.interruption.asked or time.monotonic() - saved > SAVE_EVERY:
-                save()
+                save_state(state, vars(adapter.bank))
+                saved = time.monotonic()
             self.interruption.raise_if_asked()
 
-        steps = adapter.bank.steps.tolist()
-        for person, done in enumerate(steps):
-            if (person, done) in missing:        # the process may have died before saving the LoRA
-                self.save_lora(adapter, missing[person, done], person)
         last = max(count for _, count in missing)
-        left = sum(max(0, last - done) for done in steps)
+        left = (last - steps).clamp(min=0).sum().item()
         name = f"{method}, rank {rank}"
         lr = args.rates[method]
-        saved = time.monotonic()
         try:
             with tqdm(total=left, desc=f"training {name}", disable=None) as bar:
                 train_together(adapter, people, last, lr, args.seed, on_step)
-        except FloatingPointError as error:
-            person, iteration = error.args
+        except FloatingPointError:
+            finite = adapter.rows.grad.isfinite().all(dim=1)
+            person = adapter.present[finite.int().argmin()]
             raise FloatingPointError(
                 f"{name}, {args.people[person].name}: the loss or its gradient is not finite at "
-                f"iteration {iteration}; try a learning rate below --lr {method}={lr:g}") from None
-        save()
+                f"iteration {steps[person] + 1}; try a learning rate below --lr {method}={lr:g}"
+            ) from None
+        save_state(state, vars(adapter.bank))
 
     def save_lora(self, adapter: MetaLoRA, label: str, person: int) -> None:
         args = self.args
@@ -325,25 +296,44 @@ class Run:
                         bar.update()
 
 
-def produce(args: argparse.Namespace, batches: list[list[Picture]]) -> None:
-    """Trains and samples all that is missing, and frees the models."""
-    missing = {}                                 # {(method, rank): as Run.train takes it}
+def plan_pictures(args: argparse.Namespace) -> list[list[Picture]]:
+    """All images in batches, whether they exist or not. How images are grouped does not depend on
+    what exists, since rounding depends on the batch."""
+    size = 16 if is_small(args.folder) else 1
+    batches = []
+    for label, person, seed in product(args.rows, args.prompts, range(args.seeds)):
+        folder = args.out / "images" / label / person
+        pictures = []
+        for i, text in enumerate(args.prompts[person]):
+            if text is not None:
+                path = folder / f"{i}_{seed}.png"
+                pictures.append(Picture(label, person, i, seed, path, text))
+        for start in range(0, len(pictures), size):
+            batches.append(pictures[start:start + size])
+    return batches
+
+
+def produce(args: argparse.Namespace) -> list[Picture]:
+    """Trains and samples all that is missing, and frees the models -> all images."""
+    loras = {}                                   # {(method, rank): as Run.train takes the missing}
     for (label, row), (i, person) in product(args.rows.items(), enumerate(args.people)):
         if row["rank"] and not lora_path(args, label, person.name).is_file():
             training = row["method"], row["rank"]
-            missing.setdefault(training, {})[i, row["iterations"]] = label
-    left = []
-    for batch in batches:
+            loras.setdefault(training, {})[i, row["iterations"]] = label
+    every = plan_pictures(args)
+    batches = []
+    for batch in every:
         if not all(picture.path.is_file() for picture in batch):
-            left.append(batch)
-    if missing or left:
+            batches.append(batch)
+    if loras or batches:
         with Interruption() as interruption:
             run = Run(args, interruption)
-            for (method, rank), loras in missing.items():
-                run.train(method, rank, loras)
-            run.sample(left)
+            for (method, rank), missing in loras.items():
+                run.train(method, rank, missing)
+            run.sample(batches)
         del run
         free(args.device)
+    return [*chain.from_iterable(every)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -395,11 +385,10 @@ def take_defaults(args: argparse.Namespace) -> None:
     all that decides about results."""
     take_model(args, args.device, "lora")
     given = args.rates
-    args.rates = {}
-    for method in METHODS:
-        if method != "none":
-            default = given.get("") or learning_rate(args.folder, kind_of(method))
-            args.rates[method] = given.get(method, default)
+    args.rates = {
+        method: given.get(method) or given.get("") or learning_rate(args.folder, kind_of(method))
+        for method in METHODS if method != "none"
+    }
     args.size = args.size or model_defaults(args.folder)["resolution"]
 
     lomd = "none"
@@ -486,9 +475,7 @@ def compare(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, list[
                           people=len(args.people))
     check_settings(args.out, args.settings)
 
-    batches = plan_pictures(args)
-    produce(args, batches)
-    pictures = [*chain.from_iterable(batches)]
+    pictures = produce(args)
     rows, problems = score_all(judges, real, pictures, args.out / "parts")
     tell(problems)
     methods, _ = report(

@@ -124,8 +124,8 @@ def mean_error(values: list[float] | np.ndarray) -> list[float]:
 
 
 def resampled(values: np.ndarray) -> np.ndarray:
-    """Values of each person (.., P) -> the mean over everybody, then over each of RESAMPLES draws of
-    people with replacement (.., 1 + RESAMPLES)."""
+    """Values of each person (.., P) -> the mean over everybody, then over each of RESAMPLES draws
+    of people with replacement (.., 1 + RESAMPLES)."""
     count = values.shape[-1]
     draws = np.random.default_rng(0).integers(count, size=(RESAMPLES, count))
     people = np.concatenate([[np.arange(count)], draws])

@@ -20,7 +20,7 @@ Source: "Meta-LoRA" (Topal et al. 2025), section 4 and appendices D, F, and I.
 """
 import argparse
 import concurrent.futures
-import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -127,9 +127,9 @@ def side_by_side(
         return [function(*call) for call in calls]
     threads = max(1, os.cpu_count() // args.jobs)
     context = multiprocessing.get_context("spawn")     # a fork of a process with threads may hang
-    call = functools.partial(work, function)
     with concurrent.futures.ProcessPoolExecutor(args.jobs, context, set_up, (threads,)) as pool:
-        results = pool.map(call, *zip(*calls))         # an error cancels the calls after it
+        # an error cancels the calls after it
+        results = pool.map(work, itertools.repeat(function), *zip(*calls))
         return [*tqdm(results, name, total=len(calls), disable=None, leave=False)]
 
 
