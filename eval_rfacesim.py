@@ -280,8 +280,8 @@ def report(
     base: str = "–",
     settings: dict | None = None,
     describe: Callable[[str], dict] = title_of,
-) -> tuple[list[dict], dict | None]:
-    """Writes scores.json and tables.md -> a summary of each method, and the paper's numbers."""
+) -> list[dict]:
+    """Writes scores.json and tables.md -> a summary of each method."""
     methods, pictures = [], []
     for label, method_rows in rows.items():
         pictures += method_rows
@@ -317,7 +317,7 @@ def report(
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / "scores.json", json.dumps(scores, indent=1))
     write_whole(out / "tables.md", text)
-    return methods, published
+    return methods
 
 
 # --------------------------------------------------------------------------------------------------

@@ -116,7 +116,15 @@ def train_together(
                 waiting[person] = batch
         if not waiting:
             return
-        group = next_group(waiting, adapter.bank.steps.tolist(), adapter.slots)
+
+        # people whose next batches have the same shape: the most frequent one
+        by_shape = collections.defaultdict(list)
+        steps = adapter.bank.steps.tolist()
+        for person in sorted(waiting, key=steps.__getitem__):        # whoever is behind goes first
+            latent = waiting[person][0]
+            by_shape[latent.shape].append(person)
+        group = max(by_shape.values(), key=len)[:adapter.slots]
+
         batch = zip(*(waiting.pop(person) for person in group))
         latent, noise, weight, t, txt, y = (torch.cat(parts).to(adapter.device) for parts in batch)
         adapter.assign(torch.tensor(group))
@@ -133,15 +141,6 @@ def train_together(
         loss.sum().backward()
         adapter.step(lr)
         on_step(group)
-
-
-def next_group(waiting: dict[int, list[Tensor]], done: list[int], slots: int) -> list[int]:
-    """At most `slots` people whose next batches have the same shape: the most frequent one."""
-    by_shape = collections.defaultdict(list)
-    for person in sorted(waiting, key=done.__getitem__):         # whoever is behind goes first
-        latent = waiting[person][0]
-        by_shape[latent.shape].append(person)
-    return max(by_shape.values(), key=len)[:slots]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -478,7 +477,7 @@ def compare(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, list[
     pictures = produce(args)
     rows, problems = score_all(judges, real, pictures, args.out / "parts")
     tell(problems)
-    methods, _ = report(
+    methods = report(
         args.out,
         args.people,
         rows,
