@@ -155,15 +155,18 @@ def text_at(level: float, lines: list[np.ndarray]) -> np.ndarray:
     return np.fmax.reduce(np.concatenate([crossings(level, *line) for line in lines]))
 
 
-def with_error(mean: float, error: float, sign: str = "") -> str:
-    """In percent, the error in parentheses; a dash for a missing value."""
-    if not np.isfinite(mean):
-        return "–"
+def percent(values: np.ndarray, sign: str = "") -> str:
+    """Mean over people, in percent, with its standard error in parentheses."""
+    mean, error = mean_error(values)
     return f"{100 * mean:{sign}.1f} ({100 * error:.1f})"
 
 
-def percent(values: np.ndarray, sign: str = "") -> str:
-    return with_error(*mean_error(values), sign)
+def percent_resampled(values: np.ndarray, sign: str = "") -> str:
+    """The value of everybody, in percent, with the standard deviation of all resamples; a dash for
+    a missing value."""
+    if np.isnan(values[0]):
+        return "–"
+    return f"{100 * values[0]:{sign}.1f} ({100 * np.nanstd(values):.1f})"
 
 
 def write_report(found: Found) -> str:
@@ -252,9 +255,7 @@ def front_table(found: Found) -> list[list[str]]:
     for method, of_method in texts.items():
         cells = []
         for text, best in zip(of_method, texts["meta-lora"]):
-            lead = best - text
-            cells.append(with_error(text[0], np.nanstd(text)))
-            cells.append(with_error(lead[0], np.nanstd(lead), "+"))
+            cells += [percent_resampled(text), percent_resampled(best - text, "+")]
         rows.append([METHODS[method], *cells])
     return rows
 
