@@ -34,7 +34,7 @@ from support.checkpoints import (add_speed_options, autoencoder_fingerprint,
                                  check_training_memory, encode_prompts, flux_fingerprint, is_small,
                                  learning_rate, load_autoencoder, model_defaults, open_flux,
                                  take_model)
-from support.common import (Interruption, JsonFile, Parser, check_writable, check_training, digest,
+from support.common import (Interruption, JsonFile, Parser, check_training, check_writable, digest,
                             finite_number, free, note, pick_device, positive, run_script, save_png,
                             side, write_whole)
 from support.judges import Picture, own_folder, prompts_for
