@@ -16,7 +16,6 @@ literally, would count epochs.
 import argparse
 import math
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,8 +33,8 @@ from support.checkpoints import (add_speed_options, check_training_memory, encod
                                  is_small, load_autoencoder, model_defaults, open_flux,
                                  speed_words, take_model)
 from support.common import (Interruption, Parser, check_out, check_training, free,
-                            is_out_of_memory, keep, note, pick_device, positive, run_script,
-                            to_device, use_threads)
+                            is_out_of_memory, keep, note, pick_device, positive, reserved,
+                            run_script, to_device, use_threads)
 from support.finding import HUB, home_of, model_name, model_words
 from support.lora_files import find_lomd, read_lomd, save_lora, tell_replaced
 from support.memory import blocks_of, fit_training, is_compiled, seconds_compiling
@@ -43,7 +42,6 @@ from support.people import captions_beside, named_photos
 
 # the paper's; a model's defaults.json may have others
 ITERATIONS = {"meta-lora": 375, "lora": 625}
-RANK_BYTES = 40e6                                # a LoRA file for FLUX.1 takes less for each rank
 
 
 # --------------------------------------------------------------------------------------------------
@@ -219,11 +217,9 @@ def check(args: argparse.Namespace) -> None:
     """ValueError for bad input, before anything large is read. Fills in the model's defaults."""
     if home_of(args.model) is None:                  # to be downloaded: it has no defaults.json
         args.iters = args.iters or ITERATIONS[args.method]
-    outputs = [args.out, *(numbered(args.out, iteration) for iteration in args.save_at)]
-    for path in outputs:
+    args.outputs = [args.out, *(numbered(args.out, iteration) for iteration in args.save_at)]
+    for path in args.outputs:
         check_out(path, ".safetensors")
-    if shutil.disk_usage(args.out.parent).free < len(outputs) * args.rank * RANK_BYTES:
-        raise ValueError(f"the disk of --out {args.out} is full")
     if args.save_crops:
         check_out(args.save_crops, option="--save-crops")
     check_save_at(args)
@@ -397,7 +393,10 @@ def personalize(argv: list[str] | None) -> None:
 
     with Interruption() as interruption:
         try:
-            with tqdm(total=args.iters, desc="training", disable=None) as bar:
+            with (
+                reserved(args.outputs, lora_size(adapter, args.format)),
+                tqdm(total=args.iters, desc="training", disable=None) as bar,
+            ):
                 train(flux, adapter, *data, args.iters, args.lr, args.seed, on_step)
                 keep(args.out, save)
         except NotFinite as error:
@@ -419,6 +418,13 @@ def personalize(argv: list[str] | None) -> None:
         print(f"training includes {seconds_compiling():.1f} s of compiling")
     print_times(seconds, args.iters)
     print_next_commands(args)
+
+
+def lora_size(adapter: MetaLoRA, format: str) -> int:
+    """At most so many bytes does the LoRA file take."""
+    numbers = adapter.rank * sum(target.d_in + target.rows for target in adapter.targets)
+    # fp16; the layouts with fused layers fill up with zeros
+    return numbers * (2 if format == "diffusers" else 8) + 2 ** 18
 
 
 def print_times(seconds: dict[str, float], iters: int) -> None:

@@ -30,6 +30,7 @@ from support.devices import (free, is_out_of_memory, pick_device, to_device,  # 
 # errors of file systems that lack an operation
 NOT_SUPPORTED = errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK
 NOT_YOURS = "may not be read: see its owner and mode (`ls -l`)"
+RESERVED: dict[Path, Path] = {}                  # file -> its temporary file, with space allocated
 # first bytes of what stands in the place of a file, and what that is
 NOT_CONTENT = {
     rb"version https://git-lfs":
@@ -62,9 +63,9 @@ def whole(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     place = Path(os.path.realpath(path))
-    part = None
+    part = RESERVED.pop(place, None)
     try:
-        part = new_part(place)
+        part = part or new_part(place)
         mode = (place if place.exists() else part).stat().st_mode
         yield part
         with open(part, "rb+") as file:
@@ -95,6 +96,22 @@ def sync(descriptor: int) -> None:
             raise
 
 
+@contextmanager
+def reserved(paths: Iterable[Path], size: int) -> Iterator[None]:
+    """Reserves `size` bytes of disk for each of these files, for write_whole. OSError: no space."""
+    with ExitStack() as parts:
+        for path in paths:
+            place = Path(os.path.realpath(path))
+            with naming(path):
+                RESERVED[place] = part = new_part(place)
+                parts.callback(part.unlink, missing_ok=True)
+                parts.callback(RESERVED.pop, place, None)
+                if hasattr(os, "posix_fallocate"):           # not on macOS and Windows
+                    with open(part, "rb+") as file:
+                        os.posix_fallocate(file.fileno(), 0, size)
+        yield
+
+
 def keep(path: Path, save: Callable[[Path], object]) -> None:
     """save(path); if that fails, saves elsewhere and raises an OSError that says where."""
     try:
@@ -120,8 +137,9 @@ def naming(path: Path) -> Iterator[None]:
 
 def write_whole(path: str | Path, data: bytes | str) -> None:
     """Writes a complete file; text in UTF-8."""
-    with whole(path) as part:
-        part.write_bytes(data if isinstance(data, bytes) else encodable(data).encode())
+    with whole(path) as part, open(part, "rb+") as file:
+        file.write(data if isinstance(data, bytes) else encodable(data).encode())
+        file.truncate()                          # its reserved space may be larger
 
 
 def encodable(text: object) -> str:

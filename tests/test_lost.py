@@ -1,4 +1,4 @@
-"""What is finished is on disk: modes, links, second places, signals and consoles, of support/common.py."""
+"""What is finished is on disk: modes, links, room, second places, signals and consoles, of support/common.py."""
 import ast
 import errno
 import os
@@ -12,8 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import meta_train
-from support import runs
-from support.common import encodable, keep, save_figure, save_png, whole, write_whole
+from support import common, runs
+from support.common import encodable, keep, reserved, save_figure, save_png, whole, write_whole
 from support.lora_files import save_lomd, save_lora, tell_replaced
 from support.people import named_photos
 from support.photos import picture_fields
@@ -96,6 +96,29 @@ def test_a_folder_that_cannot_be_synced(number, good, tmp_path, monkeypatch):
         with pytest.raises(OSError, match="a cannot be written"):
             write_whole(tmp_path / "a", b"whole")
     assert (tmp_path / "a").read_bytes() == b"whole"
+
+
+def test_room_is_kept_until_it_is_needed(tmp_path, monkeypatch):
+    first, second = tmp_path / "first", tmp_path / "second"
+    with reserved([first, second], 100_000):
+        parts = list(tmp_path.glob("*.part"))
+        assert len(parts) == 2 and all(part.stat().st_size == 100_000 for part in parts)
+        monkeypatch.setattr(common, "new_part", None)                        # nothing new is made: the room is taken
+        write_whole(first, b"short")
+        assert first.read_bytes() == b"short" and len(list(tmp_path.glob("*.part"))) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["first"]
+
+
+def test_without_room_nothing_begins(tmp_path):
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
+    try:
+        with pytest.raises(OSError, match="big cannot be written"), reserved([tmp_path / "big", tmp_path / "other"], 6000):
+            raise AssertionError("began")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir()) and not common.RESERVED
 
 
 def test_what_fails_at_the_end_is_kept_elsewhere_and_named(tmp_path, monkeypatch):
