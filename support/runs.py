@@ -9,6 +9,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -175,7 +176,9 @@ class Group:
             note(f"{others} waited for; if there are none, unset it")
         try:
             timeout = timedelta(minutes=MEETING)
-            store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+            meeting = dist.rendezvous("env://", timeout=timeout)
+            # in a thread, since a signal is only seen once torch returns
+            store, rank, size = ThreadPool(1).apply(next, [meeting])
         except (RuntimeError, ValueError) as error:
             reason = str(error).partition("\n")[0]
             raise ValueError(f"{others} missing ({reason}): unset it, or start with "

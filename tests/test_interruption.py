@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -272,3 +273,21 @@ def assert_same_files(found, reference):
         name = name.replace("interrupted-", "")
         if name in finished and name not in UNLIKE:
             assert path.read_bytes() == finished[name].read_bytes(), name
+
+
+def meet_alone(number, folder):
+    """Stage 1 as one of two processes, which is alone, and gets the signal as it waits for the other."""
+    os.environ.update(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    threading.Timer(1, os.kill, (os.getpid(), number)).start()
+    child(WORDS["meta_train"], folder, None)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.slow) for n in SIGNALS[::2])])
+def test_while_others_are_waited_for(server, number, tmp_path):
+    write_data("meta_train", tmp_path)
+    process = server.Process(target=meet_alone, args=(number, tmp_path))
+    process.start()
+    process.join(60)
+    process.kill()
+    check_words("meta_train", process.exitcode, number, (tmp_path / "stderr").read_text())
+    assert not written(tmp_path)
