@@ -34,7 +34,7 @@ from support.checkpoints import (add_speed_options, autoencoder_fingerprint,
                                  check_training_memory, encode_prompts, flux_fingerprint, is_small,
                                  learning_rate, load_autoencoder, model_defaults, open_flux,
                                  take_model)
-from support.common import (Interruption, JsonFile, Parser, check_training, check_writable, digest,
+from support.common import (Interruption, JsonFile, Parser, check_training, check_writable,
                             finite_number, free, note, pick_device, positive, run_script, save_png,
                             side, write_whole)
 from support.judges import Picture, own_folder, prompts_for
@@ -213,8 +213,8 @@ class Run:
                 adapter.bank = bank
         latents = chain.from_iterable(crops[0] for crops in people)
         largest = max((latent.shape[-2:] for latent in latents), key=math.prod)
-        text_tokens = people[0][2][0][0].shape[1]
-        fit_training(adapter, largest, text_tokens, args.recompute)
+        txt, _ = next(iter(self.texts.values()))
+        fit_training(adapter, largest, txt.shape[1], args.recompute)
         steps = adapter.bank.steps
         saved = time.monotonic()
 
@@ -401,8 +401,7 @@ def take_defaults(args: argparse.Namespace) -> None:
     for person in args.people:
         paths = [person.reference, *person.more]
         args.captions[person.name] = captions_beside(paths, fill(args.prompt, person.gender))
-        digests = [digest(path.read_bytes()) for path in paths]
-        references.append(" ".join([person.name, *digests]))
+        references.append(f"{person.name} {photos.fingerprints(paths)['photo_digests']}")
     args.settings = {
         "layout": "numbers of a row by width",
         "model": flux_fingerprint(args.folder),
@@ -428,13 +427,9 @@ def check_settings(out: Path, now: dict) -> None:
             now["lomd"] = before["lomd"] = max(now["lomd"], before["lomd"])
         for name, value in now.items():
             was = before.get(name, "not written down")
-            if was == value:
-                continue
-            detail = ""
-            if len(f"{was}{value}") < 200:
-                detail = f": it was {was} and is {value}"
-            raise ValueError(f"--out {out} was made with another setting of {name}{detail}; "
-                             "choose a new folder")
+            if was != value:
+                raise ValueError(f"--out {out} was made with another setting of {name}: it was "
+                                 f"{was!s:.80} and is {value!s:.80}; choose a new folder")
     out.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(now, indent=1))
 

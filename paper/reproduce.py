@@ -360,9 +360,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def reproduce(argv: list[str] | None = None) -> None:
     args = parse(argv)
     vars(args).update(SUBSET if args.subset else FULL)
-    if args.run is None:
-        root = Path(__file__).resolve().parents[1]
-        args.run = root / "baby" / "run" / ("reproduce-subset" if args.subset else "reproduce")
+    name = "reproduce-subset" if args.subset else "reproduce"
+    args.run = args.run or Path(faces.__file__).parent / "run" / name
     args.out = args.out or args.run / "report"
     if args.jobs is None:
         on_cpu = pick_device(args.device).type == "cpu"
