@@ -20,10 +20,10 @@ leave it out and the share of faces found is reported, or it counts as 0 (--no-f
 import argparse
 import importlib.metadata
 import json
+import statistics
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 import support  # before torch: how its threads wait
 import torch
@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from support import photos
 from support.common import (JsonFile, Parser, check_writable, digest, expand, note, pick_device,
-                            positive, run_script, write_whole)
+                            run_script, write_whole)
 from support.finding import model_name
 from support.judges import (CLIP, META_PHD, Judges, Picture, check_complete, find_pictures,
                             own_folder, prompts_for)
@@ -45,18 +45,14 @@ from support.sheets import PROMPTS, tables
 # Algorithm 3
 
 
-def face_scores(
-    generated: Tensor,
-    reference: Tensor,
-    tests: Tensor,
-) -> tuple[float, float | None]:
+def face_scores(generated: Tensor, reference: Tensor, tests: Tensor) -> dict[str, float]:
     """FaceSim and R-FaceSim of one generated face; embeddings of norm 1.
 
-    generated, reference (E,); tests (n, E). R-FaceSim is None without test pictures."""
-    facesim = (reference @ generated).item()
-    if len(tests) == 0:
-        return facesim, None
-    return facesim, (tests @ generated).mean().item()
+    generated, reference (E,); tests (n, E). Without test pictures there is no R-FaceSim."""
+    scores = {"facesim": (reference @ generated).item()}
+    if len(tests):
+        scores["r_facesim"] = (tests @ generated).mean().item()
+    return scores
 
 
 def mean_by_key(keys: Iterable, values: Iterable[float]) -> dict:
@@ -64,7 +60,7 @@ def mean_by_key(keys: Iterable, values: Iterable[float]) -> dict:
     groups = {}
     for key, value in zip(keys, values):
         groups.setdefault(key, []).append(value)
-    return {key: sum(group) / len(group) for key, group in groups.items()}
+    return {key: statistics.fmean(group) for key, group in groups.items()}
 
 
 def summarise(
@@ -75,8 +71,8 @@ def summarise(
 ) -> dict | None:
     """Mean of a metric over identities, its standard error, and counts; None without any value.
 
-    rows: from `score`, of one method. A picture without a face is left out, or counts as 0. With a
-    face in every picture, the mean is Algorithm 3's."""
+    rows: from `score_all`, of one method. A picture without a face is left out, or counts as 0.
+    With a face in every picture, the mean is Algorithm 3's."""
     scored = [row for row in rows if metric in row]
     with_face = [row for row in scored if row[metric] is not None]
     counted = scored if no_face_as_zero else with_face
@@ -93,60 +89,58 @@ def summarise(
     # 3. over the references of an identity
     identities = {person.name: person.identity for person in people}
     keys = [identities[person] for person in by_reference]
-    by_identity = mean_by_key(keys, by_reference.values())
-
-    n = len(by_identity)
-    mean = sum(by_identity.values()) / n
-    error = None
-    if n > 1:
-        variance = sum((value - mean) ** 2 for value in by_identity.values()) / (n - 1)
-        error = round((variance / n) ** 0.5, 6)
+    means = [*mean_by_key(keys, by_reference.values()).values()]
+    n = len(means)
     return {
-        "mean": round(mean, 6),
-        "error": error,
+        "mean": statistics.fmean(means),
+        "error": statistics.stdev(means) / n ** 0.5 if n > 1 else None,
         "identities": n,
         "pictures": len(counted),
         "of": len(scored),
-        "found": round(len(with_face) / len(scored), 6),
+        "found": len(with_face) / len(scored),
     }
 
 
-def summarise_method(rows: list[dict], people: list[Person], no_face_as_zero: bool) -> dict:
-    """All three metrics of one method."""
+def summarise_methods(
+    rows: list[dict],
+    people: list[Person],
+    no_face_as_zero: bool = False,
+) -> list[dict]:
+    """All three metrics of each method."""
     # as in the paper, CLIP-T comes from the people with a single picture if there are any
     single = {person.name for person in people if not person.tests}
-    text_rows = [row for row in rows if row["identity"] in single] or rows
-    return {
-        "r_facesim": summarise(rows, people, "r_facesim", no_face_as_zero),
-        "facesim": summarise(rows, people, "facesim", no_face_as_zero),
-        "clip_t": summarise(text_rows, people, "clip_t"),
-    }
+    methods = []
+    for label in dict.fromkeys(row["method"] for row in rows):
+        own = [row for row in rows if row["method"] == label]
+        text_rows = [row for row in own if row["identity"] in single] or own
+        methods.append({
+            "label": label,
+            "title": label,
+            "r_facesim": summarise(own, people, "r_facesim", no_face_as_zero),
+            "facesim": summarise(own, people, "facesim", no_face_as_zero),
+            "clip_t": summarise(text_rows, people, "clip_t"),
+        })
+    return methods
 
 
 # --------------------------------------------------------------------------------------------------
 # From pictures to scores
 
 
-class Real(NamedTuple):
-    """The real pictures of a person."""
-    reference: Tensor                # (E,)
-    tests: Tensor                    # (n, E); n is 0 for a single photo
-    key: str                         # digests of the files
-
-
-def embed_real(judges: Judges, people: list[Person]) -> dict[str, Real]:
-    """{person: Real} of all with test pictures, or of the only person. ValueError: no face."""
-    judged = [person for person in people if person.tests or len(people) == 1]
+def embed_real(judges: Judges, people: list[Person]) -> dict[str, Tensor]:
+    """{person: embeddings (1 + n, E)} of the reference and the n test pictures of all who have any,
+    or of the only person. ValueError: no face."""
     paths = set()
+    judged = [person for person in people if person.tests or len(people) == 1]
     for person in judged:
         paths.update([person.reference, *person.tests])
 
-    crops = {}
+    faces = {}
     several, problems = [], []
     for path in tqdm(sorted(paths), "real pictures", leave=False, disable=None):
         image = photos.read_photo(path)
-        crops[path] = judges.crop(image)
-        if crops[path] is None:
+        faces[path] = judges.embed(image)
+        if faces[path] is None:
             problems.append(f"no face found in the real picture {path}: take it out of the folder")
         if judges.count(image) > 1:
             several.append(str(path))
@@ -154,99 +148,80 @@ def embed_real(judges: Judges, people: list[Person]) -> dict[str, Real]:
         note(f"several faces in real pictures, of which the largest counts: {', '.join(several)}")
     complain(problems, "eval_rfacesim.py")
 
-    embeddings = dict(zip(crops, judges.embed(list(crops.values()))))
     real = {}
     for person in judged:
-        files = [person.reference, *person.tests]
-        embedded = torch.stack([embeddings[path] for path in files])
-        key = " ".join(digest(path.read_bytes()) for path in files)
-        real[person.name] = Real(embedded[0], embedded[1:], key)
+        tests = [faces[path] for path in person.tests]
+        real[person.name] = torch.stack([faces[person.reference], *tests])
     return real
 
 
-def judge(judges: Judges, real: Real | None, images: dict[Picture, Image.Image]) -> list[dict]:
-    """The scores of one person's pictures, as `score` describes them."""
-    if not images:
-        return []
+def judge(judges: Judges, real: Tensor | None, images: dict[Picture, Image.Image]) -> list[dict]:
+    """The scores of one person's pictures.
+
+    clip_t: cosine with the prompt. facesim: with the reference. r_facesim: mean over the test
+    pictures. The face scores are None where no face was found, and absent without real pictures
+    to compare with."""
     texts = [picture.text for picture in images]
-    matches = judges.match(list(images.values()), texts)
-    scores = [{"clip_t": round(float(value), 6)} for value in matches]
+    matches = judges.match([*images.values()], texts)
+    scores = [{"clip_t": value} for value in matches.tolist()]
     if real is None:
         return scores
-
-    crops, with_face = [], []
+    reference, tests = real[0], real[1:]
+    nothing = dict.fromkeys(face_scores(reference, reference, tests))          # None for each score
     for row, image in zip(scores, images.values()):
-        row["facesim"] = None
-        if len(real.tests):
-            row["r_facesim"] = None
-        crop = judges.crop(image)
-        if crop is not None:
-            crops.append(crop)
-            with_face.append(row)
-    for row, generated in zip(with_face, judges.embed(crops)):
-        facesim, r_facesim = face_scores(generated, real.reference, real.tests)
-        row["facesim"] = round(facesim, 6)
-        if r_facesim is not None:
-            row["r_facesim"] = round(r_facesim, 6)
+        face = judges.embed(image)
+        row |= nothing if face is None else face_scores(face, reference, tests)
     return scores
 
 
 def score(
     judges: Judges,
-    real: Real | None,
-    pictures: list[Picture],
+    real: Tensor | None,
+    images: dict[Picture, Image.Image],
     kept: Path,
-) -> tuple[list[dict], list[str]]:
-    """A dict for each picture of one person, and a line for each that cannot be read.
-
-    clip_t: cosine with the prompt. facesim: with the reference. r_facesim: mean over the test
-    pictures. The face scores are None where no face was found, and absent without real pictures
-    to compare with. Scores are cached in the folder `kept`, by everything they depend on: the
-    judges, the bytes of all pictures, and the prompts."""
-    images, problems = {}, []
-    for picture in pictures:
-        try:
-            images[picture] = photos.read_photo(picture.path)
-        except ValueError as error:
-            problems.append(f"not scored: {error}")
-
+) -> list[dict]:
+    """`judge`, cached in the folder `kept` by everything that the scores depend on: the judges, the
+    real faces, the bytes of all pictures, and the prompts."""
+    faces = "" if real is None else digest(real.numpy().tobytes())
     files = [(picture.text, digest(picture.path.read_bytes())) for picture in images]
-    key = json.dumps([judges.names, real.key if real else "", files])
+    key = json.dumps([judges.names, faces, files])
     path = kept / f"{digest(key.encode())}.json"
     if not path.is_file():
         numbers = judge(judges, real, images)
         kept.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps({"numbers": numbers}))
-
-    rows = []
-    for picture, numbers in zip(images, JsonFile(path)["numbers"]):
-        row = {
-            "method": picture.label,
-            "identity": picture.person,
-            "prompt": picture.text,
-            "number": picture.prompt,
-            "seed": picture.seed,
-        }
-        rows.append(row | numbers)
-    return rows, problems
+    return JsonFile(path)["numbers"]
 
 
 def score_all(
     judges: Judges,
-    real: dict[str, Real],
+    real: dict[str, Tensor],
     pictures: list[Picture],
     kept: Path,
-) -> tuple[dict[str, list[dict]], list[str]]:
-    """Scores of all pictures, {method: [dict]}, and a line for each that cannot be read."""
+) -> tuple[list[dict], list[str]]:
+    """A dict for each picture, with its scores, and a line for each that cannot be read."""
     groups = {}
     for picture in pictures:
         groups.setdefault((picture.label, picture.person), []).append(picture)
-
-    rows, problems = {}, []
+    rows, problems = [], []
     for (label, person), group in tqdm(groups.items(), "scoring", unit="person", disable=None):
-        scored, unread = score(judges, real.get(person), group, kept)
-        rows.setdefault(label, []).extend(scored)
-        problems += unread
+        images = {}
+        for picture in group:
+            try:
+                images[picture] = photos.read_photo(picture.path)
+            except ValueError as error:
+                problems.append(f"not scored: {error}")
+        if not images:
+            continue
+        for picture, numbers in zip(images, score(judges, real.get(person), images, kept)):
+            row = {
+                "method": label,
+                "identity": person,
+                "prompt": picture.text,
+                "number": picture.prompt,
+                "seed": picture.seed,
+            }
+            rows.append(row | numbers)
     return rows, problems
 
 
@@ -254,70 +229,37 @@ def score_all(
 # The report
 
 
-def title_of(label: str) -> dict:
-    return {"title": label}
-
-
-def score_references(real: dict[str, Real], people: list[Person]) -> dict | None:
-    """R-FaceSim of the reference photos themselves."""
-    rows = []
-    for name, person in real.items():
-        if len(person.tests):
-            value = (person.tests @ person.reference).mean().item()
-            rows.append({"identity": name, "number": 0, "r_facesim": value})
-    return summarise(rows, people, "r_facesim")
-
-
-def report(
-    out: Path,
-    people: list[Person],
-    rows: dict[str, list[dict]],
-    real: dict[str, Real],
+def collect(
+    args: argparse.Namespace,
     judges: Judges,
+    people: list[Person],
+    rows: list[dict],
     problems: list[str],
-    no_face_as_zero: bool = False,
-    paper: bool = False,
-    base: str = "–",
-    settings: dict | None = None,
-    describe: Callable[[str], dict] = title_of,
-) -> list[dict]:
-    """Writes scores.json and tables.md -> a summary of each method."""
-    methods, pictures = [], []
-    for label, method_rows in rows.items():
-        pictures += method_rows
-        if method_rows:
-            summary = summarise_method(method_rows, people, no_face_as_zero)
-            methods.append({"label": label} | describe(label) | summary)
-    if not methods:
+) -> dict:
+    """What scores.json holds."""
+    if not rows:
         raise ValueError("none of the pictures can be read")
-
-    files = {}
-    for person in people:
-        files[person.name] = {
-            "identity": person.identity,
-            "gender": person.gender,
-            "reference": person.reference.name,
-            "more": [path.name for path in person.more],
-            "tests": [path.name for path in person.tests],
-        }
     packages = "torch", "transformers", "facenet-pytorch"
-    reference_photo = score_references(real, people)
-    scores = {
-        "settings": (settings or {}) | {"no_face_as_zero": no_face_as_zero},
+    return {
+        "settings": {"reference": args.reference, "no_face_as_zero": args.no_face_as_zero},
         "judges": judges.names,
         "versions": {name: importlib.metadata.version(name) for name in packages},
-        "methods": methods,
-        "reference_photo": reference_photo,
-        "people": files,
+        "methods": summarise_methods(rows, people, args.no_face_as_zero),
+        "quoted": JsonFile(META_PHD / "published.json") if args.paper else None,
+        "people": {person.name: person._asdict() for person in people},
         "problems": problems,
-        "pictures": pictures,
+        "pictures": rows,
     }
-    published = JsonFile(META_PHD / "published.json") if paper else None
-    text = tables(methods, reference_photo, base, published, no_face_as_zero)
+
+
+def write_report(out: Path, scores: dict, base: str = "–") -> str:
+    """Writes scores.json and tables.md -> the tables. base: the model that drew the pictures."""
+    text = tables(scores, base)
     out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / "scores.json", json.dumps(scores, indent=1))
+    content = json.dumps(scores, indent=1, default=lambda path: path.name)
+    write_whole(out / "scores.json", content)
     write_whole(out / "tables.md", text)
-    return methods
+    return text
 
 
 # --------------------------------------------------------------------------------------------------
@@ -329,7 +271,7 @@ def add_options(add: Callable[..., object]) -> None:
     add("--data", type=Path, nargs="+", required=True, metavar="DIR",
         help="real pictures: DIR/[man|woman/]<identity>/<pictures>; or DIR/[man|woman/]<pictures>, "
         "one per person, for CLIP-T only; or photo files of one person, who is called `person`")
-    add("--out", type=Path, default=Path("report"), help="folder of all results (default: report)")
+    add("--out", type=Path, default="report", help="folder of all results (default: report)")
     add("--model", type=model_name, default="flux-dev",
         help="baby, or a folder that may hold its own judges and prompts (default: flux-dev)")
     add("--prompts", type=Path,
@@ -363,7 +305,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add_options(add)
     add("--images", type=Path, required=True, metavar="DIR",
         help="pictures to score: DIR/<method>/<identity>/<number of the prompt, from 0>_<seed>.png")
-    add("--seeds", type=positive, help="pictures per prompt (default: all that are there)")
     return parser.parse_args(argv)
 
 
@@ -382,29 +323,19 @@ def evaluate(argv: list[str] | None = None) -> None:
         prompt_file = beside_images
     prompts = prompts_for(people, prompt_file, own_folder(args.model))
     pictures, unknown = find_pictures(args.images, prompts)
-    pictures, incomplete = check_complete(pictures, people, prompts, args.seeds)
+    pictures, incomplete = check_complete(pictures, people, prompts)
+    problems = unknown + incomplete
     if not pictures:
-        nobody = f"--images {args.images} holds no picture of anybody in --data"
-        complain([*unknown, *incomplete, nobody], "eval_rfacesim.py")
+        problems.append(f"--images {args.images} holds no picture of anybody in --data")
+        complain(problems, "eval_rfacesim.py")
 
     judges = Judges(args.model, args.face_weights, args.clip, pick_device(args.device))
     real = embed_real(judges, people)
     rows, unread = score_all(judges, real, pictures, args.out / "parts")
-    problems = unknown + incomplete + unread
+    problems += unread
     tell(problems)
-
-    report(
-        args.out,
-        people,
-        rows,
-        real,
-        judges,
-        problems,
-        no_face_as_zero=args.no_face_as_zero,
-        paper=args.paper,
-        settings={"reference": args.reference},
-    )
-    print((args.out / "tables.md").read_text("utf-8"))
+    scores = collect(args, judges, people, rows, problems)
+    print(write_report(args.out, scores))
     print(f"{args.out}: scores.json, tables.md")
 
 

@@ -15,7 +15,6 @@ literally, would count epochs.
 """
 import argparse
 import math
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,15 +29,14 @@ from flux_model import AutoEncoder, Flux, flow_matching_loss, sample_times
 from metalora import MetaLoRA
 from support import photos
 from support.checkpoints import (add_speed_options, check_training_memory, encode_texts,
-                                 is_small, load_autoencoder, model_defaults, open_flux,
-                                 speed_words, take_model)
-from support.common import (Interruption, Parser, check_out, check_training, free,
-                            is_out_of_memory, keep, note, pick_device, positive, reserved,
-                            run_script, to_device, use_threads)
-from support.finding import HUB, home_of, model_name, model_words
-from support.lora_files import find_lomd, read_lomd, save_lora, tell_replaced
+                                 load_autoencoder, open_flux)
+from support.common import (Interruption, Parser, free, keep, note, peak_memory, positive,
+                            reserved, run_script, to_device)
+from support.finding import model_name
+from support.lora_files import read_lomd, save_lora
 from support.memory import blocks_of, fit_training, is_compiled, seconds_compiling
-from support.people import captions_beside, named_photos
+from support.stage_2 import (check_stage_2, lora_size, metadata, numbered,
+                             print_next_commands, print_times)
 
 # the paper's; a model's defaults.json may have others
 ITERATIONS = {"meta-lora": 375, "lora": 625}
@@ -179,7 +177,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("photos", nargs="+", metavar="photo", help="photos of one person, or a folder of them")
     add("--model", type=model_name, default="flux-dev",
         help="flux-dev (default), flux-schnell, baby, a folder or a file")
-    add("--out", type=Path, default=Path("out.safetensors"),
+    add("--out", type=Path, default="out.safetensors",
         help="file to write (default: out.safetensors)")
     add("--format", choices=("diffusers", "kohya", "original"), default="diffusers",
         help="layout of the LoRA file. diffusers (default): most programs read it; kohya: so does "
@@ -215,90 +213,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def check(args: argparse.Namespace) -> None:
     """ValueError for bad input, before anything large is read. Fills in the model's defaults."""
-    if home_of(args.model) is None:                  # to be downloaded: it has no defaults.json
-        args.iters = args.iters or ITERATIONS[args.method]
-    args.outputs = [args.out, *(numbered(args.out, iteration) for iteration in args.save_at)]
-    for path in args.outputs:
-        check_out(path, ".safetensors")
-    if args.save_crops:
-        check_out(args.save_crops, option="--save-crops")
-    check_save_at(args)
-    check_training(args)
-    check_lomd_options(args)
-    check_pictures(args)
-    # now, since a photo may be gone when the LoRA is saved
-    args.seen = photos.fingerprints(args.photos)
-    tell_replaced(args.out, args.seen["photo_digests"])
-
-    args.switches = speed_words(args)
-    args.device = pick_device(args.device)
-    take_model(args, args.device, args.method)
-    iterations = ITERATIONS | model_defaults(args.folder)["iterations"]
-    args.iters = args.iters or iterations[args.method]
-    check_save_at(args)
-    use_threads(args.device.type == "cpu" and is_small(args.folder))
-    args.captions = captions_beside(args.photos, args.prompt, tell=True)
-    args.mirror = args.mirror and not args.no_augment
-
-
-def check_save_at(args: argparse.Namespace) -> None:
-    last = max(args.save_at, default=0)
-    if args.iters and last > args.iters:     # None: the model's default, not known yet
-        raise ValueError(f"--save-at {last} is beyond the last of {args.iters} iterations")
-
-
-def check_lomd_options(args: argparse.Namespace) -> None:
-    if args.lomd and args.method == "lora":
-        raise ValueError("--method lora trains its own A and takes no --lomd")
-    # a missing LoMD is an error before the model is downloaded
-    if args.method == "meta-lora" and (args.lomd or args.model in HUB):
-        find_lomd(home_of(args.model), args.lomd)
-    if args.lomd and args.out.exists() and args.out.samefile(args.lomd):
-        raise ValueError(f"--out would overwrite the LoMD {args.lomd}")
-
-
-def check_pictures(args: argparse.Namespace) -> None:
-    """args.photos: files, folders, patterns -> files without masks of other photos."""
-    named = [Path(name) for name in named_photos(args.photos)]
-    pictures = photos.without_masks(named)
-    for mask in sorted(set(named) - set(pictures)):
-        note(f"{mask} is the mask of another photo, and is not used")
-    args.photos = [str(path) for path in pictures]
-    photos.check_photos(args.photos, args.box, not args.no_augment)
-
-
-def numbered(out: Path, iteration: int) -> Path:
-    """The file for the LoRA after an earlier iteration."""
-    return out.with_name(f"{out.stem}-{iteration:06d}.safetensors")
-
-
-def metadata(args: argparse.Namespace, done: int, lomd: str) -> dict[str, str]:
-    """Fields of the LoRA file: how it was made."""
-    names = ["method", "rank", "seed", "prompt", "background", "mirror"]
-    if args.box:
-        names.append("box")
-    facts = {name: getattr(args, name) for name in names}
-    captions = dict.fromkeys(args.captions.values())         # each once, in their order
-    facts |= {
-        "iterations": done,
-        "learning_rate": f"{args.lr:g}",
-        "resolution": joined(args.resolution),
-        "augment": not args.no_augment,
-        "aspects": joined(args.aspects or photos.ASPECTS),
-        "scales": joined(args.scales or photos.FACE_SCALES),
-        "captions": " | ".join(captions),
-        "model": Path(args.model).name,
-        "lomd": lomd,
-        "made_by": "personalize.py",
-    }
-    facts |= args.seen
-    for name, fact in facts.items():
-        facts[name] = str(fact).lower() if isinstance(fact, bool) else str(fact)
-    return facts
-
-
-def joined(values: object) -> str:
-    return " ".join(map(str, values))
+    check_stage_2(args, ITERATIONS)
 
 
 def prepare(args: argparse.Namespace, record_time: Callable[[str], None]) -> tuple:
@@ -307,16 +222,6 @@ def prepare(args: argparse.Namespace, record_time: Callable[[str], None]) -> tup
     Text encoders, autoencoder and transformer are loaded one after another, and the first two are
     dropped, so that peak memory is the largest of the three and not their sum.
     """
-    lomd = None
-    lomd_name = "none"
-    untrained = False
-    r1 = 0
-    if args.method == "meta-lora":
-        lomd, lomd_name, untrained = read_lomd(args.folder, args.lomd)
-        r1 = len(next(iter(lomd.values())))
-        if args.rank > r1:
-            note(f"this LoMD has {r1} rows: --rank {args.rank} can do no more than {r1}")
-
     crops = photos.load_crops(
         args.photos,
         args.resolution,
@@ -327,9 +232,19 @@ def prepare(args: argparse.Namespace, record_time: Callable[[str], None]) -> tup
     )
     if args.save_crops:
         photos.save_crops(crops, args.save_crops)
-    if untrained:
-        lomd_name = f"random, {lomd_name}"
-        note("this LoMD is random and was never trained")
+
+    lomd = None
+    lomd_name = "none"
+    r1 = 0
+    if args.method == "meta-lora":
+        lomd, lomd_name, untrained = read_lomd(args.folder, args.lomd)
+        if untrained:
+            lomd_name = f"random, {lomd_name}"
+            note("this LoMD is random and was never trained")
+        r1 = len(next(iter(lomd.values())))
+        if args.rank > r1:
+            note(f"this LoMD has {r1} rows: --rank {args.rank} can do no more than {r1}")
+
     width, height = max((crop.picture.size for crop in crops), key=math.prod)
     largest = height // 8, width // 8
     check_training_memory(args, args.device, largest, args.rank, r1)
@@ -368,20 +283,16 @@ def personalize(argv: list[str] | None) -> None:
         seconds[part] = time.perf_counter() - start - sum(seconds.values())
 
     flux, adapter, crops, data, lomd = prepare(args, record_time)
-    done = 0
     smooth = math.nan                            # running mean of the loss
-    memory = ""
 
     def save(path: Path) -> None:
+        done = adapter.bank.steps.item()
         save_lora(path, adapter.collapse(), args.format, metadata(args, done, lomd))
 
     def on_step(iteration: int, loss: float) -> None:
-        nonlocal done, smooth, memory
-        done = iteration
+        nonlocal smooth
         smooth = loss if iteration == 1 else 0.95 * smooth + 0.05 * loss
-        if args.device.type == "cuda":
-            memory = f", peak {torch.cuda.max_memory_allocated(args.device) / 2 ** 30:.1f} GiB"
-        bar.set_postfix_str(f"loss {smooth:.4f}{memory}", refresh=False)
+        bar.set_postfix_str(f"loss {smooth:.4f}{peak_memory(args.device)}", refresh=False)
         bar.update()
         if iteration in args.save_at:
             try:
@@ -403,9 +314,10 @@ def personalize(argv: list[str] | None) -> None:
             crop = crops[error.crop]
             raise FloatingPointError(f"{error}, on {crop.photo} {crop.box}; try a --lr below "
                                      f"{args.lr:g}; {args.out} was not written") from None
-        except (KeyboardInterrupt, RuntimeError) as error:
-            if done and (isinstance(error, KeyboardInterrupt) or is_out_of_memory(error)):
-                kept = args.out.with_name(f"{args.out.stem}-interrupted-{done:06d}.safetensors")
+        except (KeyboardInterrupt, RuntimeError):
+            done = adapter.bank.steps.item()
+            if done:
+                kept = numbered(args.out.with_stem(f"{args.out.stem}-interrupted"), done)
                 keep(kept, save)
                 note(f"the LoRA after {done} iterations is in {kept}")
             raise
@@ -413,36 +325,11 @@ def personalize(argv: list[str] | None) -> None:
     record_time("training")
     size = args.out.stat().st_size / 1e3
     print(f"{args.out}: rank {args.rank}, {size:.0f} kB, {len(crops)} pictures, "
-          f"{args.iters} iterations, loss {smooth:.4f}{memory}")
+          f"{args.iters} iterations, loss {smooth:.4f}{peak_memory(args.device)}")
     if is_compiled(flux):
         print(f"training includes {seconds_compiling():.1f} s of compiling")
     print_times(seconds, args.iters)
     print_next_commands(args)
-
-
-def lora_size(adapter: MetaLoRA, format: str) -> int:
-    """At most so many bytes does the LoRA file take."""
-    numbers = adapter.rank * sum(target.d_in + target.rows for target in adapter.targets)
-    # fp16; the layouts with fused layers fill up with zeros
-    return numbers * (2 if format == "diffusers" else 8) + 2 ** 18
-
-
-def print_times(seconds: dict[str, float], iters: int) -> None:
-    parts = ", ".join(f"{part} {value:.1f}" for part, value in seconds.items())
-    print(f"seconds: {parts}; total {sum(seconds.values()):.1f}, "
-          f"{seconds['training'] / iters:.3f} per iteration")
-
-
-def print_next_commands(args: argparse.Namespace) -> None:
-    """How to sample with the LoRA and, after --save-at, how to compare all that were saved."""
-    model = model_words(args) + args.switches
-    prompt = shlex.quote(args.prompt)
-    print(f"try it:  python sample.py {model}--lora {shlex.quote(str(args.out))} {prompt}")
-    if args.save_at:
-        files = [str(numbered(args.out, iteration)) for iteration in sorted({*args.save_at})]
-        if args.iters not in args.save_at:
-            files.append(str(args.out))
-        print(f"which one?  python sample.py {model}{prompt} --compare {shlex.join(files)}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -5,9 +5,10 @@
     python sample.py "a photo of a person" --compare out-000250.safetensors out.safetensors
 
 The text encoders are freed before the transformer is loaded. The autoencoder stays beside it where
-memory allows, so that each picture is saved as soon as it is sampled. Pictures are sampled one at a
-time, from noise drawn on the CPU: a seed gives the same picture on any device, whatever else is
-sampled. LoRAs are applied in spare columns of the frozen weights (metalora.py).
+memory allows, so that each picture is saved as soon as it is sampled; else all are decoded at the
+end. Pictures are sampled one at a time, from noise drawn on the CPU: a seed gives the same picture
+on any device, whatever else is sampled. LoRAs are applied in spare columns of the frozen weights
+(metalora.py).
 
 Source: the defaults are Meta-LoRA's evaluation settings (30 steps, guidance 3.5, true CFG 1,
 strength 1). A model's defaults.json may name another size and guidance.
@@ -30,18 +31,17 @@ from metalora import apply_loras
 from support.checkpoints import (add_speed_options, check_sampling_memory, encode_prompts,
                                  find_model, flux_files, is_small, load_autoencoder,
                                  model_defaults, open_flux, pick_dtype, text_device)
-from support.common import (Interruption, Parser, Stopped, expand, finite_number, free,
-                            is_out_of_memory, keep, note, pick_device, positive, read_prompts,
-                            run_script, save_png, shorten, side, use_threads)
+from support.common import (Interruption, Parser, Stopped, expand, finite_number, free, keep, note,
+                            peak_memory, pick_device, positive, read_prompts, run_script, save_png,
+                            shorten, side, suppress_out_of_memory, use_threads, write_whole)
 from support.finding import model_name
 from support.lora_files import load_loras, split_lora
 from support.memory import fit_sampling, memory_left
 from support.photos import picture_fields, plan_files, to_image
-from support.sheets import plan_comparison
+from support.sheets import PROMPTS, draw_comparison, plan_comparison, tile
 
 STEPS = 30                     # of the Euler sampler
 SCHNELL_STEPS = 4              # for models without a guidance input
-FEW = 8                        # latents that wait for the autoencoder while it does not fit
 DECODING = 4096                # free bytes per pixel with which the autoencoder can stay loaded
 # {prompt: (txt (1, T, context_in_dim), y (1, vec_in_dim))}
 Embeddings = dict[str, tuple[Tensor, Tensor]]
@@ -106,14 +106,31 @@ def decode_latent(autoencoder: AutoEncoder, latent: Tensor) -> Image.Image:
     return to_image(pixels[0])
 
 
-def decode_if_it_fits(autoencoder: AutoEncoder | None, latent: Tensor) -> Image.Image | None:
-    """Like decode_latent; None without an autoencoder, or when the device runs out of memory."""
-    try:
-        return decode_latent(autoencoder, latent) if autoencoder else None
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        return None
+def sample_rows(
+    args: argparse.Namespace,
+    rows: list[list],
+    embeddings: Embeddings,
+    jobs: list[tuple[str, int]],
+    on_step: Callable[[], object],
+    **settings,
+) -> Iterator[tuple[Tensor, Image.Image | None]]:
+    """Samples all jobs with each set of LoRAs in `rows` -> each latent, and its picture unless the
+    autoencoder does not fit beside the transformer."""
+    size = settings["height"] // 8, settings["width"] // 8
+    text_tokens = embeddings[jobs[0][0]][0].shape[1]
+    flux = open_flux(args, args.device, len(rows) * len(jobs) * settings["steps"])
+    autoencoder = None
+    if memory_left(args.device) > DECODING * settings["height"] * settings["width"]:
+        autoencoder = load_autoencoder(args.folder, args.device, args.dtype)
+    for loras in rows:
+        apply_loras(flux, [(lora, strength) for lora, strength in loras if strength])
+        fit_sampling(flux, size, text_tokens)
+        for latent in sample_latents(flux, embeddings, jobs, on_step=on_step, **settings):
+            picture = None
+            if autoencoder:
+                with suppress_out_of_memory():
+                    picture = decode_latent(autoencoder, latent)
+            yield latent.cpu(), picture
 
 
 # --------------------------------------------------------------------------------------------------
@@ -138,9 +155,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--compare", metavar="FILE[:STRENGTH]", nargs="+", default=[],
         help="sample every prompt without these LoRAs and with each of them; prompts come first. "
         "Writes a sheet with one row per LoRA, and a folder for eval_rfacesim.py --images")
-    add("--person", default="person", metavar="NAME",
-        help="with --compare: name of the person's folder, as in eval_rfacesim.py --data "
-        "(default: person)")
     add("--steps", type=positive, help=f"Euler steps (default: {STEPS}; schnell: {SCHNELL_STEPS})")
     add("--guidance", type=finite_number,
         help="guidance input of dev models (default: the model's. FLUX.1: 3.5; baby: 2.75)")
@@ -164,29 +178,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_intermixed_args(argv)
     if not 0 <= args.seed <= 2 ** 63 - args.num:
         raise ValueError(f"--seed is an integer from 0 to {2 ** 63 - 1}, not {args.seed}")
-    if args.person != "person" and not args.compare:
-        raise ValueError(f"--person {args.person} does nothing without --compare")
     return args
-
-
-def sample_rows(
-    flux: Flux,
-    rows: list[list],
-    embeddings: Embeddings,
-    jobs: list[tuple[str, int]],
-    done: int,
-    on_step: Callable[[], object],
-    **settings,
-) -> Iterator[Tensor]:
-    """`sample_latents` of all jobs with each set of LoRAs in `rows`, without the first `done`."""
-    size = settings["height"] // 8, settings["width"] // 8
-    text_tokens = next(iter(embeddings.values()))[0].shape[1]
-    row, start = divmod(done, len(jobs))
-    for loras in rows[row:]:
-        apply_loras(flux, [(lora, strength) for lora, strength in loras if strength])
-        fit_sampling(flux, size, text_tokens)
-        yield from sample_latents(flux, embeddings, jobs[start:], on_step=on_step, **settings)
-        start = 0
 
 
 def draw_all(
@@ -197,61 +189,46 @@ def draw_all(
     save: Callable[[int, Image.Image], object],
     **settings,
 ) -> None:
-    """Samples all jobs with each set of LoRAs in `rows`; calls save(number, picture) after each.
+    """Calls save(number, picture) for all jobs with each set of LoRAs in `rows`.
 
-    Where the autoencoder does not fit beside the transformer, FEW latents at a time are decoded
-    after the transformer is freed. Whatever stops the run early (a signal, a lack of memory, a
-    value that is not finite) is raised once every finished picture is saved.
-    """
+    Whatever stops the run early (a signal, a lack of memory, a value that is not finite) is raised
+    once every finished picture is saved."""
     total = len(rows) * len(jobs)
+    waiting = {}                                 # {number: latent without a picture yet}
     done = 0
-    beside = True                                # the autoencoder stays beside the transformer
-    pixels = settings["width"] * settings["height"]
-    bar = tqdm(total=total * settings["steps"], desc="denoising", unit="step", disable=None)
+    stopped = None
+    with (
+        Interruption() as interruption,
+        tqdm(total=total * settings["steps"], desc="denoising", unit="step", disable=None) as bar,
+    ):
+        def on_step() -> None:
+            bar.update()
+            interruption.raise_if_asked()
 
-    def on_step() -> None:
-        bar.update()
-        interruption.raise_if_asked()
-
-    while done < total:
-        flux = open_flux(args, args.device, total * settings["steps"])
-        beside = beside and memory_left(args.device) > DECODING * pixels
-        autoencoder = load_autoencoder(args.folder, args.device, args.dtype) if beside else None
-        waiting = []                             # latents without a picture yet
-        stopped = None
-        with Interruption() as interruption:
+        sampled = sample_rows(args, rows, embeddings, jobs, on_step, **settings)
+        try:
+            for done, (latent, picture) in enumerate(sampled, 1):
+                if picture:
+                    save(done - 1, picture)
+                else:
+                    waiting[done - 1] = latent
+        except (KeyboardInterrupt, FloatingPointError, RuntimeError, OSError) as error:
+            # a traceback would keep the transformer alive
+            stopped = error.with_traceback(None)
+        sampled.close()
+        free(args.device)
+        if waiting:
+            autoencoder = load_autoencoder(args.folder, args.device, args.dtype)
+        for number, latent in waiting.items():
             try:
-                for latent in sample_rows(flux, rows, embeddings, jobs, done, on_step, **settings):
-                    waiting.append(latent.cpu())
-                    picture = decode_if_it_fits(autoencoder, latent)
-                    if picture:
-                        waiting.clear()
-                        done += 1
-                        save(done - 1, picture)
-                        continue
-                    beside = False
-                    autoencoder = None
-                    if len(waiting) >= FEW:
-                        break
-            except (KeyboardInterrupt, FloatingPointError, RuntimeError, OSError) as error:
-                # a traceback would keep the transformer alive
-                stopped = error.with_traceback(None)
-            flux = autoencoder = None
-            free(args.device)
-            if waiting:
-                autoencoder = load_autoencoder(args.folder, args.device, args.dtype)
-            for latent in waiting:
-                done += 1
-                try:
-                    save(done - 1, decode_latent(autoencoder, latent))
-                except OSError as error:
-                    stopped = stopped or error
-            stopped = stopped or (interruption.asked and Stopped(interruption.asked))
-        if stopped:
-            bar.close()
-            note(f"stopped: {done} of {total} pictures are saved")
-            raise stopped
-    bar.close()
+                save(number, decode_latent(autoencoder, latent))
+            except OSError as error:
+                stopped = stopped or error
+        if interruption.asked:
+            stopped = stopped or Stopped(interruption.asked)
+    if stopped:
+        note(f"stopped: {done} of {total} pictures are saved")
+        raise stopped
 
 
 def sampling_settings(args: argparse.Namespace, config: FluxConfig) -> dict[str, object]:
@@ -277,16 +254,21 @@ def sampling_settings(args: argparse.Namespace, config: FluxConfig) -> dict[str,
     }
 
 
+def with_each(loras: list, compared: list) -> list[list]:
+    """The LoRAs alone, then with each of the compared ones."""
+    return [loras, *([*loras, lora] for lora in compared)]
+
+
 def draw(argv: list[str] | None) -> None:
     """From the command line to the files: cheap checks first, then one model after the other."""
     args = parse(argv)
     prompts = read_prompts(args.words, args.prompts)
     seeds = range(args.seed, args.seed + args.num)
-    lora_files = [split_lora(text) for text in args.lora]
+    named = [split_lora(text) for text in args.lora]
     compared = [split_lora(text, "--compare") for text in expand(args.compare)]
     if compared:
-        plan = plan_comparison(args.out, args.person, compared, prompts, seeds)
-        files = plan.files
+        out = args.out or Path("compare")
+        files = plan_comparison(out, compared, prompts, seeds)
         grid_file = None
     else:
         files, grid_file = plan_files(args.out, len(prompts), seeds)
@@ -295,27 +277,21 @@ def draw(argv: list[str] | None) -> None:
     _, config, _ = flux_files(folder)
     args.dtype = pick_dtype(device, folder)
     use_threads(device.type == "cpu" and is_small(folder))
-    loras = load_loras(lora_files, config)
-    rows = [loras, *([*loras, lora] for lora in load_loras(compared, config))]
     settings = sampling_settings(args, config)
     width = settings["width"]
     height = settings["height"]
+    lora_files = with_each(named, compared)
+    rows = with_each(load_loras(named, config), load_loras(compared, config))
     check_sampling_memory(args, device, (height // 8, width // 8), rows)
-    sets = [lora_files, *([*lora_files, lora] for lora in compared)]       # the names of `rows`
     jobs = list(product(prompts, seeds))
-    grid = Image.new("RGB", (len(seeds) * width, len(prompts) * height)) if grid_file else None
 
     def fields(number: int) -> dict[str, object]:
         row, job = divmod(number, len(jobs))
-        prompt, seed = jobs[job]
-        return picture_fields(prompt, seed, settings, Path(args.model).name, sets[row])
+        return picture_fields(*jobs[job], settings, Path(args.model).name, lora_files[row])
 
     def save(number: int, picture: Image.Image) -> None:
         keep(files[number], lambda path: save_png(picture, path, fields(number)))
         tqdm.write(f"saved {files[number]}")
-        if grid:
-            row, column = divmod(number, len(seeds))
-            grid.paste(picture, (column * width, row * height))
 
     print(f"{args.model} on {device}, {width} x {height}, {settings['steps']} steps, "
           f"pictures: {len(files)}")
@@ -323,18 +299,18 @@ def draw(argv: list[str] | None) -> None:
     negative = [settings["negative"]] if args.true_cfg != 1.0 else []
     embeddings = encode_prompts(folder, prompts + negative, text_device(args, device), args.dtype)
     if compared:
-        plan.save_prompts()
+        # before the pictures: eval_rfacesim.py must not score them by other prompts
+        out.mkdir(parents=True, exist_ok=True)
+        write_whole(out / PROMPTS, "\n".join([*prompts, ""]))
     draw_all(args, rows, embeddings, jobs, save, **settings)
-    if grid:
+    if compared:
+        print(f"saved {draw_comparison(out, files, prompts, seeds)}")
+    if grid_file:
         texts = {"prompt_text": "\n".join(prompts), "seed": " ".join(map(str, seeds))}
+        grid = tile(files, len(seeds))
         keep(grid_file, lambda path: save_png(grid, path, fields(0) | texts))
         print(f"saved {grid_file}")
-    if compared:
-        print(f"saved {plan.draw()}")
-    memory = ""
-    if device.type == "cuda":
-        memory = f", peak GPU memory {torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB"
-    print(f"{time.perf_counter() - start:.1f} s{memory}")
+    print(f"{time.perf_counter() - start:.1f} s{peak_memory(device)}")
 
 
 def main(argv: list[str] | None = None) -> int:

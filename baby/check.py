@@ -69,15 +69,15 @@ def verification(judges: Judges, people: int = 100, pictures: int = 4) -> tuple[
     """AUC of "the same person?" over all pairs of photo-style pictures of test identities, and how
     many faces there were."""
     first = faces.TEST.start + 2000
-    crops = []
+    found = []
     who = []
     for person, index in product(range(people), range(pictures)):
         image, _ = faces.sample(first + person, index, style="photo")
-        crop = judges.crop(Image.fromarray(image))
-        if crop is not None:
-            crops.append(crop)
+        face = judges.embed(Image.fromarray(image))
+        if face is not None:
+            found.append(face)
             who.append(person)
-    same, different = pairs(judges.embed(crops).numpy(), np.array(who))
+    same, different = pairs(torch.stack(found).numpy(), np.array(who))
     return auc(same, different), len(who)
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import personalize
-from eval_rfacesim import Judges, add_options, embed_real, report, score_all
+from eval_rfacesim import Judges, add_options, collect, embed_real, score_all, write_report
 from flux_model import flow_matching_loss
 from metalora import IdentityBank, MetaLoRA, apply_loras, random_lomd
 from paper.report import METHODS, Line, draw_scores, draw_sheet
@@ -449,9 +449,8 @@ def lines_of(methods: list[dict]) -> list[Line]:
     return [*lines.values()]
 
 
-def compare(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, list[dict]], list[dict]]:
-    """Writes scores.json and tables.md -> the settings, {label: scores of its images}, and the
-    summary of each label."""
+def compare(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
+    """Writes scores.json and tables.md -> the settings, and what scores.json holds."""
     args = parse(argv)
     check_writable(args.out, "--out", args.data)
     args.device = pick_device(args.device)
@@ -472,25 +471,17 @@ def compare(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, list[
     pictures = produce(args)
     rows, problems = score_all(judges, real, pictures, args.out / "parts")
     tell(problems)
-    methods = report(
-        args.out,
-        args.people,
-        rows,
-        real,
-        judges,
-        problems,
-        args.no_face_as_zero,
-        args.paper,
-        base=Path(args.model).name,
-        settings=args.settings | {"reference": args.reference},
-        describe=args.rows.__getitem__,
-    )
-    return args, rows, methods
+    scores = collect(args, judges, args.people, rows, problems)
+    scores["settings"] |= args.settings
+    for method in scores["methods"]:
+        method |= args.rows[method["label"]]
+    write_report(args.out, scores, base=Path(args.model).name)
+    return args, scores
 
 
 def command(argv: list[str] | None) -> None:
-    args, _, methods = compare(argv)
-    lines = lines_of(methods)
+    args, scores = compare(argv)
+    lines = lines_of(scores["methods"])
     if lines:
         draw_scores(args.out / "scores.png", lines, lines)
     folders = {}

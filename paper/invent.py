@@ -39,7 +39,7 @@ from support.checkpoints import (add_speed_options, check_sampling_memory, compi
 from support.common import (Parser, check_out, count, pick_device, positive, run_script,
                             save_png, side, use_threads, write_whole)
 from support.finding import tokenizers_of
-from support.judges import load_face_network
+from support.judges import FaceNetwork
 from support.photos import read_photo
 from support.sheets import sheet
 
@@ -147,13 +147,8 @@ def draw_pictures(args: argparse.Namespace, shots: list[Shot], folder: Path) -> 
 def face_network(args: argparse.Namespace) -> Callable:
     """Picture -> embedding (E,), norm 1, of its largest face; None without a face. The network is the
     model's own, or else facenet-pytorch's."""
-    detector, embedder, _ = load_face_network(args.baby, args.face_weights, args.device)
-
-    @torch.no_grad()
-    def embed(path: Path) -> Tensor | None:
-        face = detector(read_photo(path))
-        return None if face is None else embedder(face[None].to(args.device))[0].cpu()
-    return embed
+    network = FaceNetwork(args.baby, args.face_weights, args.device)
+    return lambda path: network.embed(read_photo(path))
 
 
 def nearest(embeddings: Tensor, number: int) -> list[int]:

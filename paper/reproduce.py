@@ -95,7 +95,7 @@ def draw_people(judges: evaluation.Judges, folder: Path, first: int, count: int)
                 pixels, _ = faces.sample(seed, 1000 * i + index, SIDE, SIDE, style="photo", **pose)
                 index += 1
                 image = Image.fromarray(pixels)
-                if judges.crop(image) is not None:
+                if judges.embed(image) is not None:
                     save_png(image, path)
 
 
@@ -172,14 +172,16 @@ def run_trial(args: argparse.Namespace, trial: Trial, steps: list[int]) -> dict[
         words += ["--lomd", args.lomd]
     if args.device:
         words += ["--device", args.device]
-    settings, rows, _ = compare.compare([str(word) for word in words])
+    settings, scores = compare.compare([str(word) for word in words])
 
     found = {}
     for count in steps:
         label = compare.label_of(trial.method, trial.rank, count)
         found[str(count)] = of_people = {}
         for person in settings.people:
-            own = [row for row in rows[label] if row["identity"] == person.name]
+            key = label, person.name
+            rows = scores["pictures"]
+            own = [row for row in rows if (row["method"], row["identity"]) == key]
             of_people[person.name] = scores_of(own, person)
             if not choosing:
                 images = settings.out / "images" / label / person.name
@@ -189,7 +191,7 @@ def run_trial(args: argparse.Namespace, trial: Trial, steps: list[int]) -> dict[
 
 def scores_of(rows: list[dict], person: evaluation.Person) -> dict[str, float]:
     """The likeness (R-FaceSim), CLIP-T, and their sum; the share of images with a face."""
-    summary = evaluation.summarise_method(rows, [person], no_face_as_zero=True)
+    summary, = evaluation.summarise_methods(rows, [person], no_face_as_zero=True)
     likeness = summary["r_facesim"]
     text = summary["clip_t"]["mean"]
     return {

@@ -24,8 +24,8 @@ from PIL import Image, PngImagePlugin
 from safetensors import SafetensorError
 
 from support import SIGHUP, SIGNALS
-from support.devices import (free, is_out_of_memory, pick_device, to_device,  # noqa: F401
-                             use_threads)
+from support.devices import (free, is_out_of_memory, peak_memory, pick_device,  # noqa: F401
+                             suppress_out_of_memory, to_device, use_threads)
 
 # errors of file systems that lack an operation
 NOT_SUPPORTED = errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK
@@ -61,30 +61,27 @@ def whole(path: str | Path) -> Iterator[Path]:
     A link is kept, and its target replaced. The mode is the old file's, else umask's. OSError names
     the path.
     """
-    path = Path(path)
     place = Path(os.path.realpath(path))
-    part = RESERVED.pop(place, None)
-    try:
-        part = part or new_part(place)
-        mode = (place if place.exists() else part).stat().st_mode
-        yield part
-        with open(part, "rb+") as file:
-            sync(file.fileno())
-        with suppress(OSError):                  # save_file makes 0600; a file system may lack modes
-            part.chmod(stat.S_IMODE(mode))
-        os.replace(part, place)
-        # sync the folder too, so that no file written later outlives this one in a crash
-        if os.name == "posix":
-            with suppress(PermissionError):      # a folder can be writable and not readable
-                folder = os.open(place.parent, os.O_RDONLY)
-                sync(folder)
-                os.close(folder)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise OSError(f"{path} cannot be written: {reason}") from None
-    finally:
-        with suppress(OSError, AttributeError):  # the disk is gone or read-only, or no part
-            part.unlink(missing_ok=True)
+    with naming(path):
+        part = RESERVED.pop(place, None) or new_part(place)
+        try:
+            mode = (place if place.exists() else part).stat().st_mode
+            yield part
+            with open(part, "rb+") as file:
+                sync(file.fileno())
+            # save_file makes 0600; a file system may lack modes
+            with suppress(OSError):
+                part.chmod(stat.S_IMODE(mode))
+            os.replace(part, place)
+            # sync the folder too, so that no file written later outlives this one in a crash
+            if os.name == "posix":
+                with suppress(PermissionError):  # a folder can be writable and not readable
+                    folder = os.open(place.parent, os.O_RDONLY)
+                    sync(folder)
+                    os.close(folder)
+        finally:
+            with suppress(OSError):              # the disk is gone or read-only
+                part.unlink(missing_ok=True)
 
 
 def sync(descriptor: int) -> None:
@@ -127,12 +124,13 @@ def keep(path: Path, save: Callable[[Path], object]) -> None:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def naming(path: str | Path) -> Iterator[None]:
     """Adds the file's name to an OSError from writing to an open file, which lacks it."""
     try:
         yield
-    except OSError as error:
-        raise OSError(f"{path} cannot be written: {error.strerror or error}") from None
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(f"{path} cannot be written: {reason}") from None
 
 
 def write_whole(path: str | Path, data: bytes | str) -> None:
@@ -219,15 +217,13 @@ class JsonFile(dict):
 
 
 def check_writable(path: Path, option: str, data: Iterable[Path] = ()) -> None:
-    """ValueError unless the folder `path` exists or can be created, with its missing parents, and is
-    outside of the data, where it would be read later."""
+    """ValueError unless the folder `path` exists or can be created, with its missing parents, and
+    is outside of the data, where it would be read later."""
     base = next(p for p in (path, *path.absolute().parents) if p.exists())
     if not base.is_dir():
         raise ValueError(f"{option} {path}: {base} is not a folder")
-    try:
-        new_part(base / "try").unlink()
-    except OSError as error:
-        raise ValueError(f"{option} {path}: {base} is not writable: {error.strerror}") from None
+    if not os.access(base, os.W_OK):
+        raise ValueError(f"{option} {path}: {base} is not writable")
     for folder in data:
         if path.resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"{option} {path} lies within --data {folder}; "
@@ -235,8 +231,8 @@ def check_writable(path: Path, option: str, data: Iterable[Path] = ()) -> None:
 
 
 def check_out(path: Path, suffix: str = "", option: str = "--out") -> None:
-    """ValueError unless the file, whose name ends in `suffix`, or else the folder can be written in a
-    folder that exists."""
+    """ValueError unless a file whose name ends in `suffix`, or without one a folder, can be written
+    in a folder that exists."""
     if suffix and (path.suffix != suffix or path.is_dir()):
         raise ValueError(f"{option} must be a file that ends in {suffix}, not {path}")
     place = Path(os.path.realpath(path))
@@ -269,12 +265,13 @@ def read_prompts(words: list[str], path: Path | None) -> list[str]:
             raise ValueError(f"--prompts {path} is not a text file in UTF-8") from None
         prompts += [line for line in lines if line and not line.startswith("#")]
     if not prompts:
-        if path:
-            raise ValueError(f"{path} holds no prompt")
-        raise ValueError("no prompt: give one, or --prompts FILE")
+        none = f"{path} holds no prompt" if path else "no prompt: give one, or --prompts FILE"
+        raise ValueError(none)
     for prompt in prompts:
-        if not prompt.strip() or prompt != prompt.encode("utf-8", "replace").decode():
-            raise ValueError(f"a prompt is {'not text in UTF-8' if prompt.strip() else 'empty'}")
+        if not prompt.strip():
+            raise ValueError("a prompt is empty")
+        if prompt != encodable(prompt):
+            raise ValueError("a prompt is not text in UTF-8")
     return list(dict.fromkeys(prompts))
 
 

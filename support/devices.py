@@ -1,5 +1,7 @@
 """Devices: which one, how many threads, small tensors, freeing memory and running out of it."""
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -53,3 +55,20 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     messages = "out of memory", "can't allocate memory", "not enough memory"
     return any(message in str(error) for message in messages)
+
+
+@contextmanager
+def suppress_out_of_memory() -> Iterator[None]:
+    """Ends this block when the device runs out of memory."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+
+
+def peak_memory(device: torch.device) -> str:
+    """", peak 22.7 GiB" of a GPU since the start; "" for other devices."""
+    if device.type != "cuda":
+        return ""
+    return f", peak {torch.cuda.max_memory_allocated(device) / 2 ** 30:.1f} GiB"

@@ -4,6 +4,7 @@ InceptionResnetV1 of facenet-pytorch (VGGFace2) tells faces apart, or the baby's
 """
 import itertools
 import re
+import textwrap
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -36,8 +37,8 @@ class FaceEmbedder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.blocks = nn.ModuleList()
-        before = 3
-        for width in self.WIDTHS:                # each block halves the sides: 32, 16, 8, 4
+        # each block halves the sides: 32, 16, 8, 4
+        for before, width in itertools.pairwise((3, *self.WIDTHS)):
             block = nn.ModuleDict()
             block["skip"] = nn.Conv2d(before, width, 1, stride=2)
             block["down"] = nn.Conv2d(before, width, 3, stride=2, padding=1)
@@ -45,19 +46,18 @@ class FaceEmbedder(nn.Module):
                 block[f"norm{i}"] = nn.BatchNorm2d(width)
                 block[f"conv{i}"] = nn.Conv2d(width, width, 3, padding=1, bias=False)
             self.blocks.append(block)
-            before = width
-        self.norm = nn.BatchNorm2d(before)
-        self.last = nn.Linear(before * 16, self.DIM)
+        self.norm = nn.BatchNorm2d(width)
+        self.last = nn.Linear(width * 16, self.DIM)
         self.last_norm = nn.BatchNorm1d(self.DIM)
+
+    @staticmethod
+    def layer(block: nn.ModuleDict, i: int, x: Tensor) -> Tensor:
+        return block[f"conv{i}"](F.relu(block[f"norm{i}"](x)))
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
-            h = block["down"](x)
-            h = block["conv1"](F.relu(block["norm1"](h)))
-            x = block["skip"](x) + h
-            h = block["conv2"](F.relu(block["norm2"](x)))
-            h = block["conv3"](F.relu(block["norm3"](h)))
-            x = x + h
+            x = block["skip"](x) + self.layer(block, 1, block["down"](x))
+            x = x + self.layer(block, 3, self.layer(block, 2, x))
         x = F.relu(self.norm(x)).flatten(1)
         x = self.last_norm(self.last(x))
         return F.normalize(x, dim=1)
@@ -79,8 +79,9 @@ def find_inception() -> Path:
     return path
 
 
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """A .safetensors file, or a .pt of tensors only: ValueError for any other pickle, never run."""
+def fill_embedder(model: nn.Module, path: Path) -> None:
+    """Weights from a .safetensors file, or a .pt of tensors only. ValueError for any other pickle,
+    which is never run, and for the weights of another network."""
     check_file(path, "file of weights")
     try:
         if path.suffix == ".safetensors":
@@ -88,73 +89,61 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                   # on files of another kind, readers raise anything
-        message = str(error) or type(error).__name__
-        reason = not_content(path) or message.splitlines()[0]
+        reason = not_content(path) or one_line(error)
         raise ValueError(f"{path} is not a file of weights: {reason}") from None
-    values = state.values() if isinstance(state, dict) else [None]
-    if not all(isinstance(value, Tensor) for value in values):
-        raise ValueError(f"{path} is not a state dict: it must map names to tensors")
-    return state
+    try:
+        # facenet-pytorch's own file has a classifier too
+        state = {name: value for name, value in state.items() if not name.startswith("logits.")}
+        model.load_state_dict(state)
+    except (RuntimeError, AttributeError) as error:
+        kind = type(model).__name__
+        raise ValueError(f"{path} is not a state dict of {kind}: {one_line(error)}") from None
 
 
-def find_shapes(state: dict[str, Tensor]) -> set[tuple[str, torch.Size]]:
-    """(name, shape) of what an embedder needs: no classifier, none of BatchNorm's counts."""
-    shapes = set()
-    for name, value in state.items():
-        if not name.startswith("logits.") and "num_batches_tracked" not in name:
-            shapes.add((name, value.shape))
-    return shapes
+def one_line(error: Exception) -> str:
+    return textwrap.shorten(str(error), 200, placeholder=" ...") or type(error).__name__
 
 
-def load_face_embedder(
-    baby: Path | None,
-    weights: Path | None = None,
-) -> tuple[nn.Module, int, str]:
-    """The network, the side of its crops in pixels, and its name with a hash.
+class FaceNetwork:
+    """MTCNN with an embedder of the largest face that it finds: frozen, fp32, on `device`.
 
-    baby: folder of a model with its own face network. weights: file of a state dict. ValueError."""
-    path = weights
-    if path is None:
-        path = baby / "face_embedder.safetensors" if baby else find_inception()
-    state = read_state_dict(path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from facenet_pytorch import InceptionResnetV1
-    model = FaceEmbedder() if baby else InceptionResnetV1(pretrained=None)
+    baby: folder of a model with its own embedder. weights: a state dict of InceptionResnetV1
+    instead of facenet-pytorch's own. ValueError if weights are missing or of another network."""
+    def __init__(self, baby: Path | None, weights: Path | None, device: torch.device) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from facenet_pytorch import MTCNN, InceptionResnetV1
+        if baby and not weights:
+            path = baby / "face_embedder.safetensors"
+            side = FaceEmbedder.SIDE
+            embedder = FaceEmbedder()
+        else:
+            path = weights or find_inception()
+            side = 160
+            embedder = InceptionResnetV1()
+        fill_embedder(embedder, path)
+        self.device = device
+        self.embedder = embedder.eval().to(device)
+        self.face_name = f"{type(embedder).__name__} {digest(path.read_bytes())}"
+        # MTCNN pools to arbitrary sizes, which mps cannot
+        self.detector = MTCNN(side, margin=0, device="cpu" if device.type == "mps" else device)
 
-    kind = type(model).__name__
-    shapes = find_shapes(state)
-    different = sorted(name for name, _ in shapes ^ find_shapes(model.state_dict()))
-    if different:
-        raise ValueError(f"{path} does not fit {kind}: the first difference is in {different[0]}")
-    # strict=False: only BatchNorm's counts are missing, all else was just compared
-    model.load_state_dict({name: state[name] for name, _ in shapes}, strict=False)
-    side = FaceEmbedder.SIDE if baby else 160
-    return model.eval(), side, f"{kind} {digest(path.read_bytes())}"
+    @torch.no_grad()
+    def embed(self, image: Image.Image) -> Tensor | None:
+        """The largest face (E,), of norm 1, on the CPU; None without one."""
+        face = self.detector(image)                          # (3, side, side), about [-1, 1]
+        return None if face is None else self.embedder(face[None].to(self.device))[0].cpu()
 
-
-def load_face_network(
-    baby: Path | None,
-    weights: Path | None,
-    device: torch.device,
-) -> tuple[nn.Module, nn.Module, str]:
-    """MTCNN, which finds and crops the largest face; the embedder of its crops; its name.
-
-    baby: folder of a model with its own embedder; weights of a state dict are InceptionResnetV1's."""
-    from facenet_pytorch import MTCNN
-    embedder, side, name = load_face_embedder(None if weights else baby, weights)
-    # MTCNN pools to arbitrary sizes, which mps cannot
-    detector = MTCNN(side, margin=0, device="cpu" if device.type == "mps" else device)
-    return detector, embedder.to(device), name
+    def count(self, image: Image.Image) -> int:
+        """How many faces MTCNN is sure of."""
+        _, probabilities = self.detector.detect(image)       # [None] without a face
+        return sum((value or 0) > 0.9 for value in probabilities)
 
 
-class Judges:
-    """MTCNN with a face embedder, and CLIP: frozen, fp32, on `device`.
+class Judges(FaceNetwork):
+    """FaceNetwork, and CLIP, frozen and fp32 too. ValueError if weights are missing.
 
-    model: one with its own judges (baby); any other gets InceptionResnetV1 and CLIP ViT-B/32.
-    Embeddings are (n, E), of norm 1, on the CPU. ValueError if weights are missing."""
-    BATCH = 32
-
+    model: one with its own judges (baby); any other gets InceptionResnetV1 and CLIP ViT-B/32."""
     def __init__(
         self,
         model: str = "flux-dev",
@@ -163,16 +152,11 @@ class Judges:
         device: str | torch.device = "cpu",
     ) -> None:
         from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
-        self.device = torch.device(device)
-        folder = own_folder(model)
-        baby = None
-        if folder and (folder / "face_embedder.safetensors").is_file():
-            baby = folder
-
-        faces = load_face_network(baby, face_weights, self.device)
-        self.detector, self.embedder, face_name = faces
-
-        name = clip or (folder / "scorer" if baby else CLIP)
+        baby = own_folder(model)
+        if baby and not (baby / "face_embedder.safetensors").is_file():
+            baby = None
+        super().__init__(baby, face_weights, torch.device(device))
+        name = clip or (baby / "scorer" if baby else CLIP)
         try:
             with quiet_transformers():
                 self.tokenizer = CLIPTokenizer.from_pretrained(name)
@@ -185,40 +169,14 @@ class Judges:
                 f"{CLIP}, or name a folder with --clip; --model baby needs neither") from None
         weights = self.clip.text_projection.weight.detach().cpu().numpy()
         clip_name = f"{Path(name).name} {digest(weights.tobytes())}"
-        self.names = {"face": face_name, "text": clip_name}
-
-    @torch.no_grad()
-    def crop(self, image: Image.Image) -> Tensor | None:
-        """The largest face that MTCNN finds, (3, side, side) in about [-1, 1]; None without one."""
-        face = self.detector(image)
-        return None if face is None else face.cpu()
-
-    def count(self, image: Image.Image) -> int:
-        """How many faces MTCNN is sure of."""
-        _, probabilities = self.detector.detect(image)             # [None] without a face
-        return sum(value is not None and value > 0.9 for value in probabilities)
-
-    @torch.no_grad()
-    def embed(self, crops: list[Tensor]) -> Tensor:
-        """Crops of `crop` -> (n, E)."""
-        if not crops:
-            return torch.zeros(0, 1)
-        parts = []
-        for i in range(0, len(crops), self.BATCH):
-            batch = torch.stack(crops[i:i + self.BATCH])
-            parts.append(self.embedder(batch.to(self.device)).cpu())
-        return torch.cat(parts)
+        self.names = {"face": self.face_name, "text": clip_name}
 
     @torch.no_grad()
     def embed_images(self, images: list[Image.Image]) -> Tensor:
-        """CLIP's image embeddings (n, E)."""
-        parts = []
-        for i in range(0, len(images), self.BATCH):
-            batch = self.processor(images=images[i:i + self.BATCH], return_tensors="pt")
-            pixels = batch["pixel_values"].to(self.device)
-            pooled = self.clip.vision_model(pixel_values=pixels).pooler_output
-            parts.append(self.clip.visual_projection(pooled))
-        return F.normalize(torch.cat(parts), dim=1).cpu()
+        """CLIP's image embeddings (n, E), on the CPU."""
+        pixels = self.processor(images=images, return_tensors="pt")["pixel_values"]
+        pooled = self.clip.vision_model(pixels.to(self.device)).pooler_output
+        return F.normalize(self.clip.visual_projection(pooled), dim=1).cpu()
 
     @torch.no_grad()
     def embed_texts(self, texts: list[str]) -> Tensor:
@@ -271,13 +229,10 @@ def prompts_for(
     They come from `prompt_file`, or else from the model's prompts.txt, or else from Meta-PHD."""
     if prompt_file is None and model_folder and (model_folder / "prompts.txt").is_file():
         prompt_file = model_folder / "prompts.txt"
-    lists = {}                                   # {file: its lines}
     prompts = {}
     for person in people:
         path = prompt_file or META_PHD / ("unsplash.txt" if person.tests else "ffhq.txt")
-        if path not in lists:
-            lists[path] = read_prompts([], path)
-        prompts[person.name] = [fill(prompt, person.gender) for prompt in lists[path]]
+        prompts[person.name] = [fill(prompt, person.gender) for prompt in read_prompts([], path)]
     return prompts
 
 
@@ -298,24 +253,18 @@ def find_pictures(
         if folder.name not in prompts or not folder.is_dir():
             skipped[folder] = "no identity of that name in --data"
             continue
-        texts = prompts[folder.name]
+        texts = dict(enumerate(prompts[folder.name]))
         for path in visible(folder):
-            match = re.fullmatch(r"(.+)_([0-9]+)", path.stem)
-            if path.suffix.lower() not in SUFFIXES or not match:
+            match = re.fullmatch(r"([0-9]+)_([0-9]+)", path.stem)
+            if not match or path.suffix.lower() not in SUFFIXES:
                 skipped[path] = "its name is not <prompt>_<seed>.png"
                 continue
-            number = int(match[1]) if match[1].isdecimal() else len(texts)
-            if number >= len(texts) or texts[number] is None:
-                skipped[path] = f"{match[1]} is not a prompt of {folder.name}"
+            number, seed = map(int, match.groups())
+            text = texts.get(number)
+            if text is None:
+                skipped[path] = f"{number} is not a prompt of {folder.name}"
                 continue
-            pictures.append(Picture(
-                label=folder.parent.name,
-                person=folder.name,
-                prompt=number,
-                seed=int(match[2]),
-                path=path,
-                text=texts[number],
-            ))
+            pictures.append(Picture(folder.parent.name, folder.name, number, seed, path, text))
     return pictures, [f"{path} is not scored: {why}" for path, why in skipped.items()]
 
 
@@ -323,29 +272,22 @@ def check_complete(
     pictures: list[Picture],
     people: list[Person],
     prompts: dict[str, list[str | None]],
-    seeds: int | None,
 ) -> tuple[list[Picture], list[str]]:
     """Each prompt and seed once, and a line for each extra picture and each person's missing ones.
 
-    Expected are the seeds 0 to seeds - 1, or else every seed that anybody has from any method."""
-    if seeds is None:
-        expected = sorted({picture.seed for picture in pictures})
-    else:
-        expected = range(seeds)
+    Expected is every seed that anybody has from any method."""
     kept, problems = {}, []                      # kept: {(label, person, prompt, seed): Picture}
     for picture in pictures:
-        if picture.seed not in expected:
-            problems.append(f"{picture.path} is not scored: its seed is beyond --seeds {seeds}")
-            continue
         first = kept.setdefault(picture[:4], picture)
         if first is not picture:
             same = f"{first.path.name} is the same prompt and seed"
             problems.append(f"{picture.path} is not scored: {same}")
 
     labels = dict.fromkeys(picture.label for picture in pictures)
+    seeds = sorted({picture.seed for picture in pictures})
     for label, person in itertools.product(labels, people):
         numbers = [i for i, text in enumerate(prompts[person.name]) if text is not None]
-        cells = list(itertools.product(numbers, expected))
+        cells = list(itertools.product(numbers, seeds))
         missing = [cell for cell in cells if (label, person.name, *cell) not in kept]
         if missing:
             number, seed = missing[0]

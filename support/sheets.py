@@ -1,12 +1,14 @@
 """Tables of scores in Markdown, contact sheets, and the plan of sample.py --compare."""
 import itertools
+import textwrap
 from pathlib import Path
-from typing import NamedTuple
 
+import numpy as np
+from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from support import photos
-from support.common import check_writable, save_png, write_whole
+from support.common import check_writable, save_png
 from support.people import fill
 
 BASE = "no LoRA"                                 # row of the pictures without a LoRA
@@ -59,23 +61,15 @@ def quoted_cells(row: dict, columns: list[str]) -> list[str]:
     return cells + [f"*{row[column]:.2f}*" for column in columns]
 
 
-def tables(
-    methods: list[dict],
-    real: dict | None,
-    base: str,
-    quoted: dict | None,
-    no_face_as_zero: bool,
-) -> str:
-    """Markdown in the form of the paper's Tables 4 and 5."""
+def tables(scores: dict, base: str) -> str:
+    """Markdown in the form of the paper's Tables 4 and 5, of what scores.json holds."""
     faces, texts = [], []
-    for method in methods:
+    for method in scores["methods"]:
         face_row, text_row = method_rows(method, base)
         faces.append(face_row)
         texts.append(text_row)
-    if real:
-        name = "the reference photo itself"
-        faces.append([name, "–", "100.00", percent(real), "–", "100.0%", counts(real)])
     source = ""
+    quoted = scores["quoted"]
     if quoted:
         for row in quoted["table 4"]:
             cells = quoted_cells(row, ["facesim", "r_facesim"])
@@ -86,7 +80,7 @@ def tables(
                   "unless these are Meta-PHD's.\n")
 
     policy = "pictures without a face are left out"
-    if no_face_as_zero:
+    if scores["settings"]["no_face_as_zero"]:
         policy = "a picture without a face counts as 0"
     start = ["Model", "Base model"]
     first = table([*start, "FaceSim ↑", "R-FaceSim ↑", "Relative difference", "Faces found",
@@ -99,19 +93,8 @@ def tables(
 
 def write(draw: ImageDraw.ImageDraw, text: str, x: int, y: int, width: int, height: int) -> None:
     """Text into a box of a sheet, as many lines as fit."""
-    font = ImageFont.load_default(12)
-    lines = []
-    for paragraph in text.splitlines():
-        line = ""
-        for word in paragraph.split():
-            longer = f"{line} {word}".strip()
-            if line and draw.textlength(longer, font) > width - 8:
-                lines.append(line)
-                longer = word
-            line = longer
-        lines.append(line)
-    for i, line in enumerate(lines[:height // 14]):
-        draw.text((x + 4, y + 14 * i + 2), line, "black", font)
+    lines = textwrap.wrap(text, width // 7)[:height // 14]
+    draw.text((x + 4, y + 2), "\n".join(lines), "black", ImageFont.load_default(12), spacing=2)
 
 
 def sheet(
@@ -145,63 +128,37 @@ def sheet(
     save_png(picture, path)
 
 
+def tile(files: list[Path], columns: int) -> Image.Image:
+    """Pictures of one size, so many in a row."""
+    pictures = [np.asarray(photos.read_photo(file)) for file in files]
+    grid = "(row column) height width rgb -> (row height) (column width) rgb"
+    return Image.fromarray(rearrange(pictures, grid, column=columns))
+
+
 # --------------------------------------------------------------------------------------------------
 # LoRAs side by side
 
 
-class Comparison(NamedTuple):
-    """What sample.py --compare draws: all prompts at all seeds without a LoRA, then with each."""
-    out: Path
-    rows: list[str]
-    prompts: list[str]
-    seeds: range
-    files: list[Path]                            # by row, then prompt, then seed
-
-    def save_prompts(self) -> None:
-        """Comes before the pictures: eval_rfacesim.py must not score them by other prompts."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        lines = "".join(f"{prompt}\n" for prompt in self.prompts)
-        write_whole(self.out / PROMPTS, lines.encode())
-
-    def draw(self) -> Path:
-        """Draws the sheet, one row per LoRA."""
-        columns = []
-        for prompt, seed in itertools.product(self.prompts, self.seeds):
-            columns.append(f"seed {seed}: {prompt}" if len(self.seeds) > 1 else prompt)
-        width = len(columns)
-        rows = []
-        for i, name in enumerate(self.rows):
-            rows.append((name, self.files[i * width:(i + 1) * width]))
-        side = min(256, photos.read_photo(self.files[0]).width)
-        sheet(self.out / SHEET, columns, rows, side)
-        return self.out / SHEET
-
-
 def row_names(loras: list[tuple[str, float]]) -> list[str]:
-    """A distinct name for each (file, strength): the file's, with as many folders as it takes."""
-    parts = []
-    for path, strength in loras:
-        *folders, name = Path(path).absolute().with_suffix("").parts[1:]
-        if strength != 1:
-            name = f"{name}@{strength:g}"
-        parts.append([*folders, name])
-    deepest = max(len(names) for names in parts)
-    for depth in range(1, 1 + deepest):
-        rows = ["_".join(names[-depth:]) for names in parts]
-        distinct = {name.lower() for name in [BASE, *rows]}      # some file systems ignore the case
-        if len(distinct) == 1 + len(rows):
+    """BASE, and a distinct name for each (file, strength): the file's, with as many folders as it
+    takes."""
+    for depth in range(1, 20):
+        rows = [BASE]
+        for path, strength in loras:
+            name = "_".join(Path(path).absolute().with_suffix("").parts[1:][-depth:])
+            rows.append(name if strength == 1 else f"{name}@{strength:g}")
+        # some file systems ignore the case
+        if len({name.lower() for name in rows}) == len(rows):
             return rows
     raise ValueError("--compare names a LoRA twice")
 
 
-def check_comparison(out: Path, person: str, prompts: list[str]) -> None:
+def check_comparison(out: Path, prompts: list[str]) -> None:
     """ValueError where the folder or eval_rfacesim.py could not hold what is drawn."""
     if out.suffix.lower() in photos.SUFFIXES and not out.is_dir():
         raise ValueError(f"--out {out}: --compare writes a folder")
-    if person != Path(person).name:
-        raise ValueError(f"--person {person}: it must be a folder name")
     for prompt in prompts:
-        if prompt != prompt.strip() or len(prompt.splitlines()) > 1 or prompt.startswith("#"):
+        if prompt.splitlines() != [prompt.strip()] or prompt.startswith("#"):
             raise ValueError(
                 f"--compare takes prompts of one line without # in front, not {prompt!r}")
         if fill(prompt, "man") != prompt:
@@ -211,33 +168,39 @@ def check_comparison(out: Path, person: str, prompts: list[str]) -> None:
 
 
 def plan_comparison(
-    out: Path | None,
-    person: str,
+    out: Path,
     loras: list[tuple[str, float]],
     prompts: list[str],
     seeds: range,
-) -> Comparison:
-    """The path of each picture. Writes nothing.
+) -> list[Path]:
+    """The picture of each prompt at each seed without a LoRA, then with each. Writes nothing.
 
     ValueError if eval_rfacesim.py would take a picture for another."""
-    out = out or Path("compare")
-    check_comparison(out, person, prompts)
-    rows = [BASE, *row_names(loras)]
+    check_comparison(out, prompts)
     files = []
-    for row, i, seed in itertools.product(rows, range(len(prompts)), seeds):
-        files.append(out / row / person / f"{i}_{seed}.png")
+    for row, i, seed in itertools.product(row_names(loras), range(len(prompts)), seeds):
+        files.append(out / row / "person" / f"{i}_{seed}.png")
 
     # pictures or prompts of another comparison would be scored together with these
+    expected = {*files, out / SHEET}
+    others = [path for path in sorted(out.rglob("*.png")) if path not in expected]
     prompt_file = out / PROMPTS
-    expected = {*files, prompt_file, out / SHEET}
-    others = []
-    for path in sorted(out.rglob("*")):
-        is_picture = path.is_file() and path.suffix.lower() in photos.SUFFIXES
-        if is_picture and path not in expected:
-            others.append(path)
     if prompt_file.is_file() and prompt_file.read_text("utf-8").splitlines() != prompts:
         others.append(prompt_file)
     if others:
         raise ValueError(
             f"--out {out} holds another comparison, such as {others[0]}: name a new folder")
-    return Comparison(out, rows, prompts, seeds, files)
+    return files
+
+
+def draw_comparison(out: Path, files: list[Path], prompts: list[str], seeds: range) -> Path:
+    """The sheet of a comparison, one row per LoRA -> its file."""
+    columns = []
+    for prompt, seed in itertools.product(prompts, seeds):
+        columns.append(f"seed {seed}: {prompt}" if len(seeds) > 1 else prompt)
+    rows = {}
+    for file in files:
+        rows.setdefault(file.parts[-3], []).append(file)
+    side = min(256, photos.read_photo(files[0]).width)
+    sheet(out / SHEET, columns, [*rows.items()], side)
+    return out / SHEET

@@ -26,7 +26,7 @@ import meta_train
 import personalize
 import sample
 from metalora import MetaLoRA, random_lomd
-from support import checkpoints, memory, people, photos
+from support import checkpoints, memory, people, photos, stage_2
 from support.names import find_targets
 from support.people import Photo
 from support.runs import Log, WaitingRows
@@ -65,10 +65,10 @@ def stage_2(card, px=512, rank=1, method="meta-lora", **switches):
     card.model()
     patch = patcher(card)
     patch(checkpoints, "find_model", lambda name, args=None: Path("flux"))
-    patch(personalize, "pick_device", lambda name: card.device)
+    patch(stage_2, "pick_device", lambda name: card.device)
     patch(personalize, "encode_texts", lambda args, texts: {text: text_of(card) for text in texts})
     patch(personalize, "load_autoencoder", lambda *words: autoencoder_on(card))
-    patch(personalize, "captions_beside", lambda files, prompt, tell: {Path(file): prompt for file in files})
+    patch(stage_2, "captions_beside", lambda files, prompt, tell: {Path(file): prompt for file in files})
     patch(personalize, "read_lomd", lambda *words: ({t.path: torch.zeros(16, t.d_in) for t in find_targets(bare())}, "none", False))
     patch(photos, "check_photos", lambda *words: None)
     patch(photos, "fingerprints", lambda files: {"photo_digests": ""})

@@ -85,7 +85,7 @@ T5 = "transformers.T5EncoderModel", "forward"
 ENCODE = "flux_model.AutoEncoder", "posterior"
 DECODE = "flux_model.AutoEncoder", "decode"
 FLUX = "flux_model.Flux", "forward"
-CROP, EMBED, MATCH = [("support.judges.Judges", name) for name in ("crop", "embed", "match")]
+EMBED, COUNT, MATCH = [("support.judges.Judges", name) for name in ("embed", "count", "match")]
 
 
 @pytest.mark.slow
@@ -220,7 +220,7 @@ MOMENTS = [  # case, moment, a method or the name of a file, at which count, wha
     ("meta_train", "saving the figure", "loss.png", 1, OUT),
     ("preview", "drawing", FLUX, 10, PREVIEW),
     ("preview", "saving", "00000006.png", 1, PREVIEW),
-    ("eval_rfacesim", "finding faces", CROP, 2, []),
+    ("eval_rfacesim", "counting faces", COUNT, 2, []),
     ("eval_rfacesim", "encoding faces", EMBED, 1, []),
     ("eval_rfacesim", "scoring", MATCH, 2, PARTS),
     ("eval_rfacesim", "saving a person", "????????????????.json", 2, PARTS),

@@ -148,7 +148,7 @@ def test_without_a_face_network(monkeypatch, capsys):
 
     def gone(*words):
         raise ValueError("InceptionResnetV1 is not here")
-    monkeypatch.setattr(invent, "load_face_network", gone)
+    monkeypatch.setattr(invent, "FaceNetwork", gone)
     assert run() == 2
     assert capsys.readouterr().err == "paper.invent: InceptionResnetV1 is not here\n" and content(".") == {}
     assert run("--no-filter") == 0 and "AUC" not in capsys.readouterr().out

@@ -18,7 +18,7 @@ import personalize
 import sample
 from flux_model import Flux, flow_matching_loss, sample_times
 from metalora import MetaLoRA, apply_loras, random_lomd
-from support import checkpoints, photos
+from support import checkpoints, photos, stage_2
 from support.checkpoints import flux_files, load_autoencoder, load_flux, load_text_encoders
 from support.names import find_targets
 from support.lora_files import load_lomd, load_lora, read_metadata, save_lomd
@@ -183,8 +183,8 @@ def test_defaults_are_the_papers_and_the_models(tmp_path):
 
 def test_save_at_is_checked_before_a_download(run, monkeypatch):
     """A model of the hub that is not here yet: the paper's number of iterations holds."""
-    monkeypatch.setattr(personalize, "home_of", lambda name: None)
-    monkeypatch.setattr(personalize, "take_model", lambda *words: pytest.fail("it was downloaded"))
+    monkeypatch.setattr(stage_2, "home_of", lambda name: None)
+    monkeypatch.setattr(stage_2, "take_model", lambda *words: pytest.fail("it was downloaded"))
     with pytest.raises(ValueError, match="--save-at 626 is beyond the last of 625"):
         personalize.check(personalize.parse([str(ASTRONAUT), "--method", "lora", "--save-at", "626"]))
 

@@ -481,18 +481,18 @@ def test_compared_loras_have_a_row_each(tmp_path, capsys):
 
 def test_a_comparison_is_added_to_what_lora_names_and_made_again():
     make_lora("style.safetensors"), make_lora("who.safetensors", seed=1)
-    words = "--lora", "style.safetensors", "--compare", "who.safetensors", "--person", "anna", "--out", "sheet"
+    words = "--lora", "style.safetensors", "--compare", "who.safetensors", "--out", "sheet"
     assert compare(*words) == 0
     first = {path: path.read_bytes() for path in Path("sheet").rglob("*.png")}
     assert compare("--lora", "style.safetensors", "--out", "style") == 0
     assert compare("--lora", "style.safetensors", "--lora", "who.safetensors", "--out", "both") == 0
     for row, alone in (("no LoRA", "style"), ("who", "both")):
-        assert np.array_equal(pixels(f"sheet/{row}/anna/1_0.png"), pixels(f"{alone}/1_0.png"))
+        assert np.array_equal(pixels(f"sheet/{row}/person/1_0.png"), pixels(f"{alone}/1_0.png"))
     assert compare(*words) == 0 and {path: path.read_bytes() for path in Path("sheet").rglob("*.png")} == first
 
 
 @pytest.mark.parametrize("prompts, words, said", [
-    ([], ["--compare", "a cat"], "there is no such file"), ([], ["--person", "../x"], "--person ../x"),
+    ([], ["--compare", "a cat"], "there is no such file"),
     ([], ["--out", "x.png"], "writes a folder"), ([], ["--compare", "who.safetensors", "./who.safetensors"], "twice"),
     (["#1 cat"], [], "without # in front"), (["a [man/woman]"], [], "depends on the gender"),
     ([], ["--seed", "1"], "another comparison, such as compare/no LoRA/person/0_0.png"),
@@ -505,11 +505,6 @@ def test_what_cannot_be_compared_is_said_in_one_line(prompts, words, said, capsy
     assert compare(*prompts, *([] if "--compare" in words else ["--compare", "who.safetensors"]), *words) == 2
     err = capsys.readouterr().err.strip()
     assert said in err and "\n" not in err
-
-
-def test_a_person_without_a_comparison_is_refused():
-    with pytest.raises(ValueError, match="--person anna does nothing without --compare"):
-        sample.parse(["a cat", "--person", "anna"])
 
 
 def test_a_stopped_comparison_keeps_what_is_finished(monkeypatch, capsys):

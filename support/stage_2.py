@@ -1,0 +1,124 @@
+"""Around a run of personalize.py: checks before it, facts in its LoRA file, what it prints."""
+import shlex
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from support import photos
+from support.checkpoints import is_small, model_defaults, speed_words, take_model
+from support.common import check_out, check_training, note, pick_device, use_threads
+from support.finding import HUB, home_of, model_words
+from support.lora_files import find_lomd, tell_replaced
+from support.people import captions_beside, named_photos
+
+def check_stage_2(args: Namespace, iterations: dict[str, int]) -> None:
+    """ValueError for bad input, before anything large is read. Fills in the model's defaults.
+
+    iterations: {method: number}, where the model has no others."""
+    if home_of(args.model) is None:                  # to be downloaded: it has no defaults.json
+        args.iters = args.iters or iterations[args.method]
+    args.outputs = [args.out, *(numbered(args.out, iteration) for iteration in args.save_at)]
+    for path in args.outputs:
+        check_out(path, ".safetensors")
+    if args.save_crops:
+        check_out(args.save_crops, option="--save-crops")
+    check_save_at(args)
+    check_training(args)
+    check_lomd_options(args)
+    check_pictures(args)
+    # now, since a photo may be gone when the LoRA is saved
+    args.seen = photos.fingerprints(args.photos)
+    tell_replaced(args.out, args.seen["photo_digests"])
+
+    args.switches = speed_words(args)
+    args.device = pick_device(args.device)
+    take_model(args, args.device, args.method)
+    iterations = iterations | model_defaults(args.folder)["iterations"]
+    args.iters = args.iters or iterations[args.method]
+    check_save_at(args)
+    use_threads(args.device.type == "cpu" and is_small(args.folder))
+    args.captions = captions_beside(args.photos, args.prompt, tell=True)
+    args.mirror = args.mirror and not args.no_augment
+
+
+def check_save_at(args: Namespace) -> None:
+    last = max(args.save_at, default=0)
+    if args.iters and last > args.iters:     # None: the model's default, not known yet
+        raise ValueError(f"--save-at {last} is beyond the last of {args.iters} iterations")
+
+
+def check_lomd_options(args: Namespace) -> None:
+    if args.lomd and args.method == "lora":
+        raise ValueError("--method lora trains its own A and takes no --lomd")
+    # a missing LoMD is an error before the model is downloaded
+    if args.method == "meta-lora" and (args.lomd or args.model in HUB):
+        find_lomd(home_of(args.model), args.lomd)
+    if args.lomd and args.out.exists() and args.out.samefile(args.lomd):
+        raise ValueError(f"--out would overwrite the LoMD {args.lomd}")
+
+
+def check_pictures(args: Namespace) -> None:
+    """args.photos: files, folders, patterns -> files without masks of other photos."""
+    named = [Path(name) for name in named_photos(args.photos)]
+    pictures = photos.without_masks(named)
+    for mask in sorted(set(named) - set(pictures)):
+        note(f"{mask} is the mask of another photo, and is not used")
+    args.photos = [str(path) for path in pictures]
+    photos.check_photos(args.photos, args.box, not args.no_augment)
+
+
+def numbered(out: Path, iteration: int) -> Path:
+    """The file for the LoRA after an earlier iteration."""
+    return out.with_name(f"{out.stem}-{iteration:06d}.safetensors")
+
+
+def metadata(args: Namespace, done: int, lomd: str) -> dict[str, str]:
+    """Fields of the LoRA file: how it was made."""
+    facts = {}
+    for name in ("method", "rank", "seed", "prompt", "background", "box"):
+        if getattr(args, name) is not None:                  # as --box mostly is
+            facts[name] = getattr(args, name)
+    captions = dict.fromkeys(args.captions.values())         # each once, in their order
+    facts |= {
+        "iterations": done,
+        "learning_rate": f"{args.lr:g}",
+        "resolution": joined(args.resolution),
+        "augment": str(not args.no_augment).lower(),
+        "mirror": str(args.mirror).lower(),
+        "aspects": joined(args.aspects or photos.ASPECTS),
+        "scales": joined(args.scales or photos.FACE_SCALES),
+        "captions": " | ".join(captions),
+        "model": Path(args.model).name,
+        "lomd": lomd,
+        "made_by": "personalize.py",
+    }
+    return {name: str(fact) for name, fact in (facts | args.seen).items()}
+
+
+def joined(values: object) -> str:
+    return " ".join(map(str, values))
+
+
+def lora_size(adapter: Any, format: str) -> int:
+    """At most so many bytes does the LoRA file of a MetaLoRA take."""
+    numbers = adapter.rank * sum(target.d_in + target.rows for target in adapter.targets)
+    # fp16; the layouts with fused layers fill up with zeros
+    return numbers * (2 if format == "diffusers" else 8) + 2 ** 18
+
+
+def print_times(seconds: dict[str, float], iters: int) -> None:
+    parts = ", ".join(f"{part} {value:.1f}" for part, value in seconds.items())
+    print(f"seconds: {parts}; total {sum(seconds.values()):.1f}, "
+          f"{seconds['training'] / iters:.3f} per iteration")
+
+
+def print_next_commands(args: Namespace) -> None:
+    """How to sample with the LoRA and, after --save-at, how to compare all that were saved."""
+    model = model_words(args) + args.switches
+    prompt = shlex.quote(args.prompt)
+    print(f"try it:  python sample.py {model}--lora {shlex.quote(str(args.out))} {prompt}")
+    if args.save_at:
+        files = [str(numbered(args.out, iteration)) for iteration in sorted({*args.save_at})]
+        if args.iters not in args.save_at:
+            files.append(str(args.out))
+        print(f"which one?  python sample.py {model}{prompt} --compare {shlex.join(files)}")
