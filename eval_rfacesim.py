@@ -35,7 +35,7 @@ from support import photos
 from support.common import (JsonFile, Parser, check_writable, digest, expand, note, pick_device,
                             run_script, write_whole)
 from support.finding import model_name
-from support.judges import (CLIP, META_PHD, Judges, Picture, check_complete, find_pictures,
+from support.judges import (CLIP, META_PHD, Judges, Picture, find_missing, find_pictures,
                             own_folder, prompts_for)
 from support.people import Person, complain, read_people, tell
 from support.sheets import PROMPTS, tables
@@ -322,9 +322,8 @@ def evaluate(argv: list[str] | None = None) -> None:
     if prompt_file is None and beside_images.is_file():
         prompt_file = beside_images
     prompts = prompts_for(people, prompt_file, own_folder(args.model))
-    pictures, unknown = find_pictures(args.images, prompts)
-    pictures, incomplete = check_complete(pictures, people, prompts)
-    problems = unknown + incomplete
+    pictures, problems = find_pictures(args.images, prompts)
+    problems += find_missing(pictures, people, prompts)
     if not pictures:
         problems.append(f"--images {args.images} holds no picture of anybody in --data")
         complain(problems, "eval_rfacesim.py")

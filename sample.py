@@ -254,11 +254,6 @@ def sampling_settings(args: argparse.Namespace, config: FluxConfig) -> dict[str,
     }
 
 
-def with_each(loras: list, compared: list) -> list[list]:
-    """The LoRAs alone, then with each of the compared ones."""
-    return [loras, *([*loras, lora] for lora in compared)]
-
-
 def draw(argv: list[str] | None) -> None:
     """From the command line to the files: cheap checks first, then one model after the other."""
     args = parse(argv)
@@ -280,8 +275,9 @@ def draw(argv: list[str] | None) -> None:
     settings = sampling_settings(args, config)
     width = settings["width"]
     height = settings["height"]
-    lora_files = with_each(named, compared)
-    rows = with_each(load_loras(named, config), load_loras(compared, config))
+    lora_files = [named, *([*named, lora] for lora in compared)]
+    loras = load_loras(named, config)
+    rows = [loras, *([*loras, lora] for lora in load_loras(compared, config))]
     check_sampling_memory(args, device, (height // 8, width // 8), rows)
     jobs = list(product(prompts, seeds))
 

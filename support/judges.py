@@ -89,19 +89,16 @@ def fill_embedder(model: nn.Module, path: Path) -> None:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                   # on files of another kind, readers raise anything
-        reason = not_content(path) or one_line(error)
+        reason = not_content(path) or textwrap.shorten(f"{error!r}", 200)
         raise ValueError(f"{path} is not a file of weights: {reason}") from None
     try:
         # facenet-pytorch's own file has a classifier too
         state = {name: value for name, value in state.items() if not name.startswith("logits.")}
         model.load_state_dict(state)
     except (RuntimeError, AttributeError) as error:
-        kind = type(model).__name__
-        raise ValueError(f"{path} is not a state dict of {kind}: {one_line(error)}") from None
-
-
-def one_line(error: Exception) -> str:
-    return textwrap.shorten(str(error), 200, placeholder=" ...") or type(error).__name__
+        reason = textwrap.shorten(str(error), 200)
+        raise ValueError(
+            f"{path} is not a state dict of {type(model).__name__}: {reason}") from None
 
 
 class FaceNetwork:
@@ -240,9 +237,10 @@ def find_pictures(
     root: Path,
     prompts: dict[str, list[str | None]],
 ) -> tuple[list[Picture], list[str]]:
-    """Pictures root/<method>/<identity>/<prompt>_<seed>.png, and a line for each other thing."""
-    pictures, folders = [], []
-    skipped = {}                                 # {path: why}
+    """Pictures root/<method>/<identity>/<prompt>_<seed>.png, each prompt and seed once, and a line
+    for each other thing."""
+    found, skipped = {}, {}          # {(label, person, prompt, seed): Picture}, {path: why}
+    folders = []
     for path in visible(root):
         if path.is_dir():
             folders += visible(path)
@@ -264,34 +262,33 @@ def find_pictures(
             if text is None:
                 skipped[path] = f"{number} is not a prompt of {folder.name}"
                 continue
-            pictures.append(Picture(folder.parent.name, folder.name, number, seed, path, text))
-    return pictures, [f"{path} is not scored: {why}" for path, why in skipped.items()]
+            picture = Picture(folder.parent.name, folder.name, number, seed, path, text)
+            first = found.setdefault(picture[:4], picture)
+            if first is not picture:
+                skipped[path] = f"{first.path.name} is the same prompt and seed"
+    problems = [f"{path} is not scored: {why}" for path, why in skipped.items()]
+    return [*found.values()], problems
 
 
-def check_complete(
+def find_missing(
     pictures: list[Picture],
     people: list[Person],
     prompts: dict[str, list[str | None]],
-) -> tuple[list[Picture], list[str]]:
-    """Each prompt and seed once, and a line for each extra picture and each person's missing ones.
+) -> list[str]:
+    """A line for each person's missing pictures.
 
     Expected is every seed that anybody has from any method."""
-    kept, problems = {}, []                      # kept: {(label, person, prompt, seed): Picture}
-    for picture in pictures:
-        first = kept.setdefault(picture[:4], picture)
-        if first is not picture:
-            same = f"{first.path.name} is the same prompt and seed"
-            problems.append(f"{picture.path} is not scored: {same}")
-
+    there = {picture[:4] for picture in pictures}
     labels = dict.fromkeys(picture.label for picture in pictures)
     seeds = sorted({picture.seed for picture in pictures})
+    problems = []
     for label, person in itertools.product(labels, people):
         numbers = [i for i, text in enumerate(prompts[person.name]) if text is not None]
         cells = list(itertools.product(numbers, seeds))
-        missing = [cell for cell in cells if (label, person.name, *cell) not in kept]
+        missing = [cell for cell in cells if (label, person.name, *cell) not in there]
         if missing:
             number, seed = missing[0]
             problems.append(
                 f"{label}: {len(missing)} of {len(cells)} pictures of {person.name} are missing, "
                 f"the first is prompt {number}, seed {seed}")
-    return list(kept.values()), problems
+    return problems
