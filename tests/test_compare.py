@@ -33,7 +33,7 @@ def score(*words):
 
 # 
 
-BASE = ["--model", "baby", "--steps", "2", "--seeds", "1"]
+BASE = ["--model", "baby", "--steps", "2", "--seeds", "1", "--resolution", "64"]
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_captions_beside_photos_are_used_as_personalize_uses_them(people, prompt
              "2", "--lr", "1e-2", "--prompt", "a photo of a person", "--out", tmp_path / "r"]
     assert run(*words) == 0
     own = tmp_path / "r" / "loras" / "meta-lora_r1_i2" / "p0.safetensors"
-    assert personalize.main([str(word) for word in (first, second, "--model", "baby", "--iters", 2, "--lr", 1e-2, "--out", tmp_path / "p.safetensors")]) == 0
+    assert personalize.main([str(word) for word in (first, second, "--model", "baby", "--resolution", 64, "--iters", 2, "--lr", 1e-2, "--out", tmp_path / "p.safetensors")]) == 0
     theirs = tmp_path / "p.safetensors"
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*(load_file(f).values() for f in (own, theirs))))
     with safe_open(own, "pt") as file:

@@ -1,7 +1,7 @@
 """The house: which file may import which, that an import does nothing, and how long a file, a function, a line may be."""
 import ast
 import io
-import subprocess
+import os
 import sys
 import tokenize
 from pathlib import Path
@@ -44,11 +44,30 @@ def test_names_is_the_ground_floor():
     assert imports(Path("support/names.py")) == set()
 
 
-def test_metalora_stands_on_little():
+def in_fork(server, code, folder):
+    """What code prints in a process that has imported what is not ours, and none of ours."""
+    process = server.Process(target=run_code, args=(code, folder))
+    process.start()
+    process.join()
+    assert process.exitcode == 0, (folder / "stderr").read_text()[-2000:]
+    return (folder / "stdout").read_text()
+
+
+def run_code(code, folder):
+    os.chdir(folder)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    for name in list(sys.modules):
+        if name.split(".")[0] in OURS:
+            del sys.modules[name]
+    sys.dont_write_bytecode = True
+    exec(code, {})
+
+
+def test_metalora_stands_on_little(server, tmp_path):
     """What a reader of metalora.py has to open of ours besides the model: under 500 lines."""
     code = "import sys, metalora; print(*(module.__file__ for module in sys.modules.values() if getattr(module, '__file__', None)))"
-    child = subprocess.run([sys.executable, "-B", "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    ours = {Path(path) for path in child.stdout.split()} & {ROOT / path for path in FILES}        # a .venv may lie in ROOT
+    ours = {Path(path) for path in in_fork(server, code, tmp_path).split()} & {ROOT / path for path in FILES}   # no .venv
     assert ROOT / "support/names.py" in ours
     below = ours - {ROOT / "metalora.py", ROOT / "flux_model.py"}
     assert sum(len(path.read_text("utf-8").splitlines()) for path in below) < 500, below
@@ -71,7 +90,6 @@ def no(what):
 real = builtins.open
 builtins.open = lambda file, mode="r", *a, **k: real(file, mode, *a, **k) if not set("wax+") & set(mode) else no("opens")(file)
 os.mkdir, os.makedirs, socket.socket.connect, torch.cuda._lazy_init = map(no, ("makes", "makes", "connects to", "asks the card"))
-sys.dont_write_bytecode = True
 for name in {files!r}:
     spec = importlib.util.spec_from_file_location("imported_" + name.replace("/", "_")[:-3], {root!r} + "/" + name)
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
@@ -79,12 +97,11 @@ assert not torch.cuda.is_initialized()
 """
 
 
-def test_importing_does_nothing(tmp_path):
+def test_importing_does_nothing(server, tmp_path):
     """No download, no CUDA call, no file, no folder."""
     code = IMPORT_ALL.format(root=str(ROOT), files=[path.as_posix() for path in FILES if path.name != "__init__.py"])
-    child = subprocess.run([sys.executable, "-B", "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert child.returncode == 0 and not child.stdout, child.stderr[-2000:]
-    assert not list(tmp_path.iterdir())
+    assert not in_fork(server, code, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["stderr", "stdout"]
 
 
 def test_support_comes_before_torch():

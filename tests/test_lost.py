@@ -155,7 +155,7 @@ sys.exit(run_script("talk", script))
 
 
 @posix
-@pytest.mark.parametrize("unbuffered", [True, False])
+@pytest.mark.parametrize("unbuffered", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_reader_that_goes_away_changes_nothing(unbuffered, tmp_path):
     (tmp_path / "talk.py").write_text(TALK.format(root=str(ROOT)), "utf-8")
     flag = "-u" if unbuffered else ""
@@ -164,7 +164,7 @@ def test_a_reader_that_goes_away_changes_nothing(unbuffered, tmp_path):
     assert (child.returncode, child.stderr) == (0, "") and (tmp_path / "done").exists(), child
 
 
-@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+@pytest.mark.parametrize("encoding", [pytest.param("cp1252", marks=pytest.mark.slow), "ascii"])
 def test_a_console_of_another_encoding_changes_nothing(encoding, tmp_path):
     (tmp_path / "talk.py").write_text(TALK.format(root=str(ROOT)), "utf-8")
     child = subprocess.run([sys.executable, "talk.py"], cwd=tmp_path, capture_output=True, env=os.environ | {"PYTHONIOENCODING": encoding})
@@ -172,12 +172,11 @@ def test_a_console_of_another_encoding_changes_nothing(encoding, tmp_path):
     assert child.stdout.count(b"x" * 50) == 3000
 
 
-def test_output_that_is_closed_or_full(tmp_path):
+@pytest.mark.parametrize("redirection", [">&- 2>/dev/full", pytest.param("2>&- >/dev/full", marks=pytest.mark.slow)])
+def test_output_that_is_closed_or_full(redirection, tmp_path):
     (tmp_path / "talk.py").write_text(TALK.format(root=str(ROOT)), "utf-8")
-    for redirection in (">&- 2>/dev/full", "2>&- >/dev/full"):
-        child = subprocess.run(["bash", "-c", f"{sys.executable} talk.py {redirection}"], cwd=tmp_path, capture_output=True)
-        assert child.returncode == 0 and (tmp_path / "done").exists(), (redirection, child.stderr[-500:])
-        (tmp_path / "done").unlink()
+    child = subprocess.run(["bash", "-c", f"{sys.executable} talk.py {redirection}"], cwd=tmp_path, capture_output=True)
+    assert child.returncode == 0 and (tmp_path / "done").exists(), child.stderr[-500:]
 
 
 FILES = [path for folder in (".", "support", "paper", "bench", "baby") for path in sorted((ROOT / folder).glob("*.py"))]

@@ -36,12 +36,12 @@ def test_quick_start(tmp_path):
         if not item.name.startswith("."):
             (tmp_path / item.name).symlink_to(item)
     assert [command.split()[1] for command in QUICK] == ["personalize.py", "sample.py"]
-    for command, more in zip(QUICK, (["--iters", "40"], []), strict=True):
+    for command, more in zip(QUICK, (["--iters", "10"], []), strict=True):
         done = subprocess.run([sys.executable, *shlex.split(command)[1:], *more], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert "Traceback" not in done.stderr
     assert load_lora(tmp_path / "out.safetensors")
-    assert read_metadata(tmp_path / "out.safetensors")["iterations"] == "40"
+    assert read_metadata(tmp_path / "out.safetensors")["iterations"] == "10"
     with Image.open(tmp_path / "out.png") as picture:
         assert picture.size == (128, 128) and np.asarray(picture.convert("RGB")).std() > 10
 
