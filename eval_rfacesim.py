@@ -22,7 +22,7 @@ import importlib.metadata
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import support  # before torch: how its threads wait
@@ -34,11 +34,10 @@ from tqdm import tqdm
 from support import photos
 from support.common import (JsonFile, Parser, check_writable, digest, expand, note, pick_device,
                             run_script, write_whole)
-from support.finding import model_name
-from support.judges import (CLIP, META_PHD, Judges, Picture, find_missing, find_pictures,
+from support.judges import (META_PHD, Judges, Picture, add_options, find_missing, find_pictures,
                             own_folder, prompts_for)
 from support.people import Person, complain, read_people, tell
-from support.sheets import PROMPTS, tables
+from support.sheets import PROMPTS, write_report
 
 
 # --------------------------------------------------------------------------------------------------
@@ -252,47 +251,8 @@ def collect(
     }
 
 
-def write_report(out: Path, scores: dict, base: str = "–") -> str:
-    """Writes scores.json and tables.md -> the tables. base: the model that drew the pictures."""
-    text = tables(scores, base)
-    out.mkdir(parents=True, exist_ok=True)
-    content = json.dumps(scores, indent=1, default=lambda path: path.name)
-    write_whole(out / "scores.json", content)
-    write_whole(out / "tables.md", text)
-    return text
-
-
 # --------------------------------------------------------------------------------------------------
 # The command
-
-
-def add_options(add: Callable[..., object]) -> None:
-    """The options that this command and paper/compare.py share; add: a parser's add_argument."""
-    add("--data", type=Path, nargs="+", required=True, metavar="DIR",
-        help="real pictures: DIR/[man|woman/]<identity>/<pictures>; or DIR/[man|woman/]<pictures>, "
-        "one per person, for CLIP-T only; or photo files of one person, who is called `person`")
-    add("--out", type=Path, default="report", help="folder of all results (default: report)")
-    add("--model", type=model_name, default="flux-dev",
-        help="baby, or a folder that may hold its own judges and prompts (default: flux-dev)")
-    add("--prompts", type=Path,
-        help="text file; [man/woman] is filled in by gender, `man: ...` is for men only (default: "
-        "prompts.txt in --images, else the model's, else paper/meta_phd/unsplash.txt, or ffhq.txt "
-        "for people with a single picture)")
-    add("--reference", choices=("first", "all"), default="first",
-        help="first: the picture named reference.*, or else the first by name; all: each picture "
-        "in turn (default: first)")
-    add("--gender", choices=("man", "woman"),
-        help="gender of people whose folder and captions do not say (default: unknown)")
-    add("--no-face-as-zero", action="store_true",
-        help="count a picture without a face as 0 (default: leave it out)")
-    add("--face-weights", type=Path, metavar="FILE",
-        help="state dict of InceptionResnetV1 (default: the model's own face network, else "
-        "facenet-pytorch's, from its cache or downloaded)")
-    add("--clip", metavar="DIR",
-        help=f"folder of a CLIP model (default: the model's own, else {CLIP} from the hub)")
-    add("--paper", action="store_true",
-        help="add the paper's published numbers, marked as quoted (default: leave them out)")
-    add("--device", help="cuda, mps, or cpu (default: the best available)")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -6,6 +6,7 @@ import itertools
 import re
 import textwrap
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from support.checkpoints import load_transformers_model, quiet_transformers
 from support.common import check_file, digest, not_content, read_prompts
-from support.finding import HUB, find_model
+from support.finding import HUB, find_model, model_name
 from support.people import Person, fill
 from support.photos import SUFFIXES, visible
 from support.sheets import PROMPTS, SHEET
@@ -196,6 +197,35 @@ class Judges(FaceNetwork):
 
 # --------------------------------------------------------------------------------------------------
 # The pictures to judge
+
+
+def add_options(add: Callable[..., object]) -> None:
+    """The options of eval_rfacesim.py that paper/compare.py has too; add: a parser's add_argument."""
+    add("--data", type=Path, nargs="+", required=True, metavar="DIR",
+        help="real pictures: DIR/[man|woman/]<identity>/<pictures>; or DIR/[man|woman/]<pictures>, "
+        "one per person, for CLIP-T only; or photo files of one person, who is called `person`")
+    add("--out", type=Path, default="report", help="folder of all results (default: report)")
+    add("--model", type=model_name, default="flux-dev",
+        help="baby, or a folder that may hold its own judges and prompts (default: flux-dev)")
+    add("--prompts", type=Path,
+        help="text file; [man/woman] is filled in by gender, `man: ...` is for men only (default: "
+        "prompts.txt in --images, else the model's, else paper/meta_phd/unsplash.txt, or ffhq.txt "
+        "for people with a single picture)")
+    add("--reference", choices=("first", "all"), default="first",
+        help="first: the picture named reference.*, or else the first by name; all: each picture "
+        "in turn (default: first)")
+    add("--gender", choices=("man", "woman"),
+        help="gender of people whose folder and captions do not say (default: unknown)")
+    add("--no-face-as-zero", action="store_true",
+        help="count a picture without a face as 0 (default: leave it out)")
+    add("--face-weights", type=Path, metavar="FILE",
+        help="state dict of InceptionResnetV1 (default: the model's own face network, else "
+        "facenet-pytorch's, from its cache or downloaded)")
+    add("--clip", metavar="DIR",
+        help=f"folder of a CLIP model (default: the model's own, else {CLIP} from the hub)")
+    add("--paper", action="store_true",
+        help="add the paper's published numbers, marked as quoted (default: leave them out)")
+    add("--device", help="cuda, mps, or cpu (default: the best available)")
 
 
 class Picture(NamedTuple):

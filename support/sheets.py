@@ -1,5 +1,6 @@
 """Tables of scores in Markdown, contact sheets, and the plan of sample.py --compare."""
 import itertools
+import json
 import textwrap
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from support import photos
-from support.common import check_writable, save_png
+from support.common import check_writable, save_png, write_whole
 from support.people import fill
 
 BASE = "no LoRA"                                 # row of the pictures without a LoRA
@@ -89,6 +90,16 @@ def tables(scores: dict, base: str) -> str:
                     "Identities, pictures of CLIP-T; of the face scores"], texts)
     return ("In percent; in brackets the standard error over identities. "
             f"Face scores: {policy}.\n\n{first}\n{second}{source}")
+
+
+def write_report(out: Path, scores: dict, base: str = "–") -> str:
+    """Writes scores.json and tables.md -> the tables. base: the model that drew the pictures."""
+    text = tables(scores, base)
+    out.mkdir(parents=True, exist_ok=True)
+    content = json.dumps(scores, indent=1, default=lambda path: path.name)
+    write_whole(out / "scores.json", content)
+    write_whole(out / "tables.md", text)
+    return text
 
 
 def write(draw: ImageDraw.ImageDraw, text: str, x: int, y: int, width: int, height: int) -> None:
