@@ -12,7 +12,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -39,6 +38,7 @@ MODEL = ROOT / "tests" / "golden" / "hub"
 PEOPLE = {"a": (3, 2, 2), "b": (2, 4), "c": (2, 2)}               # pictures of each person of each bucket
 ITERS = 22                                                        # passes over a, b, c and a again: 0-6, 6-12, 12-18, 18-22
 PASSES = [(0, 2, 6), (6, 8, 12), (12, 14, 18), (18, 20, 22)]      # first iteration, first joint one, one after the last
+PORTS = itertools.count(20_000 + os.getpid() % 10_000)             # below those that the system gives to others meanwhile
 pytestmark = [pytest.mark.skipif(not MODEL.is_dir(), reason="the small model of golden/hub is not here"),
               pytest.mark.skipif(not hasattr(os, "fork"), reason="kills and forks are POSIX")]
 
@@ -139,9 +139,7 @@ def run(server, folder, argv, *hooks, **options):
 
 def run_pair(server, folder, argv, hooks=((), ())):
     """Two processes as torchrun starts them -> (exit codes, what each wrote to stderr)"""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = next(PORTS)
     both = [start(server, folder, argv, *hooks[rank], name=rank,
                   env=dict(RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE="2", TORCHELASTIC_RUN_ID="none", MASTER_ADDR="127.0.0.1",
                            MASTER_PORT=f"{port}")) for rank in range(2)]
@@ -649,10 +647,7 @@ def test_two_processes_send_the_gradient_of_lomd_and_nothing_else(pair):
 
 
 def start_torchrun(folder, squares):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(next(PORTS))]
     return subprocess.Popen([*torchrun, *command(folder, squares)[1:]], cwd=folder, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, text=True)
 
