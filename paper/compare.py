@@ -441,11 +441,11 @@ def lines_of(methods: list[dict]) -> list[Line]:
         likeness = row["r_facesim"]
         text = row["clip_t"]
         if likeness and text:
-            new = Line(row["method"], f"rank {row['rank']}", [], [], [])
+            new = Line(row["method"], f"rank {row['rank']}", [], {"likeness": [], "text": []})
             line = lines.setdefault(new[:2], new)
             line.steps.append(row["iterations"])
-            line.likeness.append((likeness["mean"], likeness["error"] or 0))
-            line.text.append((text["mean"], text["error"] or 0))
+            line.points["likeness"].append((likeness["mean"], likeness["error"] or 0))
+            line.points["text"].append((text["mean"], text["error"] or 0))
     return [*lines.values()]
 
 

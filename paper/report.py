@@ -2,7 +2,6 @@
 
 Source: "Meta-LoRA" (Topal et al. 2025), Figures 3, 4, and 6 to 8.
 """
-from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +13,7 @@ from support.sheets import sheet, table
 
 METHODS = {"meta-lora": "Meta-LoRA", "lora": "LoRA", "lora-crops": "LoRA + augmented inputs",
            "random-lomd": "Meta-LoRA, random LoMD", "none": "no LoRA"}
-AXES = {"likeness": "R-FaceSim (%)", "text": "CLIP-T (%)"}
+AXES = {"likeness": "R-FaceSim (%)", "text": "CLIP-T (%)", "sum": "R-FaceSim + CLIP-T (%)"}
 METRICS = "likeness", "text", "sum", "found", "background", "move"
 LEVELS = 0.60, 0.65, 0.70                        # likeness at which CLIP-T is compared
 RESAMPLES = 2000                                 # of the bootstrap over people
@@ -25,26 +24,27 @@ class Line(NamedTuple):
     method: str
     name: str                                    # what tells it from the method's other lines
     steps: list[int]                             # [0] without a LoRA
-    likeness: list                               # mean and standard error at each step count
-    text: list
+    points: dict[str, list]                      # {metric: (mean, standard error) at each count}
 
 
 def draw_scores(path: Path, all_lines: list[Line], lines: list[Line]) -> None:
-    """R-FaceSim against CLIP-T of `all_lines`, with their names at the ends; then both against the
-    number of steps, with error bars, of `lines`."""
+    """R-FaceSim against CLIP-T of `all_lines`, with their names at the ends; then each metric of
+    `lines` against the number of steps, with error bars."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(15, 5), layout="constrained")
-    plane, *panels = figure.subplots(1, 3)
+    metrics = list(lines[0].points)
+    figure = Figure(figsize=(5 + 4.5 * len(metrics), 5), layout="constrained")
+    plane, *panels = figure.subplots(1, 1 + len(metrics))
     colors = {method: f"C{i}" for i, method in enumerate(METHODS)}
     for line in all_lines:
-        text, likeness = 100 * np.array([line.text, line.likeness])[:, :, 0]
+        text = 100 * np.array(line.points["text"])[:, 0]
+        likeness = 100 * np.array(line.points["likeness"])[:, 0]
         plane.plot(text, likeness, marker="o", color=colors[line.method])
         plane.annotate(line.name, (text[-1], likeness[-1]), fontsize=7)
     plane.set(xlabel=AXES["text"], ylabel=AXES["likeness"])
 
-    for axes, metric in zip(panels, AXES):
+    for axes, metric in zip(panels, metrics):
         for line in lines:
-            means, errors = 100 * np.array(getattr(line, metric)).T
+            means, errors = 100 * np.array(line.points[metric]).T
             axes.errorbar(
                 line.steps,
                 means,
@@ -89,30 +89,27 @@ def draw_sheet(
 
 
 class Found(NamedTuple):
-    """All scores at one rank: the step counts, {method: {step count: {"rate": ..}}} as chosen on
-    other people, and {method: {rate: [the result of `measure` for each training seed]}}."""
+    """All scores at one rank. Scores of a step count are {person: {metric: value}}."""
     steps: list[int]
-    rates: dict[str, dict[int, dict]]
-    scores: dict[str, dict[float, list[dict]]]
+    rates: dict[str, dict[int, float]]           # {method: {step count: the rate chosen for it}}
+    tried: dict[str, dict[float, dict]]          # {method: {rate: {step count: scores}}}, of the
+                                                 # people on whom the rates were chosen
+    scores: dict[str, dict[int, list[dict]]]     # {method: {step count: scores of each training}},
+                                                 # of other people; {} if there are none yet
 
-    def average(self, method: str, rate: float) -> dict[str, np.ndarray]:
-        """{metric: per step count and person (S, P), averaged over training seeds}."""
-        seeds = self.scores[method][rate]
-        read = itemgetter(*METRICS)
-        rows = []
-        for scores in seeds:
-            for people in scores.values():
-                rows.append([read(people[name]) for name in sorted(people)])
-        by_seed = np.reshape(rows, (len(seeds), -1, len(rows[0]), len(METRICS)))
-        return dict(zip(METRICS, np.moveaxis(by_seed.mean(axis=0), -1, 0)))
+    def values(self, method: str, count: int, metric: str) -> np.ndarray:
+        """A metric of each person (P,) at the chosen rate, averaged over training seeds."""
+        return np.mean([people_values(scores, metric) for scores in self.scores[method][count]],
+                       axis=0)
 
     def curve(self, method: str, metric: str) -> np.ndarray:
         """A metric per step count and person (S, P), each at the rate chosen for it."""
-        rows = []
-        for i, count in enumerate(self.steps):
-            rate = self.rates[method][count]["rate"]
-            rows.append(self.average(method, rate)[metric][i])
-        return np.stack(rows)
+        return np.stack([self.values(method, count, metric) for count in self.steps])
+
+
+def people_values(scores: dict[str, dict], metric: str) -> np.ndarray:
+    """A metric of each person (P,), in the order of their names."""
+    return np.array([scores[name][metric] for name in sorted(scores)])
 
 
 def mean_error(values: list[float] | np.ndarray) -> list[float]:
@@ -171,18 +168,54 @@ def percent_resampled(values: np.ndarray, sign: str = "") -> str:
 
 def write_report(found: Found) -> str:
     """The tables of a rank, as Markdown: mean over people (standard error)."""
+    parts = [rate_table, front_of_all_rates]
+    if found.scores:
+        parts += [score_table, lead_table, front_table]
     texts = []
-    for part in (score_table, lead_table, front_table):
+    for part in parts:
         header, *rows = part(found)
         texts.append(table(header, rows))
     return "\n".join(texts)
 
 
+def rate_table(found: Found) -> list[list[str]]:
+    """R-FaceSim / CLIP-T (sum) of every rate that was tried, the chosen one in bold, and its lead
+    in the sum over the second best."""
+    first = found.rates["meta-lora"][found.steps[0]]
+    people = len(found.tried["meta-lora"][first][found.steps[0]])
+    columns = [f"{count} steps" for count in found.steps]
+    rows = [[f"rates, chosen on {people} people", "rate", *columns]]
+    for method, rates in found.tried.items():
+        leads = {}
+        for count in found.steps:
+            sums = {}
+            for rate, by_count in rates.items():
+                if count in by_count:
+                    sums[rate] = people_values(by_count[count], "sum")
+            mine = sums.pop(found.rates[method][count])
+            second = max(sums.values(), key=np.mean)
+            leads[count] = percent(mine - second, "+")
+        for rate in sorted(rates):
+            cells = []
+            for count in found.steps:
+                cell = ""
+                if count in rates[rate]:
+                    likeness, text, total = (
+                        100 * people_values(rates[rate][count], metric).mean() for metric in AXES)
+                    cell = f"{likeness:.1f} / {text:.1f} ({total:.1f})"
+                if rate == found.rates[method][count]:
+                    cell = f"**{cell}**"
+                cells.append(cell)
+            rows.append([METHODS[method], f"{rate:g}", *cells])
+        rows.append([METHODS[method], "lead", *leads.values()])
+    return rows
+
+
 def score_table(found: Found) -> list[list[str]]:
-    floor = {metric: values[0] for metric, values in found.average("none", 0.0).items()}
-    trainings = max(len(seeds) for seeds in found.scores["meta-lora"].values())
+    people = len(found.values("none", 0, "text"))
+    trainings = len(found.scores["meta-lora"][found.steps[0]])
     rows = [[
-        f"people: {len(floor['text'])}, trainings of each: {trainings}",
+        f"people: {people}, trainings of each: {trainings}",
         "steps",
         "rate",
         "R-FaceSim",
@@ -193,16 +226,16 @@ def score_table(found: Found) -> list[list[str]]:
         "head moves",
     ]]
     shown = "likeness", "text", "sum", "found"
-    scores = [percent(floor[metric]) for metric in shown]
-    rows.append([METHODS["none"], "", "", *scores, "", percent(floor["move"])])
+    scores = [percent(found.values("none", 0, metric)) for metric in shown]
+    moves = percent(found.values("none", 0, "move"))
+    rows.append([METHODS["none"], "", "", *scores, "", moves])
+    floor = found.values("none", 0, "background")
     for method, rates in found.rates.items():
-        curves = {metric: found.curve(method, metric) for metric in METRICS}
-        copied = 1 - curves["background"] / floor["background"]
-        for i, count in enumerate(found.steps):
-            start = [METHODS[method], count, rates[count]["rate"]]
-            scores = [percent(curves[metric][i]) for metric in shown]
-            moves = percent(curves["move"][i])
-            rows.append([*start, *scores, percent(copied[i]), moves])
+        for count in found.steps:
+            scores = [percent(found.values(method, count, metric)) for metric in shown]
+            copied = percent(1 - found.values(method, count, "background") / floor)
+            moves = percent(found.values(method, count, "move"))
+            rows.append([METHODS[method], count, rates[count], *scores, copied, moves])
     return rows
 
 
@@ -240,17 +273,38 @@ def lead_table(found: Found) -> list[list[str]]:
     return rows
 
 
+def front_of_all_rates(found: Found) -> list[list[str]]:
+    """`front_rows` over all rates and step counts, on the people on whom rates were chosen."""
+    lines = {}
+    for method, rates in found.tried.items():
+        lines[method] = []
+        for by_count in rates.values():
+            likeness, text = [], []
+            for count in sorted(by_count):
+                likeness.append(people_values(by_count[count], "likeness"))
+                text.append(people_values(by_count[count], "text"))
+            lines[method].append(np.array([likeness, text]))
+    return front_rows("CLIP-T, best of all rates, at a likeness of", lines)
+
+
 def front_table(found: Found) -> list[list[str]]:
-    head = ["CLIP-T at a likeness of"]
+    """`front_rows` along the chosen rates."""
+    lines = {}
+    for method in found.rates:
+        curves = [found.curve(method, metric) for metric in ("likeness", "text")]
+        lines[method] = [np.stack(curves)]
+    return front_rows("CLIP-T, at the chosen rates, at a likeness of", lines)
+
+
+def front_rows(title: str, lines: dict[str, list[np.ndarray]]) -> list[list[str]]:
+    """CLIP-T at equal likeness. lines: of each method, likeness and text (2, S, P)."""
+    head = [title]
     for level in LEVELS:
         head += [f"{100 * level:.0f}", "Meta-LoRA's lead"]
     texts = {}                                   # (levels, 1 + RESAMPLES)
-    for method in found.rates:
-        lines = []
-        for rate in found.scores[method]:
-            scores = found.average(method, rate)
-            lines.append(resampled(np.stack([scores["likeness"], scores["text"]])))
-        texts[method] = np.stack([text_at(level, lines) for level in LEVELS])
+    for method, of_method in lines.items():
+        means = [resampled(line) for line in of_method]
+        texts[method] = np.stack([text_at(level, means) for level in LEVELS])
     rows = [head]
     for method, of_method in texts.items():
         cells = []
@@ -261,14 +315,23 @@ def front_table(found: Found) -> list[list[str]]:
 
 
 def draw_found(path: Path, found: Found) -> None:
-    """`draw_scores` with a line for each rate, and each method at the rates chosen for it."""
+    """`draw_scores` with a line for each rate that was tried, and each method at its best rates."""
     all_lines, lines = [], []
-    for method in found.rates:
-        for rate in found.scores[method]:
-            scores = found.average(method, rate)
-            points = ([*map(mean_error, scores[metric])] for metric in AXES)
-            steps = found.steps[:len(scores["sum"])]
-            all_lines.append(Line(method, f"{rate:g}", steps, *points))
-        points = ([*map(mean_error, found.curve(method, metric))] for metric in AXES)
-        lines.append(Line(method, "", found.steps, *points))
+    for method, rates in found.tried.items():
+        for rate, by_count in rates.items():
+            steps = sorted(by_count)
+            points = {}
+            for metric in AXES:
+                points[metric] = [mean_error(people_values(by_count[n], metric)) for n in steps]
+            all_lines.append(Line(method, f"{rate:g}", steps, points))
+
+        points = {metric: [] for metric in AXES}
+        for count in found.steps:
+            for metric in AXES:
+                if found.scores:
+                    values = found.values(method, count, metric)
+                else:
+                    values = people_values(rates[found.rates[method][count]][count], metric)
+                points[metric].append(mean_error(values))
+        lines.append(Line(method, "", found.steps, points))
     draw_scores(path, all_lines, lines)

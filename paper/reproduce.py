@@ -6,10 +6,10 @@
 Rerun the command to resume. The stages, all of which call paper/compare.py:
   people    draws people that no part of the baby was trained on, six photos each
   rates     for each method and step count, finds the learning rate with the highest sum of
-            R-FaceSim and CLIP-T, on a separate set of people     -> rates_r1.json
+            R-FaceSim and CLIP-T, on a separate set of people
   measure   trains and samples each method at these rates, on other people
-  report    tables, figures, and the steps that Meta-LoRA needs to match the others; again after
-            each training seed                                    -> report_r1.md, *_r1.png
+  report    tables, figures, and the steps that Meta-LoRA needs to match the others; after the
+            rates, and again after each training seed             -> report_r1.md, *_r1.png
 The result of every call is kept in --run/scores, one small file each, and is never recomputed: a
 copy of that folder is enough to resume, and for `--report`, which trains nothing.
 
@@ -38,7 +38,8 @@ from tqdm import tqdm
 import eval_rfacesim as evaluation
 from baby import faces
 from paper import compare
-from paper.report import METHODS, Found, draw_found, draw_sheet, mean_error, write_report
+from paper.report import (METHODS, Found, draw_found, draw_sheet, mean_error, people_values,
+                          write_report)
 from support import photos
 from support.common import (JsonFile, Parser, note, pick_device, positive, run_script, save_png,
                             write_whole)
@@ -263,29 +264,36 @@ def choose_rates(
     method: str,
     rank: int,
     steps: tuple[int, ...],
-) -> dict[int, dict]:
-    """{step count: the best rate, and the mean sum of each rate that was tried, with its error}.
+) -> tuple[dict[int, float], dict[float, dict[int, dict]]]:
+    """{step count: the best rate}, and the scores {rate: {step count: {person: {metric: value}}}}
+    of all rates that were tried.
 
-    A longer run passes through the smaller step counts, so the search begins with the largest."""
-    chosen = {}
-    rung = 0
+    A longer run passes through the smaller step counts, so the search begins with the largest. The
+    rate of a larger count is kept where the best is not ahead of it by more than the standard
+    error: one training then serves both."""
+    chosen = {}                                  # {step count: rung}
+    tried = {}
+    best = 0
     for count in sorted(steps, reverse=True):
-        tried = {}                               # {rate: mean and error of the sum}
 
-        def score(rung: int) -> float:
+        def sums(rung: int) -> np.ndarray:
+            """Of each person, at a rate of the ladder."""
             rate = rate_at(method, rung)
-            if rate not in tried:
+            if count not in tried.get(rate, {}):
                 trial = Trial("choose", method, rank, rate, seed=0)
                 found = measure(args, trial, [n for n in steps if n <= count])
-                people = found[str(count)].values()
-                tried[rate] = mean_error([scores["sum"] for scores in people])
-            return tried[rate][0]
+                tried[rate] = {n: found[str(n)] for n in steps if n <= count}
+            return people_values(tried[rate][count], "sum")
 
-        rung = climb(score, rung)
-        sums = {f"{rate:g}": tried[rate] for rate in sorted(tried)}
-        chosen[count] = {"rate": rate_at(method, rung), "sums": sums}
-        rung -= rung % 2                         # the next search takes strides of two again
-    return chosen
+        start = best - best % 2                  # each search takes strides of two again
+        best = climb(lambda rung: sums(rung).mean(), start)
+        for used in reversed(chosen.values()):
+            ahead, error = mean_error(sums(best) - sums(used))
+            if ahead < error:
+                best = used
+                break
+        chosen[count] = best
+    return {count: rate_at(method, rung) for count, rung in chosen.items()}, tried
 
 
 # --------------------------------------------------------------------------------------------------
@@ -298,39 +306,43 @@ def run_sweep(
     steps: tuple[int, ...],
     people: int,
 ) -> None:
-    """Chooses rates, measures, and writes the report after each training seed, at one rank."""
+    """Chooses rates, measures, and writes the report each time more of it is known, at one rank."""
     calls = [(args, method, rank, steps) for method in FIRST_RATES]
     results = side_by_side(args, choose_rates, calls, f"rates, rank {rank}")
-    rates = dict(zip(FIRST_RATES, results))
+    rates, tried = {}, {}
+    for method, (chosen, of_method) in zip(FIRST_RATES, results):
+        rates[method] = chosen
+        tried[method] = of_method
     args.out.mkdir(parents=True, exist_ok=True)
-    write_whole(args.out / f"rates_r{rank}.json", json.dumps(rates, indent=1))
-
     folder = f"people{people}"
-    scores = {}                                  # {method: {rate: a result for each seed}}
+    report(args, folder, rank, Found(steps, rates, tried, {}))
+
+    scores = {}                                  # {method: {step count: a result for each seed}}
     for seed in range(args.trainings):
         trials = {Trial(folder, "none", 0, 0.0, seed=0): [0]}
-        for method, choices in rates.items():
-            for count in sorted(steps, reverse=True):
-                trial = Trial(folder, method, rank, choices[count]["rate"], seed)
-                trials.setdefault(trial, [n for n in steps if n <= count])
-        calls = [(args, trial, counts) for trial, counts in trials.items()]
+        for method, of_method in rates.items():
+            for count, rate in of_method.items():
+                trials.setdefault(Trial(folder, method, rank, rate, seed), []).append(count)
+        calls = [(args, trial, sorted(counts)) for trial, counts in trials.items()]
         results = side_by_side(args, measure, calls, f"people, rank {rank}, seed {seed}")
         for trial, result in zip(trials, results):
             of_method = scores.setdefault(trial.method, {})
-            of_method.setdefault(trial.rate, []).append(result)
-        report(args, folder, rank, Found(steps, rates, scores))
+            for count, of_people in result.items():
+                of_method.setdefault(int(count), []).append(of_people)
+        report(args, folder, rank, Found(steps, rates, tried, scores))
 
 
 def report(args: argparse.Namespace, folder: str, rank: int, found: Found) -> None:
-    """Writes tables, figure, and contact sheet."""
+    """Writes tables, figure, and, once there are images, the contact sheet."""
     text = write_report(found)
     print(text)
     write_whole(args.out / f"report_r{rank}.md", text)
-
     draw_found(args.out / f"scores_r{rank}.png", found)
+    if not found.scores:
+        return
     trials = {"none": Trial(folder, "none", 0, 0.0, seed=0)}
     for method, rates in found.rates.items():
-        trials[method] = Trial(folder, method, rank, rates[SHEET_STEPS]["rate"], seed=0)
+        trials[method] = Trial(folder, method, rank, rates[SHEET_STEPS], seed=0)
     rows = {}
     for method, trial in trials.items():
         label = compare.label_of(method, trial.rank, SHEET_STEPS)

@@ -38,15 +38,16 @@ def test_climbing_ends_on_the_top_with_a_worse_place_on_either_side(top, start):
     assert {top - 1, top + 1} <= set(tried)
 
 
-def fake_scores(sums):
-    """`measure` with one sum for everybody by (method, rate), and the number of steps; remembers who was asked."""
+def fake_scores(sums, noise=0.0):
+    """`measure` with a sum by rate and number of steps, and of either person; remembers who was asked."""
     asked = []
 
     def measure(args, trial, steps):
-        asked.append((trial.method, trial.rate, tuple(steps)))
+        asked.append((trial.rate, max(steps)))
         values = {}
         for count in steps:
-            values[str(count)] = {name: {"sum": sums(trial.rate, count) + own} for name, own in (("a", 0.0), ("b", 0.1))}
+            mean = sums(trial.rate, count)
+            values[str(count)] = {"a": {"sum": mean + noise * trial.rate}, "b": {"sum": mean + 0.1 - noise * trial.rate}}
         return values
     return measure, asked
 
@@ -55,13 +56,23 @@ def test_each_number_of_steps_has_a_rate_of_its_own(monkeypatch):
     best = {100: 9.6e-3, 250: 2.4e-3, 625: 8.5e-4}                                   # on the ladder of 1.2e-3
     measure, asked = fake_scores(lambda rate, count: 1 - abs(np.log2(rate / best[count])))
     monkeypatch.setattr(reproduce, "measure", measure)
-    chosen = reproduce.choose_rates(None, "lora", 1, (100, 250, 625))
-    assert {count: own["rate"] for count, own in chosen.items()} == best
-    for count, own in chosen.items():                        # the ladder goes on beyond the best on either side
-        rates = [float(rate) for rate in own["sums"]]
-        assert min(rates) < own["rate"] < max(rates)
-        assert own["sums"][f"{own['rate']:g}"][0] == max(mean for mean, _ in own["sums"].values()) == pytest.approx(1.05)
-    assert not [steps for _, rate, steps in asked if rate > 5e-3 and 625 in steps]   # a hot rate is not trained to the end
+    chosen, tried = reproduce.choose_rates(None, "lora", 1, (100, 250, 625))
+    assert chosen == best
+    for count, rate in chosen.items():                       # the ladder goes on beyond the best on either side
+        rates = [rate for rate in tried if count in tried[rate]]
+        assert min(rates) < rate < max(rates)
+        assert tried[rate][count]["a"]["sum"] == max(tried[rate][count]["a"]["sum"] for rate in rates) == pytest.approx(1)
+    assert len(asked) == len(set(asked))
+    assert not [rate for rate, longest in asked if rate > 5e-3 and longest == 625]   # a hot rate is not trained to the end
+
+
+def test_a_rate_serves_smaller_numbers_while_it_is_level(monkeypatch):
+    """Either person prefers another rate, so that the lead of the best is within its error."""
+    best = {100: 2.4e-3, 250: 1.7e-3, 625: 1.2e-3}
+    for noise, expected in ((0.0, best), (2000.0, dict.fromkeys(best, 1.2e-3))):
+        measure, _ = fake_scores(lambda rate, count: 1 - abs(np.log2(rate / best[count])), noise)
+        monkeypatch.setattr(reproduce, "measure", measure)
+        assert reproduce.choose_rates(None, "lora", 1, (100, 250, 625))[0] == expected
 
 
 def person(likeness, text, background=0.2):
@@ -69,24 +80,27 @@ def person(likeness, text, background=0.2):
 
 
 def scores(gap=0.0):
-    """Likeness 0.5 and 0.7 at 100 and 400 steps for the others, `gap` more for Meta-LoRA; two people, two seeds of training."""
-    found = {"none": {0.0: [{"0": {"a": person(0, 0.7, 0.4), "b": person(0, 0.7, 0.4)}}]}}
+    """Likeness 0.5 and 0.7 at 100 and 400 steps for the others, `gap` more for Meta-LoRA; two people, two seeds of training.
+    The rates were chosen on three others, for whom a second one is worse."""
+    nobody = {"a": person(0, 0.7, 0.4), "b": person(0, 0.7, 0.4)}
+    found = {"none": {0: [nobody, nobody]}}
+    tried = {}
     for method in reproduce.FIRST_RATES:
         more = gap if method == "meta-lora" else 0.0
-        seeds = []
-        for seed in (-0.01, 0.01):
-            own = {}
-            for count, likeness, text in (("100", 0.5, 0.72), ("400", 0.7, 0.68)):
-                own[count] = {"a": person(likeness + more + seed - 0.05, text), "b": person(likeness + more + seed + 0.05, text)}
-            seeds.append(own)
-        found[method] = {1e-3: seeds}
-    rates = {m: {count: {"rate": 1e-3} for count in (100, 400)} for m in reproduce.FIRST_RATES}
-    return report.Found([100, 400], rates, found)
+        found[method] = {100: [], 400: []}
+        tried[method] = {1e-3: {}, 2e-3: {}}
+        for count, likeness, text in ((100, 0.5 + more, 0.72), (400, 0.7 + more, 0.68)):
+            for seed in (-0.01, 0.01):
+                found[method][count].append({"a": person(likeness + seed - 0.05, text), "b": person(likeness + seed + 0.05, text)})
+            for rate, worse in ((1e-3, 0), (2e-3, 0.1)):
+                tried[method][rate][count] = dict.fromkeys("cde", person(likeness - worse, text))
+    rates = {method: {100: 1e-3, 400: 1e-3} for method in reproduce.FIRST_RATES}
+    return report.Found([100, 400], rates, tried, found)
 
 
 def test_seeds_of_training_are_averaged_before_people_are():
     found = scores()
-    assert found.average("lora", 1e-3)["likeness"][0] == pytest.approx([0.45, 0.55])
+    assert found.values("lora", 100, "likeness") == pytest.approx([0.45, 0.55])
     assert report.mean_error([0.45, 0.55, np.nan]) == pytest.approx([0.5, 0.05])
     assert found.curve("lora", "likeness").shape == (2, 2)
 
@@ -120,14 +134,15 @@ def test_text_at_equal_likeness_is_the_best_of_all_rates():
     assert np.isnan(report.text_at(0.8, lines))
     found = scores(gap=0.05)
     for method, expected in (("lora", [0.70, 0.69, 0.68]), ("meta-lora", [0.71, 0.70, 0.69])):
-        own = found.average(method, 1e-3)
-        line = report.resampled(np.stack([own["likeness"], own["text"]]))
+        line = report.resampled(np.stack([found.curve(method, "likeness"), found.curve(method, "text")]))
         assert line.shape == (2, 2, 1 + report.RESAMPLES)
         assert [report.text_at(level, [line])[0] for level in report.LEVELS] == pytest.approx(expected)
     _, *rows = report.front_table(found)
     cells = {row[0]: row[1:] for row in rows}
     assert [cell.split()[0] for cell in cells["LoRA"]] == ["70.0", "+1.0", "69.0", "+1.0", "68.0", "+1.0"]
     assert [cell.split()[0] for cell in cells["Meta-LoRA"]] == ["71.0", "+0.0", "70.0", "+0.0", "69.0", "+0.0"]
+    _, *rows = report.front_of_all_rates(found)
+    assert [cell.split()[0] for cell in rows[0][1:5]] == ["70.0", "+1.0", "69.0", "+1.0"]
 
 
 def test_the_tables_and_figures(tmp_path):
@@ -136,8 +151,15 @@ def test_the_tables_and_figures(tmp_path):
     assert "| Meta-LoRA | 400 | 0.001 | 75.0 (5.0) | 68.0 (0.0) | 143.0 (5.0) | 100.0 (0.0) | 50.0 (0.0) |" in text
     assert "| LoRA | 100 | +5.0 (0.0) | +0.0 (0.0) | +5.0 (0.0) |" in text
     assert "| people: 2, trainings of each: 2 | steps |" in text
-    report.draw_found(tmp_path / "scores.png", found)
-    assert np.asarray(Image.open(tmp_path / "scores.png").convert("L")).std() > 5
+    assert "| rates, chosen on 3 people | rate | 100 steps | 400 steps |" in text
+    assert "| LoRA | 0.001 | **50.0 / 72.0 (122.0)** | **70.0 / 68.0 (138.0)** |" in text
+    assert "| LoRA | 0.002 | 40.0 / 72.0 (112.0) | 60.0 / 68.0 (128.0) |" in text
+    assert "| LoRA | lead | +10.0 (0.0) | +10.0 (0.0) |" in text
+    first = report.write_report(found._replace(scores={}))                         # before the other people are measured
+    assert text.startswith(first) and "trainings" not in first
+    for name, some in (("scores", found), ("first", found._replace(scores={}))):
+        report.draw_found(tmp_path / f"{name}.png", some)
+        assert np.asarray(Image.open(tmp_path / f"{name}.png").convert("L")).std() > 5
 
 
 def test_what_the_scores_do_not_see(tmp_path, monkeypatch):
@@ -196,9 +218,7 @@ def test_the_command_in_small(tmp_path, monkeypatch, capsys, small):
     seeds = [trial.seed for trial in trained]
     assert seeds == sorted(seeds) and {trial.method for trial in trained if trial.seed} == set(reproduce.FIRST_RATES)
     folder = run / "report"
-    assert {p.name for p in folder.iterdir()} == {"rates_r1.json", "report_r1.md", "scores_r1.png", "sheet_r1.png"}
-    rates = json.loads((folder / "rates_r1.json").read_text())
-    assert set(rates) == set(reproduce.FIRST_RATES) and set(rates["lora"]) == {"2", "3"}
+    assert {p.name for p in folder.iterdir()} == {"report_r1.md", "scores_r1.png", "sheet_r1.png"}
     trial = next((run / "trials/people2").glob("meta-lora_r1_s1_*"))                  # a second seed of training
     kept = json.loads((run / "scores/people2" / f"{trial.name}.json").read_text())["3"]
     rows = json.loads((trial / "scores.json").read_text())["pictures"]
@@ -217,6 +237,6 @@ def test_the_command_in_small(tmp_path, monkeypatch, capsys, small):
     (again / "scores/people2" / f"{trial.name}.json").unlink()
     reproduce.reproduce(["--subset", "--report", "--run", str(again)])
     printed, said = capsys.readouterr()
-    assert printed == out[:second - 2] and f"{trial.name}.json does not hold 2 steps yet" in said
+    assert printed == out[:out.rindex("| rates, chosen on")] and f"{trial.name}.json does not hold 2 steps yet" in said
     with pytest.raises(TypeError):                                                 # without --report it would train
         reproduce.reproduce(["--subset", "--jobs", "1", "--run", str(again)])
