@@ -28,13 +28,13 @@ from tqdm import tqdm
 from flux_model import AutoEncoder, Flux, flow_matching_loss, sample_times
 from metalora import MetaLoRA
 from support import photos
-from support.checkpoints import (add_speed_options, check_training_memory, encode_texts,
-                                 load_autoencoder, open_flux)
+from support.checkpoints import (add_speed_options, check_training_memory, encode_prompts,
+                                 load_autoencoder, open_flux, text_device)
 from support.common import (Interruption, Parser, free, keep, note, peak_memory, positive,
                             reserved, run_script, to_device)
 from support.finding import model_name
 from support.lora_files import read_lomd, save_lora
-from support.memory import blocks_of, fit_training, is_compiled, seconds_compiling
+from support.memory import blocks_of, fit_training
 from support.stage_2 import (check_stage_2, lora_size, metadata, numbered,
                              print_next_commands, print_times)
 
@@ -250,7 +250,8 @@ def prepare(args: argparse.Namespace, record_time: Callable[[str], None]) -> tup
     check_training_memory(args, args.device, largest, args.rank, r1)
     record_time("photos")
 
-    texts = encode_texts(args, [*args.captions.values()])
+    texts = encode_prompts(args.folder, [*args.captions.values()], text_device(args, args.device),
+                           args.dtype, home=args.device)
     # crops share the tensors of their caption: T5's output for one is 4 MB
     captions = [texts[args.captions[crop.photo]] for crop in crops]
     txt = [states[0] for states, _ in captions]
@@ -326,8 +327,6 @@ def personalize(argv: list[str] | None) -> None:
     size = args.out.stat().st_size / 1e3
     print(f"{args.out}: rank {args.rank}, {size:.0f} kB, {len(crops)} pictures, "
           f"{args.iters} iterations, loss {smooth:.4f}{peak_memory(args.device)}")
-    if is_compiled(flux):
-        print(f"training includes {seconds_compiling():.1f} s of compiling")
     print_times(seconds, args.iters)
     print_next_commands(args)
 

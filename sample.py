@@ -269,7 +269,7 @@ def draw(argv: list[str] | None) -> None:
         files, grid_file = plan_files(args.out, len(prompts), seeds)
     device = args.device = pick_device(args.device)
     folder = args.folder = find_model(args.model, args)
-    _, config, _ = flux_files(folder)
+    _, config = flux_files(folder)
     args.dtype = pick_dtype(device, folder)
     use_threads(device.type == "cpu" and is_small(folder))
     settings = sampling_settings(args, config)

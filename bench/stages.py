@@ -92,7 +92,7 @@ def load(name: str, random: bool, device: torch.device, switches: str) -> Flux:
         config = FluxConfig() if name == "flux-dev" else MID
         with torch.device("meta"):
             files = RandomFiles(Flux(config), device, dtype)
-        flux = fill_flux(files, config, False, device, dtype, **options)
+        flux = fill_flux(files, config, device, dtype, **options)
     else:
         flux = load_flux(find_model(name), device, dtype, **options)
     if "compile" in switches:

@@ -30,8 +30,8 @@ from metalora import IdentityBank, MetaLoRA, apply_loras, random_lomd
 from paper.report import METHODS, Line, draw_scores, draw_sheet
 from sample import STEPS, decode_latent, sample_latents
 from support import photos
-from support.checkpoints import (add_speed_options, autoencoder_fingerprint,
-                                 check_training_memory, encode_prompts, flux_fingerprint, is_small,
+from support.checkpoints import (add_speed_options, check_training_memory,
+                                 encode_prompts, fingerprint, flux_fingerprint, is_small,
                                  learning_rate, load_autoencoder, model_defaults, open_flux,
                                  take_model)
 from support.common import (Interruption, JsonFile, Parser, check_training, check_writable,
@@ -405,7 +405,7 @@ def take_defaults(args: argparse.Namespace) -> None:
     args.settings = {
         "layout": "numbers of a row by width",
         "model": flux_fingerprint(args.folder),
-        "autoencoder": autoencoder_fingerprint(args.folder),
+        "autoencoder": fingerprint(args.folder, "autoencoder"),
         "lomd": lomd,
         "learning rates": args.rates,
         "dtype": f"{args.dtype} fp8" if args.fp8 else str(args.dtype),

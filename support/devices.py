@@ -8,22 +8,18 @@ import torch
 
 def pick_device(name: str | None = None) -> torch.device:
     """The device by name, or the best available one. ValueError if it is not available."""
-    available = ["cpu"]
-    if torch.backends.mps.is_available():
-        available.insert(0, "mps")
-    if torch.cuda.is_available():
-        available.insert(0, "cuda")
-    if name is None:
-        return torch.device(available[0])
-
+    counts = {
+        "cuda": torch.cuda.device_count(),
+        "mps": int(torch.backends.mps.is_available()),
+        "cpu": 1,
+    }
+    available = [kind for kind, count in counts.items() if count]
+    name = available[0] if name is None else name
     kind, colon, index = name.partition(":")
-    found = kind in available
-    if found and colon:
-        count = torch.cuda.device_count() if kind == "cuda" else 1
-        found = index.isdecimal() and int(index) < count
-    if not found:
-        names = ", ".join(available)
-        raise ValueError(f"--device {name} is not available here; available: {names}")
+    index = index if colon else "0"
+    if not index.isdecimal() or int(index) >= counts.get(kind, 0):
+        raise ValueError(f"--device {name} is not available here; available: "
+                         f"{', '.join(available)}")
     return torch.device(name)
 
 
@@ -43,10 +39,8 @@ def to_device(tensor: torch.Tensor, device: str | torch.device) -> torch.Tensor:
 def free(device: str | torch.device) -> None:
     """Returns the memory of models that were just dropped to the device."""
     kind = torch.device(device).type
-    if kind == "cuda":
-        torch.cuda.empty_cache()
-    elif kind == "mps":
-        torch.mps.empty_cache()
+    if kind != "cpu":
+        getattr(torch, kind).empty_cache()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

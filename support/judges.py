@@ -159,7 +159,7 @@ class Judges(FaceNetwork):
             with quiet_transformers():
                 self.tokenizer = CLIPTokenizer.from_pretrained(name)
                 self.processor = CLIPImageProcessor.from_pretrained(name)
-                self.clip = load_transformers_model(CLIPModel, name, torch.float32, None)
+                self.clip = load_transformers_model(CLIPModel, name, torch.float32)
                 self.clip.to(self.device)
         except (OSError, ValueError, ImportError) as error:
             raise ValueError(

@@ -35,7 +35,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from flux_model import FluxConfig
-from support.checkpoints import Place, flux_files, flux_fingerprint, is_copy, targets_of
+from support.checkpoints import Place, flux_files, flux_fingerprint, targets_of
 from support.common import check_file, encodable, finite_number, note, write_whole
 from support.names import (FINAL, FLUX_LINEARS, FLUX_NAMES, OTHER_MODELS, Target, first_match,
                            part_sizes, split_number)
@@ -560,11 +560,11 @@ def read_lomd(folder: Place, path: Place | None = None) -> tuple[dict[str, Tenso
     name = metadata.get("model", "unnamed")
     mine = flux_fingerprint(folder)
     theirs = metadata.get("model_fingerprint", mine)
-    fits = is_copy(folder, theirs)
-    if fits is None:
+    coarse = "e5m2" in mine + theirs
+    if mine != theirs and coarse:
         note(f"{path}: it cannot be known whether this 8-bit copy is of the model that it was "
              f"trained on, {name}")
-    elif not fits:
+    elif mine != theirs:
         raise ValueError(f"{path}: it was trained on another model of this shape, {name} with "
                          f"fingerprint {theirs}; this one has {mine}")
     digest = sha256(path.read_bytes()).hexdigest()

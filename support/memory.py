@@ -14,16 +14,17 @@ tiles (`upsample_tiled`).
 Sources: "FP8 Formats for Deep Learning" (Micikevicius et al. 2022), "Training Deep Nets with
 Sublinear Memory Cost" (Chen et al. 2016, gradient checkpointing).
 """
-import logging
 import math
 import mmap
 import re
 import weakref
+from argparse import Namespace
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache, partial
-from itertools import accumulate, product
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -33,7 +34,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from flux_model import Decoder, Flux, flow_matching_loss, velocity
-from support.common import note
 from support.devices import free, is_out_of_memory
 from support.names import find_targets
 
@@ -94,45 +94,39 @@ class Fp8Product(torch.autograd.Function):
     def in_16_bits(x: Tensor, weight: Tensor, scale: Tensor, unit: float | None,
                    bias: Tensor | None) -> Tensor:
         """x times the weight, or its transpose, as a matrix of x's dtype, which holds 8 bits
-        exactly."""
+        exactly. unit: the one scale, which is then part of the GEMM."""
         W = weight.to(x.dtype)
-        if unit is not None:                                 # the scale is part of the GEMM
-            beta = 0 if bias is None else 1
-            bias = x.new_empty(()) if bias is None else bias
-            W = W.mul_(scale) if scale.numel() > 1 else W
-            return torch.addmm(bias, x, W, beta=beta, alpha=unit)
-        y = x @ W.mul_(scale) if scale.numel() > 1 else ((x @ W).float() * scale).to(x.dtype)
-        return y if bias is None else y + bias
+        if unit is None:
+            W.mul_(scale)                                    # many scales, or a compiler at work
+        beta = 0 if bias is None else 1
+        bias = x.new_empty(()) if bias is None else bias
+        return torch.addmm(bias, x, W, beta=beta, alpha=unit or 1.0)
 
 
-class Fp8Linear(nn.Module):
+class Fp8Linear(nn.Linear):
     """A frozen Linear with 8 bits per weight: `weight` float8_e4m3 (d_out, d_in), `scale` fp32,
-    (1, 1) or, from files with one per row, (d_out, 1), `bias` or None. `unit`: a single scale as a
-    number, else 1. `kernel`: whether the device multiplies float8 of this size. Filled by
-    checkpoints.load_flux."""
+    (1, 1) or, from files with one per row, (d_out, 1). `dtype`: of its inputs and outputs. `unit`:
+    a single scale as a number, else None. `kernel`: whether the device multiplies float8 of this
+    size. Filled by checkpoints.load_flux."""
     widen = False                     # for metalora.py: the weight cannot move into S
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype,
-                 device: torch.device | str | None = None):
-        super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
-        self.dtype = dtype
-
-        def frozen(dtype: torch.dtype, *shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
-        self.weight = frozen(E4M3, out_features, in_features)
-        self.scale = frozen(torch.float32, 1, 1)
-        self.bias = frozen(dtype, out_features) if bias else None
+    @staticmethod
+    def convert(layer: nn.Linear, dtype: torch.dtype, device: torch.device | str) -> None:
+        """Makes a Linear an Fp8Linear in place, with room for its weight; the bias stays."""
+        layer.__class__ = Fp8Linear
+        layer.dtype = dtype
+        weight = torch.empty(layer.weight.shape, dtype=E4M3, device=device)
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        layer.scale = nn.Parameter(torch.empty(1, 1, device=device), requires_grad=False)
 
     def fill(self, weight: Tensor, scale: Tensor) -> None:
         """Copies values that are on the device the layer runs on, even if its weight is stored
         elsewhere."""
         self.weight.data.copy_(weight)
         self.scale.data = scale.to(self.weight.device)
-        self.unit = scale.item() if len(scale) == 1 else 1.0
-        # kernels take multiples of 16; asked here, since a compiler cannot ask
-        fits = len(scale) == 1 and not any(n % 16 for n in weight.shape)
+        self.unit = scale.item() if len(scale) == 1 else None
+        # kernels take one scale, and multiples of 16; asked here, since a compiler cannot ask
+        fits = self.unit is not None and not any(n % 16 for n in weight.shape)
         self.kernel = fits and multiplies_fp8(weight.device)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -146,10 +140,6 @@ class Fp8Linear(nn.Module):
 # How a block is run -------------------------------------------------------------------------------
 
 
-def blocks_of(flux: nn.Module) -> list[nn.Module]:
-    return [*flux.double_blocks, *flux.single_blocks]
-
-
 class Managed(nn.Module):
     """Mixed into a block's class: the block runs compiled or not, offloaded or not, and with
     gradient checkpointing or not. Done by class, since replacing the instance's `forward` would
@@ -161,7 +151,7 @@ class Managed(nn.Module):
 
     def forward(self, *inputs):
         forward = partial(self.compiled, self) if self.compiled else super().forward
-        away = self.offload is not None and self.index >= self.offload.stay
+        away = self.offload is not None and self.index in self.offload.homes
         if away:
             forward = partial(self.offload.run, self.index, forward)
         # an offloaded block needs its weights again in the backward pass: checkpointing runs it
@@ -170,13 +160,14 @@ class Managed(nn.Module):
         return forward(*inputs)
 
 
-def managed(flux: nn.Module) -> list[Managed]:
+def blocks_of(flux: nn.Module) -> list[Managed]:
     """All blocks, each made Managed if it is not yet."""
-    for index, block in enumerate(blocks_of(flux)):
+    blocks = [*flux.double_blocks, *flux.single_blocks]
+    for index, block in enumerate(blocks):
         if not isinstance(block, Managed):
             block.__class__ = managed_class(type(block))
             block.index = index
-    return blocks_of(flux)
+    return blocks
 
 
 @cache
@@ -188,43 +179,21 @@ def managed_class(kind: type) -> type:
 def recompute_blocks(flux: nn.Module, count: int) -> None:
     """Gradient checkpointing in the first `count` blocks: they keep only their inputs and run again
     in the backward pass."""
-    for block in managed(flux):
+    for block in blocks_of(flux):
         block.recompute = block.index < count
-
-
-class GivenUp(logging.Handler):
-    """Notes on stderr what dynamo only logs: it stopped compiling further variants of a block."""
-    def emit(self, record: logging.LogRecord) -> None:
-        if "recompile_limit" in record.getMessage():
-            note("torch gave up compiling variants of the blocks; these run slower, as written")
 
 
 def compile_blocks(flux: nn.Module) -> None:
     """Compiles the two classes of blocks and nothing around them: two pieces of code for 57 blocks,
     for any number of tokens. Call it before an adapter is put in."""
     # variants: one person or several, with gradients or without, widths of the adapter; dynamo's
-    # limit is 8
+    # limit is 8, and beyond it blocks run as written, with a warning from torch
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    logger = logging.getLogger("torch._dynamo.convert_frame")
-    if not any(isinstance(handler, GivenUp) for handler in logger.handlers):
-        logger.addHandler(GivenUp())
-    for block in managed(flux):
+    for block in blocks_of(flux):
         block.compiled = compiled(super(Managed, block).forward.__func__)
 
 
-@cache
-def compiled(forward: Callable) -> Callable:
-    return torch.compile(forward, dynamic=True)
-
-
-def is_compiled(flux: nn.Module) -> bool:
-    return managed(flux)[0].compiled is not None
-
-
-def seconds_compiling() -> float:
-    """Time that this process has spent compiling so far, as dynamo counts it."""
-    from torch._dynamo.utils import calculate_time_spent
-    return calculate_time_spent()["total_wall_time"]
+compiled = cache(partial(torch.compile, dynamic=True))       # one piece of code for each class
 
 
 # Blocks that live on the CPU ----------------------------------------------------------------------
@@ -232,43 +201,43 @@ def seconds_compiling() -> float:
 
 class Offload:
     """Keeps the weights of all blocks from `stay` on in page-locked CPU memory. The device has two
-    buffers: one holds the block that runs, the other the next, copied meanwhile on its own stream.
+    buffers: one holds the block that runs, the other the one that came after it the last time,
+    copied meanwhile on its own stream.
 
-    `run(i, forward, *inputs)` runs block i, in any order. It is fastest from `stay` up to the last
-    block and, in training, back down. Only frozen weights move: adapters stay on the device.
+    `run(i, forward, *inputs)` runs block i, in any order. Only frozen weights move: adapters stay
+    on the device.
     """
     def __init__(self, flux: nn.Module, device: torch.device | str):
         self.device = torch.device(device)
-        self.cuda = self.device.type == "cuda"
+        self.stream = torch.cuda.Stream(device) if self.device.type == "cuda" else None
         self.tensors = []
-        for block in managed(flux):
+        for block in blocks_of(flux):
             block.offload = self
             self.tensors.append([p for p in block.parameters() if not p.requires_grad])
             for module in block.modules():
                 module.widen = False     # for metalora.py: S would not be offloaded
         self.stay = len(self.tensors)
-        self.homes = [None] * self.stay          # on the CPU, contiguous: one copy moves a block
-        self.held = [None, None]                 # index of the block in each buffer
-        self.stream = torch.cuda.Stream(self.device) if self.cuda else None
-        self.arrived = [torch.cuda.Event() if self.cuda else None for _ in range(2)]
+        self.homes = {}                          # {block: flat CPU memory: one copy moves a block}
+        self.after = {}                          # {(block before, block): the block that followed}
 
     def keep(self, stay: int) -> None:
-        """Offloads all blocks from `stay` on; a block that was offloaded before stays so."""
-        if self.cuda:
+        """Offloads all blocks from `stay` on; those that were offloaded before stay so."""
+        if self.stream:
             torch.cuda.synchronize(self.device)
-        for index in self.held:
-            if index is not None:
-                self.place(self.tensors[index], self.homes[index])
-        self.places = None                       # free these before larger ones are allocated
+        for index, home in self.homes.items():
+            self.place(self.tensors[index], home)
+        self.buffers = None                      # free these before larger ones are allocated
         for index in range(stay, self.stay):
             tensors = self.tensors[index]
-            self.homes[index] = page_locked(sum(padded(t.nbytes) for t in tensors), self.cuda)
+            size = sum(padded(tensor.nbytes) for tensor in tensors)
+            self.homes[index] = page_locked(size, lock=self.stream is not None)
             self.place(tensors, self.homes[index], fill=True)
-        self.stay = min(stay, self.stay)
-        size = max(map(len, self.homes[self.stay:]), default=0)
-        self.places = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(2)]
-        self.held = [None, None]
-        self.last = None                         # which block ran last
+        self.stay = stay
+        size = max(map(len, self.homes.values()), default=0)
+        self.buffers = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(2)]
+        self.held = [None, None]                 # the block in each buffer
+        self.current = 0                         # the buffer of the last block
+        self.recent = None, None                 # the last two blocks
 
     @staticmethod
     def place(tensors: list[Tensor], flat: Tensor, fill: bool = False) -> None:
@@ -282,54 +251,48 @@ class Offload:
             start += padded(tensor.nbytes)
             tensor.data = view
 
-    def fetch(self, index: int, place: int) -> None:
-        """Starts copying a block to a buffer, once all work queued so far is done reading from
-        it."""
+    def fetch(self, index: int) -> None:
+        """Starts copying a block to the buffer that is not in use, once all work queued so far has
+        read from it."""
+        place = 1 - self.current
         before = self.held[place]
         if before is not None:
             self.place(self.tensors[before], self.homes[before])
         self.held[place] = index
         home = self.homes[index]
-        target = self.places[place][:len(home)]
-        if not self.cuda:
+        target = self.buffers[place][:len(home)]
+        if not self.stream:
             target.copy_(home)
             return
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             target.copy_(home, non_blocking=True)
-            self.arrived[place].record(self.stream)
 
     def run(self, index: int, forward: Callable, *inputs):
         if index not in self.held:
-            self.fetch(index, 0 if self.last is None else 1 - self.held.index(self.last))
-        place = self.held.index(index)
-        if self.cuda:
-            torch.cuda.current_stream(self.device).wait_event(self.arrived[place])
-        self.place(self.tensors[index], self.places[place])
-        after = self.next_after(index)
-        self.last = index
-        if after >= self.stay and after not in self.held:
-            self.fetch(after, 1 - place)
+            self.fetch(index)
+        self.current = self.held.index(index)
+        if self.stream:
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        self.place(self.tensors[index], self.buffers[self.current])
+        self.after[self.recent] = index
+        self.recent = self.recent[1], index
+        following = self.after.get(self.recent, index)
+        if following not in self.held:
+            self.fetch(following)
         return forward(*inputs)
 
-    def next_after(self, index: int) -> int:
-        """Index of the block that is likely to run after this one."""
-        end = len(self.tensors) - 1
-        training = torch.is_grad_enabled()
-        new_step = self.last is None or (index == self.stay and self.last == end)
-        if training and not new_step and index <= self.last:
-            return index - 1                                 # the backward pass
-        if index < end:
-            return index + 1
-        return end if training else self.stay
+
+def check_host(size: int) -> None:
+    if size > host_memory():
+        raise ValueError(f"--offload puts {size / GIB:.1f} GiB of weights into the CPU's memory, "
+                         f"of which {host_memory() / GIB:.1f} are free")
 
 
 def page_locked(size: int, lock: bool) -> Tensor:
     """CPU memory (size,), uint8, that shares no page with other memory: a page cannot be locked
     twice. torch's own allocator of page-locked memory rounds up to a power of two."""
-    if size > host_memory():
-        raise ValueError(f"--offload puts {size / GIB:.1f} GiB more into the CPU's memory, "
-                         "which is full: --fp8 halves what it takes")
+    check_host(size)
     page = mmap.PAGESIZE
     flat = torch.empty(size + 2 * page, dtype=torch.uint8)
     start = -flat.data_ptr() % page
@@ -352,43 +315,39 @@ def padded(size: int) -> int:
 
 RESERVE = GIB // 2            # stays free: workspace of libraries, fragmentation
 # Peak memory of a block, forward and backward, in units of its input: an upper bound, counted by
-# tests/test_full_size.py. On a GPU it only serves to refuse early. On a CPU it decides, since
-# running out of memory raises no error there.
+# tests/test_full_size.py. On a GPU, where steps are tried, it only serves to refuse early. On a CPU
+# it decides: running out of memory raises no error there, the system kills the process.
 BLOCK = 25
 
 
 def memory_left(device: torch.device | str) -> float:
-    """Bytes that can still be allocated on a device: what its driver or system has left, and what
-    torch holds unused."""
+    """Bytes that can still be allocated on a device."""
     device = torch.device(device)
     if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
+        free(device)
+        return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     return host_memory()
 
 
 def host_memory() -> float:
-    """Bytes of CPU memory available."""
-    path = Path("/proc/meminfo")
-    if not path.exists():
-        return math.inf                                      # not Linux: no way to know
-    kib = re.search(r"MemAvailable:\s+(\d+)", path.read_text("utf-8"))
-    return int(kib[1]) * 1024 if kib else math.inf
+    """Bytes of CPU memory available; infinite where there is no way to know."""
+    with suppress(OSError):
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text("utf-8"))
+        return 1024 * int(found[1])
+    return math.inf                                          # not Linux
 
 
 def weight_bytes(flux: Flux, dtype: torch.dtype, fp8: bool) -> tuple[int, list[int]]:
     """Bytes of the weights around a transformer's blocks, and of each block; `flux` may be on
     meta."""
-    around = sum(p.numel() for name, p in flux.named_parameters() if "_blocks." not in name)
-    blocks = []
-    for block in blocks_of(flux):
-        size = 0
-        for p in block.parameters():
-            size += p.numel() * (1 if fp8 and p.dim() == 2 else dtype.itemsize)
-        blocks.append(size)
-    return around * dtype.itemsize, blocks
+    sizes = Counter()
+    for name, p in flux.named_parameters():
+        block = re.match(r"(\w+_blocks\.\d+)?", name)[0]
+        sizes[block] += p.numel() * (1 if fp8 and block and p.dim() == 2 else dtype.itemsize)
+    around = sizes.pop("")
+    return around, list(sizes.values())
 
 
 def update_bytes(flux: Flux, columns: dict[str, int], dtype: torch.dtype) -> int:
@@ -407,68 +366,62 @@ def update_bytes(flux: Flux, columns: dict[str, int], dtype: torch.dtype) -> int
     return numbers * dtype.itemsize
 
 
-def step_bytes(flux: Flux, tokens: int, dtype: torch.dtype, once: int = 1, twice: int = 0) -> int:
-    """Bytes of a step beside the weights. tokens: of all pictures together. once: blocks that keep
-    all activations at a time (1 without gradients). twice: blocks that keep only their inputs."""
-    inputs = tokens * flux.config.hidden_size
+def adapter_bytes(flux: Flux, dtype: torch.dtype, rank: int, r1: int, slots: int, people: int,
+                  joint: bool) -> int:
+    """Bytes of an adapter of this rank with a LoMD of r1 rows (0: none; joint: it is trained too),
+    with the rows of all people and `slots` people in a batch."""
+    targets = find_targets(flux)
+    row = rank * sum(target.rows + (r1 or target.d_in) for target in targets)
+    lomd = r1 * sum(target.d_in for target in targets)
+    # a weight and two moments for what is kept, a value and a gradient for what is in the batch
+    numbers = (3 * people + 2 * slots) * row + (5 if joint else 1) * lomd
+    columns = {target.path: slots * rank for target in targets}
+    return 4 * numbers + update_bytes(flux, columns, dtype)
+
+
+def step_bytes(flux: Flux, batch: int, size: tuple[int, int], text_tokens: int, dtype: torch.dtype,
+               once: int = 1, twice: int = 0) -> int:
+    """Bytes beside the weights for a step with pictures of `size` latent pixels. once: blocks that
+    keep all activations at a time (1 without gradients). twice: blocks that keep only their
+    inputs."""
+    inputs = batch * (math.prod(size) // 4 + text_tokens) * flux.config.hidden_size
     widened = max(p.numel() for p in flux.parameters())      # an 8-bit weight in 16 bits
     return (inputs * (BLOCK * once + twice) + widened) * dtype.itemsize
 
 
-def training_bytes(flux: Flux, dtype: torch.dtype, tokens: int, rank: int, r1: int, slots: int = 1,
-                   people: int = 1, joint: bool = False) -> int:
-    """Bytes of training beside the weights, at least: an adapter of this rank with a LoMD of r1
-    rows (0: none; joint: it is trained too), the rows and moments of all people, and a step over
-    `slots` pictures in which all blocks run twice."""
-    targets = find_targets(flux)
-    row = rank * sum(target.rows + (r1 or target.d_in) for target in targets)
-    lomd = r1 * sum(target.d_in for target in targets)
-    kept = 3 * people * row + (3 if joint else 1) * lomd
-    gradients = 2 * (slots * row + joint * lomd)             # and the values they belong to
-    updates = update_bytes(flux, {target.path: slots * rank for target in targets}, dtype)
-    step = step_bytes(flux, slots * tokens, dtype, 1, len(blocks_of(flux)))
-    return 4 * (kept + gradients) + updates + step
-
-
-def check_memory(flux: Flux, device: torch.device | str, dtype: torch.dtype, fp8: bool,
-                 offload: bool, beside: float) -> str:
-    """One line on the memory that a run needs, including `beside` bytes of adapter and step.
-    ValueError if that is more than is free; it names the switch that would make it fit. `flux` is
-    on meta."""
-    free = memory_left(device)
-    elsewhere = torch.device(device).type != "cpu"           # --offload can move blocks to the CPU
-
-    def takes(fp8: bool, offload: bool) -> float:
-        around, blocks = weight_bytes(flux, dtype, fp8)
-        here = 2 * max(blocks) if offload and elsewhere else sum(blocks)
-        return around + here + beside + RESERVE
-    needed = takes(fp8, offload)
-    line = f"this takes {needed / GIB:.1f} GiB or more, of which {free / GIB:.1f} are free"
-    if needed > free:
-        both = True, True
-        others = {"--fp8": (True, offload), "--offload": (fp8, True), "--fp8 --offload": both}
-        for words, switches in others.items():
-            if takes(*switches) <= free:
-                raise ValueError(f"{line}; with {words} it takes {takes(*switches) / GIB:.1f}")
+def check_memory(args: Namespace, device: torch.device, flux: Flux, beside: int = 0) -> None:
+    """Prints the memory that a run needs, with `beside` bytes of adapter and step next to the
+    weights of `flux`, which is on meta. ValueError if that is more than is free; it names the
+    switch that would make it fit. args.stay: how many blocks stay on the device, counted from the
+    first, while --offload moves the others."""
+    if args.fp8 and device.type == "mps":
+        raise ValueError("--fp8 does not work on mps, which has no 8-bit floats: try --offload")
+    available = memory_left(device)
+    needs = {}
+    switches = {"": (args.fp8, args.offload), "--fp8": (True, args.offload),
+                "--offload": (args.fp8, True), "--fp8 --offload": (True, True)}
+    for words, (fp8, offload) in switches.items():
+        around, blocks = weight_bytes(flux, args.dtype, fp8)
+        here = 2 * max(blocks) if offload and device.type != "cpu" else sum(blocks)
+        needs[words] = around + here + beside + RESERVE
+    line = f"this takes {needs[''] / GIB:.1f} GiB or more, of which {available / GIB:.1f} are free"
+    fitting = [words for words in needs if needs[words] <= available]
+    if not fitting:
         raise ValueError(f"{line}: no switch makes it fit, but a smaller size, --resolution or "
                          "--batch-size may")
-    if offload and elsewhere:
-        stay = blocks_on_device(flux, device, dtype, fp8, beside)
-        away = sum(weight_bytes(flux, dtype, fp8)[1][stay:])
-        if away > host_memory():
-            raise ValueError(f"--offload puts {away / GIB:.1f} GiB of weights into the CPU's "
-                             f"memory, of which {host_memory() / GIB:.1f} are free")
-    return line
+    if fitting[0]:
+        raise ValueError(f"{line}; with {fitting[0]} it takes {needs[fitting[0]] / GIB:.1f}")
 
-
-def blocks_on_device(flux: Flux, device: torch.device | str, dtype: torch.dtype, fp8: bool,
-                     beside: float) -> int:
-    """How many blocks, counted from the first, can stay on the device with the rest offloaded."""
-    around, blocks = weight_bytes(flux, dtype, fp8)
-    left = memory_left(device) - RESERVE - beside - around
-    if sum(blocks) <= left:
-        return len(blocks)
-    return sum(size <= left - 2 * max(blocks) for size in accumulate(blocks))
+    args.stay = 0                                            # on a CPU
+    if device.type != "cpu":
+        around, blocks = weight_bytes(flux, args.dtype, args.fp8)
+        left = available - RESERVE - beside - around
+        args.stay = len(blocks)
+        if sum(blocks) > left:
+            args.stay = sum(size <= left - 2 * max(blocks) for size in accumulate(blocks))
+        check_host(sum(blocks[args.stay:]))
+        if beside:
+            print(line)
 
 
 # The rest is tried --------------------------------------------------------------------------------
@@ -492,12 +445,10 @@ def fit(flux: Flux, device: torch.device, step: Callable[[], object], training: 
     """Runs `step`, the largest of the run, with everything else in memory. While that does not fit,
     more blocks run twice (training only; `recompute` fixes their number), then, if blocks are
     offloaded, fewer stay on the device. ValueError if nothing more can be saved."""
-    offload = managed(flux)[0].offload
     every = len(blocks_of(flux))
-    if not training and not offload:
-        return                                   # nothing can be saved
+    offload = blocks_of(flux)[0].offload
     counts = range(every + 1)
-    if offload and offload.stay < every:
+    if offload and offload.homes:
         counts = [every]                         # offloaded blocks always run twice
     if not training:
         counts = [0]
@@ -507,28 +458,25 @@ def fit(flux: Flux, device: torch.device, step: Callable[[], object], training: 
     def fits(count: int) -> bool:
         recompute_blocks(flux, count)
         return succeeds(step, device)
-    if fits(counts[0]):
-        return
-    found = bisect_left(counts, True, lo=1, key=fits)
+    found = 0 if fits(counts[0]) else bisect_left(counts, True, lo=1, key=fits)
     recompute_blocks(flux, counts[min(found, len(counts) - 1)])
+    fitted = found < len(counts)
     back = 1
-    while found == len(counts):
+    while not fitted:
         if not offload or not offload.stay:
             raise ValueError(f"a step of this size does not fit into the memory of {device}: try "
                              "--fp8, --offload, a smaller --resolution or --batch-size")
         offload.keep(max(0, offload.stay - back))
         back *= 2
-        if succeeds(step, device):
-            return
+        fitted = succeeds(step, device)
 
 
-def blank(flux: Flux, batch: int, size: tuple[int, int], text_tokens: int,
-          device: torch.device) -> list[Tensor]:
+def blank(flux: Flux, batch: int, size: tuple[int, int], text_tokens: int) -> list[Tensor]:
     """A batch of zeros: latent (B, 16, *size), t (B,), txt (B, T, _), y (B, _)."""
+    zeros = partial(torch.zeros, batch, device=flux.img_in.weight.device)
     config = flux.config
-    latent = config.in_channels // 4, *size
-    shapes = latent, (), (text_tokens, config.context_in_dim), (config.vec_in_dim,)
-    return [torch.zeros(batch, *shape, device=device) for shape in shapes]
+    text = zeros(text_tokens, config.context_in_dim)
+    return [zeros(config.in_channels // 4, *size), zeros(), text, zeros(config.vec_in_dim)]
 
 
 def fit_training(adapter: object, size: tuple[int, int], text_tokens: int,
@@ -538,35 +486,36 @@ def fit_training(adapter: object, size: tuple[int, int], text_tokens: int,
 
     Nothing is tried on a CPU, where the system kills a process that runs out of memory; there
     `step_bytes` decides."""
-    flux, slots, device = adapter.flux, adapter.slots, adapter.device
-    adapter.bank.make_moments()
-    if adapter.train_lomd:
-        adapter.shared.make_moments()
+    flux = adapter.flux
+    slots = adapter.slots
     every = len(blocks_of(flux))
-    if device.type == "cpu":
+    if adapter.device.type == "cpu":
         if recompute is None:
-            tokens = slots * (math.prod(size) // 4 + text_tokens)
-            needed = step_bytes(flux, tokens, adapter.layers[0].dtype, once=every)
+            dtype = adapter.layers[0].dtype
+            needed = step_bytes(flux, slots, size, text_tokens, dtype, once=every)
             recompute = every if needed > host_memory() else 0
         recompute_blocks(flux, recompute)
     else:
-        latent, t, txt, y = blank(flux, slots, size, text_tokens, device)
+        latent, t, txt, y = blank(flux, slots, size, text_tokens)
+        adapter.bank.make_moments()
+        if adapter.train_lomd:
+            adapter.shared.make_moments()
 
         def step() -> None:
             adapter.assign(torch.arange(slots) % len(adapter.bank.weight))
             flow_matching_loss(flux, latent, latent, t, txt, y).sum().backward()
-        fit(flux, device, step, training=True, recompute=recompute)
+        fit(flux, adapter.device, step, training=True, recompute=recompute)
         adapter.assign(torch.arange(1))          # drops the gradients
     return sum(block.recompute for block in blocks_of(flux))
 
 
 @torch.no_grad()
 def fit_sampling(flux: Flux, size: tuple[int, int], text_tokens: int, batch: int = 1) -> None:
-    """`fit` for a batch of pictures of `size` latent pixels, with all LoRAs applied. Does nothing
-    on a CPU."""
+    """`fit` for a batch of pictures of `size` latent pixels, with all LoRAs applied. Nothing is
+    tried where nothing can be saved: without offloaded blocks, and on a CPU."""
     device = flux.img_in.weight.device
-    if device.type != "cpu":
-        latent, t, txt, y = blank(flux, batch, size, text_tokens, device)
+    if device.type != "cpu" and blocks_of(flux)[0].offload:
+        latent, t, txt, y = blank(flux, batch, size, text_tokens)
         fit(flux, device, lambda: velocity(flux, latent, t, txt, y, 1.0), training=False)
 
 
@@ -600,38 +549,33 @@ def upsample_tiled(decoder: nn.Module, x: Tensor) -> Tensor:
     (pkuliyi2015/multidiffusion-upscaler-for-automatic1111); and edges see less of their
     surroundings. With the baby's autoencoder at 1024 x 1536 that is a relative distance of 0.005
     (56 dB, a third of an 8-bit level on average); with statistics of each tile's own it was 0.045
-    (37 dB). """
+    (37 dB)."""
     norms = [m for m in (*decoder.up.modules(), decoder.norm_out) if isinstance(m, nn.GroupNorm)]
-    scale = 2 ** (len(decoder.up) - 1)
     step = math.ceil(math.sqrt(x[0, 0].numel()) / TILE)
-    height, width = x.shape[2:]
-    size = scale * height, scale * width
-    picture = torch.zeros(1, decoder.conv_out.out_channels, *size, device=x.device)
-    weights = torch.zeros(size, device=x.device)
+    columns = partial(in_strips, decoder.upsample, dim=3)
     try:
         for norm in norms:
             norm.forward = held_statistics(norm)
         decoder.upsample(x[..., ::step, ::step])
-        for rows, columns in product(tiles(height), tiles(width)):
-            tile = decoder.upsample(x[..., rows, columns])
-            weight = torch.outer(*(ramp(n, scale, x.device) for n in tile.shape[2:]))
-            top, left = scale * rows.start, scale * columns.start
-            place = ..., slice(top, top + len(weight)), slice(left, left + weight.shape[1])
-            picture[place] += weight * tile
-            weights[place] += weight
+        return in_strips(columns, x, dim=2)
     finally:
         for norm in norms:
             vars(norm).pop("forward", None)
-    return (picture / weights).to(x.dtype)
 
 
-def ramp(length: int, scale: int, device: torch.device) -> Tensor:
-    """Weights of a tile's pixels by their distance to its nearest edge: linear over the overlap,
-    where those of two tiles are made to sum to 1. Pixels at the edge saw zeros beyond it and count
-    for almost nothing; at the picture's own edge they are the only ones."""
-    distance = torch.arange(0.5, length, device=device)
-    distance = torch.minimum(distance, distance.flip(0)) - scale * OVERLAP / 4
-    return distance.clamp(min=1e-3)
+def in_strips(enlarge: Callable[[Tensor], Tensor], x: Tensor, dim: int) -> Tensor:
+    """enlarge(x) in strips of at most TILE along a dimension; neighbors overlap, and meet in the
+    middle of that."""
+    size = x.shape[dim]
+    strips = []
+    for start in range(0, max(1, size - OVERLAP), TILE - OVERLAP):
+        length = min(TILE, size - start)
+        strip = enlarge(x.narrow(dim, start, length))
+        scale = strip.shape[dim] // length
+        first = min(start, OVERLAP // 2)
+        last = length if start + length == size else length - OVERLAP // 2
+        strips.append(strip.narrow(dim, scale * first, scale * (last - first)))
+    return torch.cat(strips, dim)
 
 
 def held_statistics(norm: nn.GroupNorm) -> Callable[[Tensor], Tensor]:
@@ -648,12 +592,3 @@ def held_statistics(norm: nn.GroupNorm) -> Callable[[Tensor], Tensor]:
         # a BatchNorm at inference does just that: given statistics, in fp32 for any x
         return F.batch_norm(x, *kept, norm.weight.float(), norm.bias.float(), eps=norm.eps)
     return forward
-
-
-def tiles(size: int) -> list[slice]:
-    """The fewest slices of equal length, at most TILE, that cover `size` and overlap by OVERLAP or
-    OVERLAP + 1."""
-    count = max(1, math.ceil((size - OVERLAP) / (TILE - OVERLAP)))
-    length = math.ceil((size + (count - 1) * OVERLAP) / count)
-    starts = [i * (size - length) // max(1, count - 1) for i in range(count)]
-    return [slice(start, start + length) for start in starts]

@@ -121,8 +121,7 @@ def find_targets(flux: nn.Module, outside: bool = False) -> list[Target]:
     targets = []
     for name, module in flux.named_modules():
         name = name.removesuffix(".base")        # an adapted Linear keeps its own as `base`
-        is_linear = hasattr(module, "in_features")          # 8-bit ones are not nn.Linear
-        if not is_linear or not (outside or "_blocks." in name):
+        if not isinstance(module, nn.Linear) or not (outside or "_blocks." in name):
             continue
         paths = FLUX_LINEARS[split_number(name)[0]]
         number = split_number(name)[1]

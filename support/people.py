@@ -29,8 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from support.checkpoints import (autoencoder_fingerprint, load_autoencoder, load_text_encoders,
-                                 text_fingerprints)
+from support.checkpoints import fingerprint, load_autoencoder, load_text_encoders
 from support.common import JsonFile, check_readable, digest, expand, free, note, whole, write_whole
 from support.photos import (SUFFIXES, fit_to_grid, grid_size, image_files, read_photo, subfolders,
                             to_tensor, visible)
@@ -642,8 +641,8 @@ class Cache:
         self.device = device
         self.dtype = dtype
         self.resolutions = resolutions
-        key = [autoencoder_fingerprint(model), *text_fingerprints(model), str(dtype)]
-        self.key = hashlib.sha256(" ".join(key).encode()).hexdigest()[:12]
+        parts = [fingerprint(model, part) for part in ("autoencoder", "clip", "t5")]
+        self.key = hashlib.sha256(" ".join([*parts, str(dtype)]).encode()).hexdigest()[:12]
 
     @staticmethod
     def step(resolution: int) -> int:

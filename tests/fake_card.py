@@ -428,6 +428,11 @@ class FakeCard(TorchDispatchMode):
             before, card.phase, card.in_backward = card.phase, "backward", True
             try:
                 return backward(tensor, *a, **k)
+            except torch.OutOfMemoryError:
+                # with one thread, the engine's queue keeps the rest of the graph until the next backward pass empties it
+                with _disable_current_modes():
+                    backward(torch.zeros((), requires_grad=True).clone())
+                raise
             finally:
                 card.phase, card.in_backward = before, False
 
@@ -483,14 +488,14 @@ class FakeCard(TorchDispatchMode):
             files = Shapes(Flux(config))
         fill = checkpoints.fill_flux
 
-        def fill_flux(files, config, is_diffusers, device, dtype, fp8=False, offload=False, stay=0):
+        def fill_flux(files, config, device, dtype, fp8=False, offload=False, stay=0):
             self.big = 0 if offload else BIG                 # what moves between the two is fake on either side
             try:
-                return fill(files, config, is_diffusers, device, dtype, fp8, offload, stay)
+                return fill(files, config, device, dtype, fp8, offload, stay)
             finally:
                 self.big = BIG
         patch = lambda where, name, new: self.stack.enter_context(mock.patch.object(where, name, new))
-        patch(checkpoints, "flux_files", lambda folder: (files, config, False))
+        patch(checkpoints, "flux_files", lambda folder: (files, config))
         patch(checkpoints, "fill_flux", fill_flux)
         patch(checkpoints, "text_length", lambda folder: 512)
         patch(memory.Offload, "place", staticmethod(self.place))

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -174,12 +175,31 @@ def test_tiles_give_the_whole_picture(large, monkeypatch, height, width, tile, b
     assert distance(overlap=8) > bound                      # with statistics of each tile's own
 
 
-def test_tiles_cover_and_overlap():
-    for size in range(1, 700):
-        parts = memory.tiles(size)
-        assert parts[0].start == 0 and parts[-1].stop == size
-        assert len({part.stop - part.start for part in parts}) == 1 and parts[0].stop <= memory.TILE
-        assert all(a.stop - b.start - memory.OVERLAP in (0, 1) for a, b in zip(parts, parts[1:]))
+def test_tiles_cover_the_picture(monkeypatch):
+    """Every pixel is one of its own place, away from the edges of its tile, and no tile is too large."""
+    monkeypatch.setattr(memory, "TILE", 12)
+    monkeypatch.setattr(memory, "OVERLAP", 4)
+    sides = []
+
+    class Decoder(torch.nn.Module):
+        """Nearest neighbors, and zeros at a distance of 2 features from a tile's edges."""
+        up, norm_out, conv_out = torch.nn.ModuleList([torch.nn.Identity()] * 2), None, SimpleNamespace(out_channels=1)
+
+        def upsample(self, x):
+            sides.extend(x.shape[2:])
+            edges = torch.nn.functional.pad(torch.ones_like(x[..., 2:-2, 2:-2]), (2, 2, 2, 2)) if min(x.shape[2:]) > 4 else 1
+            return torch.nn.functional.interpolate(torch.where(torch.as_tensor(edges) > 0, x, -x), scale_factor=2.0)
+
+    for size in range(1, 60):
+        x = 1 + torch.arange(3.0 * size).view(1, 1, 3, size)
+        whole = torch.nn.functional.interpolate(x, scale_factor=2.0)
+        found = memory.upsample_tiled(Decoder(), x)
+        assert torch.equal(found.abs(), whole)
+    sides.clear()
+    x = 1 + torch.arange(35.0 * 41).view(1, 1, 35, 41)
+    found = memory.upsample_tiled(Decoder(), x)
+    assert torch.equal(found.abs(), torch.nn.functional.interpolate(x, scale_factor=2.0))
+    assert (found[..., 4:-4, 4:-4] > 0).all() and max(sides) <= 12
 
 
 @torch.no_grad()
@@ -451,7 +471,7 @@ def test_parts_of_a_fused_layer_must_each_fit(tmp_path, shapes):
     """Rows that only add up, or one column that would be broadcast, would load as another model."""
     name = "transformer/diffusion_pytorch_model.safetensors"
     text = message(load_flux, changed_flux(tmp_path, lambda tensors: resize(tensors, **shapes), name))
-    assert "1 misshapen" in text and f"transformer_blocks.0.attn.{next(iter(shapes))}.weight" in text
+    assert f"{len(shapes)} misshapen (transformer_blocks.0.attn.{next(iter(shapes))}.weight" in text
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
@@ -497,8 +517,9 @@ def test_schnell(tmp_path):
         config = json.loads(file.metadata()["config"]) | {"guidance_embed": False}
     changed_flux(tmp_path, strip, metadata={})
     (tmp_path / "flux1-dev.safetensors").rename(tmp_path / "flux1-schnell.safetensors")
-    assert flux_files(tmp_path)[1] == FluxConfig(guidance_embed=False)      # no metadata: the published shape
-    assert "misshapen" in message(load_flux, tmp_path)                      # which this small file does not have
+    # no metadata: the published width, which this small file does not have, and its own number of blocks
+    assert flux_files(tmp_path)[1] == FluxConfig(guidance_embed=False, depth=2, depth_single_blocks=3)
+    assert "misshapen" in message(load_flux, tmp_path)
     changed_flux(tmp_path, strip, metadata={"config": json.dumps(config)})
     (tmp_path / "flux1-dev.safetensors").rename(tmp_path / "flux1-schnell.safetensors")
     flux = load_flux(tmp_path, dtype=torch.float32)
@@ -512,14 +533,14 @@ def test_schnell(tmp_path):
     assert torch.equal(denoise(flux, noise, txt, y, 2, 3.5), denoise(flux, noise, txt, y, 2, 1.0))
 
 
-def test_dev_without_metadata_is_the_published_shape(tmp_path):
+def test_dev_without_metadata_has_the_published_width(tmp_path):
     changed_flux(tmp_path, lambda tensors: None, metadata={})
-    assert flux_files(tmp_path)[1] == FluxConfig()
+    assert flux_files(tmp_path)[1] == FluxConfig(depth=2, depth_single_blocks=3)
 
 
 def test_original_files_come_first_where_both_are_there():
-    files, config, is_diffusers = flux_files(HUB)
-    assert not is_diffusers and files.path == HUB / "flux1-dev.safetensors" and config.hidden_size == 64
+    files, config = flux_files(HUB)
+    assert "x_embedder.weight" not in files.names and files.path == HUB / "flux1-dev.safetensors" and config.hidden_size == 64
 
 
 @pytest.mark.parametrize("config, problem", [
@@ -869,7 +890,6 @@ def test_a_broken_connection_is_one_line(tmp_path, hub, monkeypatch):
 @pytest.mark.parametrize("status, gated", [(401, True), (403, True), (503, False)])
 def test_a_licence_is_asked_for_where_it_is_what_is_missing(hub, monkeypatch, status, gated):
     from huggingface_hub.errors import HfHubHTTPError
-    from types import SimpleNamespace
 
     def download(repo, **options):
         error = HfHubHTTPError.__new__(HfHubHTTPError)

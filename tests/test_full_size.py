@@ -71,7 +71,7 @@ def stage_2(card, px=512, rank=1, method="meta-lora", config=None, **switches):
     patch = patcher(card)
     patch(checkpoints, "find_model", lambda name, args=None: Path("flux"))
     patch(stage_2_checks, "pick_device", lambda name: card.device)
-    patch(personalize, "encode_texts", lambda args, texts: {text: text_of(card) for text in texts})
+    patch(personalize, "encode_prompts", lambda folder, texts, *words, home: {text: text_of(card) for text in texts})
     patch(personalize, "load_autoencoder", lambda *words: autoencoder_on(card))
     patch(stage_2_checks, "captions_beside", lambda files, prompt, tell: {Path(file): prompt for file in files})
     patch(personalize, "read_lomd", lambda *words: ({t.path: torch.zeros(16, t.d_in) for t in find_targets(bare(config))}, "none", False))
@@ -96,7 +96,7 @@ def bare(config=None):
 
 
 def run_twice(flux):
-    return sum(block.recompute for block in memory.managed(flux))
+    return sum(block.recompute for block in memory.blocks_of(flux))
 
 
 def stage_1(card, size=(512, 512), folks=4, r2=1, px=512, batch=4, new=False, **switches):
@@ -106,8 +106,7 @@ def stage_1(card, size=(512, 512), folks=4, r2=1, px=512, batch=4, new=False, **
     patch = patcher(card)
     patch(checkpoints, "find_model", lambda name, args=None: Path("flux"))
     patch(meta_train, "flux_files", checkpoints.flux_files)
-    patch(people, "autoencoder_fingerprint", lambda folder: "autoencoder")
-    patch(people, "text_fingerprints", lambda folder: ["text"])
+    patch(people, "fingerprint", lambda folder, part: part)
     there = [] if new else ["all"]
 
     def fill(cache, *rest, **words):
@@ -336,7 +335,7 @@ def test_a_cpu_that_is_too_small_is_one_line(main, words, monkeypatch, tmp_path,
     Path("data").mkdir()
     with torch.device("meta"):
         files = fake_card.Shapes(flux_model.Flux(flux_model.FluxConfig()))
-    monkeypatch.setattr(checkpoints, "flux_files", lambda folder: (files, flux_model.FluxConfig(), False))
+    monkeypatch.setattr(checkpoints, "flux_files", lambda folder: (files, flux_model.FluxConfig()))
     monkeypatch.setattr(sample, "flux_files", checkpoints.flux_files)
     for where in (checkpoints, sample):
         monkeypatch.setattr(where, "find_model", lambda name, args=None: Path("flux"))
