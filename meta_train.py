@@ -40,7 +40,7 @@ from support.finding import model_name
 from support.lora_files import save_lomd
 from support.memory import fit_training
 from support.names import find_targets
-from support.people import Buckets, Cache, Photo, read_buckets, room_for
+from support.people import Buckets, Cache, Photo, read_buckets
 from support.runs import (DATA, Checkpoints, Group, Log, WaitingRows, announce, check_room,
                           check_settings, check_stage_1, draw_preview, locked, plot)
 
@@ -352,7 +352,7 @@ class Run:
         text = text_length(args.folder) * config.context_in_dim * args.dtype.itemsize
         self.checkpoints = Checkpoints(self.folder, self.group)
         self.waiting = WaitingRows(self.folder, [len(members) for members in self.members], row)
-        cache = room_for(self.cache, self.photos, captions, text)
+        cache = self.cache.room_for(self.photos, captions, text)
         check_room(self.waiting, self.used, lomd, cache, self.group)
 
     def place(self):

@@ -15,10 +15,10 @@ import hashlib
 import itertools
 import json
 import math
-import posixpath
 import re
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,6 +44,7 @@ SYNTHETIC_CAPTIONS = {
     "m": "a photo of a man",
     "nb": "a photo of a person",
 }
+SYNTHETIC_ATTRIBUTES = "[0-9a-f]" * 12 + "_*.json"
 MIN_PICTURES = 2                                 # from one, M and U would learn the picture itself
 
 # --------------------------------------------------------------------------------------------------
@@ -64,108 +65,44 @@ def read_text(path: Path) -> str:
 
 
 class Captions:
-    """The captions of pictures under `root`; `used` are the files that had one."""
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    """The captions of the pictures in `folders`, inner folders last; `used` are the files read.
+
+    ValueError if a table of METADATA cannot be used."""
+    def __init__(self, folders: Iterable[Path]) -> None:
         self.used = set()
-        self.beside = {}                         # {folder: {(stem, suffix): caption file}}
-        self.tables = {}                         # {path of a METADATA: its captions, or its error}
+        self.beside = {}                         # {path with its suffix in lower case: the path}
+        self.tables = {}                         # {picture: (its text, the table)}
+        for folder in folders:
+            for path in visible(folder):
+                if path.name in METADATA:
+                    for picture, text in read_metadata(path).items():
+                        self.tables[picture] = text, path
+                elif not path.is_dir():
+                    self.beside[path.with_suffix(path.suffix.lower())] = path
 
     def of(self, picture: Path) -> str | None:
-        """The caption, None without one. ValueError if its file is empty, torn, or not UTF-8."""
-        for path in self.candidates(picture):
-            self.used.add(path)
-            return self.one_line(read_text(path), path)
-        for folder in picture.parents:
-            for name in METADATA:
-                table = folder / name
-                text = self.table(table).get(picture.relative_to(folder).as_posix())
-                if text is not None:
-                    self.used.add(table)
-                    return self.one_line(text, f"{table}: the text of {picture.name}")
-            if folder == self.root:
-                break
-        return None
-
-    def candidates(self, picture: Path) -> list[Path]:
-        """Files beside a picture that may hold its caption; the first counts."""
-        if picture.parent not in self.beside:
-            beside = {}
-            for path in visible(picture.parent):
-                if path.suffix.lower() in CAPTIONS:
-                    beside[path.stem, path.suffix.lower()] = path
-            self.beside[picture.parent] = beside
-        found = []
-        for suffix in CAPTIONS:
-            for stem in (picture.stem, picture.name):
-                path = self.beside[picture.parent].get((stem, suffix))
-                if path and not path.is_dir():
-                    found.append(path)
-        return found
-
-    def table(self, path: Path) -> dict[str, str | None]:
-        """{picture: caption} of one of METADATA, {} if it does not exist; read once."""
-        if path not in self.tables:
-            self.tables[path] = {}
-            if path.is_file():
-                try:
-                    self.tables[path] = read_metadata(path)
-                except ValueError as error:
-                    self.used.add(path)
-                    self.tables[path] = error
-        if isinstance(self.tables[path], ValueError):
-            raise ValueError(*self.tables[path].args)
-        return self.tables[path]
-
-    @staticmethod
-    def one_line(text: str, where: object) -> str:
+        """The caption, None without one. ValueError if it is empty or not UTF-8."""
+        text = where = None
+        for suffix, name in itertools.product(CAPTIONS, (picture.stem, picture.name)):
+            where = where or self.beside.get(picture.with_name(name + suffix))
+        if where is None:
+            text, where = self.tables.get(picture, (None, None))
+        if where is None:
+            synthetic = SYNTHETIC.match(picture.name)
+            return SYNTHETIC_CAPTIONS[synthetic[1]] if synthetic else None
+        self.used.add(where)
+        if text is None:
+            text = read_text(where)
         caption = " ".join(text.split())
         if not caption:
-            raise ValueError(f"{where} is empty")
+            raise ValueError(f"{where} is empty for {picture.name}")
         return caption
 
 
-def named_photos(names: list[str]) -> list[str]:
-    """Photos of one person, from files, patterns and folders. ValueError if a folder has none."""
-    found = []
-    for name in expand(names):
-        folder = Path(name)
-        if folder.is_dir():
-            inside = image_files(folder)
-            captions = Captions(folder)
-            if not inside:
-                raise ValueError(f"{name} is a folder without a picture")
-            for path in inside:
-                captions.used.update(captions.candidates(path))
-            tell_unused(folder, captions, folders=True)
-            found += map(str, inside)
-        else:
-            found.append(name)
-    return found
-
-
-def captions_beside(
-    pictures: list[str | Path],
-    prompt: str,
-    tell: bool = False,
-) -> dict[Path, str]:
-    """The caption beside each picture, else `prompt`; `tell` prints those that were found.
-
-    ValueError as in Captions."""
-    captions = {}
-    for path in map(Path, pictures):
-        captions[path] = Captions(path.parent).of(path)
-    for path, caption in captions.items():
-        if caption is None:
-            captions[path] = prompt
-        elif tell:
-            print(f"{path.name} is called {caption!r}, by the caption beside it")
-    return captions
-
-
-def read_metadata(path: Path) -> dict[str, str | None]:
+def read_metadata(path: Path) -> dict[Path, str]:
     """{picture: caption} of one of METADATA. ValueError names the line that cannot be used."""
     table = {}
+    row = None
     lines = read_text(path).split("\n")
     if path.suffix == ".csv":                    # as lines of JSON; "" stands for the header
         rows = csv.DictReader(line + "\n" for line in lines)
@@ -174,17 +111,54 @@ def read_metadata(path: Path) -> dict[str, str | None]:
         if line.strip():
             try:
                 row = json.loads(line)
-                name, text = row["file_name"], row.get("text")
-                if not isinstance(name, str) or not isinstance(text, str | None):
+                picture = path.parent / row["file_name"]
+                text = row.get("text")
+                if not isinstance(text, str | None):
                     raise TypeError
-            except (ValueError, TypeError, KeyError, AttributeError):
+            except (ValueError, TypeError, KeyError):
                 raise ValueError(f'{path}, line {number}, is not {{"file_name": ..., '
                                  '"text": ...}') from None
-            table[posixpath.normpath(name)] = text
-    if table and not any(table.values()):
+            if text is not None:
+                table[picture] = text
+    if row and not table:
         raise ValueError(f'{path} has no captions: they are its fields "text", and it has '
                          f'{", ".join(row)}')
     return table
+
+
+def named_photos(names: list[str]) -> list[Path]:
+    """Photos of one person, from files, patterns and folders. ValueError if a folder has none."""
+    found = []
+    for name in map(Path, expand(names)):
+        if name.is_dir():
+            inside = image_files(name)
+            if not inside:
+                raise ValueError(f"{name} is a folder without a picture")
+            captions = Captions([name])
+            for path in inside:
+                captions.of(path)
+            tell(tell_unused(name, captions))
+            found += inside
+        else:
+            found.append(name)
+    return found
+
+
+def captions_beside(
+    pictures: list[Path],
+    prompt: str,
+    tell: bool = False,
+) -> dict[Path, str]:
+    """The caption beside each picture, else `prompt`; `tell` prints those that were found.
+
+    ValueError as in Captions."""
+    captions = {}
+    for path in pictures:
+        caption = Captions([path.parent]).of(path)
+        if caption and tell:
+            print(f"{path.name} is called {caption!r}, by the caption beside it")
+        captions[path] = caption or prompt
+    return captions
 
 
 # --------------------------------------------------------------------------------------------------
@@ -204,100 +178,83 @@ class Photo(NamedTuple):
 def check_photos(
     paths: Iterable[Path],
     captions: Captions,
-    known: dict | None = None,
+    known: dict,
     smallest: int = 0,
-) -> tuple[dict[Path, Photo], list[str]]:
-    """{path: Photo} of the usable pictures, and a line for each of the others.
+) -> tuple[list[Photo], list[str]]:
+    """The usable pictures, without copies, and a line for each of the others.
 
     smallest: pixels that the shorter side must have. known: {path: [bytes, time, digest, width,
     height, pixels]} of pictures that were decoded before; those decoded now are added."""
-    known = {} if known is None else known
-    found = {}
+    found = []
     problems = []
     for path in paths:
         try:
             if not path.is_file():
                 read_photo(path)                 # its error says what the path is
             status = path.stat()
+            state = [status.st_size, status.st_mtime_ns]
             facts = known.get(str(path), [])
-            if facts[:2] != [status.st_size, status.st_mtime_ns] or len(facts) < 6:
+            if facts[:2] != state:
                 image = read_photo(path)
                 file_digest = hashlib.sha256(path.read_bytes()).hexdigest()
-                pixels = digest(image.tobytes())
-                facts = [status.st_size, status.st_mtime_ns, file_digest, *image.size, pixels]
+                facts = [*state, file_digest, *image.size, digest(image.tobytes())]
                 known[str(path)] = facts
-            *_, file_digest, width, height, pixels = facts
-            if min(width, height) < smallest:
-                raise ValueError(f"{path} is {width} x {height} pixels; its sides must be "
-                                 f"{smallest} or more")
-            found[path] = Photo(path, file_digest, width, height, captions.of(path), pixels)
+            photo = Photo(path, *facts[2:5], captions.of(path), facts[5])
+            if min(photo.width, photo.height) < smallest:
+                raise ValueError(f"{path} is {photo.width} x {photo.height} pixels; its sides must "
+                                 f"be {smallest} or more")
+            found.append(photo)
         except (ValueError, OSError) as error:
             problems.append(str(error))
-    return found, list(dict.fromkeys(problems))  # many pictures may share a damaged metadata.jsonl
+    copies = find_copies(found)
+    return [photo for photo in found if photo.path not in copies], [*problems, *copies.values()]
 
 
-def find_copies(photos: Iterable[Photo]) -> dict[Path, Path]:
-    """{copy: the picture it repeats}. If several folders have one, all are copies: whose is it?"""
+def find_copies(photos: list[Photo]) -> dict[Path, str]:
+    """{copy: a line that names it}. If several folders have one, all are copies: whose is it?"""
     copies = {}
     alike = collections.defaultdict(list)
     for photo in photos:
         alike[photo.width, photo.height, photo.pixels].append(photo.path)
     for same in alike.values():
-        folders = {path.parent for path in same}
-        for path in same if len(folders) > 1 else same[1:]:
+        for path in same:
             others = [other for other in same if other.parent != path.parent]
-            copies[path] = (others or same)[0]
+            if others or path != same[0]:
+                copies[path] = f"{path} is the same picture as {(others or same)[0]}"
     return copies
 
 
-def is_dead(path: Path) -> bool:
-    return path.is_symlink() and not path.exists()
+def tell_unused(folder: Path, captions: Captions, inside: Iterable[Path] = ()) -> list[str]:
+    """Names what in `folder` is neither a picture, a caption, nor one of the folders `inside`.
 
-
-def dead_links(folder: Path) -> list[str]:
-    """A line for each dead link in `folder`, but pictures: whoever reads those names them."""
-    pictures = image_files(folder)
-    dead = [path for path in visible(folder) if is_dead(path) and path not in pictures]
-    return [f"{path} is a dead link" for path in dead]
-
-
-def tell_unused(
-    folder: Path,
-    captions: Captions,
-    folders: bool = False,
-    links: bool = True,
-) -> None:
-    """Names the files in `folder` that are neither pictures nor captions, with `folders` folders,
-    and with `links` dead links."""
-    seen = {*image_files(folder), *captions.used}
-    if not folders:
-        seen.update(subfolders(folder))
+    Returns a line for each dead link, but pictures: whoever reads those names them."""
+    seen = {*image_files(folder), *inside}
     names = []
+    dead = []
     for path in visible(folder):
-        if path in seen or is_dead(path) and not links:
+        if path in seen or path in captions.used:
             continue
-        if is_dead(path):
-            names.append(f"{path.name} (a dead link)")
-        else:
+        if path.exists():
             names.append(path.name + "/" * path.is_dir())
+        else:
+            dead.append(f"{path} is a dead link")
     if names:
         note(f"{folder}: not used, since neither a picture nor the caption of one: "
              f"{', '.join(names)}")
+    return dead
+
+
+def tell(problems: list[str], start: str = "note: ") -> None:
+    """A line for each problem."""
+    for problem in problems:
+        print(start + " ".join(problem.split()), file=sys.stderr)
 
 
 def complain(problems: list[str], script: str) -> None:
     """Prints all problems but the last, which becomes a ValueError."""
-    problems = [" ".join(problem.split()) for problem in problems]
-    for problem in problems[:-1]:
-        print(f"{script}: {problem}", file=sys.stderr)
+    tell(problems[:-1], f"{script}: ")
     if problems:
-        raise ValueError(problems[-1])
-
-
-def tell(problems: list[str], start: str = "") -> None:
-    """A note for each problem that the command goes on without."""
-    for problem in problems:
-        note(start + " ".join(problem.split()))
+        raise ValueError(" ".join(problems[-1].split()))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -313,34 +270,25 @@ class Person(NamedTuple):
     more: tuple[Path, ...] = ()                  # further references: for the method, never a test
 
 
-def find_identities(
-    folder: Path,
-    count: int,
-) -> tuple[list[tuple[str, str | None, list[Path]]], list[str]]:
-    """A folder of --data -> [(identity, gender or None, pictures)], and a line for each problem."""
-    found = []
-    problems = []
+def find_identities(folder: Path) -> list[tuple[Path, str | None, list[Path]]]:
+    """A folder of --data -> [(a person's folder, or their picture's path without its suffix, gender
+    or None, pictures)]."""
     inside = subfolders(folder)
     genders = [sub for sub in inside if sub.name.lower() in GENDERS]
-    if genders and (len(genders) < len(inside) or image_files(folder)):
+    if genders and (genders != inside or image_files(folder)):
         raise ValueError(f"{folder} holds {genders[0].name}/ and others: sort all by gender, or "
                          "none")
+    found = []
     for parent in genders or [folder]:
         people = subfolders(parent)
         loose = image_files(parent)
-        problems += dead_links(parent)
         if bool(people) == bool(loose):
             raise ValueError(f"{parent} must hold a folder for each person, or one picture for "
                              f"each: it holds {'both' if people else 'neither'}")
-        gender = GENDERS.get(parent.name.lower()) if genders else None
-        for person in people:
-            paths = image_files(person)
-            found.append((person.name, gender, paths))
-            if len(paths) <= count:
-                problems.append(f"{person} has {len(paths)} pictures: R-FaceSim needs {count} as "
-                                "reference and at least one other")
-        found += [(path.stem, gender, [path]) for path in loose]
-    return found, problems
+        gender = GENDERS.get(parent.name.lower())
+        found += [(person, gender, image_files(person)) for person in people]
+        found += [(path.with_suffix(""), gender, [path]) for path in loose]
+    return found
 
 
 def read_people(
@@ -357,38 +305,36 @@ def read_people(
 
     ValueError, after a line for each problem: an unreadable picture, a picture twice, too few
     pictures of an identity, two identities of one name."""
-    photos = {}                                  # an ordered set
-    groups = []                                  # [(captions, identities)]
-    problems = []
+    photos = {}                                  # an ordered set, as is the next
+    above = {}                                   # folders of people
+    identities = []
     for folder in folders:
         if folder.suffix.lower() in SUFFIXES and not folder.is_dir():
             photos[folder] = None
         else:
-            found, wrong = find_identities(folder, count)
-            groups.append((Captions(folder), found))
-            problems += wrong
+            found = find_identities(folder)
+            identities += found
+            above |= dict.fromkeys([folder, *(place.parent for place, _, _ in found)])
+    own = {folder: len(paths) for folder, _, paths in identities if folder.is_dir()}
+    problems = [f"{folder} has {number} pictures: R-FaceSim needs {count} as reference and at "
+                "least one other" for folder, number in own.items() if number <= count]
     if photos:
-        groups.append((Captions(next(iter(photos)).parent), [("person", None, [*photos])]))
+        identities.append((Path("person"), None, list(photos)))
 
+    captions = Captions([*above, *own, *(photo.parent for photo in photos)])
     persons = {}                                 # {identity: a Person for each of its references}
-    captions_in = {}                             # {folder with pictures: Captions}
-    for captions, found in groups:
-        for name, sex, paths in found:
-            if name in persons:
-                problems.append(f"{captions.root}: another identity has the name {name} already")
-            sound, wrong = check_photos(paths, captions)
-            problems += wrong
-            for copy, original in find_copies(sound.values()).items():
-                problems.append(f"{copy} is the same picture as {original.name}")
-            sex = sex or gender_of(sound.values()) or gender
-            persons[name] = persons_of(name, sex, paths, reference, count)
-            captions_in |= {path.parent: captions for path in paths if path not in photos}
-
-    for captions, _ in groups:
-        if captions.root in folders and captions.root not in captions_in:
-            tell_unused(captions.root, captions, links=False)
-    for folder, captions in captions_in.items():
-        tell_unused(folder, captions, folders=True)
+    for place, sex, paths in identities:
+        name = place.name
+        if name in persons:
+            problems.append(f"{place}: another identity has the name {name} already")
+        sound, wrong = check_photos(paths, captions, {})
+        problems += wrong
+        sex = sex or gender_of(sound) or gender
+        persons[name] = persons_of(name, sex, paths, reference, count)
+    for folder in above:
+        problems += tell_unused(folder, captions, subfolders(folder))
+    for folder in own:
+        problems += tell_unused(folder, captions)
     complain(problems, "eval_rfacesim.py")
     return [*itertools.chain.from_iterable(persons.values())]
 
@@ -401,25 +347,32 @@ def persons_of(
     count: int,
 ) -> list[Person]:
     """An identity, once for each of its references."""
-    named = [path for path in paths if path.stem == "reference"]
-    references = paths if reference == "all" else [*named, *paths][:1]
+    references = paths
+    if reference == "first":
+        named = [path for path in paths if path.stem == "reference"]
+        references = [*named, *paths][:1]
     persons = []
     for path in references:
         at = paths.index(path)
         others = paths[at + 1:] + paths[:at]
-        more = tuple(others[:count - 1])
-        tests = tuple(sorted(others[count - 1:]))
-        label = f"{name}@{path.stem}" if reference == "all" and len(paths) > 1 else name
-        persons.append(Person(label, name, gender, path, tests, more))
+        persons.append(Person(
+            name=f"{name}@{path.stem}" if len(references) > 1 else name,
+            identity=name,
+            gender=gender,
+            reference=path,
+            tests=tuple(sorted(others[count - 1:])),
+            more=tuple(others[:count - 1]),
+        ))
     return persons
 
 
 def gender_of(photos: Iterable[Photo]) -> str | None:
     """As the first caption says that has words for one gender only."""
     for photo in photos:
-        words = {*re.findall(r"[a-z]+", (photo.caption or "").lower())} & {*GENDERS}
-        if len(words) == 1:
-            return GENDERS[words.pop()]
+        words = re.findall(r"[a-z]+", (photo.caption or "").lower())
+        genders = {GENDERS[word] for word in words if word in GENDERS}
+        if len(genders) == 1:
+            return genders.pop()
     return None
 
 
@@ -442,62 +395,29 @@ def fill(prompt: str, gender: str | None) -> str | None:
 Buckets = dict[str, dict[str, list[Photo]]]              # {bucket: {person: pictures}}
 
 
-def find_people(data: Path) -> tuple[dict[str, dict[str, Path]], list[str]]:
-    """Folder -> ({bucket: {person: folder}}, problems). People in no bucket are in bucket ""."""
-    people = {}
-    flat = {}
-    problems = []
-    if image_files(data):
-        problems.append(f"{image_files(data)[0]} is in nobody's folder")
-    problems += dead_links(data)
+def find_people(data: Path) -> tuple[list[tuple[str, Path]], list[str]]:
+    """Folder -> ([(bucket, a person's folder)], problems). Without buckets they are called ""."""
+    people = []
+    flat = []
+    problems = [f"{path} is in nobody's folder" for path in image_files(data)[:1]]
     for folder in subfolders(data):
         loose = image_files(folder)
         inner = subfolders(folder)
-        if loose and not any(map(image_files, inner)):      # a person, with folders in theirs
-            problems += [f"{odd} is a folder inside a person's" for odd in inner]
-            inner = []
-        if inner and loose:
-            problems.append(f"{folder} holds people and also loose pictures, such as "
-                            f"{loose[0].name}")
-        if inner:
-            problems += dead_links(folder)
-            people[folder.name] = {person.name: person for person in inner}
+        if inner and (not loose or any(map(image_files, inner))):
+            people += [(folder.name, person) for person in inner]
+            problems += [f"{folder} holds people and also loose pictures, such as {path.name}"
+                         for path in loose[:1]]
+        elif loose or not visible(folder):
+            flat.append(("", folder))
         else:
-            flat[folder.name] = folder
-    if not people:
-        return {"": flat} if flat else {}, problems
-    for folder in flat.values():
-        problems.append(f"{folder} is not a bucket as the others are: it holds no people")
-    for members in people.values():
-        for folder in members.values():
-            problems += [f"{inner} is a folder inside a person's" for inner in subfolders(folder)]
+            note(f"{folder} holds no pictures, and so is not a person")
+    if people:
+        problems += [f"{folder} is not a bucket as the others are: it holds no people"
+                     for _, folder in flat]
+    people = people or flat
+    for _, folder in people:
+        problems += [f"{inner} is a folder inside a person's" for inner in subfolders(folder)]
     return people, problems
-
-
-def leave_out(
-    data: Path,
-    people: dict[str, dict[str, Path]],
-    number: int | None,
-    seed: int,
-) -> None:
-    """Removes from `people` folders of a flat `data` that hold files but no pictures; then, unless
-    `number` is None, all but that many people at random."""
-    flat = people.get("", {})
-    others = [name for name, folder in flat.items() if visible(folder) and not image_files(folder)]
-    if 0 < len(others) < len(flat):
-        for name in others:
-            del flat[name]
-        note(f"{data}: folders without pictures are not people: {', '.join(others)}")
-    if number is None:
-        return
-    everyone = []
-    for bucket, members in people.items():
-        everyone += [(bucket, name) for name in members]
-    if number > len(everyone):
-        note(f"--people {number}: there are {len(everyone)}")
-    for i in np.random.default_rng(seed).permutation(len(everyone))[number:]:
-        bucket, name = everyone[i]
-        del people[bucket][name]
 
 
 def check_people(
@@ -510,52 +430,40 @@ def check_people(
     """Checks every file -> ({bucket: {person: [Photo]}} of the usable, a line for each problem).
 
     smallest, known: as in `check_photos`. number: how many people the seed draws; None is all."""
-    people, problems = find_people(data)
-    leave_out(data, people, number, seed)
-    captions = Captions(data)
-    folders = []
-    for members in people.values():
-        folders += members.values()
+    everyone, problems = find_people(data)
+    if number and number > len(everyone):
+        note(f"--people {number}: there are {len(everyone)}")
+    drawn = np.random.default_rng(seed).permutation(len(everyone))[:number]
+    people = [everyone[i] for i in sorted(drawn)]
+    folders = [folder for _, folder in people]
+    places = dict.fromkeys([data, *(folder.parent for folder in folders), *folders])
+    captions = Captions(places)
     paths = []
+    attributes = []                              # FLUXSynID's
     for folder in folders:
         paths += image_files(folder)
+        attributes += folder.glob(SYNTHETIC_ATTRIBUTES)
     bar = tqdm(paths, "checking pictures", disable=None, leave=False)
     photos, wrong = check_photos(bar, captions, known, smallest)
     problems += wrong
 
-    attributes = set()                           # FLUXSynID's
-    for folder in folders:
-        attributes |= {path for path in folder.glob("*.json") if SYNTHETIC.match(path.name)}
     if attributes:
         note(f"{data}: {len(attributes)} .json files are not read, such as {min(attributes)}")
-    captions.used |= attributes
-    above = [data, *(folder.parent for folder in folders)]
-    for folder in dict.fromkeys([*above, *folders]):
-        tell_unused(folder, captions, links=folder in folders)
+    captions.used.update(attributes)
+    for place in places:
+        problems += tell_unused(place, captions, subfolders(place))
 
-    for path, photo in photos.items():
-        name = SYNTHETIC.match(path.name)
-        if name and photo.caption is None:
-            photos[path] = photo._replace(caption=SYNTHETIC_CAPTIONS[name[1]])
-    for copy, original in find_copies(photos.values()).items():
-        problems.append(f"{copy} is the same picture as {original}")
-        del photos[copy]
     photos_in = collections.defaultdict(list)
-    for photo in photos.values():
+    for photo in photos:
         photos_in[photo.path.parent].append(photo)
-
-    buckets = {}
-    for bucket, members in people.items():
-        sound = {}
-        for person, folder in members.items():
-            usable = len(photos_in[folder])
-            if usable < MIN_PICTURES:
-                problems.append(f"{folder} has {usable} usable picture{'s' * (usable != 1)}; "
-                                f"a person needs {MIN_PICTURES} or more")
-            else:
-                sound[person] = photos_in[folder]
-        if sound:
-            buckets[bucket] = sound
+    buckets = collections.defaultdict(dict)
+    for bucket, folder in people:
+        usable = len(photos_in[folder])
+        if usable < MIN_PICTURES:
+            problems.append(f"{folder} has {usable} usable picture{'s' * (usable != 1)}; "
+                            f"a person needs {MIN_PICTURES} or more")
+        else:
+            buckets[bucket][folder.name] = photos_in[folder]
     return buckets, problems
 
 
@@ -563,12 +471,12 @@ def make_buckets(people: Buckets, size: int, seed: int) -> Buckets:
     """Buckets as they are; a flat folder is split at random into buckets of about `size` people."""
     if list(people) != [""]:
         return people
-    names = sorted(people[""])
-    order = np.random.default_rng(seed).permutation(len(names))
-    parts = np.array_split(order, math.ceil(len(names) / size))
+    everyone = sorted(people[""].items())
+    order = np.random.default_rng(seed).permutation(len(everyone))
+    parts = np.array_split(order, math.ceil(len(everyone) / size))
     buckets = {}
     for i, part in enumerate(parts):
-        buckets[f"{i:04d}"] = {names[j]: people[""][names[j]] for j in sorted(part)}
+        buckets[f"{i:04d}"] = dict(everyone[j] for j in sorted(part))
     return buckets
 
 
@@ -579,7 +487,7 @@ def data_fingerprint(buckets: Buckets) -> str:
         for person, pictures in members.items():
             for photo in pictures:
                 lines.append(f"{bucket}\t{person}\t{photo.digest}\t{photo.caption}")
-    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    return digest("\n".join(lines).encode("utf-8", "surrogateescape"))
 
 
 def read_buckets(
@@ -604,45 +512,39 @@ def read_buckets(
             write_whole(listing, json.dumps(known))
     if not skip_bad:
         complain(problems, "meta_train.py")
-    tell(problems, start="skipped: ")
+    tell(problems, "note: skipped: ")
     if not people:
         raise ValueError(f"{data} holds no people with pictures")
     return make_buckets(people, size, seed)
-
-
-def tell_uncaptioned(buckets: Buckets) -> None:
-    """Says how many pictures have no caption, if others have one."""
-    captions = []
-    for members in buckets.values():
-        for photos in members.values():
-            captions += [photo.caption for photo in photos]
-    missing = captions.count(None)
-    if 0 < missing < len(captions):
-        print(f"{missing} of {len(captions)} pictures have no caption of their own, and take that "
-              "of --prompt")
 
 
 # --------------------------------------------------------------------------------------------------
 # Latents and text, encoded once
 
 
+def save_state(
+    path: Path,
+    tensors: dict[str, Tensor],
+    metadata: dict[str, str] | None = None,
+) -> None:
+    """Writes a safetensors file, from any device."""
+    on_cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    with whole(path) as part:
+        save_file(on_cpu, part, metadata)
+
+
+@dataclass
 class Cache:
     """Latents and text embeddings on disk, named by hashes of picture or caption, and model."""
-    def __init__(
-        self,
-        folder: Path,
-        model: Path,
-        device: torch.device,
-        dtype: torch.dtype,
-        resolutions: list[int],
-    ):
-        self.folder = folder
-        self.model = model
-        self.device = device
-        self.dtype = dtype
-        self.resolutions = resolutions
-        parts = [fingerprint(model, part) for part in ("autoencoder", "clip", "t5")]
-        self.key = hashlib.sha256(" ".join([*parts, str(dtype)]).encode()).hexdigest()[:12]
+    folder: Path
+    model: Path
+    device: torch.device
+    dtype: torch.dtype
+    resolutions: list[int]
+
+    def __post_init__(self) -> None:
+        parts = [fingerprint(self.model, part) for part in ("autoencoder", "clip", "t5")]
+        self.key = digest(" ".join([*parts, str(self.dtype)]).encode())[:12]
 
     @staticmethod
     def step(resolution: int) -> int:
@@ -661,8 +563,8 @@ class Cache:
         return self.folder / f"{picture.digest[:32]}-{size[0]}x{size[1]}-{self.key}.safetensors"
 
     def text_path(self, caption: str) -> Path:
-        digest = hashlib.sha256(caption.encode("utf-8", "surrogateescape")).hexdigest()
-        return self.folder / f"{digest[:32]}-text-{self.key}.safetensors"
+        name = hashlib.sha256(caption.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+        return self.folder / f"{name}-text-{self.key}.safetensors"
 
     def missing(
         self,
@@ -673,7 +575,7 @@ class Cache:
         new = []
         for picture in pictures:
             paths = [self.latent_path(picture, size) for size in self.sizes(picture)]
-            if not all(path.exists() for path in paths):
+            if not all(map(Path.exists, paths)):
                 new.append(picture)
         captions = dict.fromkeys(captions)
         return new, [caption for caption in captions if not self.text_path(caption).exists()]
@@ -683,7 +585,7 @@ class Cache:
         self,
         pictures: list[Photo],
         captions: list[str],
-        stop: Callable[[], object] | None = None,
+        stop: Callable[[], object] = lambda: None,
         show: bool = True,
     ) -> None:
         """Encodes what is missing, one model in memory at a time. `stop()` may raise."""
@@ -700,8 +602,9 @@ class Cache:
             encoders.check(captions)
             for caption in captions:
                 txt, y = encoders.encode([caption])
-                self.save(self.text_path(caption), {"txt": txt[0], "y": y[0]}, stop)
+                save_state(self.text_path(caption), {"txt": txt[0], "y": y[0]})
                 bar.update()
+                stop()
             del encoders
             gc.collect()                         # transformers' models hold reference cycles
             free(self.device)
@@ -714,23 +617,12 @@ class Cache:
                 for size, resolution in self.sizes(picture).items():
                     pixels = to_tensor(fit_to_grid(photo, resolution, self.step(resolution)))
                     posterior = autoencoder.posterior(pixels[None].to(self.device))[0].half()
-                    self.save(self.latent_path(picture, size), {"posterior": posterior}, stop)
+                    save_state(self.latent_path(picture, size), {"posterior": posterior})
                 bar.update()
+                stop()
             del autoencoder
             free(self.device)
         bar.close()
-
-    def save(
-        self,
-        path: Path,
-        tensors: dict[str, Tensor],
-        stop: Callable[[], object] | None,
-    ) -> None:
-        on_cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        with whole(path) as part:
-            save_file(on_cpu, part)
-        if stop:
-            stop()
 
     def load(self, path: Path) -> dict[str, Tensor]:
         check_readable(path)
@@ -739,13 +631,11 @@ class Cache:
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is damaged, delete it: {error}") from None
 
-
-def room_for(cache: Cache, pictures: list[Photo], captions: list[str], text_bytes: int) -> int:
-    """Bytes that the cache will grow by; text_bytes: size of one encoded caption."""
-    pictures, captions = cache.missing(pictures, captions)
-    size = len(captions) * text_bytes
-    for picture in pictures:
-        for width, height in cache.sizes(picture):
+    def room_for(self, pictures: list[Photo], captions: list[str], text_bytes: int) -> int:
+        """Bytes that the cache will grow by; text_bytes: size of one encoded caption."""
+        pictures, captions = self.missing(pictures, captions)
+        size = len(captions) * text_bytes
+        for picture in pictures:
             # mean and deviation of 16 channels, 2 bytes each, for 8 x 8 pixels: a byte a pixel
-            size += width * height
-    return size
+            size += sum(map(math.prod, self.sizes(picture)))
+        return size

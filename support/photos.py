@@ -27,10 +27,9 @@ from support.common import check_file, check_writable, digest, not_content, note
 HEIF_SUFFIXES = {".heic", ".heif", ".hif"}
 # Pillow registers these formats, but cannot decode them by itself
 UNREADABLE = {"BUFR", "GRIB", "HDF5", "MPEG"}
-SUFFIXES = set(HEIF_SUFFIXES)
-for suffix, kind in Image.registered_extensions().items():
-    if kind == "MPO" or kind in Image.OPEN and kind not in UNREADABLE:
-        SUFFIXES.add(suffix)
+SUFFIXES = HEIF_SUFFIXES | {
+    suffix for suffix, kind in Image.registered_extensions().items()
+    if kind == "MPO" or kind in Image.OPEN and kind not in UNREADABLE}
 # written by operating systems, besides hidden files
 LITTER = set("thumbs.db|ehthumbs.db|desktop.ini|icon\r|__macosx|@eadir|"
              "system volume information".split("|"))
@@ -39,9 +38,9 @@ DELETED = set("$recycle.bin|recycler|#recycle|@recycle|#snapshot|@recently-snaps
               "network trash folder|found.000".split("|"))
 MASK = re.compile(r"(.+)(-masklabel|-condlabel|[-_.]mask)", re.IGNORECASE)   # OneTrainer and others
 LARGEST = 16384 * 12288                          # pixels; 200 megapixels, the largest phone sensors
-HALVED = 2 ** 26                              # pixels; larger pictures are read at half their sides
-# at byte 8, after "ftyp"
-HEIF_BRANDS = b"heic heix heim heis hevc hevx hevm hevs mif1 msf1".split()
+# at byte 4 of a HEIC file, whatever its name
+HEIF_MARKS = (b"ftypheic ftypheix ftypheim ftypheis ftyphevc ftyphevx ftyphevm ftyphevs ftypmif1 "
+              b"ftypmsf1").split()
 MIN_SIDE = 16                                    # pixels; one image token
 MIN_RESOLUTION = 512                             # pixels; FLUX.1 was not made for less
 # width / height of crops
@@ -51,27 +50,26 @@ Face = tuple[float, float, float, float, float]  # x0, y0, x1, y1, probability
 Box = tuple[int, int, int, int]                  # x0, y0, x1, y1
 
 
-def visible(folder: str | Path) -> list[Path]:
+def visible(folder: Path) -> list[Path]:
     """Sorted paths directly inside `folder`, without hidden files and the litter of systems."""
-    folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"no such folder: {folder}")
-    paths = sorted(folder.iterdir())
-    return [path for path in paths if path.name[0] != "." and path.name.lower() not in LITTER]
+    return [path for path in sorted(folder.iterdir())
+            if path.name[0] != "." and path.name.lower() not in LITTER]
 
 
-def subfolders(folder: str | Path) -> list[Path]:
+def subfolders(folder: Path) -> list[Path]:
     """Sorted paths of the visible folders directly inside `folder`, except for trash folders."""
-    paths = visible(folder)
-    return [path for path in paths if path.is_dir() and path.name.lower() not in DELETED]
+    return [path for path in visible(folder)
+            if path.is_dir() and path.name.lower() not in DELETED]
 
 
-def image_files(folder: str | Path) -> list[Path]:
+def image_files(folder: Path) -> list[Path]:
     """Sorted paths of the pictures directly inside `folder`, by suffix, without masks.
 
     Includes dead links, so that an error can name them."""
-    paths = visible(folder)
-    return without_masks([p for p in paths if p.suffix.lower() in SUFFIXES and not p.is_dir()])
+    return without_masks([path for path in visible(folder)
+                          if path.suffix.lower() in SUFFIXES and not path.is_dir()])
 
 
 def without_masks(paths: list[Path]) -> list[Path]:
@@ -93,33 +91,32 @@ def read_photo(path: str | Path) -> Image.Image:
     """Any picture that Pillow reads -> PIL image, mode RGB in sRGB, upright by its EXIF
     orientation.
 
-    The first frame of an animation; transparency on white. Over 67 megapixels it is read at half
-    its sides, and info["reduced"] is 2. A JPEG that lacks its last bytes is read, with a note.
-    ValueError, one line naming the file: damaged, under 16 pixels a side, or over 200 megapixels.
+    The first frame of an animation; transparency on white. A JPEG that lacks its last bytes is
+    read, with a note. ValueError, one line naming the file: damaged, under 16 pixels a side, or
+    over 200 megapixels.
     """
     path = Path(path)
     if path.is_symlink() and not path.exists():
         raise ValueError(f"{path} is a dead link")
     check_file(path, "picture")
-    is_heif = path.suffix.lower() in HEIF_SUFFIXES
+    can_read_heif()
     try:
-        with open(path, "rb") as file:
-            head = file.read(12)
-        if head[4:8] == b"ftyp" and head[8:] in HEIF_BRANDS:
-            is_heif = True
-            can_read_heif()
         with raised_limits():
-            image = decode(path)
+            try:
+                image = decode(path)
+            except OSError:
+                image = mend_jpeg(path)
     except Image.DecompressionBombError:
         raise ValueError(f"{path} is too large: over {LARGEST:,} pixels") from None
     except Exception as error:                  # decoders raise all sorts of things on broken files
-        why = not_content(path) or " ".join(str(error).split()) or type(error).__name__
-        problem = f"is damaged or cannot be read: {why}"
-        if isinstance(error, Image.UnidentifiedImageError) and not not_content(path):
-            problem = "is not a picture that can be read"
-            if is_heif:
-                problem += " as HEIC" if can_read_heif() else "; for HEIC: pip install pillow-heif"
-        raise ValueError(f"{path} {problem}") from error
+        why = not_content(path)
+        if why or not isinstance(error, Image.UnidentifiedImageError):
+            why = why or " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(f"{path} is damaged or cannot be read: {why}") from error
+        hint = ""
+        if path.suffix.lower() in HEIF_SUFFIXES or path.read_bytes()[4:12] in HEIF_MARKS:
+            hint = " as HEIC" if can_read_heif() else "; for HEIC: pip install pillow-heif"
+        raise ValueError(f"{path} is not a picture that can be read{hint}") from error
     width, height = image.size
     if min(image.size) < MIN_SIDE:
         raise ValueError(f"{path} is {width} x {height} pixels, under {MIN_SIDE} x {MIN_SIDE}")
@@ -154,44 +151,27 @@ def can_read_heif() -> bool:
     return True
 
 
-def decode(path: Path) -> Image.Image:
-    """An image file -> RGB, upright, at half its sides if it is huge."""
-    with Image.open(path) as image:
-        reduced = 2 if image.width * image.height > HALVED else 1
-        size = image.width // reduced, image.height // reduced
-        if reduced == 2:
-            image.draft(None, size)              # JPEG only: scales while decoding
-        try:
-            image.load()
-        except OSError:
-            if image.format not in ("JPEG", "MPO"):
-                raise
-            image = mend_jpeg(path, size)
+def decode(source: Path | BytesIO) -> Image.Image:
+    """An image file -> RGB, upright."""
+    with Image.open(source) as image:
+        image.load()
         image = to_rgb(ImageOps.exif_transpose(image))
-    if image.width * image.height > HALVED:
-        image = image.reduce(reduced)
-    image.info = {"reduced": reduced}            # drops the profile: the colors are sRGB now
+    image.info = {}                              # drops the profile: the colors are sRGB now
     return image
 
 
-def finish_jpeg(data: bytes, size: tuple[int, int]) -> Image.Image:
-    """Decodes a JPEG without its end; after an end marker the decoder makes up the missing
-    pixels."""
-    image = Image.open(BytesIO(data + b"\xff\xd9"))
-    image.draft(None, size)
-    image.load()
-    return image
-
-
-def mend_jpeg(path: Path, size: tuple[int, int]) -> Image.Image:
-    """A JPEG that lacks its end, with a note. OSError if more than 2 % of the picture is
-    missing."""
+def mend_jpeg(path: Path) -> Image.Image:
+    """A JPEG that lacks its end, with a note; after an end marker the decoder makes up the missing
+    pixels. OSError if more than 2 % of the picture is missing."""
     data = path.read_bytes().rstrip(b"\xff")     # half a marker
-    image = finish_jpeg(data, size)
+    if data[:2] != b"\xff\xd8":
+        raise                                    # not a JPEG: the error of `decode`
+    image = decode(BytesIO(data + b"\xff\xd9"))
     # pixels that depend on the bytes that follow are missing from the file
     filler = b"\x55" * (image.width * image.height // 8 + 1000)
-    changed = np.asarray(ImageChops.difference(image, finish_jpeg(data + filler, size))) > 0
-    if changed.reshape(image.height, image.width, -1).any(-1).mean() > 0.02:
+    other = decode(BytesIO(data + filler + b"\xff\xd9"))
+    changed = np.asarray(ImageChops.difference(image, other)).any(axis=-1)
+    if changed.mean() > 0.02:
         raise OSError("its end is missing")
     note_mended(path)
     return image
@@ -210,24 +190,18 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode[0] in "IF":                    # 16 or 32 bits
         values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0, neginf=0)
         # the file does not state its white point: take the first that fits
-        white = values.max()
-        for usual in (1, 255) if image.mode == "F" else (65535,):
-            if values.max() <= usual:
-                white = usual
-                break
+        usual = 65535
+        if image.mode == "F":
+            usual = 1 if values.max() <= 1 else 255
+        white = max(values.max(), usual)
         image = Image.fromarray((values / white * 255).clip(0, 255).round().astype(np.uint8))
-    elif image.has_transparency_data:
-        mode = "L" if image.mode[0] == "L" else "RGB"
-        image = image.convert("RGBA")
-        alpha = image.getchannel("A")
-        image = image.convert(mode)
-    elif image.mode == "P":
-        image = image.convert("RGB")
+    if image.has_transparency_data:
+        alpha = image.convert("RGBA").getchannel("A")
+    if alpha or image.mode == "P":
+        image = image.convert("L" if image.mode[0] == "L" else "RGB")
     image = to_srgb(image, profile)
     if alpha:
-        image.putalpha(alpha)
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image).convert("RGB")
+        image = Image.composite(image, Image.new("RGB", image.size, "white"), alpha)
     return image
 
 
@@ -248,19 +222,15 @@ def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
 # Faces
 
 
-@functools.lru_cache(maxsize=2)
-def face_detector(device: str) -> nn.Module:
-    """MTCNN with its packaged weights on `device`, built once."""
+@functools.cache
+def face_detector() -> nn.Module:
+    """MTCNN with its packaged weights, built once, on the CPU: the same crops on any device."""
     from facenet_pytorch import MTCNN    # slow to import, and most users of this file need no faces
-    return MTCNN(keep_all=True, device=torch.device(device)).eval()
+    return MTCNN(keep_all=True).eval()
 
 
 @torch.no_grad()
-def find_faces(
-    image: Image.Image,
-    device: str | torch.device = "cpu",
-    threshold: float = 0.9,
-) -> list[Face]:
+def find_faces(image: Image.Image, threshold: float = 0.9) -> list[Face]:
     """PIL image -> [(x0, y0, x1, y1, probability)] in pixels, within the image, largest box first.
 
     MTCNN sees it at 480 to 1024 pixels (side of a square of its area), with a gray margin for faces
@@ -272,17 +242,15 @@ def find_faces(
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     margin = round(0.2 * side)
     seen = image.convert("RGB").resize(size, Image.BICUBIC)
-    seen = ImageOps.expand(seen, margin, (128, 128, 128))
-    # MPS cannot pool to arbitrary sizes; the CPU needs a tenth of a second
-    detector = face_detector("cpu" if torch.device(device).type == "mps" else str(device))
+    detector = face_detector()
     detector.min_face_size = max(20, side / 32)
-    boxes, probabilities = detector.detect(seen)
+    boxes, probabilities = detector.detect(ImageOps.expand(seen, margin, (128, 128, 128)))
     if boxes is None:
         return []
+    shares = (np.asarray(boxes, dtype=np.float64) - margin) / (size + size)
+    places = shares.clip(0, 1) * (image.size + image.size)
     faces = []
-    for box, probability in zip(boxes, probabilities):
-        box = (np.asarray(box, dtype=np.float64) - margin) / [*size, *size]
-        x0, y0, x1, y1 = (box.clip(0, 1) * [*image.size, *image.size]).tolist()
+    for (x0, y0, x1, y1), probability in zip(places.tolist(), probabilities):
         if probability >= threshold and x1 - x0 >= 1 and y1 - y0 >= 1:
             faces.append((x0, y0, x1, y1, float(probability)))
     return sorted(faces, key=lambda f: (f[2] - f[0]) * (f[3] - f[1]), reverse=True)
@@ -315,10 +283,7 @@ def find_anywhere(image: Image.Image, path: Path) -> tuple[Image.Image, list[Fac
 
     Searched as it is, then turned, then enlarged: an upright face of any size comes before a lying
     one. """
-    turned = {0: image}
     lying = [90, 180, 270]
-    for angle in lying:
-        turned[angle] = image.transpose(Image.Transpose[f"ROTATE_{angle}"])
     searches = [([0], 1), (lying, 1)]            # angles, parts a side
     # the detector sees at most 1024 x 1024; a part of a small picture is a handful of pixels
     if image.width * image.height > MIN_RESOLUTION ** 2:
@@ -327,20 +292,23 @@ def find_anywhere(image: Image.Image, path: Path) -> tuple[Image.Image, list[Fac
     for angles, number in searches:
         best = []
         for angle in angles:
-            for x, y, x1, y1 in overlapping_boxes(turned[angle], number):
-                part = turned[angle].crop((x, y, x1, y1))
+            turned = image.rotate(angle, expand=True) if angle else image
+            for box in overlapping_boxes(turned, number):
                 # many parts, so many chances for a false alarm: ask for more
-                sure = [face for face in find_faces(part) if number == 1 or face[4] > 0.99]
+                faces = find_faces(turned.crop(box))
+                sure = [face for face in faces if number == 1 or face[4] > 0.99]
                 if sure and (not best or sure[0][4] > best[0][4]):
-                    best_angle = angle
+                    x, y = box[:2]
                     best = [(f[0] + x, f[1] + y, f[2] + x, f[3] + y, f[4]) for f in sure]
+                    best_angle = angle
+                    upright = turned
         if best:
             if best_angle:
                 note(f"no face in {path} as it is; "
                      f"it is rotated {best_angle} degrees counterclockwise")
             if number > 1:
                 note(f"the face in {path} is small: {describe(best[0])}")
-            return turned[best_angle], best
+            return upright, best
     raise ValueError(f"no face found in {path}, even turned or enlarged: mark the subject with "
                      "--box X0 Y0 X1 Y1, in pixels, or take whole photos with --no-augment")
 
@@ -352,14 +320,6 @@ def describe(face: Face) -> str:
 
 # --------------------------------------------------------------------------------------------------
 # Crops
-
-
-def place_crop(size: float, limit: int, low: float, high: float) -> tuple[int, int]:
-    """Start and end of a crop along one axis: centered on the face (low, high), moved inside 0 ..
-    limit."""
-    size = min(max(1, round(size)), limit)
-    start = min(max(round((low + high - size) / 2), 0), limit - size)
-    return start, start + size
 
 
 def face_crops(
@@ -381,19 +341,18 @@ def face_crops(
       - A crop within 2 pixels of an earlier one on all four edges is left out.
     aspects: names in ASPECTS; scales: of the face's longer side; None: all of the paper's.
     ValueError if `box` (x0, y0, x1, y1, ...) has no area inside the picture. """
-    x0, x1 = np.clip(box[0:4:2], 0, width).tolist()
-    y0, y1 = np.clip(box[1:4:2], 0, height).tolist()
-    if not (x1 > x0 and y1 > y0):                # also refuses nan
+    sides = np.array([width, height])
+    low = np.clip(box[:2], 0, sides)
+    high = np.clip(box[2:4], 0, sides)
+    if not (high > low).all():                   # also refuses nan
         raise ValueError(f"face box {tuple(box[:4])} has no area within {width} x {height} pixels")
     crops = []
-    for aspect, scale in itertools.product(aspects or ASPECTS, scales or FACE_SCALES):
-        # sides in units of the shorter one
-        wide = max(1, ASPECTS[aspect])
-        tall = max(1, 1 / ASPECTS[aspect])
-        short = min(scale * max(x1 - x0, y1 - y0), width / wide, height / tall)
-        left, right = place_crop(short * wide, width, x0, x1)
-        top, bottom = place_crop(short * tall, height, y0, y1)
-        crop = left, top, right, bottom
+    for name, scale in itertools.product(aspects or ASPECTS, scales or FACE_SCALES):
+        shape = np.maximum(1, [ASPECTS[name], 1 / ASPECTS[name]])    # of which the shorter side is 1
+        short = min(scale * max(high - low), *(sides / shape))
+        size = np.clip(np.round(short * shape), 1, sides)
+        start = np.clip(np.round((low + high - size) / 2), 0, sides - size)
+        crop = tuple(map(int, (*start, *(start + size))))
         if not any(np.abs(np.subtract(crop, other)).max() <= 2 for other in crops):
             crops.append(crop)
     return crops
@@ -410,24 +369,21 @@ def grid_size(
 
     Without `upscale`, w * h is at most width * height, unless a side is under `multiple`.
     """
-    if min(width, height, resolution, multiple) < 1:
-        raise ValueError(f"sizes must be positive: {width} x {height}, {resolution=}, {multiple=}")
     limit = float("inf") if upscale else width * height
     area = min(resolution ** 2, limit)
     aspect = width / height
-
-    def around(side: float) -> tuple[int, int]:
+    sides = []
+    for side in (area * aspect) ** 0.5, (area / aspect) ** 0.5:
         low = max(1, int(side / multiple)) * multiple
-        return low, low + multiple
+        sides.append((low, low + multiple))
 
-    def error(size: tuple[int, int]) -> float:
-        # the error in aspect is cropped away, that in area is blur or cost
-        w, h = size
-        return 2 * abs(np.log(w / h / aspect)) + abs(np.log(w * h / area))
-
-    sizes = list(itertools.product(around((area * aspect) ** 0.5), around((area / aspect) ** 0.5)))
+    sizes = list(itertools.product(*sides))
     fitting = [(w, h) for w, h in sizes if w * h <= limit]
-    return min(fitting or sizes[:1], key=error)
+    # the error in aspect is cropped away, that in area is blur or cost
+    return min(
+        fitting or sizes[:1],
+        key=lambda s: 2 * abs(np.log(s[0] / s[1] / aspect)) + abs(np.log(s[0] * s[1] / area)),
+    )
 
 
 def fit_to_grid(
@@ -438,13 +394,8 @@ def fit_to_grid(
 ) -> Image.Image:
     """PIL image -> PIL image of `grid_size`: scaled to cover it, the rest cut off evenly, never
     stretched."""
-    w, h = grid_size(*image.size, resolution, multiple, upscale)
-    scale = max(w / image.width, h / image.height)
-    left = (image.width - w / scale) / 2
-    top = (image.height - h / scale) / 2
-    right = min(image.width, left + w / scale)
-    bottom = min(image.height, top + h / scale)
-    return image.resize((w, h), Image.BICUBIC, box=(max(0, left), max(0, top), right, bottom))
+    size = grid_size(*image.size, resolution, multiple, upscale)
+    return ImageOps.fit(image, size, Image.BICUBIC)
 
 
 class Crop(NamedTuple):
@@ -467,23 +418,22 @@ def to_sizes(picture: Image.Image, resolutions: list[int]) -> list[Image.Image]:
     return list(sized.values())
 
 
-def check_photos(paths: list[str], box: list[int] | None, augment: bool) -> None:
+def check_photos(paths: list[Path], box: list[int] | None, augment: bool) -> None:
     """ValueError for a photo that cannot be read, and for a --box that does not fit."""
     if box and (len(paths) > 1 or not augment):
         raise ValueError(f"--box takes one photo without --no-augment, not {len(paths)} photos")
     for path in paths:
         photo = read_photo(path)
         if box:
-            width, height = (length * photo.info["reduced"] for length in photo.size)
+            width, height = photo.size
             x0, y0, x1, y1 = box
             if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
                 raise ValueError(f"--box {x0} {y0} {x1} {y1} must be X0 < X1 and Y0 < Y1 within "
                                  f"{path}, which is {width} x {height} pixels")
 
 
-def fingerprints(paths: list[str | Path]) -> dict[str, str]:
+def fingerprints(paths: list[Path]) -> dict[str, str]:
     """Names and digests of photos, in order, for the metadata of a LoRA."""
-    paths = list(map(Path, paths))
     return {
         "photos": ", ".join(path.name for path in paths),
         "photo_digests": " ".join(digest(path.read_bytes()) for path in paths),
@@ -511,10 +461,9 @@ def load_crops(
             crops += [Crop(picture, path, (0, 0, *photo.size)) for picture in pictures]
             continue
         if box:
-            subject = tuple(round(edge / photo.info["reduced"]) for edge in box)
-            head_area = subject
+            subject = head_area = tuple(box)
         else:
-            photo, faces = find_anywhere(photo, path)     # on the CPU: the same crops on any device
+            photo, faces = find_anywhere(photo, path)
             subject = faces[0]
             head_area = head_box(subject)
             if len(faces) > 1:
@@ -555,10 +504,7 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def to_image(tensor: Tensor) -> Image.Image:
-    """(3, H, W) in [-1, 1], clamped and rounded -> PIL image. ValueError: another shape, or not
-    finite."""
-    if tensor.ndim != 3 or tensor.shape[0] != 3:
-        raise ValueError(f"a picture has shape (3, height, width), not {tuple(tensor.shape)}")
+    """(3, H, W) in [-1, 1], clamped and rounded -> PIL image. ValueError if not finite."""
     if not torch.isfinite(tensor).all():
         raise ValueError("the picture has values that are not finite")
     pixels = (tensor.detach().float().clamp(-1, 1) + 1) * 127.5

@@ -1,12 +1,12 @@
 """What a long run needs: torchrun's processes, settings, lock, checkpoints, log, figure."""
+import collections
+import itertools
 import json
-import math
 import os
 import shutil
-import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from multiprocessing.pool import ThreadPool
@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -26,15 +25,14 @@ from flux_model import denoise, get_noise
 from support.checkpoints import flux_fingerprint, load_autoencoder, model_defaults, take_model
 from support.common import (JsonFile, check_out, check_readable, check_training, check_writable,
                             is_out_of_memory, naming, note, pick_device, save_figure, save_png,
-                            whole, write_whole)
-from support.people import Buckets, Photo, data_fingerprint, tell_uncaptioned
+                            write_whole)
+from support.people import Buckets, Photo, data_fingerprint, save_state
 from support.photos import read_photo, to_image, visible
 
 try:
     import fcntl
-    import resource
-except ImportError:                              # Windows: no lock, no peak memory without a GPU
-    fcntl = resource = None
+except ImportError:                              # Windows: no lock
+    fcntl = None
 
 MEETING = 10                                     # minutes that processes wait for each other
 T_BINS = 10                                      # bins of the loss by time
@@ -96,13 +94,9 @@ def check_settings(args: Namespace, buckets: Buckets, group: "Group") -> None:
         "seed": args.seed,
     }
     path = args.run / "settings.json"
-    if not path.exists():
-        return
-    before = JsonFile(path)
-    changed = []
-    for name, value in args.settings.items():
-        if before[name] != value:
-            changed.append(f"{name} was {before[name]} and is {value}")
+    before = JsonFile(path) if path.exists() else args.settings
+    changed = [f"{name} was {before[name]} and is {value}"
+               for name, value in args.settings.items() if before[name] != value]
     if changed:
         raise ValueError(f"{args.run} is another run: {', '.join(changed)}; "
                          "resume it with its settings, or name a new --run")
@@ -112,13 +106,16 @@ def announce(run: Any, buckets: Buckets) -> None:
     """The first process prints what a meta_train.Run is about to do."""
     if run.group.rank:
         return
-    pictures = 0
-    for members in buckets.values():
-        pictures += sum(map(len, members.values()))
+    captions = []
+    for photos in itertools.chain.from_iterable(map(dict.values, buckets.values())):
+        captions += [photo.caption for photo in photos]
+    missing = captions.count(None)
     resuming = f"; resuming from iteration {run.iteration}" if run.iteration else ""
-    print(f"{run.args.people} people, {pictures} pictures, {len(buckets)} buckets; "
+    print(f"{run.args.people} people, {len(captions)} pictures, {len(buckets)} buckets; "
           f"{run.args.iters} iterations, {len(run.passes)} passes over a bucket{resuming}")
-    tell_uncaptioned(buckets)
+    if 0 < missing < len(captions):
+        print(f"{missing} of {len(captions)} pictures have no caption of their own, and take that "
+              "of --prompt")
     if len(run.passes) < len(buckets):
         note(f"{len(buckets) - len(run.passes)} buckets are never used; raise --iters")
 
@@ -189,13 +186,12 @@ class Group:
 
     def first(self, work: Callable[[], Any]) -> Any:
         """The first process calls work(); all return its result, or raise its error."""
-        result = error = None
+        outcome = [None, None]                   # result, error
         if self.rank == 0:
             try:
-                result = work()
-            except (ValueError, OSError, KeyboardInterrupt) as caught:
-                error = caught
-        outcome = [result, error]
+                outcome[0] = work()
+            except (ValueError, OSError, KeyboardInterrupt) as error:
+                outcome[1] = error
         if self.size > 1:
             dist.broadcast_object_list(outcome)
         result, error = outcome
@@ -229,30 +225,20 @@ class Group:
 State = dict[str, Tensor]
 
 
-def save_state(path: Path, tensors: State, metadata: dict[str, str] | None = None) -> None:
-    with whole(path) as part:
-        save_file({name: tensor.cpu() for name, tensor in tensors.items()}, part, metadata)
-
-
 def read_state(path: Path, device: torch.device) -> tuple[State, dict[str, str]]:
     """Tensors and metadata of a safetensors file of a run."""
-    tensors = {}
     with safe_open(path, "pt", device=str(device)) as file:
-        for name in file.keys():
-            # clone: on a CPU the bits of a matmul depend on alignment, and a file's is odd
-            tensors[name] = file.get_tensor(name).clone()
+        # clone: on a CPU the bits of a matmul depend on alignment, and a file's is odd
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
         return tensors, file.metadata() or {}
 
 
-class WaitingRows:
+class WaitingRows(NamedTuple):
     """Where one process's people wait for the next pass over their bucket: a file for each finished
-    pass, pass0007.safetensors. A pass starts from the file of the previous pass over its bucket.
-
-    members: how many of this process's people each bucket has. size: numbers in a row."""
-    def __init__(self, folder: Path, members: list[int], size: int):
-        self.folder = folder
-        self.members = members
-        self.size = size
+    pass, pass0007.safetensors. A pass starts from the file of the previous pass over its bucket."""
+    folder: Path
+    members: list[int]                           # this process's people in each bucket
+    size: int                                    # numbers in a row
 
     def path(self, number: int) -> Path:
         return self.folder / f"pass{number:04d}.safetensors"
@@ -272,43 +258,40 @@ class WaitingRows:
     def load(self, number: int, device: torch.device) -> State | None:
         """The rows that a pass starts from, or None if its people have never been trained."""
         before = number - len(self.members)
-        if before < 0:
-            return None
-        tensors, _ = read_state(self.path(before), device)
-        return tensors
+        return read_state(self.path(before), device)[0] if before >= 0 else None
 
     def check(self, open_pass: int, passes: int) -> None:
         """ValueError unless the files are there from which the passes after the open one start."""
         buckets = len(self.members)
         for number in range(max(0, open_pass + 1 - buckets), min(open_pass, passes - buckets)):
             path = self.path(number)
-            expected = [self.members[number % buckets], self.size]
             try:
                 with safe_open(path, "pt") as file:
                     shape = file.get_slice("weight").get_shape()
+                if shape != [self.members[number % buckets], self.size]:
+                    raise OSError(f"it holds rows of {shape}, of another run")
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{path} is missing or damaged, and this run cannot resume "
                                  f"without it: name a new --run ({error})") from None
-            if shape != expected:
-                raise ValueError(f"{path} holds rows of {shape}, not {expected}: it belongs to "
-                                 "another run")
-
-
-def size_of(folder: Path, pattern: str) -> int:
-    return sum(path.stat().st_size for path in folder.glob(pattern))
 
 
 def check_room(rows: WaitingRows, used: set[int], lomd: int, cache: int, group: Group) -> None:
     """ValueError if the disk lacks room for what all processes together are still going to write.
 
     used: the buckets that the run reaches. lomd: numbers in LoMD. cache: bytes of latents, text."""
+    def left(size: int, pattern: str) -> int:
+        there = [path.stat().st_size for path in rows.folder.glob(pattern)]
+        return max(0, size - sum(there))
+
     sizes = [rows.bytes(bucket) for bucket in used]
     largest = max(sizes, default=0)
     # two checkpoints are kept, with several processes three, while another is written
     count = 3 if group.size == 1 else 4
-    people = sum(sizes) + largest - size_of(rows.folder, "pass*")
-    checkpoints = count * (largest + 3 * 4 * lomd) - size_of(rows.folder, "*-*")
-    mine = [max(0, people), max(0, checkpoints), cache]
+    mine = [
+        left(sum(sizes) + largest, "pass*"),
+        left(count * (largest + 3 * 4 * lomd), "*-*"),
+        cache,
+    ]
     people, checkpoints, cache = torch.tensor(group.gather(mine)).sum(dim=0).tolist()
     free_bytes = shutil.disk_usage(rows.folder).free
     if people + checkpoints + cache > free_bytes:
@@ -317,14 +300,9 @@ def check_room(rows: WaitingRows, used: set[int], lomd: int, cache: int, group: 
                          f"and text {cache / 1e9:.3g} GB; {free_bytes / 1e9:.3g} GB are free")
 
 
-class Checkpoint(NamedTuple):
-    iteration: int
-    lomd_steps: int                              # optimizer steps that LoMD has made
-    path: Path
-
-
 class Checkpoints:
-    """One process's checkpoints: <iteration>-<steps of LoMD>.safetensors in its folder."""
+    """One process's checkpoints: <iteration>-<steps of LoMD>.safetensors in its folder, all with
+    eight digits, so that they sort by name."""
     def __init__(self, folder: Path, group: Group):
         self.folder = folder
         self.group = group
@@ -332,43 +310,36 @@ class Checkpoints:
         for part in folder.glob("*.part"):       # of a process that was killed while writing
             part.unlink()
 
-    def found(self) -> list[Checkpoint]:
+    def found(self) -> list[Path]:
         """All of them, the newest last."""
-        found = []
-        for path in self.folder.glob("*-*.safetensors"):
-            iteration, lomd_steps = path.stem.split("-")
-            found.append(Checkpoint(int(iteration), int(lomd_steps), path))
-        return sorted(found)
+        return sorted(self.folder.glob("*-*.safetensors"))
 
     def save(self, iteration: int, lomd_steps: int, tensors: State, at: str) -> None:
         """Writes a checkpoint in pass `at` and keeps the last two. With several processes it keeps
         also the last from before LoMD's latest step: another may not have saved since."""
-        path = self.folder / f"{iteration:08d}-{lomd_steps:08d}.safetensors"
-        save_state(path, tensors, {"pass": at})
+        steps = f"{lomd_steps:08d}"
+        save_state(self.folder / f"{iteration:08d}-{steps}.safetensors", tensors, {"pass": at})
         found = self.found()
         kept = found[-2:]
         if self.group.size > 1:
-            before = [checkpoint for checkpoint in found if checkpoint.lomd_steps < lomd_steps]
-            kept += before[-1:]
-        for checkpoint in found:
-            if checkpoint not in kept:
-                checkpoint.path.unlink()
+            kept += [path for path in found if path.stem[9:] < steps][-1:]
+        for path in found:
+            if path not in kept:
+                path.unlink()
 
     def newest(self, device: torch.device) -> tuple[Path | None, str, State]:
         """(path, pass, tensors) of the newest state that all processes have, or (None, "", {}).
 
         In a warm-up their iterations may differ, as long as LoMD has made the same steps."""
-        readable = {}
-        for checkpoint in self.found():
-            path = checkpoint.path
+        readable = {}                            # {steps of LoMD: the newest}
+        for path in self.found():
             check_readable(path)
             try:
                 with safe_open(path, "pt"):
-                    readable[checkpoint.lomd_steps] = path
+                    readable[path.stem[9:]] = path
             except (SafetensorError, OSError) as error:
                 note(f"{path} is damaged and passed over: {error}")
-        everybodys = self.group.gather(set(readable))
-        common = set.intersection(*everybodys)
+        common = set.intersection(*self.group.gather(set(readable)))
         if not common:
             return None, "", {}
         path = readable[max(common)]
@@ -381,40 +352,24 @@ class Checkpoints:
 
 
 def peak_memory(device: torch.device) -> float:
-    """GB: of the GPU since the start, or of this process since the last call, but mapped files."""
+    """GB: of the GPU since the start, or of this process since the last call, but mapped files.
+
+    0 where neither is known: without a GPU on macOS and Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     try:
         words = Path("/proc/self/status").read_text("utf-8").split()
         with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5", "utf-8")           # begins a new peak
-        resident = int(words[words.index("VmHWM:") + 1])
-        mapped = int(words[words.index("RssFile:") + 1])
-        return 1024 * (resident - mapped) / 1e9
-    except (OSError, ValueError):                # not Linux
-        if resource is None:
-            return math.nan
-        unit = 1 if sys.platform == "darwin" else 1024
-        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
+    except OSError:
+        return 0.0
+    resident, mapped = (int(words[words.index(name) + 1]) for name in ("VmHWM:", "RssFile:"))
+    return 1024 * (resident - mapped) / 1e9
 
 
-class LogEntry(NamedTuple):
-    """One iteration."""
-    iteration: int
-    phase: str
-    bucket: str
-    losses: list[float]                          # of the pictures of the batch
-    times: list[float]
-    row_norms: list[float]                       # gradient norms of the people
-    lomd_norm: float
-    seconds: float
-    bytes_sent: int
-    peak_gb: float
-
-
-def rounded(number: float) -> float:
-    """To five digits."""
-    return float(f"{number:.5g}")
+def rounded(numbers: Iterable[float]) -> float:
+    """Their mean, to five digits."""
+    return float(f"{np.mean(numbers):.5g}")
 
 
 class Log:
@@ -424,14 +379,13 @@ class Log:
     def __init__(self, args: Namespace, iteration: int, group: Group):
         self.path = args.run / "log.jsonl"
         self.group = group
-        self.entries = []
+        self.values = collections.defaultdict(list)      # since the last line
         self.smooth = None                       # moving average of the loss, for the bar
         self.peak = 0.0
         self.bar = tqdm(
             total=args.iters,
             initial=iteration,
             desc="meta-training",
-            unit="it",
             smoothing=0.02,
             disable=True if group.rank else None,
         )
@@ -440,15 +394,13 @@ class Log:
             self.drop_lines_after(iteration)
 
     def drop_lines_after(self, iteration: int) -> None:
-        lines = self.path.read_text("utf-8").splitlines() if self.path.exists() else []
         kept = []
-        for line in lines:
-            if line.endswith("}"):               # a kill may tear the last
-                entry = json.loads(line)
-                if entry["iteration"] <= iteration:
-                    kept.append(line + "\n")
-                    self.smooth = entry["loss"]
-        write_whole(self.path, "".join(kept).encode())
+        for line in self.path.read_text("utf-8").splitlines() if self.path.exists() else []:
+            # a kill may tear the last
+            if line.endswith("}") and json.loads(line)["iteration"] <= iteration:
+                kept.append(line + "\n")
+                self.smooth = json.loads(line)["loss"]
+        write_whole(self.path, "".join(kept))
 
     def start(self) -> None:
         """An iteration starts."""
@@ -468,24 +420,21 @@ class Log:
         """An iteration has ended: losses and t (B,), gradient norms of rows (n,) and LoMD ()."""
         # one wait for the GPU: all values come in one piece
         values = torch.cat([losses, norms, lomd_norm[None]]).tolist()
-        losses = values[:len(losses)]
-        norms = values[len(losses):-1]
-        phase = "joint" if joint else "warm-up"
-        self.peak = max(self.peak, peak_memory(self.group.device))
-        loss = sum(losses) / len(losses)
+        new = {
+            "loss": values[:len(losses)],
+            "gradient_rows": values[len(losses):-1],
+            "gradient_lomd": values[-1:],
+            "loss_by_t": t.tolist(),             # `write` sorts the losses by it
+            "seconds": [time.perf_counter() - self.time],
+            "bytes_sent": [self.group.sent - self.sent],
+        }
+        for name, values in new.items():
+            self.values[name] += values
+        loss = sum(new["loss"]) / len(losses)
         self.smooth = loss if self.smooth is None else 0.98 * self.smooth + 0.02 * loss
-        self.entries.append(LogEntry(
-            iteration,
-            phase,
-            bucket,
-            losses,
-            t.tolist(),
-            norms,
-            lomd_norm=values[-1],
-            seconds=time.perf_counter() - self.time,
-            bytes_sent=self.group.sent - self.sent,
-            peak_gb=self.peak,
-        ))
+        self.peak = max(self.peak, peak_memory(self.group.device))
+        phase = "joint" if joint else "warm-up"
+        self.place = {"iteration": iteration, "phase": phase, "bucket": bucket}
         self.bar.set_postfix_str(
             f"{phase}, loss {self.smooth:.4f}, peak {self.peak:.1f} GB",
             refresh=False,
@@ -494,31 +443,16 @@ class Log:
 
     def write(self) -> None:
         """Appends a line for the iterations since the last."""
-        entries = self.entries
-        last = entries[-1]
-        losses = np.concatenate([entry.losses for entry in entries])
-        times = np.concatenate([entry.times for entry in entries])
-        row_norms = np.concatenate([entry.row_norms for entry in entries])
-        bins = np.minimum((times * T_BINS).astype(int), T_BINS - 1)
-        loss_by_t = []
-        for i in range(T_BINS):
-            in_bin = losses[bins == i]
-            loss_by_t.append(rounded(in_bin.mean()) if len(in_bin) else None)
-        line = {
-            "iteration": last.iteration,
-            "phase": last.phase,
-            "bucket": last.bucket,
-            "loss": rounded(losses.mean()),
-            "gradient_rows": rounded(row_norms.mean()),
-            "gradient_lomd": rounded(np.mean([entry.lomd_norm for entry in entries])),
-            "loss_by_t": loss_by_t,
-            "seconds": rounded(np.mean([entry.seconds for entry in entries])),
-            "bytes_sent": int(np.mean([entry.bytes_sent for entry in entries])),
-            "peak_gb": rounded(last.peak_gb),
-        }
+        losses = np.array(self.values["loss"])
+        bins = np.minimum((np.array(self.values["loss_by_t"]) * T_BINS).astype(int), T_BINS - 1)
+        by_t = [losses[bins == i] for i in range(T_BINS)]
+        line = self.place | {name: rounded(numbers) for name, numbers in self.values.items()}
+        line["loss_by_t"] = [rounded(part) if len(part) else None for part in by_t]
+        line["bytes_sent"] = int(np.mean(self.values["bytes_sent"]))
+        line["peak_gb"] = rounded([self.peak])
         with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        self.entries = []
+        self.values.clear()
 
 
 @only_to_be_seen("loss.png")
@@ -530,22 +464,18 @@ def plot(log: Path, path: Path) -> None:
         return
     figure = Figure(figsize=(11, 4), layout="constrained")
     over, by_t = figure.subplots(1, 2)
-
     for phase in ("warm-up", "joint"):
-        in_phase = [line for line in lines if line["phase"] == phase]
-        if in_phase:
-            iterations = [line["iteration"] for line in in_phase]
-            losses = [line["loss"] for line in in_phase]
-            over.plot(iterations, losses, ".", markersize=3, label=phase)
+        points = [(line["iteration"], line["loss"]) for line in lines if line["phase"] == phase]
+        if points:
+            over.plot(*zip(*points), ".", markersize=3, label=phase)
     over.set(xlabel="iteration", ylabel="loss", title="loss by phase")
     over.legend()
 
-    centers = (np.arange(T_BINS) + 0.5) / T_BINS
+    times = (np.arange(T_BINS) + 0.5) / T_BINS
+    values = np.array([line["loss_by_t"] for line in lines], float)           # None becomes nan
     fifth = max(1, len(lines) // 5)
-    for label, part in ("first fifth", lines[:fifth]), ("last fifth", lines[-fifth:]):
-        values = np.array([line["loss_by_t"] for line in part], float)       # None becomes nan
-        seen = ~np.isnan(values).all(axis=0)
-        by_t.plot(centers[seen], np.nanmean(values[:, seen], axis=0), "o-", label=label)
+    for label, part in ("first fifth", values[:fifth]), ("last fifth", values[-fifth:]):
+        by_t.plot(times, np.ma.masked_invalid(part).mean(axis=0), "o-", label=label)
     by_t.set(xlabel="t (1 is noise)", title="loss by time")
     by_t.legend()
     save_figure(figure, path)
@@ -564,16 +494,14 @@ def draw_preview(
     device = next(adapter.flux.parameters()).device
     size = max(args.resolution)
     guidance = model_defaults(args.folder)["guidance"]
-    txt = text["txt"][None].to(device)
-    y = text["y"][None].to(device)
-    rows = sorted(photos)[:2]
-    sheet = Image.new("RGB", (2 * size, size * len(rows)))
+    txt, y = (text[name][None].to(device) for name in ("txt", "y"))
+    shown = sorted(photos.items())[:2]
+    sheet = Image.new("RGB", (2 * size, size * len(shown)))
     autoencoder = load_autoencoder(args.folder, device, args.dtype)
-    for i, row in enumerate(rows):
+    for i, (row, photo) in enumerate(shown):
         adapter.assign(torch.tensor([row]))
         noise = get_noise(size, size, seed=i).to(device)
         latent = denoise(adapter.flux, noise, txt, y, 30, guidance)
-        photo = ImageOps.fit(read_photo(photos[row].path), (size, size))
-        sheet.paste(photo, (0, size * i))
+        sheet.paste(ImageOps.fit(read_photo(photo.path), (size, size)), (0, size * i))
         sheet.paste(to_image(autoencoder.decode(latent)[0]), (size, size * i))
     save_png(sheet, args.run / "previews" / f"{iteration:08d}.png")

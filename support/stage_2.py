@@ -59,11 +59,11 @@ def check_lomd_options(args: Namespace) -> None:
 
 def check_pictures(args: Namespace) -> None:
     """args.photos: files, folders, patterns -> files without masks of other photos."""
-    named = [Path(name) for name in named_photos(args.photos)]
+    named = named_photos(args.photos)
     pictures = photos.without_masks(named)
     for mask in sorted(set(named) - set(pictures)):
         note(f"{mask} is the mask of another photo, and is not used")
-    args.photos = [str(path) for path in pictures]
+    args.photos = pictures
     photos.check_photos(args.photos, args.box, not args.no_augment)
 
 

@@ -147,7 +147,7 @@ def test_further_photos_are_no_test_pictures_either(by_hand, reference):
 
 def test_a_copy_of_the_reference_among_the_tests_is_refused(by_hand):
     shutil.copyfile(by_hand / "people/anna/0.png", by_hand / "people/anna/copy.png")
-    with pytest.raises(ValueError, match="copy.png is the same picture as 0.png"):
+    with pytest.raises(ValueError, match="copy.png is the same picture as .*0.png"):
         ev.read_people([by_hand / "people"])
 
 
@@ -505,4 +505,4 @@ def test_several_photos_are_of_one_person(tmp_path, monkeypatch, capsys):
     shutil.copy(files[0], tmp_path / "copy.png")
     assert run("--data", *files, tmp_path / "copy.png", tmp_path / "none.png", "--images", tmp_path / "compare", "--out", tmp_path / "r") == 2
     err = capsys.readouterr().err
-    assert "copy.png is the same picture as face.png" in err and "none.png" in err and "Traceback" not in err
+    assert "copy.png is the same picture as " in err and "face.png" in err and "none.png" in err and "Traceback" not in err

@@ -265,7 +265,7 @@ def keep_states():
 
     def save_and_keep(self):
         save(self)
-        shutil.copy(self.checkpoints.found()[-1][2], f"states/{self.iteration}.safetensors")
+        shutil.copy(self.checkpoints.found()[-1], f"states/{self.iteration}.safetensors")
     meta_train.Run.save = save_and_keep
 
 

@@ -504,16 +504,6 @@ def test_a_box_is_enough_where_there_is_no_face(run):
         assert (red == (np.asarray(crop.head) > 128)).mean() > 0.9                     # what counts is the subject
 
 
-def test_a_box_of_a_huge_photo_is_in_its_own_pixels(tmp_path, monkeypatch):
-    path = tmp_path / "huge.png"
-    Image.new("RGB", (600, 400)).save(path)
-    plain = photos.load_crops([path], [64], box=[200, 100, 300, 200])
-    monkeypatch.setattr(photos, "HALVED", 200_000)
-    photos.check_photos([path], [500, 300, 600, 400], True)
-    half = photos.load_crops([path], [64], box=[200, 100, 300, 200])
-    assert [c.box for c in half] == photos.face_crops(300, 200, (100, 50, 150, 100)) and len(half) == len(plain)
-
-
 @pytest.mark.parametrize("args, word", [
     ([ASTRONAUT, "--box", 10, 10, 10, 90], "512 x 512"), ([ASTRONAUT, "--box", 10, 10, 90, 513], "512 x 512"),
     ([ASTRONAUT, "--box", -1, 10, 90, 90], "--box"), ([ASTRONAUT, "--box", 1, 2, 3], "--box"),

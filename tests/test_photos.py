@@ -266,24 +266,10 @@ def test_a_jpeg_that_lacks_more_is_refused(tmp_path, share, flat):
     refused(tmp_path / "a.jpg")
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "png"])
-def test_huge_pictures_are_read_at_half_their_sides(tmp_path, monkeypatch, suffix):
-    monkeypatch.setattr(photos, "HALVED", 90_000)
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    whole, path = texture(480, 320), tmp_path / f"a.{suffix}"
-    whole.save(path, exif=exif)
-    image = photos.read_photo(path)
-    assert image.size == (160, 240) and image.info["reduced"] == 2
-    expected = np.asarray(whole.reduce(2).transpose(Image.Transpose.ROTATE_270)).astype(int)
-    assert np.abs(np.asarray(image) - expected).mean() < 8                      # a JPEG loses some
-    assert read_back(texture(64, 64), path).info["reduced"] == 1
-
-
 def test_200_megapixels_are_read_and_more_refused(tmp_path):
     Image.new("L", (16320, 12240), 128).save(tmp_path / "a.jpg")
     image = photos.read_photo(tmp_path / "a.jpg")
-    assert image.size == (8160, 6120) and pixel(image) == (128, 128, 128)
+    assert image.size == (16320, 12240) and pixel(image) == (128, 128, 128)
     assert "too large" in refused(bad_png(tmp_path / "b.png", 16384, 12289))
 
 
@@ -564,8 +550,6 @@ def test_grid_properties():
         if min(exact) >= multiple:
             assert abs(w - exact[0]) < multiple and abs(h - exact[1]) < multiple
         assert photos.grid_size(height, width, resolution, multiple, upscale) == (h, w)
-    with pytest.raises(ValueError, match="positive"):
-        photos.grid_size(100, 100, 0)
 
 
 def test_fit_never_stretches_and_cuts_evenly():
@@ -613,6 +597,5 @@ def test_to_image_rounds_clamps_and_refuses():
     tensor = torch.tensor([-7.0, 7.0, 0.6 / 127.5 - 1, 0.4 / 127.5 - 1]).expand(3, 1, 4)
     assert np.array(photos.to_image(tensor))[0, :, 0].tolist() == [0, 255, 1, 0]
     assert photos.to_image(tensor.bfloat16()).size == (4, 1)
-    for wrong in (torch.zeros(1, 3, 4, 4), torch.zeros(4, 4, 3), torch.full((3, 2, 2), float("nan"))):
-        with pytest.raises(ValueError):
-            photos.to_image(wrong)
+    with pytest.raises(ValueError, match="not finite"):
+        photos.to_image(torch.full((3, 2, 2), float("nan")))
