@@ -1,143 +1,102 @@
 """Seconds, share of the bound and peak memory of each stage.
 
     python -m bench.stages                              # the baby, and a random mid-size model
-    python -m bench.stages --model flux-dev --random    # on a GPU: all switches, in ten minutes
+    python -m bench.stages --model flux-dev             # on a GPU: all switches, in ten minutes
 
-One row each for a training step of stage 2, an iteration of stage 1 (4 pictures of 4 people), a
-sampling step with a LoRA, both kinds of step against diffusers + peft where these are installed, and
-personalize.py from photo to file.
+One row each for a training step of stage 2, an iteration of stage 1 (4 pictures of 4 people) and a
+sampling step with a LoRA, at each resolution; for both kinds of step against diffusers + peft if
+these are installed; and, on a compiled FLUX.1-dev, for personalize.py from photo to LoRA.
 
-"ratio" is the time over that of the frozen base alone on the same weights (forward, and in training
-backward to the inputs), or over that of diffusers + peft. The two run in turn, A B A B, so that other
-work on the machine slows both. Numbers are medians after a warm-up, with quartiles in brackets.
+"ratio" is the time divided by that of the frozen base alone (the same model with its update switched
+off; in training, its backward pass goes to the inputs), or by that of diffusers + peft. The two run
+in turn, A B A B, so that other work on the machine slows both. Numbers are medians after a warm-up,
+with quartiles in parentheses.
 
-The bound is the FLOPs of the base alone, as torch counts them, over the rate of a large matrix
-product in the same dtype, also run in turn. The adapter, gradient checkpointing and elementwise work
-do not count, which lowers the share; 8-bit weights can push it above 100 %. Peak memory includes the
-0.4 GB of that product.
+The bound is the FLOPs of the base's blocks divided by the rate of a large matrix product in the same
+dtype, which runs in turn with the others. The adapter, gradient checkpointing and elementwise work do
+not count, which lowers the share; 8-bit weights can push it above 100 %. Peak memory includes the 0.4
+GB of that product.
 """
-import math
-import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
-from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
+from statistics import median, quantiles
 
-import support  # before torch: how its threads wait
+import support  # before torch: sets how its threads wait
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import personalize
 from flux_model import AutoEncoder, AutoEncoderConfig, Flux, FluxConfig, denoise, flow_matching_loss
-from metalora import MetaLoRA, apply_loras, random_lomd
-from support.checkpoints import fill_flux, load_flux
-from support.common import Parser, run_script, side
+from metalora import AdaptedLinear, MetaLoRA, apply_loras, random_lomd
+from support.checkpoints import fill_flux, flux_files
+from support.common import Parser, run_script
 from support.devices import free, pick_device
 from support.finding import find_model
-from support.lora_files import save_lora
+from support.memory import blank, compile_blocks, fit_training
 from support.names import diffusers_flux_names, find_targets, part_sizes
 from support.photos import load_crops
-from support.memory import compile_blocks, fit_training, quantize, recompute_blocks
+from support.tensors import TensorFiles
 
-PHOTO = Path(__file__).resolve().parents[1] / "baby" / "example.png"
-MID = FluxConfig(context_in_dim=768, hidden_size=768, num_heads=6, depth=4, depth_single_blocks=8)
-# resolutions, text tokens
-SIZES = {
-    "baby": ([128], 24),
-    "mid": ([512], 128),
-    "flux-dev": ([512, 768, 1024], 512),
+PHOTO = Path(__file__).parents[1] / "baby/example.png"
+# configuration (the baby has its own files), resolutions, text tokens
+MODELS = {
+    "baby": (None, [128], 24),
+    "mid": (FluxConfig(context_in_dim=768, hidden_size=768, num_heads=6, depth=4,
+                       depth_single_blocks=8), [512], 128),
+    "flux-dev": (FluxConfig(), [512, 768, 1024], 512),
 }
 # on a GPU, in one command; compiling comes last because it takes longest
 EVERY = "", "fp8", "offload", "fp8 offload", "compile", "fp8 compile"
-MINUTES = 9        # after that no further row of these begins
-COUNTED = {}       # by count_flops, which takes seconds at full size
+MINUTES = 9        # after that no further row begins
 
 
 # --------------------------------------------------------------------------------------------------
 # Models
 
 
-class RandomFiles:
-    """Stands in for TensorFiles: each tensor is drawn on the device when it is asked for, at a scale
-    that keeps activations about as large."""
-    metadata, path = {}, Path("random weights")
-
-    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype):
-        self.names = dict(model.named_parameters())
-        self.like = {"device": device, "dtype": dtype}
+class RandomFiles(TensorFiles):
+    """Each tensor is drawn on the device when it is asked for, at a scale that keeps activations
+    about as large as they are."""
+    def __init__(self, config: FluxConfig, device: torch.device, dtype: torch.dtype):
+        with torch.device("meta"):
+            self.places = dict(Flux(config).named_parameters())
+        self.names = self.places
+        self.scales = {}
+        self.draw = partial(torch.randn, device=device, dtype=dtype)
 
     def shape(self, name: str) -> list[int]:
-        return list(self.names[name].shape)
+        return list(self.places[name].shape)
 
-    def __getitem__(self, name: str) -> Tensor:
-        weight = torch.empty(self.shape(name), **self.like)
-        if weight.dim() == 1:
-            return weight.normal_(float("norm" in name), 0.02)
-        return weight.normal_(0.0, weight[0].numel() ** -0.5)
-
-    def quantized(self, names: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
-        return quantize(torch.cat([self[name] for name in names]))
+    def tensor(self, name: str) -> Tensor:
+        weight = self.draw(self.shape(name))
+        return weight.mul_(weight[0].numel() ** -0.5)
 
 
-def load(name: str, random: bool, device: torch.device, switches: str) -> Flux:
-    """The transformer with its own or random weights. ValueError where its own are not found."""
+def load(config: FluxConfig | None, device: torch.device, switches: str) -> Flux:
+    """The baby, or with a configuration a transformer with random weights."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    options = {"fp8": "fp8" in switches, "offload": "offload" in switches}
-    if name == "mid" or random:
-        config = FluxConfig() if name == "flux-dev" else MID
-        with torch.device("meta"):
-            files = RandomFiles(Flux(config), device, dtype)
-        flux = fill_flux(files, config, device, dtype, **options)
-    else:
-        flux = load_flux(find_model(name), device, dtype, **options)
+    source = flux_files(find_model("baby"))
+    if config:
+        source = RandomFiles(config, device, dtype), config
+    flux = fill_flux(*source, device, dtype, fp8="fp8" in switches, offload="offload" in switches)
     if "compile" in switches:
         compile_blocks(flux)
     return flux
 
 
-def random_autoencoder(device: torch.device, dtype: torch.dtype) -> AutoEncoder:
-    with torch.device("meta"):
-        model = AutoEncoder(AutoEncoderConfig())
-    files = RandomFiles(model, device, dtype)
-    model.load_state_dict({name: files[name] for name in files.names}, assign=True)
-    return model.requires_grad_(False).to(memory_format=torch.channels_last)
-
-
-def frozen_weights(flux: Flux) -> dict[str, Tensor]:
-    """The parameters of an adapted Flux without its adapter: views of the same memory."""
-    weights = {}
-    for name, parameter in flux.named_parameters():
-        if not name.endswith(".S"):            # the weight is a view of it
-            weights[name.replace(".base.", ".")] = parameter.detach()
-    return weights
-
-
-def base_alone(flux: Flux, compiled: bool = False) -> Flux:
-    """An adapted Flux without its adapter, on the same weights."""
-    with torch.device("meta"):
-        base = Flux(flux.config)
-    base.load_state_dict(frozen_weights(flux), assign=True)
-    if compiled:
-        compile_blocks(base)
-    return base.requires_grad_(False)
-
-
-class Peer(nn.Module):
-    """diffusers' transformer on the frozen weights of a Flux, with peft's LoRA on every Linear of its
-    blocks. Called like a Flux."""
-    def __init__(self, flux: Flux, rank: int):
+class Peer:
+    """diffusers' transformer on the frozen weights of an adapted Flux, with peft's LoRA on every
+    Linear of its blocks. Called like a Flux."""
+    def __init__(self, flux: Flux):
         from diffusers import FluxTransformer2DModel
-        from peft import LoraConfig, inject_adapter_in_model
-        super().__init__()
+        from peft import LoraConfig, get_peft_model
         config = self.config = flux.config
         with torch.device("meta"):
             model = FluxTransformer2DModel(
-                in_channels=config.in_channels,
                 num_layers=config.depth,
                 num_single_layers=config.depth_single_blocks,
                 attention_head_dim=config.hidden_size // config.num_heads,
@@ -148,30 +107,30 @@ class Peer(nn.Module):
                 axes_dims_rope=config.axes_dim,
             )
         weights = {}
-        for name, weight in frozen_weights(flux).items():
-            names = diffusers_flux_names(name)
+        for name, weight in flux.state_dict().items():
+            if name.endswith(".S"):            # the weight is a view of it
+                continue
+            names = diffusers_flux_names(name.replace(".base.", "."))
+            if names[0].startswith("norm_out"):
+                weight = weight.roll(len(weight) // 2, 0)                     # scale before shift
             sizes = part_sizes(len(names), len(weight), config.hidden_size)
             weights.update(zip(names, weight.split(sizes)))
-        for name in ("norm_out.linear.weight", "norm_out.linear.bias"):
-            weights[name] = weights[name].roll(len(weights[name]) // 2, 0)    # scale before shift
         model.load_state_dict(weights, assign=True)
         model.requires_grad_(False)
 
-        names = [name for name, layer in model.named_modules()
-                 if isinstance(layer, nn.Linear) and "transformer_blocks." in name]
-        lora = LoraConfig(r=rank, lora_alpha=rank, target_modules=names)
-        self.model = inject_adapter_in_model(lora, model)
-        self.trained = [p for p in self.parameters() if p.requires_grad]
-        for parameter in self.trained:         # fp32, like ours
-            parameter.data = parameter.data.float()
+        linears = r".*transformer_blocks\..*(linear|to_[qkv]|to_out\.0|to_add_out|proj\w*|net\.2)"
+        lora = LoraConfig(r=1, lora_alpha=1, target_modules=linears)
+        self.model = get_peft_model(model, lora)                    # trained in fp32, like ours
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, fused=True)
 
-    def forward(self, img: Tensor, img_ids: Tensor, txt: Tensor, txt_ids: Tensor, t: Tensor,
-                y: Tensor, guidance: Tensor) -> Tensor:
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        img, img_ids, txt, txt_ids, t, y, guidance = inputs
+        dtype = self.model.dtype
         return self.model(
-            hidden_states=img.to(txt.dtype),
-            encoder_hidden_states=txt,
-            pooled_projections=y,
+            hidden_states=img.to(dtype),
+            encoder_hidden_states=txt.to(dtype),
+            pooled_projections=y.to(dtype),
             timestep=t,
             img_ids=img_ids[0],
             txt_ids=txt_ids[0],
@@ -183,7 +142,7 @@ class Peer(nn.Module):
         flow_matching_loss(self, *inputs).sum().backward()
         nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -192,62 +151,47 @@ class Peer(nn.Module):
 
 def random_inputs(flux: Flux, batch: int, px: int, text_tokens: int) -> tuple[Tensor, ...]:
     """Arguments of flow_matching_loss: latent, noise, t, txt, y. A GPU multiplies zeros faster."""
-    config = flux.config
-    weight = flux.img_in.weight
-    random = partial(torch.randn, device=weight.device)
-    size = (batch, config.in_channels // 4, px // 8, px // 8)
-    txt = random(batch, text_tokens, config.context_in_dim, dtype=weight.dtype)
-    y = random(batch, config.vec_in_dim, dtype=weight.dtype)
-    return random(size), random(size), random(batch).sigmoid(), txt, y
+    zeros = blank(flux, batch, (px // 8, px // 8), text_tokens)
+    latent, t, txt, y = map(torch.randn_like, zeros)
+    return latent, torch.randn_like(latent), t.sigmoid(), txt, y
 
 
 def training_step(flux: Flux, adapter: MetaLoRA, *inputs: Tensor) -> None:
-    """Each picture is another person's."""
+    """Each picture is of another person."""
     adapter.assign(torch.arange(adapter.slots))
     flow_matching_loss(flux, *inputs).sum().backward()
     adapter.step(1e-4)
 
 
-def base_training_step(flux: Flux, latent: Tensor, noise: Tensor, t: Tensor, txt: Tensor,
-                       y: Tensor) -> None:
+def base_training_step(flux: Flux, *inputs: Tensor) -> None:
     """Forward, and backward to the latent and the text."""
-    latent = latent.clone().requires_grad_()
-    txt = txt.clone().requires_grad_()
-    flow_matching_loss(flux, latent, noise, t, txt, y).sum().backward()
+    inputs = [part.clone().requires_grad_(part.dim() > 2) for part in inputs]
+    flow_matching_loss(flux, *inputs).sum().backward()
 
 
-def sampling_step(flux: nn.Module, latent: Tensor, noise: Tensor, t: Tensor, txt: Tensor,
-                  y: Tensor) -> Tensor:
-    return denoise(flux, noise, txt, y, num_steps=1, guidance=3.5)
+def base_alone(flux: Flux, step: Callable) -> Callable:
+    """The step without the adapter's update: each adapted Linear runs the frozen one alone."""
+    layers = [layer for layer in flux.modules() if isinstance(layer, AdaptedLinear)]
+
+    def run() -> None:
+        updates = [layer.C for layer in layers]
+        for layer in layers:
+            vars(layer)["C"] = None            # a module's own setattr would take a while
+        step()
+        for layer, C in zip(layers, updates):
+            vars(layer)["C"] = C
+    return run
 
 
-def count_flops(config: FluxConfig, step: Callable, inputs: tuple[Tensor, ...]) -> int:
-    """FLOPs of step(flux, *inputs), on the meta device, attention as plain matrix products."""
-    picture = [torch.empty(1, *part.shape[1:], dtype=part.dtype, device="meta") for part in inputs]
-    key = f"{config} {step.__name__} {picture[0].shape} {picture[3].shape}"
-    if key not in COUNTED:
-        with torch.device("meta"):
-            flux = Flux(config).to(picture[3].dtype).requires_grad_(False)
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            step(flux, *picture)
-        COUNTED[key] = counter.get_total_flops()
-    return len(inputs[0]) * COUNTED[key]
-
-
-def photo_to_lora(flux: Flux, px: int, text_tokens: int) -> str:
-    """personalize.py from photo to file, but for reading the weights and encoding the caption."""
-    autoencoder = random_autoencoder(flux.img_in.weight.device, flux.img_in.weight.dtype)
-    *_, txt, y = random_inputs(flux, 1, px, text_tokens)
-    start = time.perf_counter()
-    crops = load_crops([PHOTO], [px])
-    latents, weights = personalize.encode_crops(autoencoder, crops)
-    adapter = MetaLoRA(flux, 1, lomd=random_lomd(find_targets(flux), 16))
-    iters = personalize.ITERATIONS["meta-lora"]
-    fit_training(adapter, max((latent.shape[-2:] for latent in latents), key=math.prod), text_tokens)
-    personalize.train(flux, adapter, latents, weights, txt, y, iters, 1e-4)
-    with tempfile.TemporaryDirectory() as folder:
-        save_lora(Path(folder) / "lora.safetensors", adapter.collapse())
-    return f"{time.perf_counter() - start:.1f} s, {len(crops)} crops, {iters} iterations"
+def count_flops(config: FluxConfig, inputs: tuple[Tensor, ...], training: bool) -> int:
+    """FLOPs of the base's blocks; everything else is under 0.1 % of FLUX.1-dev. A backward pass to
+    the inputs computes the products of the Linears once more, and those of attention twice."""
+    latent, *_, txt, _ = inputs
+    tokens = latent[0, 0].numel() // 4 + txt.shape[1]
+    linears = 24 * config.hidden_size ** 2 * tokens          # both kinds of block have 12 C^2 weights
+    attention = 4 * config.hidden_size * tokens ** 2
+    block = 2 * linears + 3 * attention if training else linears + attention
+    return len(latent) * (config.depth + config.depth_single_blocks) * block
 
 
 # --------------------------------------------------------------------------------------------------
@@ -256,167 +200,142 @@ def photo_to_lora(flux: Flux, px: int, text_tokens: int) -> str:
 
 def interleave(functions: list[Callable], device: torch.device,
                seconds: float) -> list[list[float]]:
-    """Seconds of each call of each function, in turn, for `seconds` or three rounds, after warm-up."""
-    synchronize = getattr(torch, device.type).synchronize
-    if device.type == "cuda":
-        synchronize = partial(synchronize, device)
+    """Seconds of each call of each function, in turn, for `seconds` or three rounds, after a
+    warm-up."""
     for function in functions:
         function()
     times = [[] for _ in functions]
     until = time.perf_counter() + seconds
-    while time.perf_counter() < until or len(times[0]) < 3:
+    while len(times[0]) < 3 or time.perf_counter() < until:
         for function, measured in zip(functions, times):
-            synchronize()
             start = time.perf_counter()
             function()
-            synchronize()
+            torch.zeros(1, device=device).item()             # waits for the device
             measured.append(time.perf_counter() - start)
     return times
 
 
 def spread(values: list[float]) -> str:
-    """Median, and in brackets the quartiles."""
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    """Median, with the quartiles in parentheses."""
+    low, middle, high = quantiles(values, n=4, method="inclusive")
     return f"{middle:.3g} ({low:.3g} to {high:.3g})"
 
 
-class Bench:
-    """The rows of one Flux with one set of switches."""
-    def __init__(self, flux: Flux, switches: str, resolutions: list[int], text_tokens: int,
-                 seconds: float, until: float):
-        self.flux = flux
-        self.switches = switches
-        self.resolutions = resolutions
-        self.text_tokens = text_tokens
-        self.seconds = seconds
-        self.device = flux.img_in.weight.device
-        self.until = until
-        side = 1024 if self.device.type == "cpu" else 8192
-        self.matrix = torch.randn(side, side, device=self.device, dtype=flux.img_in.weight.dtype)
+def measure(flux: Flux, inputs: tuple[Tensor, ...], training: bool, step: Callable,
+            other: Callable, seconds: float) -> str:
+    """The time of `step`, its share of the bound, and its ratio to `other`."""
+    weight = flux.img_in.weight
+    device = weight.device
+    side = 1024 if device.type == "cpu" else 8192
+    matrix = weight.new_empty(side, side).normal_()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    functions = [lambda: matrix @ matrix, step, other]
+    products, times, others = interleave(functions, device, seconds)
+    rate = 2 * side ** 3 / median(products)
+    bound = count_flops(flux.config, inputs, training) / rate
+    ratios = [ours / theirs for ours, theirs in zip(times, others)]
+    text = (f"{spread(times)} s, {bound / median(times):.1%} of the bound, "
+            f"ratio {spread(ratios)}, {len(times)} rounds")
+    if device.type == "cuda":
+        text += f", peak {torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB"
+    return text
 
-    def attempt(self, name: str, measure: Callable[[], str | None]) -> None:
-        """Prints a row with what `measure` returns, or its error; the next row comes either way."""
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        try:
-            text = measure() if time.perf_counter() < self.until else "left out: the time is over"
-        except Exception as error:             # whatever it is, it is a result
-            text = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
-        if text:
-            print(f"  {name:<43} {text}", flush=True)
 
-    def row(self, name: str, inputs: tuple[Tensor, ...], base_step: Callable,
-            *steps: Callable) -> None:
-        """The time of the first step and its ratio to the second, if there is one. The bound is that
-        of base_step(flux, *inputs)."""
-        def measure() -> str:
-            product = lambda: self.matrix @ self.matrix
-            products, times, *others = interleave([product, *steps], self.device, self.seconds)
-            rate = 2 * len(self.matrix) ** 3 / statistics.median(products)
-            bound = count_flops(self.flux.config, base_step, inputs) / rate
-            text = f"{spread(times)} s, {bound / statistics.median(times):.1%} of the bound"
-            if self.device.type == "cuda":
-                text += f", peak {torch.cuda.max_memory_allocated(self.device) / 1e9:.1f} GB"
-            for other in others:
-                ratios = [ours / theirs for ours, theirs in zip(times, other)]
-                text += f", ratio {spread(ratios)}"
-            return f"{text}, {len(times)} rounds"
-        self.attempt(f"{name}, {8 * inputs[0].shape[-1]} px", measure)
+def train(flux: Flux, px: int, text_tokens: int, seconds: float, people: int = 1,
+          peer: bool = False) -> str:
+    """Stage 2, or with several people stage 1, in which the LoMD learns too. peer: plain LoRA, in
+    which as in theirs each of q, k, v and mlp has an A of its own."""
+    lomd = None if peer else random_lomd(find_targets(flux), 16)
+    adapter = MetaLoRA(flux, 1, lomd=lomd, num_identities=people, slots=people)
+    adapter.train_lomd = people > 1
+    twice = fit_training(adapter, (px // 8, px // 8), text_tokens)
+    inputs = random_inputs(flux, people, px, text_tokens)
+    step = partial(training_step, flux, adapter, *inputs)
+    if peer:
+        other = partial(Peer(flux).training_step, *inputs)
+    else:
+        other = base_alone(flux, partial(base_training_step, flux, *inputs))
+    return f"{measure(flux, inputs, True, step, other, seconds)}, {twice} blocks run twice"
 
-    def base(self, base_step: Callable, inputs: tuple[Tensor, ...], twice: int = 0) -> list[Callable]:
-        """The step of the base alone, as many of its blocks run twice. It cannot share 8-bit and
-        offloaded weights: none."""
-        if "fp8" in self.switches or "offload" in self.switches:
-            return []
-        base = base_alone(self.flux, "compile" in self.switches)
-        recompute_blocks(base, twice)
-        return [partial(base_step, base, *inputs)]
 
-    def training(self, people: int) -> None:
-        """Stage 2, or with several people stage 1, in which the LoMD learns too."""
-        lomd = random_lomd(find_targets(self.flux), 16)
-        adapter = MetaLoRA(self.flux, 1, lomd=lomd, num_identities=people, slots=people)
-        adapter.bank.weight.add_(1e-2 * torch.randn_like(adapter.bank.weight))    # U starts at zero
-        adapter.train_lomd = people > 1
-        name = "stage 2" if people == 1 else f"stage 1, {people} people"
-        for px in self.resolutions:
-            inputs = random_inputs(self.flux, people, px, self.text_tokens)
-            twice = fit_training(adapter, (px // 8, px // 8), self.text_tokens)
-            step = partial(training_step, self.flux, adapter, *inputs)
-            base = self.base(base_training_step, inputs, twice)
-            self.row(f"{name}, {twice} blocks twice", inputs, base_training_step, step, *base)
-        recompute_blocks(self.flux, 0)
+def sample(flux: Flux, px: int, text_tokens: int, seconds: float, peer: bool = False) -> str:
+    apply_loras(flux, [(MetaLoRA(flux, 1).collapse(), 1.0)])
+    inputs = random_inputs(flux, 1, px, text_tokens)
+    _, noise, _, txt, y = inputs
+    one_step = noise, txt, y, 1, 3.5
+    step = partial(denoise, flux, *one_step)
+    other = partial(denoise, Peer(flux), *one_step) if peer else base_alone(flux, step)
+    return measure(flux, inputs, False, step, other, seconds)
 
-    def sampling(self) -> None:
-        apply_loras(self.flux, [(MetaLoRA(self.flux, 1).collapse(), 1.0)])
-        for px in self.resolutions:
-            inputs = random_inputs(self.flux, 1, px, self.text_tokens)
-            step = partial(sampling_step, self.flux, *inputs)
-            self.row("sampling", inputs, sampling_step, step, *self.base(sampling_step, inputs))
 
-    def peer(self) -> None:
-        """Ours is plain LoRA here: as in theirs, each of q, k, v and mlp has an A of its own."""
-        adapter = MetaLoRA(self.flux, 1)
-        peer = Peer(self.flux, 1)
-        inputs = random_inputs(self.flux, 1, self.resolutions[0], self.text_tokens)
-        ours = partial(training_step, self.flux, adapter, *inputs)
-        theirs = partial(peer.training_step, *inputs)
-        self.row("training against diffusers", inputs, base_training_step, ours, theirs)
-        ours = partial(sampling_step, self.flux, *inputs)
-        theirs = partial(sampling_step, peer, *inputs)
-        self.row("sampling against diffusers", inputs, sampling_step, ours, theirs)
+def photo_to_lora(flux: Flux, px: int, text_tokens: int, seconds: float) -> str:
+    """personalize.py once, from the photo to the LoRA: without reading the weights, encoding the
+    caption, and writing the file."""
+    weight = flux.img_in.weight
+    with weight.device:
+        autoencoder = AutoEncoder(AutoEncoderConfig()).requires_grad_(False)
+    autoencoder.to(weight.dtype, memory_format=torch.channels_last)
+    *_, txt, y = random_inputs(flux, 1, px, text_tokens)
+    start = time.perf_counter()
+    crops = load_crops([PHOTO], [px])
+    latents, weights = personalize.encode_crops(autoencoder, crops)
+    adapter = MetaLoRA(flux, 1, lomd=random_lomd(find_targets(flux), 16))
+    fit_training(adapter, (px // 8, px // 8), text_tokens)
+    iters = personalize.ITERATIONS["meta-lora"]
+    personalize.train(flux, adapter, latents, weights, txt, y, iters, 1e-4)
+    adapter.collapse()
+    return f"{time.perf_counter() - start:.1f} s, {len(crops)} crops, {iters} iterations"
 
-    def run(self) -> None:
-        self.attempt("stage 2", partial(self.training, 1))
-        self.attempt("stage 1", partial(self.training, 4))
-        self.attempt("sampling", self.sampling)
-        if self.switches == "" and find_spec("diffusers") and find_spec("peft"):
-            self.attempt("diffusers + peft", self.peer)
-        if self.switches == "compile" and self.flux.config == FluxConfig():
-            px = self.resolutions[len(self.resolutions) // 2]
-            measure = partial(photo_to_lora, self.flux, px, self.text_tokens)
-            self.attempt(f"photo to LoRA, {px} px", measure)
+
+# name, function, the switches and the resolutions that it runs with
+ROWS = (
+    ("stage 2", train, EVERY, slice(3)),
+    ("stage 1, 4 people", partial(train, people=4), EVERY, slice(3)),
+    ("sampling", sample, EVERY, slice(3)),
+    ("training against diffusers", partial(train, peer=True), [""], slice(1)),
+    ("sampling against diffusers", partial(sample, peer=True), [""], slice(1)),
+    ("photo to LoRA", photo_to_lora, ["compile"], slice(1, 2)),
+)
 
 
 def options() -> Parser:
     parser = Parser(prog="bench.stages", allow_abbrev=False, description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--model", choices=tuple(SIZES), help="default: baby, then mid, which has random weights")
-    add("--random", action="store_true", help="random weights for flux-dev, made on the device")
-    add("--switches", nargs="+", choices=("fp8", "offload", "compile"),
-        help="8-bit weights, blocks kept on the CPU, compiled blocks (default: none; with --random "
-        "on a GPU, all useful combinations)")
-    add("--resolution", type=side, nargs="+", metavar="PIXELS",
-        help="default: 128 for baby, 512 for mid, 512 768 1024 for flux-dev")
-    add("--seconds", type=float, help="time for each row (default: 10; 0.5 for all switches)")
+    add("--model", choices=MODELS, nargs="+", default=["baby", "mid"],
+        help="default: baby, then mid; all but the baby have random weights")
+    add("--random", dest="model", action="store_const", const=["flux-dev"],
+        help="the same as --model flux-dev")
+    add("--switches", choices=EVERY, nargs="+",
+        help="8-bit weights, blocks kept on the CPU, compiled blocks, one after another; quote "
+        "those that go together (default: none; for flux-dev on a GPU, all of these)")
+    add("--seconds", type=float, default=1.0, help="time for each row (default: 1)")
     add("--device", help="cuda, mps or cpu (default: the best available)")
     return parser
 
 
-def bench(argv: list[str] | None = None) -> None:
+def bench(argv: list[str] | None) -> None:
     args = options().parse_args(argv)
-    if args.random and args.model != "flux-dev":
-        raise ValueError("--random needs --model flux-dev")
     device = pick_device(args.device)
-    every = args.random and device.type == "cuda" and not args.switches
-    seconds = (0.5 if every else 10.0) if args.seconds is None else args.seconds
-    until = time.perf_counter() + 60 * MINUTES if every else math.inf
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    cuda = device.type == "cuda"
+    every = args.switches or (EVERY if cuda and "flux-dev" in args.model else [""])
+    until = time.perf_counter() + 60 * MINUTES
+    where = torch.cuda.get_device_name(device) if cuda else device.type
     print(f"torch {torch.__version__}, {where}, {torch.get_num_threads()} threads")
-    for name in [args.model] if args.model else ["baby", "mid"]:
-        resolutions, text_tokens = SIZES[name]
-        for switches in EVERY if every else [" ".join(args.switches or [])]:
-            print(f"{name} {switches}", flush=True)
-            try:
-                flux = load(name, args.random, device, switches)
-                sizes = args.resolution or resolutions
-                Bench(flux, switches, sizes, text_tokens, seconds, until).run()
-            except (ValueError, torch.OutOfMemoryError) as error:
-                if not every:
-                    raise
-                print(f"  {' '.join(str(error).split())[:150]}")     # a GPU may be too small for some
-            flux = None
-            free(device)
+    for name, switches in product(args.model, every):
+        config, resolutions, text_tokens = MODELS[name]
+        flux = None
+        free(device)
+        for title, row, with_switches, at in ROWS:
+            for px in resolutions[at] if switches in with_switches else []:
+                if time.perf_counter() > until:
+                    return print(f"left out from here on: {MINUTES} minutes are over")
+                print(f"{title}, {px} px, {name} {switches}", flush=True)
+                try:
+                    flux = flux or load(config, device, switches)
+                    print("    " + row(flux, px, text_tokens, args.seconds), flush=True)
+                except Exception as error:             # whatever it is, it is a result
+                    print(f"    {type(error).__name__}: {' '.join(str(error).split())[:150]}")
 
 
 def main(argv: list[str] | None = None) -> int:
