@@ -306,9 +306,10 @@ def options() -> Parser:
         help="default: baby, then mid; all but the baby have random weights")
     add("--random", dest="model", action="store_const", const=["flux-dev"],
         help="the same as --model flux-dev")
-    add("--switches", choices=EVERY, nargs="+",
-        help="8-bit weights, blocks kept on the CPU, compiled blocks, one after another; quote "
-        "those that go together (default: none; for flux-dev on a GPU, all of these)")
+    add("--switches", choices=EVERY, nargs="+", metavar="SET",
+        help="fp8 (8-bit weights), offload (blocks kept on the CPU), compile, or two of them in "
+        "quotes, as in 'fp8 offload'; several SETs are measured one after another (default: none; "
+        "for flux-dev on a GPU, all useful ones)")
     add("--seconds", type=float, default=1.0, help="time for each row (default: 1)")
     add("--device", help="cuda, mps or cpu (default: the best available)")
     return parser
