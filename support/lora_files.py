@@ -24,7 +24,6 @@ by name. Pickles are never read.
 """
 import json
 import re
-from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -37,8 +36,8 @@ from torch import Tensor
 from flux_model import FluxConfig
 from support.checkpoints import Place, flux_files, flux_fingerprint, targets_of
 from support.common import check_file, encodable, finite_number, note, write_whole
-from support.names import (FINAL, FLUX_LINEARS, FLUX_NAMES, OTHER_MODELS, Target, first_match,
-                           part_sizes, split_number)
+from support.names import (FLUX_LINEARS, FLUX_NAMES, OTHER_MODELS, Target, first_match, part_sizes,
+                           split_number)
 from support.tensors import open_tensors
 
 Pair = tuple[Tensor, Tensor]           # A (r, in) and B (out, r); the update of a weight is B A
@@ -83,26 +82,24 @@ ALIASES = {
     "double_blocks.{}.img_mlp.2": "blocks.{}.ff_a.2",
     "double_blocks.{}.txt_mlp.0": "blocks.{}.ff_b.0",
     "double_blocks.{}.txt_mlp.2": "blocks.{}.ff_b.2",
+    "single_blocks.{}.linear1_qkv":
+        "single_transformer_blocks.{}.attn.to_qkv single_blocks.{}.processor.qkv_lora",
     "single_blocks.{}.linear1": "single_transformer_blocks.{}.qkv_mlp single_blocks.{}.to_qkv_mlp",
     "single_blocks.{}.modulation.lin": "single_blocks.{}.norm.linear",
     "single_blocks.{}.linear2": "single_blocks.{}.proj_out single_blocks.{}.processor.proj_lora",
 }
-# every spelling of a module -> the diffusers modules whose rows, in turn, are its rows; norms: none
+LAYERS = {"single_blocks.{}.linear1_qkv": FLUX_LINEARS["single_blocks.{}.linear1"][:3]}
+# every spelling of a module -> the diffusers modules whose rows, in turn, are its rows
 SPELLINGS = {}
 ORIGINAL_OF = {}
-for original, parts in FLUX_NAMES.items():
-    if original not in FLUX_LINEARS:
-        SPELLINGS |= dict.fromkeys((original, *parts), ())
-        continue
-    ORIGINAL_OF |= dict.fromkeys(parts, original)
+for original, parts in (LAYERS | FLUX_NAMES).items():
+    if original in FLUX_LINEARS:
+        ORIGINAL_OF |= dict.fromkeys(parts, original)
+    SPELLINGS |= {part: (part,) for part in parts}
     for name in (original, *ALIASES.get(original, "").split()):
         SPELLINGS[name] = parts
         if len(parts) > 1:                       # OneTrainer numbers the parts of a fused layer
             SPELLINGS |= {f"{name}.{i}": (part,) for i, part in enumerate(parts)}
-SPELLINGS |= {part: (part,) for part in ORIGINAL_OF}
-for name in ("single_transformer_blocks.{}.attn.to_qkv", "single_blocks.{}.processor.qkv_lora",
-             "single_blocks.{}.linear1_qkv"):
-    SPELLINGS[name] = FLUX_LINEARS["single_blocks.{}.linear1"][:3]
 SPELLINGS |= {name.replace(".", "_"): parts for name, parts in SPELLINGS.items()}
 
 # kinds of tensors that a LoRA may come with
@@ -119,11 +116,8 @@ UNSUPPORTED = {
     "a LoHa": r"hada_",
     "a DoRA": r"dora|magnitude",
     "an OFT": r"[._]b?oft[._]",
-    "a VeRA": r"vera_",
     "a LoRA in nunchaku's layout": r"\.lora_(down|up)$",
     "a LoCon with a core": r"lora_mid",
-    "an IA3": r"\.on_input$",
-    "a GLoRA": r"\.[ab][12]\.",
     "a control LoRA": r"norm\.scale$|norm_(added_)?[qk]\.weight$|\.(reshape|set)_weight$|\.bias$",
     "an IP-Adapter": r"ip_adapter",
     "a ControlNet": r"controlnet",
@@ -132,7 +126,7 @@ UNSUPPORTED |= {f"a LoRA of {model}": pattern for model, pattern in OTHER_MODELS
 
 
 def parse_key(key: str) -> tuple[str, tuple[str, ...], str] | None:
-    """Key -> (module as the file names it, diffusers paths, kind); None: not recognized.
+    """Key -> (module without its prefix, diffusers paths, kind); None: not recognized.
 
     The kind is "A", "B", "alpha", "change", or a key of UNUSED.
     """
@@ -142,43 +136,31 @@ def parse_key(key: str) -> tuple[str, tuple[str, ...], str] | None:
     ending = ENDING.search(key)
     if not ending:
         return None
-    name = key[:ending.start()]
-    template, number = split_number(PREFIX.sub("", name))
+    name = PREFIX.sub("", key[:ending.start()])
+    template, number = split_number(name)
     if template not in SPELLINGS:
         return None
     parts = tuple(part.format(number) for part in SPELLINGS[template])
     return name, parts, ending.lastgroup
 
-
-def named(names: list[str]) -> str:
-    more = len(names) - 1
-    return f"{names[0]!r} and {more} more" if more else repr(names[0])
-
-
-def swap_halves(B: Tensor) -> Tensor:
-    """Rows of the final modulation: shift and scale, which diffusers has the other way round."""
-    return B.roll(len(B) // 2, 0)
-
 # Fused layers -----------------------------------------------------------------------------------
 
-def is_stacked(B: Tensor, sizes: list[int]) -> bool:
-    """Is B block-diagonal, with the same number of columns for each part?"""
-    rank, rest = divmod(B.shape[1], len(sizes))
-    if rest:
-        return False
-    blocks = [torch.ones(size, rank) for size in sizes]
-    return not B[torch.block_diag(*blocks) == 0].any()
+def blocks_of(B: Tensor, sizes: list[int]) -> list[Tensor]:
+    """The blocks of a block-diagonal B, with as many columns for each part; [] for any other B."""
+    count = len(sizes)
+    if B.shape[1] % count:
+        return []
+    blocks = [rows.chunk(count, dim=1)[i] for i, rows in enumerate(B.split(sizes))]
+    return blocks if torch.equal(torch.block_diag(*blocks), B) else []
 
 
 def unfuse(A: Tensor, B: Tensor, sizes: list[int]) -> list[Pair]:
     """(A, B) of a Linear -> (A, B) of each part, of rank 0 for a part that is all padding."""
-    count = len(sizes)
-    rows = B.split(sizes)
-    if count == 1 or not is_stacked(B, sizes):
-        return [(A.clone(), b.clone()) for b in rows]
+    blocks = blocks_of(B, sizes)
+    if len(sizes) == 1 or not blocks:
+        return [(A.clone(), rows.clone()) for rows in B.split(sizes)]
     pairs = []
-    for i, a in enumerate(A.chunk(count)):
-        b = rows[i].chunk(count, dim=1)[i]
+    for a, b in zip(A.chunk(len(sizes)), blocks):
         # padding is zero in both, a new LoRA only in B
         used = (a.any(dim=1) | b.any(dim=0)).nonzero()
         rank = int(used.max()) + 1 if len(used) else 0
@@ -191,7 +173,7 @@ def fuse(pairs: list[Pair]) -> Pair:
     As, Bs = zip(*pairs)
     if all(torch.equal(A, As[0]) for A in As):
         B = torch.cat(Bs)
-        if not is_stacked(B, [*map(len, Bs)]):   # else reading would take it for the form below
+        if not blocks_of(B, [*map(len, Bs)]):    # else reading would take it for the form below
             return As[0], B
     rank = max(map(len, As))
     A = torch.cat([F.pad(A, (0, 0, 0, rank - len(A))) for A in As])
@@ -207,7 +189,8 @@ def to_original(lora: Lora, mlp_ratio: float) -> Lora:
         layer = original.format(number)
         templates = FLUX_LINEARS[original]
         if len(templates) == 1:
-            fused[layer] = (A, swap_halves(B) if layer == FINAL else B)
+            # diffusers has the halves of the final modulation, shift and scale, in the other order
+            fused[layer] = (A, B.roll(len(B) // 2, 0) if "adaLN" in layer else B)
         elif layer not in fused:
             width = A.shape[1]
             pairs = []
@@ -238,46 +221,38 @@ def tell_replaced(path: Path, photo_digests: str) -> None:
             note(f"{path} will be replaced: it is of {found.get('photos', 'something else')}")
 
 
-def peft_scales(path: Path, metadata: dict[str, str]) -> Callable[[str, int], float]:
-    """(module, rank) -> its scale by PEFT's settings, for modules without an alpha in the file.
+def peft_alphas(path: Path, metadata: dict[str, str]) -> tuple[dict, float]:
+    """PEFT's settings for modules without an alpha in the file: {pattern of names: alpha}, power.
 
-    The settings are in diffusers' metadata, or in adapter_config.json beside the file."""
+    The first pattern that matches counts; the scale is alpha / rank ** power. The settings are in
+    diffusers' metadata, or in adapter_config.json beside the file.
+    """
     text = metadata.get(PEFT_METADATA)
     beside = path.with_name("adapter_config.json")
-    settings = {}
+    alphas = {}
     try:
         if not text and path.name == "adapter_model.safetensors" and beside.is_file():
             path = beside
             text = beside.read_text("utf-8")
-        for name, value in json.loads(text or "{}").items():
-            settings[name.removeprefix("transformer.")] = value
-        alphas = dict(settings.get("alpha_pattern") or {})
+        settings = {name.removeprefix("transformer."): value
+                    for name, value in json.loads(text or "{}").items()}
+        if settings.get("use_dora") or settings.get("peft_type", "LORA") != "LORA":
+            raise ValueError("only plain LoRA is supported, not DoRA or another type")
+        patterns = dict(settings.get("alpha_pattern") or {})
         if settings.get("lora_alpha") is not None:
-            alphas.setdefault(".*", settings["lora_alpha"])
-        patterns = {}
-        for pattern, alpha in alphas.items():
-            patterns[re.compile(rf"(.*\.)?({pattern})$")] = float(alpha)
+            patterns.setdefault(".*", settings["lora_alpha"])
+        for pattern, alpha in patterns.items():
+            alphas[re.compile(rf"(.*\.)?({pattern})$")] = float(alpha)
     except (AttributeError, RecursionError, TypeError, ValueError, re.error) as error:
         raise ValueError(f"{path}: PEFT's settings cannot be used: {error}") from None
-    kind = "DoRA" if settings.get("use_dora") else settings.get("peft_type", "LORA")
-    if kind != "LORA":
-        raise ValueError(f"{path}: its LoRA is a {kind}, which is not supported: plain LoRA only")
-    power = 0.5 if settings.get("use_rslora") else 1
-
-    def scale(name: str, rank: int) -> float:
-        for pattern, alpha in patterns.items():
-            if pattern.match(PREFIX.sub("", name)):
-                return alpha / rank ** power
-        return 1.0
-
-    return scale
+    return alphas, 0.5 if settings.get("use_rslora") else 1
 
 
-def sort_keys(path: Place, file: Any) -> tuple[dict, dict[str, list[str]]]:
-    """-> {layer: {module as the file names it: {kind: keys}}}, and {kind: keys that are not used}.
+def sort_keys(path: Place, file: Any) -> tuple[dict[str, tuple], dict[str, list[str]]]:
+    """-> {module: (diffusers paths, {kind: keys})}, and {kind: keys that are not used}.
 
-    A layer is its diffusers paths, and whether its weight is changed as a whole. ValueError for a
-    key that is not recognized: says what the file is instead.
+    Each key has a prefix of its own, so the halves of a LoRA may have different ones. ValueError
+    for a key that is not recognized: says what the file is instead.
     """
     layers = {}
     unused = {}
@@ -291,23 +266,21 @@ def sort_keys(path: Place, file: Any) -> tuple[dict, dict[str, list[str]]]:
                 kind = "unknown"
             elif change.dim() == 1:
                 kind = "biases and norms"
-        if kind in ("A", "B", "alpha", "change"):
-            modules = layers.setdefault((parts, kind == "change"), {})
-            modules.setdefault(name, {}).setdefault(kind, []).append(key)
+        if kind in ENDING.groupindex:            # "A", "B", "alpha" or "change"
+            _, keys = layers.setdefault(key if kind == "change" else name, (parts, {}))
+            keys.setdefault(kind, []).append(key)
         else:
             unused.setdefault(kind, []).append(key)
     unknown = unused.pop("unknown", [])
-    metadata = file.metadata() or {}
-    fields = "modelspec.architecture", "ss_base_model_version"
-    said = [metadata[field] for field in fields if field in metadata]
+    said = [text for field, text in sorted((file.metadata() or {}).items())
+            if field in ("modelspec.architecture", "ss_base_model_version")]
     kind, found = first_match(UNSUPPORTED, unknown + said)
     if kind:
-        raise ValueError(f"{path} is {kind} ({named(found)}), which is not supported: "
+        raise ValueError(f"{path} is {kind} ({found!r}), which is not supported: "
                          "only plain LoRAs of FLUX.1 are")
     if unknown:
-        hint = f"; its metadata say {said[0]!r}" if said else ""
         raise ValueError(f"{path}: {len(unknown)} of {len(file.keys())} keys are not those of a "
-                         f"FLUX LoRA: {named(unknown)}{hint}")
+                         f"FLUX LoRA: {unknown[0]!r}; its metadata say {said or 'nothing'}")
     return layers, unused
 
 
@@ -321,35 +294,21 @@ def read_one(path: Place, file: Any, keys: list[str]) -> Tensor:
     return first
 
 
-def read_pairs(path: Place, file: Any, layers: dict) -> Iterator[tuple[str, tuple, Pair]]:
-    """Yields (module as the file names it, diffusers paths, pair) of layers of `sort_keys`."""
-    peft_scale = peft_scales(Path(path), file.metadata() or {})
-    for (parts, _), modules in layers.items():
-        # halves under several prefixes are one LoRA: each key has a prefix of its own
-        if not all({"A", "B"} <= kinds.keys() for kinds in modules.values()):
-            first, *others = modules.values()
-            for other in others:
-                for kind, keys in other.items():
-                    first.setdefault(kind, []).extend(keys)
-            modules = {next(iter(modules)): first}
-        for name, kinds in modules.items():
-            tensors = {kind: read_one(path, file, keys) for kind, keys in kinds.items()}
-            A, B = read_pair(path, name, tensors, peft_scale=peft_scale)
-            yield name, parts, (A, swap_halves(B) if "adaLN" in name else B)
-
-
 def check_pair(where: str, A: Tensor, B: Tensor) -> None:
-    fit = A.dim() == B.dim() == 2 and len(A) == B.shape[1] > 0
-    if not fit:
+    if not (A.dim() == B.dim() == 2 and len(A) == B.shape[1] > 0):
         raise ValueError(f"{where}: A {list(A.shape)} and B {list(B.shape)} are not (r, in) and "
                          "(out, r)")
     if not (A.isfinite().all() and B.isfinite().all()):
         raise ValueError(f"{where} holds values that are not finite (in {A.dtype})")
 
 
-def read_pair(path: Place, name: str, tensors: dict[str, Tensor],
-              peft_scale: Callable[[str, int], float]) -> Pair:
-    """A (r, in) and B (out, r), fp32, with the scale in B."""
+def read_pair(
+    path: Place,
+    name: str,
+    tensors: dict[str, Tensor],
+    peft: tuple[dict, float],
+) -> Pair:
+    """A (r, in) and B (out, r), fp32, with the scale in B. peft: what peft_alphas returned."""
     where = f"{path}: {name}"
     if "change" in tensors:
         change = tensors["change"].float()
@@ -366,7 +325,10 @@ def read_pair(path: Place, name: str, tensors: dict[str, Tensor],
     A = A.float()
     B = B.float()
     check_pair(where, A, B)
-    scale = peft_scale(name, len(A))
+    alphas, power = peft
+    matching = (alpha for pattern, alpha in alphas.items() if pattern.match(name))
+    rank = len(A) ** power
+    scale = next(matching, rank) / rank
     if "alpha" in tensors:
         alpha = tensors["alpha"]
         if alpha.numel() != 1:
@@ -403,13 +365,18 @@ def load_lora(path: Place, config: FluxConfig | None = None) -> Lora:
     check_file(path, "LoRA file")
     file = open_tensors(Path(path))
     layers, unused = sort_keys(path, file)
+    peft = peft_alphas(Path(path), file.metadata() or {})
     lora = {}
-    for name, parts, (A, B) in read_pairs(path, file, layers):
-        rows = len(B)
-        width = A.shape[1]
-        sizes = part_sizes(len(parts), rows, width)
-        if sum(sizes) != rows or min(sizes) < 1:
-            raise ValueError(f"{path}: {name} cannot be [{rows}, {width}]")
+    for name, (parts, keys) in layers.items():
+        if 0 < len(keys.get("alpha", ())) < len(keys.get("A", ())):
+            raise ValueError(f"{path}: {name} is there twice, and only one has an alpha")
+        tensors = {kind: read_one(path, file, keys[kind]) for kind in keys}
+        A, B = read_pair(path, name, tensors, peft=peft)
+        if "adaLN" in name:
+            B = B.roll(len(B) // 2, 0)           # as in to_original
+        sizes = part_sizes(len(parts), len(B), A.shape[1])
+        if sum(sizes) != len(B) or min(sizes) < 1:
+            raise ValueError(f"{path}: {name} cannot be [{len(B)}, {A.shape[1]}]")
         for part, pair in zip(parts, unfuse(A, B, sizes)):
             if part in lora and not same_update(lora[part], pair):
                 raise ValueError(f"{path}: {part} is there twice, under two names, and they differ "
@@ -425,7 +392,7 @@ def load_lora(path: Place, config: FluxConfig | None = None) -> Lora:
         found = {part: [len(B), A.shape[1]] for part, (A, B) in lora.items()}
         check_shapes(path, found, {target.path: [target.rows, target.d_in] for target in targets})
     for kind, keys in unused.items():
-        note(f"{path}: {len(keys)} tensors of {kind} are not used: {named(keys)}")
+        note(f"{path}: {len(keys)} tensors of {kind} are not used: {keys[0]!r}")
     return lora
 
 # Writing ----------------------------------------------------------------------------------------
@@ -528,11 +495,9 @@ def load_lomd(path: Place) -> tuple[dict[str, Tensor], dict[str, str]]:
     file = open_tensors(Path(path))
     lomd = {}
     for key in file.keys():
-        if not key.endswith(".lomd"):
-            raise ValueError(f"{path} is not a LoMD file: it holds {key}")
         A = file.get_tensor(key).float()
-        if not A.isfinite().all():
-            raise ValueError(f"{path}: {key} is not finite")
+        if not key.endswith(".lomd") or not A.isfinite().all():
+            raise ValueError(f"{path} is not a LoMD file: {key} is not one of finite numbers")
         lomd[key.removesuffix(".lomd")] = A
     if not lomd:
         raise ValueError(f"{path} is not a LoMD file: it is empty")

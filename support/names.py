@@ -1,4 +1,4 @@
-"""FLUX.1's module names in both layouts, which Linears a LoRA adapts, and how other models are known.
+"""FLUX.1's module names in both layouts, the Linears that a LoRA adapts, signs of other models.
 
 The original layout fuses q, k, v (and the MLP's input) into one Linear; diffusers keeps a Linear
 for each. This file imports nothing else of the project.
@@ -9,23 +9,22 @@ from typing import NamedTuple
 from torch import nn
 
 
-def table(original: str, diffusers: str, names: dict[str, str]) -> dict[str, tuple[str, ...]]:
-    """{name: diffusers names, separated by spaces} -> tuples, with the prefixes in front."""
-    prefixed = {}
-    for name, parts in names.items():
-        prefixed[original + name] = tuple(diffusers + part for part in parts.split())
-    return prefixed
-
-
 # original module -> diffusers modules, {} for a block's number; a fused layer stacks their rows
-FLUX_NAMES = {
-    **table("", "", {
+FLUX_NAMES = {}
+for (original, diffusers), modules in {
+    ("", ""): {
         "img_in": "x_embedder",
         "txt_in": "context_embedder",
+        "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
+        "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
+        "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
+        "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
+        "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
+        "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
         "final_layer.linear": "proj_out",
         "final_layer.adaLN_modulation.1": "norm_out.linear",         # diffusers: scale before shift
-    }),
-    **table("double_blocks.{}.", "transformer_blocks.{}.", {
+    },
+    ("double_blocks.{}.", "transformer_blocks.{}."): {
         "img_mod.lin": "norm1.linear",
         "txt_mod.lin": "norm1_context.linear",
         "img_attn.qkv": "attn.to_q attn.to_k attn.to_v",
@@ -40,21 +39,19 @@ FLUX_NAMES = {
         "txt_mlp.0": "ff_context.net.0.proj",
         "img_mlp.2": "ff.net.2",
         "txt_mlp.2": "ff_context.net.2",
-    }),
-    **table("single_blocks.{}.", "single_transformer_blocks.{}.", {
+    },
+    ("single_blocks.{}.", "single_transformer_blocks.{}."): {
         "modulation.lin": "norm.linear",
         "norm.query_norm": "attn.norm_q",
         "norm.key_norm": "attn.norm_k",
         "linear1": "attn.to_q attn.to_k attn.to_v proj_mlp",
         "linear2": "proj_out",
-    }),
-}
-for original, diffusers in {"time": "timestep", "vector": "text", "guidance": "guidance"}.items():
-    layers = {"in_layer": "linear_1", "out_layer": "linear_2"}
-    FLUX_NAMES |= table(f"{original}_in.", f"time_text_embed.{diffusers}_embedder.", layers)
+    },
+}.items():
+    for name, parts in modules.items():
+        FLUX_NAMES[original + name] = tuple(diffusers + part for part in parts.split())
 
 FLUX_LINEARS = {name: parts for name, parts in FLUX_NAMES.items() if not name.endswith("_norm")}
-FINAL = "final_layer.adaLN_modulation.1"         # diffusers swaps its halves
 
 AUTOENCODER_NAMES = (                            # original pattern, diffusers replacement
     (r"(down|up)\.(\d+)\.block\.", r"\1_blocks.\2.resnets."),
@@ -91,11 +88,9 @@ def diffusers_autoencoder_names(name: str, levels: int) -> list[str]:
     """Parameter of an AutoEncoder with `levels` resolutions -> the diffusers parameter."""
     for pattern, replacement in AUTOENCODER_NAMES:
         name = re.sub(pattern, replacement, name)
-
-    def from_the_top(found: re.Match) -> str:
-        return f"up_blocks.{levels - 1 - int(found[1])}"
-
-    return [re.sub(r"up_blocks\.(\d+)", from_the_top, name)]
+    # diffusers counts the upper levels from the top
+    swap = lambda found: f"up_blocks.{levels - 1 - int(found[1])}"
+    return [re.sub(r"up_blocks\.(\d+)", swap, name)]
 
 
 def part_sizes(num_parts: int, rows: int, width: int) -> list[int]:
@@ -123,8 +118,8 @@ def find_targets(flux: nn.Module, outside: bool = False) -> list[Target]:
         name = name.removesuffix(".base")        # an adapted Linear keeps its own as `base`
         if not isinstance(module, nn.Linear) or not (outside or "_blocks." in name):
             continue
-        paths = FLUX_LINEARS[split_number(name)[0]]
-        number = split_number(name)[1]
+        template, number = split_number(name)
+        paths = FLUX_LINEARS[template]
         start = 0
         sizes = part_sizes(len(paths), module.out_features, module.in_features)
         for path, rows in zip(paths, sizes):
@@ -136,7 +131,8 @@ def find_targets(flux: nn.Module, outside: bool = False) -> list[Target]:
 # patterns that only another model's names or metadata match; tried in this order
 OTHER_MODELS = {
     "FLUX.2": r"(double|single)_stream_modulation|to_qkv_mlp_proj|[._]linear_(in|out)\b"
-              r"|time_guidance_embed|single_transformer_blocks[._]\d+[._]attn[._]to_out[._]lora|flux[-_. ]?2",
+              r"|time_guidance_embed|single_transformer_blocks[._]\d+[._]attn[._]to_out[._]lora"
+              r"|flux[-_. ]?2",
     "Qwen-Image": r"(img|txt)_mlp[._]net[._]|(img|txt)_mod[._]1\b|qwen",
     "HunyuanVideo": r"\.(img|txt)_attn_(qkv|proj|q|k|v)\b|(img|txt)_mlp[._]fc[12]"
                     r"|(img|txt)_mod[._]linear|modulation[._]linear|token_refiner|hunyuan",
@@ -155,10 +151,10 @@ OTHER_MODELS = {
 }
 
 
-def first_match(patterns: dict[str, str], texts: list[str]) -> tuple[str, list[str]]:
-    """{meaning: pattern} -> the first meaning that is found, and the texts with it; ("", []) without."""
+def first_match(patterns: dict[str, str], texts: list[str]) -> tuple[str, str]:
+    """{meaning: pattern} -> the first meaning that is found and the text with it, or ("", "")."""
     for meaning, pattern in patterns.items():
-        found = [text for text in texts if re.search(pattern, text, re.IGNORECASE)]
-        if found:
-            return meaning, found
-    return "", []
+        for text in texts:
+            if re.search(pattern, text, re.IGNORECASE):
+                return meaning, text
+    return "", ""

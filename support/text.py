@@ -31,25 +31,19 @@ class CheckedTextEncoders(TextEncoders):
             (self.commands, "commands of other programs are plain text here: the command in"),
         ]
         for find_words, message in kinds:
-            found = {}
-            for prompt in new:
-                words = find_words(prompt)
-                if words:
-                    found[prompt] = words
-            for prompt, words in list(found.items())[:1]:
-                others = ""
-                if len(found) > 1:
-                    others = f", the first of {len(found)} such prompts"
-                note(f"{message} {shorten(prompt)} is {words!r}{others}")
+            found = [prompt for prompt in new if find_words(prompt)]
+            if found:
+                others = f", the first of {len(found)} such prompts" if len(found) > 1 else ""
+                note(f"{message} {shorten(found[0])} is {find_words(found[0])!r}{others}")
 
-    def count_tokens(self, text: str) -> int:
+    def t5_ids(self, text: str) -> list[int]:
         # verbose=False: transformers would warn of the very thing that is looked for here
-        return len(self.t5_tokenizer(text, verbose=False).input_ids)
+        return self.t5_tokenizer(text, verbose=False).input_ids
 
     def lost_words(self, prompt: str) -> str:
         """The end of a prompt that is cut off, from its first incomplete word, in one line."""
         def too_long(letters: int) -> bool:
-            return self.count_tokens(prompt[:letters]) > self.max_length
+            return len(self.t5_ids(prompt[:letters])) > self.max_length
 
         if not too_long(len(prompt)):
             return ""
@@ -59,13 +53,8 @@ class CheckedTextEncoders(TextEncoders):
 
     def unknown_words(self, prompt: str) -> str:
         """The words with letters outside T5's vocabulary, such as all of Chinese."""
-        def unknown(text: str) -> bool:
-            ids = self.t5_tokenizer(text, verbose=False).input_ids
-            return self.t5_tokenizer.unk_token_id in ids
-
-        if not unknown(prompt):
-            return ""
-        return " ".join(word for word in prompt.split() if unknown(word))
+        unknown = self.t5_tokenizer.unk_token_id
+        return " ".join(word for word in prompt.split() if unknown in self.t5_ids(word))
 
     @staticmethod
     def commands(prompt: str) -> str:

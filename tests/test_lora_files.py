@@ -317,9 +317,9 @@ def doubled(tensors):
 LINEAR1 = "single_blocks.1.linear1"
 REFUSED = [
     (pair("transformer_blocks.0.attn.to_z") | pair("foo") | pair(),
-     r"4 of 6 keys are not those of a FLUX LoRA: 'transformer\S+ and 3 more"),
-    ({f"transformer.{Q}.lora_A.weight": torch.ones(2, H)}, rf"transformer\.{Q} has only A: a LoRA has A and B$"),
-    ({f"transformer.{Q}.lora_B.weight": torch.ones(H, 2)}, rf"transformer\.{Q} has only B: a LoRA has A and B$"),
+     r"4 of 6 keys are not those of a FLUX LoRA: 'transformer\S+'"),
+    ({f"transformer.{Q}.lora_A.weight": torch.ones(2, H)}, rf": {Q} has only A: a LoRA has A and B$"),
+    ({f"transformer.{Q}.lora_B.weight": torch.ones(H, 2)}, rf": {Q} has only B: a LoRA has A and B$"),
     ({f"lora_unet_{LINEAR1.replace('.', '_')}.alpha": torch.tensor(1.0)},
      "single_blocks_1_linear1 has only alpha: a LoRA has A and B$"),
     (pair() | {f"transformer.{Q}.lora_B.weight": torch.ones(H, 3)}, r"A \[2, 16\] and B \[16, 3\] are not"),
@@ -340,11 +340,11 @@ REFUSED = [
      r"scaled by inf, holds values that are not finite"),
     (pair() | {f"transformer.{Q}.alpha": torch.ones(2)}, r"its alpha is \[2\], not one number"),
     (pair() | doubled(pair(names=(".lora_down.weight", ".lora_up.weight"))), "is there twice, with two endings"),
-    (pair() | doubled(pair(prefix="")), f"{Q} is there twice, under two names"),
+    (pair() | doubled(pair(prefix="")), f"{Q}.lora_A.weight' is there twice, with two endings or prefixes"),
     (pair() | doubled(pair("double_blocks.0.img_attn.qkv", rows=3 * H, prefix="")),
      f"{Q} is there twice, under two names"),
     ({"lora_unet_img_in.lokr_w1": torch.ones(2, 2), "lora_unet_img_in.lokr_w2": torch.ones(2, 2)},
-     r"is a LoKr \('lora_unet_img_in.lokr_w1' and 1 more\), which is not supported"),
+     r"is a LoKr \('lora_unet_img_in.lokr_w1'\), which is not supported"),
     ({"lora_unet_img_in.hada_w1_a": torch.ones(2, 2)}, "is a LoHa .* not supported"),
     (pair() | {f"transformer.{Q}.dora_scale": torch.ones(2, 2)}, "is a DoRA .* not supported"),
     (pair("text_model.encoder", prefix="lora_te1_"),
@@ -505,7 +505,7 @@ def test_the_same_lora_twice_counts_once(tmp_path):
     with pytest.raises(ValueError, match=f"{SINGLE[1]} is there twice, under two names, and they differ"):
         load_lora(write(tmp_path / "a.safetensors", tensors))                     # a fused layer without some parts
     scaled = pair() | pair(prefix="") | {f"{Q}.alpha": torch.tensor(4.0)}
-    with pytest.raises(ValueError, match=f"{Q} is there twice, under two names, and they differ"):
+    with pytest.raises(ValueError, match=f"{Q} is there twice, and only one has an alpha"):
         load_lora(write(tmp_path / "a.safetensors", scaled))
     two = pair(names=(".lora_A.me.weight", ".lora_B.me.weight")) | doubled(pair(names=(".lora_A.you.weight", ".lora_B.you.weight")))
     with pytest.raises(ValueError, match="is there twice, with two endings"):
@@ -582,7 +582,7 @@ def test_changes_of_biases_and_norms_are_noted_and_those_of_weights_applied(tmp_
     tensors |= {"diffusion_model.img_in.diff_b": torch.randn(H, generator=g),
                 f"diffusion_model.{NORM}.diff": torch.randn(8, generator=g)}
     read = load_lora(write(path, tensors), CONFIG)
-    assert re.fullmatch(rf"note: {path}: 2 tensors of biases and norms are not used: '\S+' and 1 more\n", capsys.readouterr().err)
+    assert re.fullmatch(rf"note: {path}: 2 tensors of biases and norms are not used: '\S+'\n", capsys.readouterr().err)
     updates, expected = dense_original(read), dense_original(lora)
     for name in expected:
         assert torch.allclose(updates[name], expected[name], rtol=1e-5, atol=1e-5), name
@@ -657,7 +657,7 @@ def test_metadata_that_name_another_model(tmp_path, metadata, model):
     path = write(tmp_path / "foreign.safetensors", pair(), metadata)
     with pytest.raises(ValueError, match=f"{path} is a LoRA of {model} .*: only plain LoRAs of FLUX.1 are"):
         load_lora(path, CONFIG)
-    with pytest.raises(ValueError, match="1 of 3 keys are not those of a FLUX LoRA: 'foo'; its metadata say 'krea-2/lora'"):
+    with pytest.raises(ValueError, match="1 of 3 keys are not those of a FLUX LoRA: 'foo'; its metadata say \\['krea-2/lora'\\]"):
         load_lora(write(path, pair() | {"foo": torch.ones(1)}, {"modelspec.architecture": "krea-2/lora"}))
     load_lora(write(path, pair(), {"modelspec.architecture": "flux-1-dev/lora", "ss_base_model_version": "flux1"}), CONFIG)
 
@@ -697,7 +697,7 @@ def test_only_whole_safetensors_files_are_read(tmp_path):
 def test_text_encoders_are_reported_as_not_used(tmp_path, prefix, capsys):
     path = write(tmp_path / "a.safetensors", pair() | pair("encoder_layers_0_mlp_fc1", prefix=prefix))
     assert load_lora(path, CONFIG).keys() == {Q}
-    assert re.fullmatch(r"note: .*: 2 tensors of text encoders are not used: '\S+' and 1 more\n", capsys.readouterr().err)
+    assert re.fullmatch(r"note: .*: 2 tensors of text encoders are not used: '\S+'\n", capsys.readouterr().err)
     load_lora(write(path, pair()), CONFIG)
     assert capsys.readouterr().err == ""
 
