@@ -177,7 +177,7 @@ class TensorFiles:
         """(format, name) of weights that are stored in a format that is not supported."""
         kind, found = first_match(FORMATS, self.names)
         if kind:
-            yield kind, found[0]
+            yield kind, found
         for layer, mark in self.marks().items():
             if mark.get("format") not in READ:
                 yield mark.get("format"), layer
