@@ -525,8 +525,7 @@ def read_lomd(folder: Place, path: Place | None = None) -> tuple[dict[str, Tenso
     name = metadata.get("model", "unnamed")
     mine = flux_fingerprint(folder)
     theirs = metadata.get("model_fingerprint", mine)
-    coarse = "e5m2" in mine + theirs
-    if mine != theirs and coarse:
+    if mine != theirs and "e5m2" in mine + theirs:
         note(f"{path}: it cannot be known whether this 8-bit copy is of the model that it was "
              f"trained on, {name}")
     elif mine != theirs:
