@@ -492,7 +492,7 @@ def test_a_comparison_is_added_to_what_lora_names_and_made_again():
 
 
 @pytest.mark.parametrize("prompts, words, said", [
-    ([], ["--compare", "a cat"], "there is no such file"),
+    ([], ["--compare", "a cat"], "no such file for --compare"),
     ([], ["--out", "x.png"], "writes a folder"), ([], ["--compare", "who.safetensors", "./who.safetensors"], "twice"),
     (["#1 cat"], [], "without # in front"), (["a [man/woman]"], [], "depends on the gender"),
     ([], ["--seed", "1"], "another comparison, such as compare/no LoRA/person/0_0.png"),
