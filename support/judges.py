@@ -200,7 +200,7 @@ class Judges(FaceNetwork):
 
 
 def add_options(add: Callable[..., object]) -> None:
-    """The options of eval_rfacesim.py that paper/compare.py has too; add: a parser's add_argument."""
+    """Options of eval_rfacesim.py that paper/compare.py has too; add: a parser's add_argument."""
     add("--data", type=Path, nargs="+", required=True, metavar="DIR",
         help="real pictures: DIR/[man|woman/]<identity>/<pictures>; or DIR/[man|woman/]<pictures>, "
         "one per person, for CLIP-T only; or photo files of one person, who is called `person`")
