@@ -77,7 +77,7 @@ class Captions:
                 if path.name in METADATA:
                     for picture, text in read_metadata(path).items():
                         self.tables[picture] = text, path
-                elif not path.is_dir():
+                elif path.suffix.lower() in CAPTIONS:
                     self.beside[path.with_suffix(path.suffix.lower())] = path
 
     def of(self, picture: Path) -> str | None:
@@ -152,9 +152,10 @@ def captions_beside(
     """The caption beside each picture, else `prompt`; `tell` prints those that were found.
 
     ValueError as in Captions."""
+    found = Captions(sorted({path.parent for path in pictures}))
     captions = {}
     for path in pictures:
-        caption = Captions([path.parent]).of(path)
+        caption = found.of(path)
         if caption and tell:
             print(f"{path.name} is called {caption!r}, by the caption beside it")
         captions[path] = caption or prompt

@@ -48,7 +48,10 @@ def check_stage_1(args: Namespace, device: torch.device) -> None:
         raise ValueError(f"--data: no such folder: {args.data}")
     check_out(args.out, ".safetensors")
     check_writable(args.run, "--run", [args.data])
-    check_run(args.run)
+    if args.run.exists() and not (args.run / "settings.json").exists():
+        early = "pictures.json", "settings.json", "lock", "cache"        # of a run killed early
+        if not all(path.name.startswith(early) for path in visible(args.run)):
+            raise ValueError(f"--run {args.run} holds other files: name a new folder")
     check_training(args)
     if args.warmup is not None and not 0 <= args.warmup < 1:
         raise ValueError(f"--warmup is a share from 0 to below 1, not {args.warmup}")
@@ -59,15 +62,6 @@ def check_stage_1(args: Namespace, device: torch.device) -> None:
     args.resolution = sorted(set(args.resolution))
     if any(resolution % 16 for resolution in args.resolution):
         raise ValueError("--resolution takes multiples of 16")
-
-
-def check_run(run: Path) -> None:
-    """ValueError if a run's folder holds foreign files. Those of a run killed early are fine."""
-    if not run.exists() or (run / "settings.json").exists():
-        return
-    early = "pictures.json", "settings.json", "lock", "cache"
-    if not all(path.name.startswith(early) for path in visible(run)):
-        raise ValueError(f"--run {run} holds other files: name a new folder")
 
 
 def check_settings(args: Namespace, buckets: Buckets, group: "Group") -> None:
@@ -391,16 +385,13 @@ class Log:
         )
         peak_memory(group.device)                # begins a new peak: loading is not of interest
         if group.rank == 0:
-            self.drop_lines_after(iteration)
-
-    def drop_lines_after(self, iteration: int) -> None:
-        kept = []
-        for line in self.path.read_text("utf-8").splitlines() if self.path.exists() else []:
-            # a kill may tear the last
-            if line.endswith("}") and json.loads(line)["iteration"] <= iteration:
-                kept.append(line + "\n")
-                self.smooth = json.loads(line)["loss"]
-        write_whole(self.path, "".join(kept))
+            kept = []
+            for line in self.path.read_text("utf-8").splitlines() if self.path.exists() else []:
+                # a kill may tear the last
+                if line.endswith("}") and json.loads(line)["iteration"] <= iteration:
+                    kept.append(line + "\n")
+                    self.smooth = json.loads(line)["loss"]
+            write_whole(self.path, "".join(kept))
 
     def start(self) -> None:
         """An iteration starts."""
