@@ -124,7 +124,7 @@ def sample_rows(
         autoencoder = load_autoencoder(args.folder, args.device, args.dtype)
     for loras in rows:
         apply_loras(flux, [(lora, strength) for lora, strength in loras if strength])
-        fit_sampling(flux, size, text_tokens)
+        fit_sampling(flux, size, text_tokens, settings.get("batch_size", 1))
         for latent in sample_latents(flux, embeddings, jobs, on_step=on_step, **settings):
             picture = None
             if autoencoder:

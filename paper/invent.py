@@ -36,7 +36,7 @@ from sample import draw_all
 from support.checkpoints import (add_speed_options, check_sampling_memory, compiling_pays,
                                  encode_prompts, find_model, is_small, model_defaults, pick_dtype,
                                  text_device)
-from support.common import (Parser, check_out, count, pick_device, positive, run_script,
+from support.common import (Parser, check_out, count, note, pick_device, positive, run_script,
                             save_png, side, use_threads, write_whole)
 from support.finding import tokenizers_of
 from support.judges import FaceNetwork
@@ -46,6 +46,7 @@ from support.sheets import sheet
 MORE = 1.5                  # drawn for each one asked for; with many more, the AUC tells less
 GATE = 0.8                  # AUC below which the folder is refused
 APART = 0.85                # AUC of any two people who are kept
+BATCH = 8                   # pictures at once, for small models; one keeps a large model busy
 ROUND = 1000                # pictures whose texts are in memory at once: 4.2 MB each with FLUX.1
 SHEET = 16                  # people on the contact sheet
 
@@ -123,10 +124,15 @@ def invent_people(people: int, pictures: int, seed: int, baby: bool) -> list[lis
 
 
 def draw_pictures(args: argparse.Namespace, shots: list[Shot], folder: Path) -> None:
-    """Draws the pictures that are not there yet."""
+    """Draws the batches of which a picture is not there yet: rounding depends on the batch."""
     if args.compile is None:                 # however many are left, so that the bytes stay the same
         args.compile = compiling_pays(args, args.device, len(shots) * args.steps)
-    left = [shot for shot in shots if not (folder / shot.path).is_file()]
+    batch_size = BATCH if is_small(args.folder) else 1
+    left = []
+    for start in range(0, len(shots), batch_size):
+        batch = shots[start:start + batch_size]
+        if not all((folder / shot.path).is_file() for shot in batch):
+            left += batch
     for start in range(0, len(left), ROUND):
         batch = left[start:start + ROUND]
 
@@ -138,16 +144,24 @@ def draw_pictures(args: argparse.Namespace, shots: list[Shot], folder: Path) -> 
         embeddings = encode_prompts(args.folder, [prompt for prompt, _ in jobs],
                                     text_device(args, args.device), args.dtype)
         draw_all(args, [[]], embeddings, jobs, save, width=args.size, height=args.size,
-                 steps=args.steps, guidance=args.guidance)
+                 steps=args.steps, guidance=args.guidance, batch_size=batch_size)
 
 
 # The filter ---------------------------------------------------------------------------------------
 
 
-def face_network(args: argparse.Namespace) -> Callable:
-    """Picture -> embedding (E,), norm 1, of its largest face; None without a face. The network is the
-    model's own, or else facenet-pytorch's."""
-    network = FaceNetwork(args.baby, args.face_weights, args.device)
+def face_network(args: argparse.Namespace) -> Callable | None:
+    """Picture -> embedding (E,), norm 1, of its largest face; None without a face. The network is
+    the model's own, or else facenet-pytorch's. No network, after a note, without its weights."""
+    if args.no_filter:
+        return None
+    try:
+        network = FaceNetwork(args.baby, args.face_weights, args.device)
+    except ValueError as error:
+        if args.face_weights:
+            raise
+        note(f"no filter, so pictures that show somebody else stay, and no AUC: {error}")
+        return None
     return lambda path: network.embed(read_photo(path))
 
 
@@ -256,7 +270,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def invent(argv: list[str] | None) -> None:
     """From the command line to the folder: cheap checks first, then one model after the other."""
     args = parse(argv)
-    embed = None if args.no_filter else face_network(args)
+    embed = face_network(args)
     more = MORE if embed else 1
     people = math.ceil(more * args.people)
     pictures = math.ceil(more * args.pictures)
