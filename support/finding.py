@@ -356,17 +356,17 @@ def assemble(transformer: Path, given: dict[str, str | None]) -> Model:
     named = {part: Path(given[word]) for part, word in OPTION.items() if given[word]}
     widths = widths_of(transformer)
     parts = {part: named.get(part) or find_part(part, transformer, widths) for part in PREFERRED}
-    configs = [part for part in TEXT if parts[part].is_file()]
     home = named.get("tokenizers")
-    tokenizers = (check_tokenizers(home, configs) if home else
-                  find_tokenizers(transformer, configs))
-    model = Model(transformer, **parts, tokenizers=tokenizers)
+    model = Model(transformer, **parts, tokenizers=home)
     for part in parts:
         TensorFiles(part_files(model, part)[0], part)                # raises if it cannot be used
+    configs = [part for part in TEXT if parts[part].is_file()]
+    tokenizers = (check_tokenizers(home, configs) if home else
+                  find_tokenizers(transformer, configs))
     where = [f"{part} {'in the same file' if path == transformer else path}"
              for part, path in parts.items()]
     print(f"{transformer}: {', '.join(where)}, tokenizers {tokenizers}")
-    return model
+    return model._replace(tokenizers=tokenizers)
 
 
 def find_transformer(folder: Path) -> Path:
