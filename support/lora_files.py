@@ -368,10 +368,11 @@ def load_lora(path: Place, config: FluxConfig | None = None) -> Lora:
     peft = peft_alphas(Path(path), file.metadata() or {})
     lora = {}
     for name, (parts, keys) in layers.items():
-        if 0 < len(keys.get("alpha", ())) < len(keys.get("A", ())):
-            raise ValueError(f"{path}: {name} is there twice, and only one has an alpha")
         tensors = {kind: read_one(path, file, keys[kind]) for kind in keys}
         A, B = read_pair(path, name, tensors, peft=peft)
+        some = 0 < len(keys.get("alpha", ())) < len(keys.get("A", ()))
+        if some and tensors["alpha"] != len(A):
+            raise ValueError(f"{path}: {name} is there twice, and only one has an alpha")
         if "adaLN" in name:
             B = B.roll(len(B) // 2, 0)           # as in to_original
         sizes = part_sizes(len(parts), len(B), A.shape[1])
