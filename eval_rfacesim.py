@@ -232,18 +232,25 @@ def collect(
     args: argparse.Namespace,
     judges: Judges,
     people: list[Person],
+    real: dict[str, Tensor],
     rows: list[dict],
     problems: list[str],
 ) -> dict:
     """What scores.json holds."""
     if not rows:
         raise ValueError("none of the pictures can be read")
+    photos_as_rows = []
+    for person, faces in real.items():
+        numbers = face_scores(faces[0], faces[0], faces[1:])
+        photos_as_rows.append({"identity": person, "number": 0} | numbers)
     packages = "torch", "transformers", "facenet-pytorch"
     return {
         "settings": {"reference": args.reference, "no_face_as_zero": args.no_face_as_zero},
         "judges": judges.names,
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "methods": summarise_methods(rows, people, args.no_face_as_zero),
+        # what a picture scores that only copies the reference
+        "reference": summarise(photos_as_rows, people, "r_facesim"),
         "quoted": JsonFile(META_PHD / "published.json") if args.paper else None,
         "people": {person.name: person._asdict() for person in people},
         "problems": problems,
@@ -293,7 +300,7 @@ def evaluate(argv: list[str] | None = None) -> None:
     rows, unread = score_all(judges, real, pictures, args.out / "parts")
     problems += unread
     tell(problems)
-    scores = collect(args, judges, people, rows, problems)
+    scores = collect(args, judges, people, real, rows, problems)
     print(write_report(args.out, scores))
     print(f"{args.out}: scores.json, tables.md")
 

@@ -5,8 +5,8 @@
     python sample.py "a photo of a person" --compare out-000250.safetensors out.safetensors
 
 The text encoders are freed before the transformer is loaded. The autoencoder stays beside it where
-memory allows, so that each picture is saved as soon as it is sampled; else all are decoded at the
-end. Pictures are sampled one at a time, from noise drawn on the CPU: a seed gives the same picture
+memory allows, so that each picture is saved as soon as it is sampled; else the two take turns, eight
+pictures at a time. Pictures are sampled one at a time, from noise drawn on the CPU: a seed gives the same picture
 on any device, whatever else is sampled. LoRAs are applied in spare columns of the frozen weights
 (metalora.py).
 
@@ -43,6 +43,7 @@ from support.sheets import PROMPTS, draw_comparison, plan_comparison, tile
 STEPS = 30                     # of the Euler sampler
 SCHNELL_STEPS = 4              # for models without a guidance input
 DECODING = 4096                # free bytes per pixel with which the autoencoder can stay loaded
+FEW = 8                        # latents that wait for it where it cannot
 # {prompt: (txt (1, T, context_in_dim), y (1, vec_in_dim))}
 Embeddings = dict[str, tuple[Tensor, Tensor]]
 
@@ -112,20 +113,24 @@ def sample_rows(
     embeddings: Embeddings,
     jobs: list[tuple[str, int]],
     on_step: Callable[[], object],
+    start: int,
     **settings,
 ) -> Iterator[tuple[Tensor, Image.Image | None]]:
-    """Samples all jobs with each set of LoRAs in `rows` -> each latent, and its picture unless the
-    autoencoder does not fit beside the transformer."""
+    """Samples all jobs with each set of LoRAs in `rows`, less the first `start` -> each latent, and
+    its picture unless the autoencoder does not fit beside the transformer."""
     size = settings["height"] // 8, settings["width"] // 8
     text_tokens = embeddings[jobs[0][0]][0].shape[1]
     flux = open_flux(args, args.device, len(rows) * len(jobs) * settings["steps"])
     autoencoder = None
     if memory_left(args.device) > DECODING * settings["height"] * settings["width"]:
         autoencoder = load_autoencoder(args.folder, args.device, args.dtype)
-    for loras in rows:
+    for i, loras in enumerate(rows):
+        left = jobs[max(0, start - i * len(jobs)):]
+        if not left:
+            continue
         apply_loras(flux, [(lora, strength) for lora, strength in loras if strength])
         fit_sampling(flux, size, text_tokens, settings.get("batch_size", 1))
-        for latent in sample_latents(flux, embeddings, jobs, on_step=on_step, **settings):
+        for latent in sample_latents(flux, embeddings, left, on_step=on_step, **settings):
             picture = None
             if autoencoder:
                 with suppress_out_of_memory():
@@ -155,6 +160,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--compare", metavar="FILE[:STRENGTH]", nargs="+", default=[],
         help="sample every prompt without these LoRAs and with each of them; prompts come first. "
         "Writes a sheet with one row per LoRA, and a folder for eval_rfacesim.py --images")
+    add("--person", default="person", metavar="NAME",
+        help="with --compare: name of the person's folder, as in eval_rfacesim.py --data "
+        "(default: person)")
     add("--steps", type=positive, help=f"Euler steps (default: {STEPS}; schnell: {SCHNELL_STEPS})")
     add("--guidance", type=finite_number,
         help="guidance input of dev models (default: the model's. FLUX.1: 3.5; baby: 2.75)")
@@ -176,9 +184,27 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add_speed_options(add, training=False)
     add("--device", help="cuda, mps or cpu (default: the best available)")
     args = parser.parse_intermixed_args(argv)
+    if args.person != "person" and not args.compare:
+        raise ValueError(f"--person {args.person} does nothing without --compare")
     if not 0 <= args.seed <= 2 ** 63 - args.num:
         raise ValueError(f"--seed is an integer from 0 to {2 ** 63 - 1}, not {args.seed}")
     return args
+
+
+def decode_waiting(
+    args: argparse.Namespace,
+    waiting: dict[int, Tensor],
+    save: Callable[[int, Image.Image], object],
+) -> OSError | None:
+    """Decodes and saves latents {number: latent} -> the last error of saving one."""
+    failure = None
+    autoencoder = load_autoencoder(args.folder, args.device, args.dtype)
+    for number, latent in waiting.items():
+        try:
+            save(number, decode_latent(autoencoder, latent))
+        except OSError as error:
+            failure = error
+    return failure
 
 
 def draw_all(
@@ -194,7 +220,6 @@ def draw_all(
     Whatever stops the run early (a signal, a lack of memory, a value that is not finite) is raised
     once every finished picture is saved."""
     total = len(rows) * len(jobs)
-    waiting = {}                                 # {number: latent without a picture yet}
     done = 0
     stopped = None
     with (
@@ -205,25 +230,25 @@ def draw_all(
             bar.update()
             interruption.raise_if_asked()
 
-        sampled = sample_rows(args, rows, embeddings, jobs, on_step, **settings)
-        try:
-            for done, (latent, picture) in enumerate(sampled, 1):
-                if picture:
-                    save(done - 1, picture)
-                else:
-                    waiting[done - 1] = latent
-        except (KeyboardInterrupt, FloatingPointError, RuntimeError, OSError) as error:
-            # a traceback would keep the transformer alive
-            stopped = error.with_traceback(None)
-        sampled.close()
-        free(args.device)
-        if waiting:
-            autoencoder = load_autoencoder(args.folder, args.device, args.dtype)
-        for number, latent in waiting.items():
+        while done < total and not stopped:
+            waiting = {}                         # {number: latent without a picture yet}
+            sampled = sample_rows(args, rows, embeddings, jobs, on_step, done, **settings)
             try:
-                save(number, decode_latent(autoencoder, latent))
-            except OSError as error:
-                stopped = stopped or error
+                for latent, picture in sampled:
+                    if picture:
+                        save(done, picture)
+                    else:
+                        waiting[done] = latent
+                    done += 1
+                    if len(waiting) == FEW:
+                        break
+            except (KeyboardInterrupt, FloatingPointError, RuntimeError, OSError) as error:
+                # a traceback would keep the transformer alive
+                stopped = error.with_traceback(None)
+            sampled.close()
+            free(args.device)
+            if waiting:
+                stopped = decode_waiting(args, waiting, save) or stopped
         if interruption.asked:
             stopped = stopped or Stopped(interruption.asked)
     if stopped:
@@ -263,7 +288,7 @@ def draw(argv: list[str] | None) -> None:
     compared = [split_lora(text, "--compare") for text in expand(args.compare)]
     if compared:
         out = args.out or Path("compare")
-        files = plan_comparison(out, compared, prompts, seeds)
+        files = plan_comparison(out, args.person, compared, prompts, seeds)
         grid_file = None
     else:
         files, grid_file = plan_files(args.out, len(prompts), seeds)

@@ -471,7 +471,7 @@ def compare(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
     pictures = produce(args)
     rows, problems = score_all(judges, real, pictures, args.out / "parts")
     tell(problems)
-    scores = collect(args, judges, args.people, rows, problems)
+    scores = collect(args, judges, args.people, real, rows, problems)
     scores["settings"] |= args.settings
     for method in scores["methods"]:
         method |= args.rows[method["label"]]

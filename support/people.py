@@ -195,7 +195,7 @@ def check_photos(
             status = path.stat()
             state = [status.st_size, status.st_mtime_ns]
             facts = known.get(str(path), [])
-            if facts[:2] != state:
+            if facts[:2] != state or len(facts) < 6:         # older listings lack the last
                 image = read_photo(path)
                 file_digest = hashlib.sha256(path.read_bytes()).hexdigest()
                 facts = [*state, file_digest, *image.size, digest(image.tobytes())]

@@ -69,6 +69,10 @@ def tables(scores: dict, base: str) -> str:
         face_row, text_row = method_rows(method, base)
         faces.append(face_row)
         texts.append(text_row)
+    copied = scores["reference"]
+    if copied:
+        name = "the reference photo itself"
+        faces.append([name, "–", "100.00", percent(copied), "–", "100.0%", counts(copied)])
     source = ""
     quoted = scores["quoted"]
     if quoted:
@@ -164,10 +168,12 @@ def row_names(loras: list[tuple[str, float]]) -> list[str]:
     raise ValueError("--compare names a LoRA twice")
 
 
-def check_comparison(out: Path, prompts: list[str]) -> None:
+def check_comparison(out: Path, person: str, prompts: list[str]) -> None:
     """ValueError where the folder or eval_rfacesim.py could not hold what is drawn."""
     if out.suffix.lower() in photos.SUFFIXES and not out.is_dir():
         raise ValueError(f"--out {out}: --compare writes a folder")
+    if person != Path(person).name:
+        raise ValueError(f"--person {person}: it must be a folder name")
     for prompt in prompts:
         if prompt.splitlines() != [prompt.strip()] or prompt.startswith("#"):
             raise ValueError(
@@ -180,6 +186,7 @@ def check_comparison(out: Path, prompts: list[str]) -> None:
 
 def plan_comparison(
     out: Path,
+    person: str,
     loras: list[tuple[str, float]],
     prompts: list[str],
     seeds: range,
@@ -187,10 +194,10 @@ def plan_comparison(
     """The picture of each prompt at each seed without a LoRA, then with each. Writes nothing.
 
     ValueError if eval_rfacesim.py would take a picture for another."""
-    check_comparison(out, prompts)
+    check_comparison(out, person, prompts)
     files = []
     for row, i, seed in itertools.product(row_names(loras), range(len(prompts)), seeds):
-        files.append(out / row / "person" / f"{i}_{seed}.png")
+        files.append(out / row / person / f"{i}_{seed}.png")
 
     # pictures or prompts of another comparison would be scored together with these
     expected = {*files, out / SHEET}

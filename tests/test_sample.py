@@ -1,4 +1,5 @@
 """sample.py on the small random snapshot: pictures, files, text fields, LoRAs, bad input, Ctrl-C."""
+import itertools
 import json
 import subprocess
 import sys
@@ -412,10 +413,13 @@ def test_second_ctrl_c_ends_at_once(monkeypatch):
 
 
 @pytest.mark.parametrize("stopped", (False, True))
-def test_models_come_and_go_in_turn(monkeypatch, stopped):
-    """Nothing of one model is left when the next one is loaded, even after Ctrl-C."""
+@pytest.mark.parametrize("few", (8, 1))
+def test_models_come_and_go_in_turn(monkeypatch, stopped, few):
+    """Nothing of one model is left when the next one is loaded, even after Ctrl-C; every `few` pictures are saved."""
     make_lora("a.safetensors")
+    assert run("a cat", "--num", "2", "--lora", "a.safetensors", "--out", "whole") == 0
     loaded = []
+    monkeypatch.setattr(sample, "FEW", few)
 
     def watch(load):
         def watched(*args, **options):
@@ -431,7 +435,35 @@ def test_models_come_and_go_in_turn(monkeypatch, stopped):
     if stopped:
         stop_at_second(monkeypatch, interrupt)
     assert run("a cat", "--num", "2", "--lora", "a.safetensors") == (130 if stopped else 0)
-    assert len(files()) == (2 if stopped else 4)
+    made = sorted(path.name for path in Path("samples").iterdir())
+    assert made == (["0_0.png"] if stopped else ["0_0.png", "0_1.png", "grid.png"])
+    assert all((Path("samples") / name).read_bytes() == (Path("whole") / name).read_bytes() for name in made)
+
+
+def test_pictures_that_wait_for_the_autoencoder_are_saved_a_few_at_a_time(monkeypatch):
+    """With three rows of two prompts, five pictures are sampled when the run is killed: the first four are there."""
+    make_lora("a.safetensors"), make_lora("b.safetensors", seed=1)
+    words = "--compare", "a.safetensors", "b.safetensors"
+    assert compare(*words, "--out", "whole") == 0
+    monkeypatch.setattr(sample, "FEW", 2)
+    monkeypatch.setattr(sample, "memory_left", lambda device: 0)
+    calls = itertools.count(1)
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*args):
+        if next(calls) == 6:
+            raise Killed
+        return denoise(*args)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(sample, "denoise", killed)
+        compare(*words, "--out", "some")
+    found = sorted(Path("some").rglob("[01]_0.png"))
+    assert [str(path) for path in found] == [f"some/{row}/person/{i}_0.png" for row in ("a", "no LoRA") for i in (0, 1)]
+    assert compare(*words, "--out", "some") == 0
+    for path in sorted(Path("whole").rglob("*.png")):
+        assert path.read_bytes() == Path("some", *path.parts[1:]).read_bytes()
 
 
 def test_ctrl_c_at_the_first_picture_leaves_nothing(monkeypatch):
@@ -481,18 +513,18 @@ def test_compared_loras_have_a_row_each(tmp_path, capsys):
 
 def test_a_comparison_is_added_to_what_lora_names_and_made_again():
     make_lora("style.safetensors"), make_lora("who.safetensors", seed=1)
-    words = "--lora", "style.safetensors", "--compare", "who.safetensors", "--out", "sheet"
+    words = "--lora", "style.safetensors", "--compare", "who.safetensors", "--person", "anna", "--out", "sheet"
     assert compare(*words) == 0
     first = {path: path.read_bytes() for path in Path("sheet").rglob("*.png")}
     assert compare("--lora", "style.safetensors", "--out", "style") == 0
     assert compare("--lora", "style.safetensors", "--lora", "who.safetensors", "--out", "both") == 0
     for row, alone in (("no LoRA", "style"), ("who", "both")):
-        assert np.array_equal(pixels(f"sheet/{row}/person/1_0.png"), pixels(f"{alone}/1_0.png"))
+        assert np.array_equal(pixels(f"sheet/{row}/anna/1_0.png"), pixels(f"{alone}/1_0.png"))
     assert compare(*words) == 0 and {path: path.read_bytes() for path in Path("sheet").rglob("*.png")} == first
 
 
 @pytest.mark.parametrize("prompts, words, said", [
-    ([], ["--compare", "a cat"], "no such file for --compare"),
+    ([], ["--compare", "a cat"], "no such file for --compare"), ([], ["--person", "../x"], "--person ../x"),
     ([], ["--out", "x.png"], "writes a folder"), ([], ["--compare", "who.safetensors", "./who.safetensors"], "twice"),
     (["#1 cat"], [], "without # in front"), (["a [man/woman]"], [], "depends on the gender"),
     ([], ["--seed", "1"], "another comparison, such as compare/no LoRA/person/0_0.png"),
@@ -505,6 +537,11 @@ def test_what_cannot_be_compared_is_said_in_one_line(prompts, words, said, capsy
     assert compare(*prompts, *([] if "--compare" in words else ["--compare", "who.safetensors"]), *words) == 2
     err = capsys.readouterr().err.strip()
     assert said in err and "\n" not in err
+
+
+def test_a_person_without_a_comparison_is_refused():
+    with pytest.raises(ValueError, match="--person anna does nothing without --compare"):
+        sample.parse(["a cat", "--person", "anna"])
 
 
 def test_a_stopped_comparison_keeps_what_is_finished(monkeypatch, capsys):
