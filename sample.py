@@ -5,8 +5,8 @@
     python sample.py "a photo of a person" --compare out-000250.safetensors out.safetensors
 
 The text encoders are freed before the transformer is loaded. The autoencoder stays beside it where
-memory allows, so that each picture is saved as soon as it is sampled; else the two take turns, eight
-pictures at a time. Pictures are sampled one at a time, from noise drawn on the CPU: a seed gives the same picture
+memory allows, so that each picture is saved as soon as it is sampled; else the two take turns,
+eight pictures at a time. Pictures are sampled one at a time, from noise drawn on the CPU: a seed gives the same picture
 on any device, whatever else is sampled. LoRAs are applied in spare columns of the frozen weights
 (metalora.py).
 
