@@ -6,9 +6,9 @@
 
 The text encoders are freed before the transformer is loaded. The autoencoder stays beside it where
 memory allows, so that each picture is saved as soon as it is sampled; else the two take turns,
-eight pictures at a time. Pictures are sampled one at a time, from noise drawn on the CPU: a seed gives the same picture
-on any device, whatever else is sampled. LoRAs are applied in spare columns of the frozen weights
-(metalora.py).
+eight pictures at a time. Pictures are sampled one at a time, from noise drawn on the CPU: a seed
+gives the same picture on any device, whatever else is sampled. LoRAs are applied in spare columns
+of the frozen weights (metalora.py).
 
 Source: the defaults are Meta-LoRA's evaluation settings (30 steps, guidance 3.5, true CFG 1,
 strength 1). A model's defaults.json may name another size and guidance.
