@@ -138,7 +138,10 @@ def weight_files(folder: Path, stem: str = "diffusion_pytorch_model") -> list[Pa
     index = next(there, plain)
     if index.suffix != ".json":
         return [check_whole(index)]
-    names = sorted(set(JsonFile(index)["weight_map"].values()))
+    listed = JsonFile(index)["weight_map"]
+    if not isinstance(listed, dict):
+        raise ValueError(f"{index} lists no files: download it again")
+    names = sorted(set(listed.values()))
     return [check_whole(folder / name, f", which {index.name} lists") for name in names]
 
 

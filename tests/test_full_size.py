@@ -267,7 +267,7 @@ REFUSED = "refused"
 @pytest.mark.slow
 @pytest.mark.parametrize("gib, capability, switches, twice", [
     (80, (9, 0), dict(fp8=True), 0), (24, (8, 6), dict(fp8=True, px=768), range(10, 40)), (24, (8, 9), dict(fp8=True, px=1024), range(20, 50)),
-    (80, (9, 0), dict(recompute=30), 30), (16, (8, 9), dict(offload=True), 57), (16, (8, 6), dict(fp8=True, offload=True, px=1024), 57),
+    (80, (9, 0), dict(recompute=30), 30), (16, (8, 9), dict(offload=True), 57), (12, (8, 6), dict(fp8=True, offload=True, px=1024), 57),
     (48, (8, 6), dict(px=1024), range(5, 30)), (80, (9, 0), dict(method="lora", rank=16), 0), (24, (8, 9), {}, REFUSED)], ids=str)
 def test_stage_2_on_every_path(gib, capability, switches, twice):
     """It runs, with no more blocks run twice than it takes, or is refused before anything large is read, with the way out."""
