@@ -1,5 +1,6 @@
 """What all tests share: no network, one thread, random numbers that do not depend on the test before, and a server."""
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,11 @@ import pytest
 # many times slower with two threads that wait for each other than with one.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# nohup and a shell's & ignore these, and children inherit that; the scripts respect it
+for name, handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
+    if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is signal.SIG_IGN:
+        signal.signal(getattr(signal, name), handler)
 
 
 @pytest.fixture(autouse=True)
