@@ -268,7 +268,7 @@ def prepare(args: argparse.Namespace, record_time: Callable[[str], None]) -> tup
     adapter = MetaLoRA(flux, args.rank, lomd, seed=args.seed)
     blocks = fit_training(adapter, largest, len(txt[0]), args.recompute)
     if blocks:
-        print(f"{blocks} of {len(blocks_of(flux))} blocks are run twice, to save memory")
+        print(f"gradient checkpointing in {blocks} of {len(blocks_of(flux))} blocks")
     record_time("model")
     return flux, adapter, crops, (latents, weights, txt, y), lomd_name
 

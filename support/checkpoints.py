@@ -406,12 +406,12 @@ def add_speed_options(add: Callable[..., object], training: bool, parts: bool = 
     add("--fp8", action="store_true",
         help="8-bit weights in the blocks: half the memory, and often faster")
     add("--offload", action="store_true",
-        help="keep the blocks' weights in CPU memory: for small cards")
+        help="keep blocks that do not fit on the GPU in CPU memory")
     add("--compile", action=BooleanOptionalAction,
         help="compile the blocks (default: long runs on a GPU)")
     if training:
         add("--recompute", type=count, metavar="N",
-            help="blocks run twice to save memory (default: as few as it takes)")
+            help="gradient-checkpoint N blocks (default: as few as fit)")
 
 
 def speed_words(args: Namespace) -> str:
@@ -457,7 +457,7 @@ def check_sampling_memory(args: Namespace, device: torch.device, size: tuple[int
 
 
 def compiling_pays(args: Namespace, device: torch.device, steps: int) -> bool:
-    """Not in 8 bits on cards before 8.9: their Triton has no such type, and torch < 2.14 fails."""
+    """Not in 8 bits on GPUs before 8.9: their Triton has no such type, and torch < 2.14 fails."""
     able = device.type == "cuda" and find_spec("triton") is not None
     able = able and (not args.fp8 or multiplies_fp8(device))
     return able and steps >= LONG_RUN and not is_small(args.folder)
