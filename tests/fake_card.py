@@ -14,7 +14,6 @@ raises torch.OutOfMemoryError where the card would be full. Not found out: numbe
 import bisect
 import collections
 import contextlib
-import itertools
 import math
 import sys
 import weakref
@@ -415,7 +414,7 @@ class FakeCard(TorchDispatchMode):
                 "current_stream": lambda *a: Stream(), "stream": lambda s: contextlib.nullcontext(),
                 "get_device_capability": lambda *a: card.capability, "synchronize": lambda *a: card.sync("synchronize")}.items():
             patch(torch.cuda, name, new)
-        tolist, backward, grad = torch.Tensor.tolist, torch.Tensor.backward, torch.autograd.grad
+        tolist, backward = torch.Tensor.tolist, torch.Tensor.backward
 
         def fake_tolist(tensor):
             if not isinstance(tensor, FakeTensor):

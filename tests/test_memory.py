@@ -23,7 +23,7 @@ from support import checkpoints, memory
 from support.checkpoints import TensorFiles, find_model, load_autoencoder, load_flux, open_flux
 from support.common import run_script
 from support.memory import (E4M3, GIB, Fp8Linear, Offload, adapter_bytes, blocks_of, check_memory, fit, fit_training, quantize,
-                            recompute_blocks, step_bytes, update_bytes, weight_bytes)
+                            recompute_blocks, update_bytes, weight_bytes)
 from support.names import find_targets
 from test_flux_model import DIFFUSERS, HUB, ORIGINAL, TEXT_PARTS, link, message, relative
 

@@ -188,7 +188,7 @@ def die_in_log(count):
 
 def die_in_step(iteration):
     """When the people's rows have been updated and LoMD has not."""
-    step, calls = IdentityBank.step, itertools.count(1)
+    step = IdentityBank.step
 
     def hit(self, *args, **kwargs):
         step(self, *args, **kwargs)
