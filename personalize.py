@@ -211,11 +211,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def check(args: argparse.Namespace) -> None:
-    """ValueError for bad input, before anything large is read. Fills in the model's defaults."""
-    check_stage_2(args, ITERATIONS)
-
-
 def prepare(args: argparse.Namespace, record_time: Callable[[str], None]) -> tuple:
     """Photos -> flux, its adapter, the crops, their data for `train`, and the LoMD's hash.
 
@@ -275,7 +270,7 @@ def prepare(args: argparse.Namespace, record_time: Callable[[str], None]) -> tup
 
 def personalize(argv: list[str] | None) -> None:
     args = parse(argv)
-    check(args)
+    check_stage_2(args, ITERATIONS)
     start = time.perf_counter()
     seconds = {}
 

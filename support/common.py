@@ -222,8 +222,10 @@ def check_writable(path: Path, option: str, data: Iterable[Path] = ()) -> None:
     base = next(p for p in (path, *path.absolute().parents) if p.exists())
     if not base.is_dir():
         raise ValueError(f"{option} {path}: {base} is not a folder")
-    if not os.access(base, os.W_OK):
-        raise ValueError(f"{option} {path}: {base} is not writable")
+    try:
+        new_part(base / "try").unlink()
+    except OSError as error:
+        raise ValueError(f"{option} {path}: {base} is not writable: {error.strerror}") from None
     for folder in data:
         if path.resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"{option} {path} lies within --data {folder}; "

@@ -11,6 +11,7 @@ from support.finding import HUB, home_of, model_words
 from support.lora_files import find_lomd, tell_replaced
 from support.people import captions_beside, named_photos
 
+
 def check_stage_2(args: Namespace, iterations: dict[str, int]) -> None:
     """ValueError for bad input, before anything large is read. Fills in the model's defaults.
 

@@ -81,7 +81,7 @@ def stage_2(card, px=512, rank=1, method="meta-lora", config=None, **switches):
     patch(photos, "load_crops", lambda *words: [crop] * 15)
     words = ["a.png", "--model", "flux", "--resolution", str(px), "--rank", str(rank), "--method", method]
     args = personalize.parse([*words, *switches_of(**switches)])
-    personalize.check(args)
+    personalize.check_stage_2(args, personalize.ITERATIONS)
     flux, adapter, _, data, _ = personalize.prepare(args, lambda part: card.memory.release())
     card.phased(MetaLoRA, "assign", "assign")
     card.phased(MetaLoRA, "step", "step")

@@ -162,22 +162,22 @@ def test_formats_hold_the_same(run, head):
 
 def test_defaults_are_the_papers_and_the_models(tmp_path):
     args = personalize.parse([str(ASTRONAUT), "--model", str(MODEL), "--out", f"{tmp_path}/o.safetensors"])
-    personalize.check(args)
+    personalize.check_stage_2(args, personalize.ITERATIONS)
     assert (args.iters, args.rank, args.lr) == (375, 1, 4e-4)
     assert (args.resolution, args.prompt) == ([1024], "a photo of a person")
     assert (args.aspects, args.scales, args.background, args.mirror) == (None, None, 1.0, True)          # all of the paper's crops
     args = personalize.parse([str(ASTRONAUT), "--model", "baby"])
-    personalize.check(args)
+    personalize.check_stage_2(args, personalize.ITERATIONS)
     assert (args.aspects, args.scales, args.background, args.mirror) == (["1:1"], [4.5], 0.1, False)     # its defaults.json
     assert (args.iters, args.lr) == (250, 2.4e-3)
     args = personalize.parse([str(ASTRONAUT), "--model", "baby", "--method", "lora", "--save-at", "251"])
     with pytest.raises(ValueError, match="--save-at 251 is beyond the last of 250"):
-        personalize.check(args)
+        personalize.check_stage_2(args, personalize.ITERATIONS)
     args = personalize.parse([str(ASTRONAUT), "--model", "baby", "--iters", "300", "--lr", "0.01", "--save-at", "251"])
-    personalize.check(args)
+    personalize.check_stage_2(args, personalize.ITERATIONS)
     assert (args.iters, args.lr) == (300, 0.01)
     args = personalize.parse([str(ASTRONAUT), "--model", str(MODEL), "--method", "lora"])
-    personalize.check(args)
+    personalize.check_stage_2(args, personalize.ITERATIONS)
     assert args.iters == 625
 
 
@@ -186,7 +186,7 @@ def test_save_at_is_checked_before_a_download(run, monkeypatch):
     monkeypatch.setattr(stage_2, "home_of", lambda name: None)
     monkeypatch.setattr(stage_2, "take_model", lambda *words: pytest.fail("it was downloaded"))
     with pytest.raises(ValueError, match="--save-at 626 is beyond the last of 625"):
-        personalize.check(personalize.parse([str(ASTRONAUT), "--method", "lora", "--save-at", "626"]))
+        personalize.check_stage_2(personalize.parse([str(ASTRONAUT), "--method", "lora", "--save-at", "626"]), personalize.ITERATIONS)
 
 
 # crops
