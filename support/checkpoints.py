@@ -33,7 +33,7 @@ from support.memory import (E4M3, GIB, Fp8Linear, Offload, TiledDecoder, adapter
 from support.names import (Target, diffusers_autoencoder_names, diffusers_flux_names, find_targets,
                            part_sizes)
 from support.tensors import TensorFiles
-from support.text import CheckedTextEncoders
+from support.text import check_prompts
 
 Device = str | torch.device
 BF16 = torch.bfloat16
@@ -284,7 +284,7 @@ def load_text_encoders(folder: Place, device: Device = "cpu", dtype: torch.dtype
     try:
         with quiet_transformers():
             from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
-            return CheckedTextEncoders(
+            return TextEncoders(
                 load_text_encoder(CLIPTextModel, folder, "clip", dtype).to(device),
                 CLIPTokenizer.from_pretrained(tokenizers / "tokenizer"),
                 load_text_encoder(T5EncoderModel, folder, "t5", dtype).to(device),
@@ -308,7 +308,7 @@ def encode_prompts(folder: Place, prompts: list[str], device: Device, dtype: tor
     """{prompt: its txt (1, T, context_in_dim) and y (1, vec_in_dim)}, on `home`; encoded on
     `device`, where the encoders are dropped afterwards."""
     encoders = load_text_encoders(folder, device, dtype)
-    encoders.check(prompts)
+    check_prompts(encoders, prompts)
     embeddings = {}
     for prompt in dict.fromkeys(prompts):
         txt, y = encoders.encode([prompt])

@@ -33,6 +33,7 @@ from support.checkpoints import fingerprint, load_autoencoder, load_text_encoder
 from support.common import JsonFile, check_readable, digest, expand, free, note, whole, write_whole
 from support.photos import (SUFFIXES, fit_to_grid, grid_size, image_files, read_photo, subfolders,
                             to_tensor, visible)
+from support.text import check_prompts
 
 CAPTIONS = ".txt", ".caption"                    # the first that exists counts
 METADATA = "metadata.jsonl", "metadata.csv"      # "file_name" from its folder, "text": caption
@@ -600,7 +601,7 @@ class Cache:
         )
         if captions:
             encoders = load_text_encoders(self.model, self.device, self.dtype)
-            encoders.check(captions)
+            check_prompts(encoders, captions)
             for caption in captions:
                 txt, y = encoders.encode([caption])
                 save_state(self.text_path(caption), {"txt": txt[0], "y": y[0]})

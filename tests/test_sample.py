@@ -5,6 +5,7 @@ import subprocess
 import sys
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from support import checkpoints
 from support.checkpoints import (diffusers_flux_names, flux_files, load_autoencoder, load_flux, load_text_encoders,
                                  open_flux)
 from support.lora_files import save_lora, split_lora
-from support.text import CheckedTextEncoders
+from support.text import check_prompts, commands, lost_words
 
 ROOT = Path(__file__).resolve().parents[1]
 HUBS = (ROOT / "tests" / "golden" / "hub", ROOT.parent / "shared" / "golden" / "hub")
@@ -362,8 +363,19 @@ def test_words_that_t5_cannot_hold_are_named_once_for_each_prompt(capsys, one_lo
     assert all(torch.equal(a, b) for a, b in zip(one_load.encode([kept + " " + lost[0]])[0], one_load.encode([long])[0]))
     fits = load_text_encoders(HUB, "cpu", torch.float32, 256)
     capsys.readouterr()
-    fits.encode([kept]), fits.encode([kept, "a cat"])                                    # schnell's
+    check_prompts(fits, [kept, kept, "a cat"])                                           # schnell's
     assert capsys.readouterr().err.count("T5 sees 256 tokens") == 1
+
+
+def test_the_words_that_are_lost_are_those_whose_tokens_are_cut_off(one_load):
+    """At any length, also where half a word has more tokens than the whole."""
+    tokenizer = one_load.t5_tokenizer
+    words = "beach woman a photo of a man on a beach with a woman in oil".split()
+    tokens = [tokenizer(" ".join(words[:n])).input_ids[:-1] for n in range(len(words) + 1)]
+    for length in range(len(tokens[1]) + 1, len(tokens[-1]) + 1):
+        kept = max(n for n, whole in enumerate(tokens) if len(whole) < length)      # the end token takes a place
+        found = lost_words("\n".join(words), SimpleNamespace(t5_tokenizer=tokenizer, max_length=length))
+        assert found == " ".join(words[kept:])
 
 
 def notes(err):
@@ -384,7 +396,7 @@ def test_words_that_t5_does_not_know_are_named(capsys, one_load):
     ("a __colour__ cat", "__colour__"), ("embedding:style, a cat", "embedding:style,"), ("a ((big)) cat", "((big))"),
     ("a cat (and a dog), 3:4 -- breaking", ""), ("well-made, a man's cat; 50 mm <3", "")])
 def test_commands_of_other_programs(text, words):
-    assert CheckedTextEncoders.commands(text) == words
+    assert commands(text, None) == words
 
 
 def test_commands_of_other_programs_in_a_file_of_prompts_are_named_once(tmp_path, capsys):
