@@ -29,7 +29,7 @@ from flux_model import AutoEncoder, Flux, flow_matching_loss, sample_times
 from metalora import MetaLoRA
 from support import photos
 from support.checkpoints import (add_speed_options, check_training_memory, encode_prompts,
-                                 load_autoencoder, open_flux, text_device)
+                                 load_autoencoder, open_flux)
 from support.common import (Interruption, Parser, free, keep, note, peak_memory, positive,
                             reserved, run_script, to_device)
 from support.finding import model_name
@@ -245,8 +245,8 @@ def prepare(args: argparse.Namespace, record_time: Callable[[str], None]) -> tup
     check_training_memory(args, args.device, largest, args.rank, r1)
     record_time("photos")
 
-    texts = encode_prompts(args.folder, [*args.captions.values()], text_device(args, args.device),
-                           args.dtype, home=args.device)
+    texts = encode_prompts(args.folder, [*args.captions.values()], args.text_device, args.dtype,
+                           home=args.device)
     # crops share the tensors of their caption: T5's output for one is 4 MB
     captions = [texts[args.captions[crop.photo]] for crop in crops]
     txt = [states[0] for states, _ in captions]

@@ -28,9 +28,9 @@ from tqdm import tqdm
 
 from flux_model import AutoEncoder, Flux, FluxConfig, denoise, get_noise
 from metalora import apply_loras
-from support.checkpoints import (add_speed_options, check_sampling_memory, encode_prompts,
-                                 find_model, flux_files, is_small, load_autoencoder,
-                                 model_defaults, open_flux, pick_dtype, text_device)
+from support.checkpoints import (add_speed_options, check_sampling_memory, choose_model,
+                                 encode_prompts, flux_files, load_autoencoder, model_defaults,
+                                 open_flux)
 from support.common import (Interruption, Parser, Stopped, expand, finite_number, free, keep, note,
                             peak_memory, pick_device, positive, read_prompts, run_script, save_png,
                             shorten, side, suppress_out_of_memory, use_threads, write_whole)
@@ -293,10 +293,9 @@ def draw(argv: list[str] | None) -> None:
     else:
         files, grid_file = plan_files(args.out, len(prompts), seeds)
     device = args.device = pick_device(args.device)
-    folder = args.folder = find_model(args.model, args)
-    _, config = flux_files(folder)
-    args.dtype = pick_dtype(device, folder)
-    use_threads(device.type == "cpu" and is_small(folder))
+    choose_model(args, device)
+    use_threads(args.dtype == torch.float32)                 # a small model on a CPU
+    _, config = flux_files(args.folder)
     settings = sampling_settings(args, config)
     width = settings["width"]
     height = settings["height"]
@@ -318,7 +317,7 @@ def draw(argv: list[str] | None) -> None:
           f"pictures: {len(files)}")
     start = time.perf_counter()
     negative = [settings["negative"]] if args.true_cfg != 1.0 else []
-    embeddings = encode_prompts(folder, prompts + negative, text_device(args, device), args.dtype)
+    embeddings = encode_prompts(args.folder, prompts + negative, args.text_device, args.dtype)
     if compared:
         # before the pictures: eval_rfacesim.py must not score them by other prompts
         out.mkdir(parents=True, exist_ok=True)

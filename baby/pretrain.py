@@ -637,7 +637,7 @@ class Baby(nn.Module):
 
     def __init__(self, out: Path, config: FluxConfig | None = None):
         super().__init__()
-        self.text = load_text_encoders(out, "cpu", torch.float32, T5_TOKENS)
+        self.text = load_text_encoders(out, "cpu", torch.float32)
         torch.manual_seed(SEED)  # from nothing, also where `out` holds trained ones
         self.clip = CLIPTextModel(self.text.clip.config)
         self.t5 = T5EncoderModel(self.text.t5.config)
@@ -732,7 +732,7 @@ def export(average: Baby, out: Path):
 def load_checkpoint(baby: Baby, folder: Path) -> Baby:
     """Copies the weights of an exported checkpoint into `baby`; a narrower one grows. Returns the
     checkpoint itself."""
-    encoders = load_text_encoders(folder, "cpu", torch.float32, T5_TOKENS)
+    encoders = load_text_encoders(folder, "cpu", torch.float32)
     flux = load_flux(folder, "cpu", torch.float32)
     baby.clip.load_state_dict(encoders.clip.state_dict())
     baby.t5.load_state_dict(encoders.t5.state_dict())

@@ -32,8 +32,7 @@ from sample import STEPS, decode_latent, sample_latents
 from support import photos
 from support.checkpoints import (add_speed_options, check_training_memory,
                                  encode_prompts, fingerprint, flux_fingerprint, is_small,
-                                 learning_rate, load_autoencoder, model_defaults, open_flux,
-                                 take_model)
+                                 load_autoencoder, model_defaults, open_flux, take_model)
 from support.common import (Interruption, JsonFile, Parser, check_training, check_writable,
                             finite_number, free, note, pick_device, positive, run_script, save_png,
                             side, write_whole)
@@ -156,7 +155,7 @@ class Run:
         self.interruption = interruption
         texts = chain(*args.prompts.values(), *args.settings["captions"].values())
         texts = [text for text in texts if text]
-        self.texts = encode_prompts(args.folder, texts, args.device, args.dtype)
+        self.texts = encode_prompts(args.folder, texts, args.text_device, args.dtype)
         self.autoencoder = load_autoencoder(args.folder, args.device, args.dtype)
         self.flux = open_flux(args, args.device, max(args.iters or [0]) + args.steps)
 
@@ -384,10 +383,11 @@ def take_defaults(args: argparse.Namespace) -> None:
     all that decides about results."""
     take_model(args, args.device, "lora")
     given = args.rates
-    args.rates = {
-        method: given.get(method) or given.get("") or learning_rate(args.folder, kind_of(method))
-        for method in METHODS if method != "none"
-    }
+    args.rates = {}
+    for method in METHODS:
+        if method != "none":
+            defaults = model_defaults(args.folder, kind_of(method))
+            args.rates[method] = given.get(method) or given.get("") or defaults["learning_rate"]
     args.size = args.size or model_defaults(args.folder)["resolution"]
 
     lomd = "none"

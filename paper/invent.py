@@ -33,12 +33,11 @@ from tqdm import tqdm
 
 from baby import faces
 from sample import draw_all
-from support.checkpoints import (add_speed_options, check_sampling_memory, compiling_pays,
-                                 encode_prompts, find_model, is_small, model_defaults, pick_dtype,
-                                 text_device)
+from support.checkpoints import (add_speed_options, check_sampling_memory, choose_model,
+                                 compiling_pays, encode_prompts, is_small, model_defaults)
 from support.common import (Parser, check_out, count, note, pick_device, positive, run_script,
                             save_png, side, use_threads, write_whole)
-from support.finding import tokenizers_of
+from support.finding import model_name, tokenizers_of
 from support.judges import FaceNetwork
 from support.photos import read_photo
 from support.sheets import sheet
@@ -141,8 +140,8 @@ def draw_pictures(args: argparse.Namespace, shots: list[Shot], folder: Path) -> 
             save_png(picture, folder / shot.path, {"prompt_text": shot.prompt, "seed": shot.seed})
 
         jobs = [(shot.prompt, shot.seed) for shot in batch]
-        embeddings = encode_prompts(args.folder, [prompt for prompt, _ in jobs],
-                                    text_device(args, args.device), args.dtype)
+        embeddings = encode_prompts(args.folder, [prompt for prompt, _ in jobs], args.text_device,
+                                    args.dtype)
         draw_all(args, [[]], embeddings, jobs, save, width=args.size, height=args.size,
                  steps=args.steps, guidance=args.guidance, batch_size=batch_size)
 
@@ -245,7 +244,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     either("--no-filter", action="store_true", help="draw only as many as asked for, and keep all")
     either("--face-weights", type=Path, metavar="FILE", help="state dict of InceptionResnetV1 "
            "(default: facenet-pytorch's, downloaded; the baby has its own)")
-    add("--model", default="flux-dev",
+    add("--model", type=model_name, default="flux-dev",
         help="flux-dev (default), flux-schnell, baby, a folder or a file")
     add_speed_options(add, training=False)
     add("--device", help="cuda, mps or cpu (default: the best available)")
@@ -255,9 +254,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     check_out(args.out)
 
     args.device = pick_device(args.device)
-    args.folder = find_model(args.model, args)
-    args.dtype = pick_dtype(args.device, args.folder)
-    use_threads(args.device.type == "cpu" and is_small(args.folder))
+    choose_model(args, args.device)
+    use_threads(args.dtype == torch.float32)                 # a small model on a CPU
     own = tokenizers_of(args.folder)
     args.baby = own if (own / "face_embedder.safetensors").is_file() else None
     defaults = model_defaults(args.folder)

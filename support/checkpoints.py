@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import shlex
 from argparse import BooleanOptionalAction, Namespace
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,11 +23,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from flux_model import AutoEncoder, AutoEncoderConfig, Flux, FluxConfig, TextEncoders
+from flux_model import AutoEncoder, Flux, FluxConfig, TextEncoders
 from support.common import JsonFile, count, digest, free
-from support.finding import (Place, add_model_options, autoencoder_files, check_make,
-                             check_text_files, find_model, text_files, tokenizers_of,
-                             transformer_files)
+from support.finding import (FOLDERS, Place, add_model_options, autoencoder_files,
+                             check_tokenizers, find_model, flux_files, named_parts, open_part,
+                             tokenizers_of)
 from support.memory import (E4M3, GIB, Fp8Linear, Offload, TiledDecoder, adapter_bytes, blocks_of,
                             check_memory, compile_blocks, memory_left, multiplies_fp8, step_bytes,
                             update_bytes)
@@ -61,79 +62,21 @@ def bare_model(kind: type, files: TensorFiles, config: Any) -> tuple[Any, dict[s
         for part, rows in zip(plan[name], part_sizes(len(plan[name]), size, width)):
             shapes[part] = [rows, *rest]
 
-    missing = []
+    found = {part: files.shape(part) for part in files.names}
     misshapen = []
-    for part, shape in shapes.items():
-        if part not in files.names:
-            missing.append(part)
+    for part in shapes.keys() & found.keys():
         # diffusers keeps the autoencoder's 1 x 1 convolutions as Linears
-        elif shape not in (files.shape(part), files.shape(part) + [1, 1]):
-            misshapen.append(f"{part} {files.shape(part)} instead of {shape}")
-    unexpected = sorted({*files.names} - shapes.keys())
-    faults = {"missing": missing, "misshapen": misshapen, "unexpected": unexpected}
-    problems = [f"{len(found)} {fault} ({found[0]})" for fault, found in faults.items() if found]
+        if shapes[part] not in (found[part], found[part] + [1, 1]):
+            misshapen.append(f"{part} {found[part]} instead of {shapes[part]}")
+    faults = {
+        "missing": shapes.keys() - found.keys(),
+        "misshapen": misshapen,
+        "unexpected": found.keys() - shapes.keys(),
+    }
+    problems = [f"{len(parts)} {fault} ({min(parts)})" for fault, parts in faults.items() if parts]
     if problems:
         raise ValueError(f"{files.path} does not fit this {kind.__name__}: {', '.join(problems)}")
     return model, plan
-
-
-def stored_config(kind: type, files: TensorFiles, field: str, known: dict) -> Any:
-    """The configuration of files without a config.json: the published one, with what is `known`
-    from the tensors, and what the files' metadata say."""
-    try:
-        return kind(**(known | json.loads(files.metadata.get(field, "{}"))))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{files.path}: the {kind.__name__} in its metadata cannot be used: "
-                         f"{error}") from None
-
-
-def flux_files(folder: Place) -> tuple[TensorFiles, FluxConfig]:
-    """Tensors and configuration of a model's transformer."""
-    paths, config = transformer_files(folder)
-    files = TensorFiles(paths)
-    check_make(files)
-    if config is None:
-        double = "img_mod.lin.bias", "norm1.linear.bias"
-        single = ".modulation.lin.bias", ".norm.linear.bias"
-        known = {
-            "guidance_embed": any("guidance_" in name for name in files.names),   # not schnell
-            # some files have lost blocks
-            "depth": sum(name.endswith(double) for name in files.names),
-            "depth_single_blocks": sum(name.endswith(single) for name in files.names),
-        }
-        return files, stored_config(FluxConfig, files, "config", known)
-    return files, FluxConfig(
-        in_channels=config["in_channels"],
-        out_channels=config.get("out_channels") or config["in_channels"],
-        vec_in_dim=config["pooled_projection_dim"],
-        context_in_dim=config["joint_attention_dim"],
-        hidden_size=config["num_attention_heads"] * config["attention_head_dim"],
-        num_heads=config["num_attention_heads"],
-        depth=config["num_layers"],
-        depth_single_blocks=config["num_single_layers"],
-        guidance_embed=config["guidance_embeds"],
-        axes_dim=config.get("axes_dims_rope", (16, 56, 56)),
-    )
-
-
-def autoencoder_config(folder: Place) -> tuple[TensorFiles, AutoEncoderConfig]:
-    """Tensors and configuration of a model's autoencoder."""
-    paths, config = autoencoder_files(folder)
-    files = TensorFiles(paths, "autoencoder")
-    if config is None:
-        field = "vae.config" if files.whole else "config"
-        return files, stored_config(AutoEncoderConfig, files, field, {})
-    widths = config["block_out_channels"]
-    return files, AutoEncoderConfig(
-        ch=widths[0],
-        ch_mult=[width // widths[0] for width in widths],
-        z_channels=config["latent_channels"],
-        num_res_blocks=config["layers_per_block"],
-        scale_factor=config["scaling_factor"],
-        shift_factor=config["shift_factor"],
-        num_groups=config["norm_num_groups"],
-        resolution=config["sample_size"],
-    )
 
 
 def targets_of(config: FluxConfig, outside: bool = False) -> list[Target]:
@@ -177,11 +120,11 @@ def load_weights(model: nn.Module, plan: dict[str, list[str]], files: TensorFile
 
 
 def load_flux(folder: Place, device: Device = "cpu", dtype: torch.dtype = BF16,
-              *switches: Any, **options: Any) -> Flux:
+              **switches: Any) -> Flux:
     """The transformer of a model, frozen, on `device` in `dtype`; switches as in `fill_flux`.
 
     ValueError, in one line, if the files are missing, torn, or another model's."""
-    return fill_flux(*flux_files(folder), device, dtype, *switches, **options)
+    return fill_flux(*flux_files(folder), device, dtype, **switches)
 
 
 def fill_flux(files: TensorFiles, config: FluxConfig, device: Device, dtype: torch.dtype,
@@ -202,7 +145,7 @@ def fill_flux(files: TensorFiles, config: FluxConfig, device: Device, dtype: tor
 def load_autoencoder(folder: Place, device: Device = "cpu",
                      dtype: torch.dtype = BF16) -> AutoEncoder:
     """The autoencoder of a model, frozen, on `device` in `dtype`; errors as in `load_flux`."""
-    files, config = autoencoder_config(folder)
+    files, config = autoencoder_files(folder)
     model, plan = bare_model(AutoEncoder, files, config)
     load_weights(model, plan, files, device, dtype, away=set())
     if torch.device(device).type == "cuda":      # on a CPU, GroupNorm would be less exact
@@ -256,31 +199,33 @@ def load_transformers_model(kind: type, folder: Place, dtype: torch.dtype,
 
 def load_text_encoder(kind: type, folder: Place, part: str, dtype: torch.dtype) -> nn.Module:
     """CLIP or T5 of a model, from values, since files may be quantized or hold more."""
-    paths, home = text_files(folder, part)
-    files = TensorFiles(paths, part)
+    files, config = open_part(folder, part)
+    if config is None:
+        config = JsonFile(tokenizers_of(folder) / FOLDERS[part] / "config.json")
     names = [name for name in files.names if not NEUTRAL.fullmatch(name)]
     bar = tqdm(names, f"loading {kind.__name__}", disable=bar_off(), leave=False)
     state = {name: files[name].to(dtype) for name in bar}
     tied = "encoder.embed_tokens.weight"
     if tied in files.names and "shared.weight" not in files.names:
         state["shared.weight"] = files[tied].to(dtype)
-    config = kind.config_class.from_dict(dict(JsonFile(home / "config.json")))
+    config = kind.config_class.from_dict(dict(config))
     return load_transformers_model(kind, files.path, dtype, config=config, state_dict=state)
 
 
 def text_length(folder: Place) -> int:
     """How many text tokens a model takes: at most 512, schnell 256."""
-    path = tokenizers_of(folder) / "tokenizer_2" / "tokenizer_config.json"
-    limit = JsonFile(path).get("model_max_length", 512) if path.is_file() else 512
-    return min(limit, 512 if flux_files(folder)[1].guidance_embed else 256)
+    settings = JsonFile(tokenizers_of(folder) / "tokenizer_2" / "tokenizer_config.json")
+    length = min(512, settings.get("model_max_length", 512))
+    if length > 256 and not flux_files(folder)[1].guidance_embed:
+        return 256
+    return length
 
 
-def load_text_encoders(folder: Place, device: Device = "cpu", dtype: torch.dtype = BF16,
-                       max_length: int | None = None) -> TextEncoders:
-    """Text encoders of a model. max_length: T5's tokens (default: text_length's)."""
-    check_text_files(folder)
-    tokenizers = tokenizers_of(folder)
-    max_length = max_length or text_length(folder)
+def load_text_encoders(folder: Place, device: Device = "cpu",
+                       dtype: torch.dtype = BF16) -> TextEncoders:
+    """Text encoders of a model, which take as many tokens as it does."""
+    tokenizers = check_tokenizers(tokenizers_of(folder))
+    max_length = text_length(folder)
     try:
         with quiet_transformers():
             from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
@@ -296,11 +241,6 @@ def load_text_encoders(folder: Place, device: Device = "cpu", dtype: torch.dtype
     except Exception as error:                   # transformers raises anything on foreign files
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{folder}: the text encoders cannot be loaded: {reason}") from None
-
-
-def text_device(args: Namespace, device: torch.device) -> Device:
-    """Where text is encoded: with --offload on the CPU, unless FLUX.1's T5 (9.5 GB) fits."""
-    return "cpu" if args.offload and memory_left(device) < 11 * GIB else device
 
 
 def encode_prompts(folder: Place, prompts: list[str], device: Device, dtype: torch.dtype,
@@ -323,17 +263,13 @@ def encode_prompts(folder: Place, prompts: list[str], device: Device, dtype: tor
 
 def digest_of(files: TensorFiles, names: list[str], dtype: torch.dtype) -> str:
     """A hash of tensors' values in `dtype`."""
-    data = [files[name].to(dtype).flatten().view(torch.uint8).numpy().tobytes() for name in names]
-    return digest(b"".join(data))
+    values = torch.cat([files[name].to(dtype).flatten() for name in names])
+    return digest(values.view(torch.uint8).numpy().tobytes())
 
 
 def fingerprint(folder: Place, part: str) -> str:
     """A hash of the small tensors of the "autoencoder", "clip", or "t5" of a model."""
-    if part == "autoencoder":
-        paths = autoencoder_files(folder)[0]
-    else:
-        paths = text_files(folder, part)[0]
-    files = TensorFiles(paths, part)
+    files, _ = open_part(folder, part)
     names = [name for name in sorted(files.names) if math.prod(files.shape(name)) <= 4096]
     return digest_of(files, names, BF16)
 
@@ -351,46 +287,40 @@ def flux_fingerprint(folder: Place) -> str:
 
 # What a command asks of a model ------------------------------------------------------------------
 
-DEFAULTS = {                   # FLUX.1's value, and the type of a model's own in its defaults.json
-    "resolution": (1024, int | float),
-    "learning_rate": (4e-4, int | float | dict),             # one for all, or {use: rate}
-    "iterations": ({}, dict),                    # of stage 2, {method: number}; else the paper's
-    "prompt": ("a photo of a person", str),
-    "guidance": (3.5, int | float),              # of pictures
-    "warmup": (0.4, int | float),                # of stage 1
-    "aspects": (None, list | None),              # of crops; None: all of the paper's
-    "scales": (None, list | None),
-    "background": (1.0, int | float),            # its weight in the loss of a crop
-    "mirror": (True, bool),                      # train on mirror images of crops too
+NUMBER = r"\d+(\.\d+)?(e-?\d+)?"
+DEFAULTS = {                   # FLUX.1's value, and how a model's own looks in its defaults.json
+    "resolution": (1024, r"[1-9]\d*"),
+    "learning_rate": (4e-4, NUMBER),
+    "iterations": (None, r"[1-9]\d*"),           # of stage 2; None: the paper's
+    "prompt": ("a photo of a person", '".*"'),
+    "guidance": (3.5, NUMBER),                   # of pictures
+    "warmup": (0.4, NUMBER),                     # of stage 1
+    "aspects": (None, r"null|\[.*\]"),           # of crops; None: all of the paper's
+    "scales": (None, r"null|\[.*\]"),
+    "background": (1.0, NUMBER),                 # its weight in the loss of a crop
+    "mirror": (True, "true|false"),              # train on mirror images of crops too
 }
+USES = "meta-lora", "lora", "stage 1"
 
 
-def model_defaults(folder: Place) -> dict:
-    """What suits a model: FLUX.1's values, or those of its own defaults.json."""
+def model_defaults(folder: Place, use: str = "") -> dict:
+    """What suits a model: FLUX.1's values, or those of its own defaults.json, which may hold one
+    for each use, as {"lora": 1e-3, "stage 1": 4e-3}."""
     path = Path(folder) / "defaults.json"
     if not path.is_file():
         path = tokenizers_of(folder) / "defaults.json"
     own = JsonFile(path) if path.is_file() else {}
+    defaults = {name: default for name, (default, _) in DEFAULTS.items()}
     for name, value in own.items():
-        fits = name in DEFAULTS and isinstance(value, DEFAULTS[name][1])
-        if fits and name == "iterations":
-            counted = all(type(number) is int and number > 0 for number in value.values())
-            fits = counted and value.keys() <= {"lora", "meta-lora"}
+        by_use = value if isinstance(value, dict) else {use: value}
+        fits = name in DEFAULTS and by_use.keys() <= {use, *USES}
+        for each in by_use.values():
+            fits = fits and re.fullmatch(DEFAULTS[name][1], json.dumps(each))
         if not fits:
             raise ValueError(f"{path}: {name}, {value!r:.60}, is not a default of a model: they "
                              f"are {', '.join(DEFAULTS)}")
-    return {name: own.get(name, default) for name, (default, _) in DEFAULTS.items()}
-
-
-def learning_rate(folder: Place, use: str) -> float:
-    """The model's default for a use: "meta-lora", "lora" or "stage 1"."""
-    rate = model_defaults(folder)["learning_rate"]
-    return rate[use] if isinstance(rate, dict) else rate
-
-
-def pick_dtype(device: Device, folder: Place) -> torch.dtype:
-    """bf16, but fp32 on a CPU for small models."""
-    return torch.float32 if torch.device(device).type == "cpu" and is_small(folder) else BF16
+        defaults[name] = by_use.get(use, defaults[name])
+    return defaults
 
 
 def is_small(folder: Place) -> bool:
@@ -414,12 +344,20 @@ def add_speed_options(add: Callable[..., object], training: bool, parts: bool = 
             help="gradient-checkpoint N blocks (default: as few as fit)")
 
 
-def speed_words(args: Namespace) -> str:
-    """The switches that were given, and --device as given, for another command's line."""
-    words = "--fp8 " * args.fp8 + "--offload " * args.offload
-    if args.compile is not None:
-        words += "--compile " if args.compile else "--no-compile "
-    return words + (f"--device {args.device} " if args.device else "")
+def model_words(args: Namespace) -> str:
+    """The options given for a model and its speed, for another command's line."""
+    words = ""
+    for option, value in {"model": args.model, **named_parts(args)}.items():
+        if value not in (None, "flux-dev"):
+            words += f"--{option} {shlex.quote(value)} "
+    flags = {
+        "--fp8 ": args.fp8,
+        "--offload ": args.offload,
+        "--compile ": args.compile,
+        "--no-compile ": args.compile is False,
+        f"--device {args.device} ": args.device,
+    }
+    return words + "".join(flag for flag, given in flags.items() if given)
 
 
 def bare_flux(args: Namespace) -> Flux:
@@ -442,9 +380,9 @@ def check_training_memory(args: Namespace, device: torch.device, size: tuple[int
 
 
 def check_sampling_memory(args: Namespace, device: torch.device, size: tuple[int, int],
-                          sets: list[list[tuple[dict, float]]], batch: int = 1) -> None:
-    """`check_memory` for a batch of pictures of `size` latent pixels, with any one of these sets of
-    LoRAs from `load_loras`."""
+                          sets: list[list[tuple[dict, float]]]) -> None:
+    """`check_memory` for a picture of `size` latent pixels, with any one of these sets of LoRAs
+    from `load_loras`."""
     flux = bare_flux(args)
     updates = []
     for loras in sets:
@@ -452,7 +390,7 @@ def check_sampling_memory(args: Namespace, device: torch.device, size: tuple[int
         for lora, _ in loras:
             columns.update({path: len(A) for path, (A, B) in lora.items()})
         updates.append(update_bytes(flux, columns, args.dtype))
-    step = step_bytes(flux, batch, size, text_length(args.folder), args.dtype)
+    step = step_bytes(flux, 1, size, text_length(args.folder), args.dtype)
     check_memory(args, device, flux, max(updates) + step)
 
 
@@ -465,20 +403,29 @@ def compiling_pays(args: Namespace, device: torch.device, steps: int) -> bool:
 
 def open_flux(args: Namespace, device: torch.device, steps: int) -> Flux:
     """The transformer as `args` wants it, for so many steps. After `check_memory`."""
-    stay = args.stay if args.offload else 0
-    flux = load_flux(args.folder, device, args.dtype, args.fp8, args.offload, stay)
+    flux = load_flux(args.folder, device, args.dtype, fp8=args.fp8, offload=args.offload,
+                     stay=args.stay)
     if compiling_pays(args, device, steps) if args.compile is None else args.compile:
         compile_blocks(flux)
     return flux
 
 
-def take_model(args: Namespace, device: torch.device, use: str) -> None:
-    """args.model -> args.folder (may download) and args.dtype; options that are not given become
-    the model's defaults. ValueError if the device cannot even hold the weights."""
+def choose_model(args: Namespace, device: torch.device) -> None:
+    """args.model -> args.folder (may download), args.dtype: fp32 for small models on a CPU, and
+    args.text_device: where text is encoded."""
     args.folder = find_model(args.model, args)
-    args.dtype = pick_dtype(device, args.folder)
-    defaults = model_defaults(args.folder)
-    args.lr = args.lr or learning_rate(args.folder, use)
+    small = device.type == "cpu" and is_small(args.folder)
+    args.dtype = torch.float32 if small else BF16
+    # with --offload on the CPU, unless FLUX.1's T5 (9.5 GB) fits
+    args.text_device = "cpu" if args.offload and memory_left(device) < 11 * GIB else device
+
+
+def take_model(args: Namespace, device: torch.device, use: str) -> None:
+    """`choose_model`; options that are not given become the model's defaults. ValueError if the
+    device cannot even hold the weights."""
+    choose_model(args, device)
+    defaults = model_defaults(args.folder, use)
+    args.lr = args.lr or defaults["learning_rate"]
     args.resolution = args.resolution or [defaults["resolution"]]
     for name, value in defaults.items():
         if getattr(args, name, None) is None:

@@ -6,21 +6,21 @@ A model is a folder in the hub's layout: original files (flux1-dev.safetensors, 
 diffusers files (transformer/, vae/) or both; text_encoder/, tokenizer/ (CLIP), text_encoder_2/,
 tokenizer_2/ (T5). Or it is a `Model`, whose parts lie anywhere.
 """
+import json
 import os
 import re
-import shlex
 import textwrap
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from functools import partial
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import huggingface_hub
 from huggingface_hub.errors import HTTPError                         # its http client's own
 
+from flux_model import AutoEncoderConfig, FluxConfig
 from support.common import JsonFile, digest, not_content
 from support.names import OTHER_MODELS, first_match
 from support.tensors import SHARD, TensorFiles
@@ -34,7 +34,6 @@ HUB = {
 # without a pattern the hub's library calls a cache incomplete that holds all that we take
 LOCAL = {"local_files_only": True, "allow_patterns": []}
 HUB_ERRORS = HTTPError, OSError, ValueError
-TEXT = "clip", "t5"
 # the folder of each part in the hub's layout; the original files; the options that name parts
 FOLDERS = {"transformer": "transformer", "autoencoder": "vae", "clip": "text_encoder",
            "t5": "text_encoder_2"}
@@ -44,30 +43,20 @@ ORIGINALS = {
     "autoencoder": ["ae.safetensors"],
 }
 OPTION = {"autoencoder": "ae", "clip": "clip", "t5": "t5", "tokenizers": "tokenizers"}
-COMFY = {
-    "transformer": ("unet", "diffusion_models", "checkpoints"),
-    "autoencoder": ("vae", "checkpoints"),
-    "clip": ("text_encoders", "clip", "checkpoints"),
-    "t5": ("text_encoders", "clip", "checkpoints"),
-    "tokenizers": (),
-}
-SUFFIXES = ".safetensors", ".sft", ".gguf"
-PICKLES = ".bin", ".pt", ".pth", ".ckpt"
+# ComfyUI's folders, in the order in which they are looked into
+COMFY = "vae", "text_encoders", "clip", "checkpoints", "diffusion_models", "unet"
+SUFFIXES = ".safetensors", ".sft", ".gguf", ".bin", ".pt", ".pth", ".ckpt"      # pickles: to refuse
 # names that are taken if a folder holds several files that fit, the best first
-PREFERRED = {
-    "autoencoder": ("ae",),
-    "clip": ("clip_l",),
-    "t5": ("t5xxl_fp16", "t5xxl_fp8_e4m3fn_scaled", "t5xxl_fp8_e4m3fn"),
-}
-# tensors that show a part; their width is that of `widths_of`
+PREFERRED = "ae", "clip_l", "t5xxl_fp16", "t5xxl_fp8_e4m3fn_scaled", "t5xxl_fp8_e4m3fn"
+# tensors that show a part, and its width
 SIGNS = {
     "transformer": ["img_in.weight", "x_embedder.weight"],           # a LoRA has none
     "autoencoder": ["decoder.conv_in.weight"],
     "clip": ["final_layer_norm.weight", "text_model.final_layer_norm.weight"],
     "t5": ["encoder.final_layer_norm.weight"],
 }
-# only umt5 has this one
-UMT5 = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"
+# tensors of a ControlNet and of umt5, which have the signs of a transformer and of T5
+OTHER_PARTS = re.compile(r"controlnet|block\.1\.layer\.0\.SelfAttention\.relative_attention_bias")
 OTHER_FILES = {                        # that are not a transformer of FLUX.1 as we know it
     "FLUX.1 Redux": r"^redux_(up|down)\.",
     "a ControlNet": r"^controlnet_",
@@ -91,10 +80,10 @@ class Model(NamedTuple):
     for.
     """
     transformer: Path
-    autoencoder: Path
-    clip: Path
-    t5: Path
-    tokenizers: Path         # tokenizer/, tokenizer_2/, and config.json of encoders in single files
+    autoencoder: Path | None = None
+    clip: Path | None = None
+    t5: Path | None = None
+    tokenizers: Path | None = None   # tokenizer/, tokenizer_2/, configs of encoders in single files
 
     def __fspath__(self) -> str:
         return str(self.transformer.parent)
@@ -109,9 +98,8 @@ Place = str | Path | Model
 
 def name_formats(folder: Path) -> None:
     """ValueError if a folder without usable weights holds pickles, or a format that is not read."""
-    for path in sorted(folder.glob("*")):
-        if path.suffix in (".safetensors", *PICKLES) and not SHARD.search(path.name):
-            TensorFiles([path])
+    for path in files_in(folder):
+        TensorFiles([path])
 
 
 def check_whole(path: Path, why: str = "") -> Path:
@@ -125,17 +113,16 @@ def check_whole(path: Path, why: str = "") -> Path:
     return path
 
 
-def weight_files(folder: Path, stem: str = "diffusion_pytorch_model") -> list[Path]:
+def weight_files(folder: Path, stem: str) -> list[Path]:
     """Weights in a folder: what the index lists, if there is one, so that half a download shows.
 
-    Without plain ones, those of the first variant by name (model.fp16.safetensors).
+    Without plain ones, those of a variant (model.fp16.safetensors).
     """
-    plain = folder / f"{stem}.safetensors"
-    places = [folder / f"{plain.name}.index.json", plain]
-    for pattern in (f"{plain.name}*.json", f"{stem}.*.safetensors"):
-        places += sorted(folder.glob(pattern))
-    there = (path for path in places if path.is_file() and not SHARD.search(path.name))
-    index = next(there, plain)
+    found = [*folder.glob(f"{stem}.safetensors*.json"), *folder.glob(f"{stem}*.safetensors")]
+    whole = [path for path in found if not SHARD.search(path.name)]
+    # .json comes before .safetensors, and a variant's name is longer
+    index = min(whole, key=lambda path: (path.suffix, len(path.name), path),
+                default=folder / f"{stem}.safetensors")
     if index.suffix != ".json":
         return [check_whole(index)]
     listed = JsonFile(index)["weight_map"]
@@ -157,7 +144,8 @@ def part_files(place: Place, part: str) -> tuple[list[Path], JsonFile | None]:
     config = None
     if not paths and (folder / "config.json").is_file():
         config = JsonFile(folder / "config.json")
-        paths = weight_files(folder, "model") if part in TEXT else weight_files(folder)
+        stem = "model" if part in ("clip", "t5") else "diffusion_pytorch_model"
+        paths = weight_files(folder, stem)
     if not paths:
         name_formats(folder)
         raise ValueError(f"{path} holds no {part} ({' or '.join([*originals, FOLDERS[part]])}/): "
@@ -167,8 +155,10 @@ def part_files(place: Place, part: str) -> tuple[list[Path], JsonFile | None]:
     return paths, config
 
 
-transformer_files = partial(part_files, part="transformer")
-autoencoder_files = partial(part_files, part="autoencoder")
+def open_part(place: Place, part: str) -> tuple[TensorFiles, JsonFile | None]:
+    """The tensors of one part of a model, and its diffusers config (None: original layout)."""
+    paths, config = part_files(place, part)
+    return TensorFiles(paths, part), config
 
 
 def is_sd3(path: Path) -> bool:
@@ -176,71 +166,99 @@ def is_sd3(path: Path) -> bool:
     return path.stat().st_size == SD3_BYTES and digest(path.read_bytes()) == SD3_DIGEST
 
 
-def in_hub_layout(part: str, folder: Path) -> Path | None:
-    """A part of a folder as the hub has it: its file, or its folder."""
-    with suppress(ValueError):
-        paths, config = part_files(folder, part)
-        return config.path.parent if config else paths[0]
-    return None
-
-
-def text_files(folder: Place, part: str) -> tuple[list[Path], Path]:
-    """The weights of "clip" or "t5", and the folder of its config.json."""
+def in_hub_layout(folder: Path, part: str) -> Path:
+    """A part of a folder as the hub has it: its file, or its folder. ValueError: it has none."""
     paths, config = part_files(folder, part)
-    return paths, config.path.parent if config else tokenizers_of(folder) / FOLDERS[part]
+    return config.path.parent if config else paths[0]
 
 
 def tokenizers_of(folder: Place) -> Path:
     return folder.tokenizers if isinstance(folder, Model) else Path(folder)
 
 
-def check_tokenizers(folder: Path, configs: Sequence[str] = ()) -> Path:
-    """The folder. ValueError if a tokenizer or the config of one of these encoders is missing.
+def check_tokenizers(folder: Path) -> Path:
+    """The folder. ValueError if a tokenizer or the config of a text encoder is missing.
 
     transformers would make up a missing vocabulary.
     """
-    for name in ("tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer_2/spiece.model"):
+    for name in ("tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer_2/spiece.model",
+                 "text_encoder/config.json", "text_encoder_2/config.json"):
         path = folder / name
         if path.is_file() or not path.with_name("tokenizer.json").is_file():
             check_whole(path)
     for path in folder.glob("tokenizer*/*.json"):
         JsonFile(path)                           # transformers would not name a torn one
-    for part in configs:
-        check_whole(folder / FOLDERS[part] / "config.json")
     return folder
-
-
-def check_text_files(folder: Place) -> None:
-    """ValueError unless the files of text encoders and tokenizers are there."""
-    check_tokenizers(tokenizers_of(folder))
-    for part in TEXT:
-        text_files(folder, part)
 
 
 def check_snapshot(folder: Path) -> Path:
     """The folder. ValueError that names the first part it lacks, in either layout."""
-    transformer_files(folder)
-    autoencoder_files(folder)
-    check_text_files(folder)
-    return folder
+    for part in FOLDERS:
+        part_files(folder, part)
+    return check_tokenizers(folder)
 
-# Parts that lie elsewhere -----------------------------------------------------------------------
+# What the files of a part say ---------------------------------------------------------------------
 
-def holds(path: Path, part: str, widths: dict[str, int]) -> bool:
-    """Does a file hold this part, by its names and the width that the transformer asks for?"""
+def stored_config(kind: type, files: TensorFiles, field: str, known: dict) -> Any:
+    """The configuration of files without a config.json: the published one, with what is `known`
+    from the tensors, and what the files' metadata say."""
     try:
-        files = TensorFiles([path], part, check=False)
-        if part == "autoencoder":                # not another model's, in a file with everything
-            check_make(TensorFiles([path], check=False))
-    except (OSError, ValueError):                # without the gguf package only the name tells
-        guess = "t5" if "t5" in path.stem.lower() else "transformer"
-        return path.suffix == ".gguf" and part == guess
-    names = files.names
-    sizes = [files.shape(name)[:2][-1] for name in SIGNS[part] if name in names]
-    if part == "transformer":
-        blocks = any(re.search(r"(double|transformer)_blocks\.0\.", name) for name in names)
-        return bool(blocks and sizes) and not any("controlnet" in name for name in names)
-    return widths[part] in sizes and UMT5 not in names and not is_sd3(path)
+        return kind(**(known | json.loads(files.metadata.get(field, "{}"))))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{files.path}: the {kind.__name__} in its metadata cannot be used: "
+                         f"{error}") from None
+
+
+def flux_files(folder: Place) -> tuple[TensorFiles, FluxConfig]:
+    """Tensors and configuration of a transformer. ValueError, by name, if it is not FLUX.1's."""
+    files, config = open_part(folder, "transformer")
+    check_make(files)
+    if config is None:
+        double = "img_mod.lin.bias", "norm1.linear.bias"
+        single = ".modulation.lin.bias", ".norm.linear.bias"
+        known = {
+            "guidance_embed": any("guidance_" in name for name in files.names),   # not schnell
+            # some files have lost blocks
+            "depth": sum(name.endswith(double) for name in files.names),
+            "depth_single_blocks": sum(name.endswith(single) for name in files.names),
+        }
+        return files, stored_config(FluxConfig, files, "config", known)
+    return files, FluxConfig(
+        in_channels=config["in_channels"],
+        out_channels=config.get("out_channels") or config["in_channels"],
+        vec_in_dim=config["pooled_projection_dim"],
+        context_in_dim=config["joint_attention_dim"],
+        hidden_size=config["num_attention_heads"] * config["attention_head_dim"],
+        num_heads=config["num_attention_heads"],
+        depth=config["num_layers"],
+        depth_single_blocks=config["num_single_layers"],
+        guidance_embed=config["guidance_embeds"],
+        axes_dim=config.get("axes_dims_rope", (16, 56, 56)),
+    )
+
+
+def autoencoder_files(folder: Place) -> tuple[TensorFiles, AutoEncoderConfig]:
+    """Tensors and configuration of a model's autoencoder."""
+    files, config = open_part(folder, "autoencoder")
+    if config is None:
+        field = "vae.config" if "vae.config" in files.metadata else "config"
+        return files, stored_config(AutoEncoderConfig, files, field, {})
+    widths = config["block_out_channels"]
+    return files, AutoEncoderConfig(
+        ch=widths[0],
+        ch_mult=[width // widths[0] for width in widths],
+        z_channels=config["latent_channels"],
+        num_res_blocks=config["layers_per_block"],
+        scale_factor=config["scaling_factor"],
+        shift_factor=config["shift_factor"],
+        num_groups=config["norm_num_groups"],
+        resolution=config["sample_size"],
+    )
+
+
+def widths_in(files: TensorFiles, part: str) -> list[int]:
+    """Widths of the tensors that show a part; [] in files without it."""
+    return [files.shape(name)[:2][-1] for name in SIGNS[part] if name in files.names]
 
 
 def check_make(files: TensorFiles) -> None:
@@ -250,82 +268,79 @@ def check_make(files: TensorFiles) -> None:
     make, found = first_match(OTHER_FILES | OTHER_MODELS, names)
     if make:
         raise ValueError(f"{files.path} is {make} ({found}), and not the transformer of FLUX.1")
-    for name in SIGNS["transformer"]:
-        channels = files.shape(name)[-1] if name in files.names else 64
+    for channels in widths_in(files, "transformer"):
         if channels in INPUTS:
-            raise ValueError(f"{files.path} is {INPUTS[channels]} ({name} takes {channels} "
+            raise ValueError(f"{files.path} is {INPUTS[channels]} (a token has {channels} "
                              "channels), which is not supported: FLUX.1 takes 64")
 
+# Parts that lie elsewhere -----------------------------------------------------------------------
 
-def widths_of(transformer: Path) -> dict[str, int]:
-    """Widths of the parts that a transformer takes. ValueError, by name, if it is not FLUX.1's."""
-    files = TensorFiles([transformer] if transformer.is_file() else weight_files(transformer))
-    check_make(files)
-    widths = {"autoencoder": 16, "clip": 768, "t5": 4096}
-    for name, part in {
-        "vector_in.in_layer.weight": "clip",
-        "time_text_embed.text_embedder.linear_1.weight": "clip",
-        "txt_in.weight": "t5",
-        "context_embedder.weight": "t5",
-    }.items():
-        if name in files.names:
-            widths[part] = files.shape(name)[1]
-    return widths
+def holds(path: Path, part: str, width: int | None = None) -> bool:
+    """Does a file hold this part, by its names and the width that the transformer asks for?"""
+    try:
+        files = TensorFiles([path], part, check=False)
+        if part == "autoencoder":                # not another model's, in a file with everything
+            check_make(TensorFiles([path], check=False))
+    except (OSError, ValueError):                # without the gguf package only the name tells
+        guess = "t5" if "t5" in path.stem.lower() else "transformer"
+        return path.suffix == ".gguf" and part == guess
+    widths = widths_in(files, part)
+    fits = width in widths
+    if part == "transformer":                    # others begin like it, and go on with "layers.0."
+        fits = bool(widths) and any("_blocks.0." in name for name in files.names)
+    return fits and not any(map(OTHER_PARTS.search, files.names)) and not is_sd3(path)
 
 
 def files_in(folder: Path, deep: bool = False) -> list[Path]:
-    """Whole files of weights, sorted. deep: also in the folders inside and linked ones, once."""
-    found = []
-    seen = set()
+    """Files of weights, sorted, without shards. deep: also in the folders inside and linked ones,
+    once."""
+    found = {}                                   # {folder without links: what is in it}
     for place, inner, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)
-        if real not in seen:
-            found += [Path(place, name) for name in names if not SHARD.search(name)]
-        if real in seen or not deep:
+        if real in found or not deep:
             inner.clear()
-        seen.add(real)
-    return sorted(path for path in found if path.suffix in SUFFIXES and path.is_file())
+        found.setdefault(real, [Path(place, name) for name in names])
+    return sorted(path for path in chain(*found.values())
+                  if path.suffix in SUFFIXES and path.is_file() and not SHARD.search(path.name))
 
 
-def comfy_folders(root: Path, part: str) -> Iterator[tuple[Path, list[Path]]]:
-    """Yields the folders below `root` where ComfyUI keeps files of this part, and the files."""
-    for names in product(("", "models"), COMFY[part]):
+def comfy_folders(root: Path) -> Iterator[tuple[Path, list[Path]]]:
+    """Yields the folders below `root` where ComfyUI keeps weights, and their files."""
+    for names in product(("", "models"), COMFY):
         folder = root.joinpath(*names)
         if not (folder / "config.json").is_file():                   # else it is the hub's
             yield folder, files_in(folder, deep=True)
 
 
-def places(part: str, transformer: Path) -> Iterator[tuple[Path, list[Path]]]:
-    """Yields folders that may hold another part of a model, nearest first, with their files."""
+def places(transformer: Path) -> Iterator[tuple[Path, list[Path]]]:
+    """Yields folders that may hold the other parts of a model, nearest first, with their files."""
     near = transformer.parent if transformer.is_file() else transformer
     yield near, files_in(near)
     for root in (near, *near.absolute().parents[:4]):
-        yield from comfy_folders(root, part)
+        yield from comfy_folders(root)
         yield root, []
     for folder in filter(None, map(cached, HUB)):
         yield folder, []
 
 
-def find_part(part: str, transformer: Path, widths: dict[str, int]) -> Path:
+def find_part(part: str, transformer: Path, width: int) -> Path:
     """Where the autoencoder or a text encoder of a transformer is. ValueError: nowhere."""
-    if transformer.is_file() and holds(transformer, part, widths):
+    if transformer.is_file() and holds(transformer, part, width):
         return transformer
     hint = ""
-    for folder, files in places(part, transformer):
-        found = in_hub_layout(part, folder)
-        if found:
-            return found
+    for folder, files in places(transformer):
+        with suppress(ValueError):
+            return in_hub_layout(folder, part)
         fit = []
         for path in files:
-            if path == transformer or not holds(path, part, widths):
+            if not holds(path, part, width):
                 continue
             if part == "autoencoder" and OTHER_AUTOENCODER.search(str(path.relative_to(folder))):
                 hint = f" ({path} is named for another model)"
             else:
                 fit.append(path)
-        known = PREFERRED[part]
-        fit.sort(key=lambda path: (*known, path.stem).index(path.stem))
-        if len(fit) > 1 and fit[0].stem not in known:
+        fit.sort(key=lambda path: (*PREFERRED, path.stem).index(path.stem))
+        if len(fit) > 1 and fit[0].stem not in PREFERRED:
             names = ", ".join(path.name for path in fit)
             raise ValueError(f"{folder} holds several that could be the {part} of "
                              f"{transformer.name} ({names}): name one with --{OPTION[part]}")
@@ -336,15 +351,15 @@ def find_part(part: str, transformer: Path, widths: dict[str, int]) -> Path:
                      f"{hint}")
 
 
-def find_tokenizers(transformer: Path, configs: Sequence[str]) -> Path:
-    """The folder of tokenizers and these encoders' configs: near the transformer, or the hub's."""
-    for folder, _ in places("tokenizers", transformer):
+def find_tokenizers(transformer: Path) -> Path:
+    """The folder of tokenizers and encoders' configs: near the transformer, or the hub's."""
+    for folder, _ in places(transformer):
         with suppress(ValueError):
-            return check_tokenizers(folder, configs)
+            return check_tokenizers(folder)
     wanted = ["tokenizer*/*", "text_encoder*/config.json"]
     for name in reversed(HUB):                                       # a few MB
         with suppress(*HUB_ERRORS):
-            return check_tokenizers(snapshot(name, allow_patterns=wanted), configs)
+            return check_tokenizers(snapshot(name, allow_patterns=wanted))
     raise ValueError(f"no tokenizers for {transformer}, neither near it nor in the hub's cache: "
                      "--tokenizers names a folder with tokenizer/, tokenizer_2/, "
                      "text_encoder/config.json and text_encoder_2/config.json, as FLUX.1 has them "
@@ -357,19 +372,19 @@ def assemble(transformer: Path, given: dict[str, str | None]) -> Model:
     Prints where they are.
     """
     named = {part: Path(given[word]) for part, word in OPTION.items() if given[word]}
-    widths = widths_of(transformer)
-    parts = {part: named.get(part) or find_part(part, transformer, widths) for part in PREFERRED}
-    home = named.get("tokenizers")
-    model = Model(transformer, **parts, tokenizers=home)
-    for part in parts:
-        TensorFiles(part_files(model, part)[0], part)                # raises if it cannot be used
-    configs = [part for part in TEXT if parts[part].is_file()]
-    tokenizers = (check_tokenizers(home, configs) if home else
-                  find_tokenizers(transformer, configs))
-    where = [f"{part} {'in the same file' if path == transformer else path}"
-             for part, path in parts.items()]
-    print(f"{transformer}: {', '.join(where)}, tokenizers {tokenizers}")
-    return model._replace(tokenizers=tokenizers)
+    model = Model(transformer, **named)
+    _, config = flux_files(model)
+    widths = {"autoencoder": 16, "clip": config.vec_in_dim, "t5": config.context_in_dim}
+    where = []
+    for part, width in widths.items():
+        path = named.get(part) or find_part(part, transformer, width)
+        model = model._replace(**{part: path})
+        open_part(model, part)                                       # raises if it cannot be used
+        where.append(f"{part} {'in the same file' if path == transformer else path}")
+    home = model.tokenizers
+    home = check_tokenizers(home) if home else find_tokenizers(transformer)
+    print(f"{transformer}: {', '.join(where)}, tokenizers {home}")
+    return model._replace(tokenizers=home)
 
 
 def find_transformer(folder: Path) -> Path:
@@ -377,41 +392,29 @@ def find_transformer(folder: Path) -> Path:
     if (folder / "config.json").is_file():                           # transformer/ of a hub folder
         return folder
     files = files_in(folder)
-    for _, more in comfy_folders(folder, "transformer"):
+    for _, more in comfy_folders(folder):
         files += more
-    found = [path for path in files if holds(path, "transformer", {})]
+    found = [path for path in files if holds(path, "transformer")]
     if len(found) > 1:
         names = ", ".join(str(path.relative_to(folder)) for path in found)
         raise ValueError(f"{folder} holds {len(found)} transformers ({names}): name one of the "
                          "files")
     if found:
         return found[0]
-    transformer_files(folder)
-    return in_hub_layout("transformer", folder)
+    return in_hub_layout(folder, "transformer")
 
 # A name -----------------------------------------------------------------------------------------
 
 def add_model_options(add: Callable[..., object]) -> None:
     """What a model of single files may lack, for the parser of a script."""
-    for word, text in {
-        "ae": "the model's autoencoder (default: found beside it, or in ComfyUI)",
-        "clip": "the model's CLIP (default: found beside it, or in ComfyUI)",
-        "t5": "the model's T5 (default: found beside it, or in ComfyUI)",
-        "tokenizers": "a folder with tokenizer/ and tokenizer_2/ (default: the hub's)",
-    }.items():
-        add(f"--{word}", dest=f"model_{word}", metavar="PATH", help=text)
+    for part, word in OPTION.items():
+        add(f"--{word}", dest=f"model_{word}", metavar="PATH",
+            help=f"file or folder of the model's {part} (default: found near it, or the hub's)")
 
 
 def named_parts(args: Namespace | None) -> dict[str, str | None]:
     """{option of add_model_options: its value}; a judge of paper/ is called --clip too."""
     return {word: getattr(args, f"model_{word}", None) for word in OPTION.values()}
-
-
-def model_words(args: Namespace) -> str:
-    """The options of a command line that name its model, for another command; "" for flux-dev."""
-    options = {"model": args.model} | named_parts(args)
-    return "".join(f"--{word} {shlex.quote(value)} " for word, value in options.items()
-                   if value not in (None, "flux-dev"))
 
 
 def snapshot(name: str, **options: object) -> Path:

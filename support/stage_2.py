@@ -4,10 +4,12 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from support import photos
-from support.checkpoints import is_small, model_defaults, speed_words, take_model
+from support.checkpoints import model_words, take_model
 from support.common import check_out, check_training, note, pick_device, use_threads
-from support.finding import HUB, home_of, model_words
+from support.finding import HUB, home_of
 from support.lora_files import find_lomd, tell_replaced
 from support.people import captions_beside, named_photos
 
@@ -31,13 +33,12 @@ def check_stage_2(args: Namespace, iterations: dict[str, int]) -> None:
     args.seen = photos.fingerprints(args.photos)
     tell_replaced(args.out, args.seen["photo_digests"])
 
-    args.switches = speed_words(args)
+    args.switches = model_words(args)
     args.device = pick_device(args.device)
     take_model(args, args.device, args.method)
-    iterations = iterations | model_defaults(args.folder)["iterations"]
-    args.iters = args.iters or iterations[args.method]
+    args.iters = args.iters or args.iterations or iterations[args.method]
     check_save_at(args)
-    use_threads(args.device.type == "cpu" and is_small(args.folder))
+    use_threads(args.dtype == torch.float32)             # a small model on a CPU
     args.captions = captions_beside(args.photos, args.prompt, tell=True)
     args.mirror = args.mirror and not args.no_augment
 
@@ -115,7 +116,7 @@ def print_times(seconds: dict[str, float], iters: int) -> None:
 
 def print_next_commands(args: Namespace) -> None:
     """How to sample with the LoRA and, after --save-at, how to compare all that were saved."""
-    model = model_words(args) + args.switches
+    model = args.switches
     prompt = shlex.quote(args.prompt)
     print(f"try it:  python sample.py {model}--lora {shlex.quote(str(args.out))} {prompt}")
     if args.save_at:

@@ -37,9 +37,7 @@ READ = "float8_e4m3fn", "float8_e5m2", "int8_tensorwise"                   # for
 FORMATS = {                                      # unsupported quantization -> pattern of its keys
     "nunchaku (SVDQuant)": r"\.(wscales|wtscale|smooth_factor)",
     "NF4 (bitsandbytes)": r"bitsandbytes__nf4",
-    "FP4 (bitsandbytes)": r"bitsandbytes__fp4",
-    "bitsandbytes": r"\.(quant_map|absmax)",
-    "LLM.int8 (bitsandbytes)": r"\.SCB",
+    "bitsandbytes": r"\.(quant_map|absmax|SCB)",
     "nvfp4": r"\.weight_(scale_2|global_scale)",
     "GPTQ or AWQ": r"\.qzeros",
     "nunchaku (SVDQuant), GPTQ or AWQ": r"\.qweight",
@@ -51,18 +49,23 @@ FORMATS = {                                      # unsupported quantization -> p
     "flux-fp8-api": r"\.float8_data",
 }
 INSTEAD = "take a copy in bf16, fp8 or GGUF Q8_0"
-NORM = re.compile(r"(query|key)_norm\.weight$")  # ComfyUI's; the original names end in .scale
-T5_GGUF = {
-    "attn_q": "0.SelfAttention.q",
-    "attn_k": "0.SelfAttention.k",
-    "attn_v": "0.SelfAttention.v",
-    "attn_o": "0.SelfAttention.o",
-    "attn_rel_b": "0.SelfAttention.relative_attention_bias",
-    "attn_norm": "0.layer_norm",
-    "ffn_norm": "1.layer_norm",
-    "ffn_gate": "1.DenseReluDense.wi_0",
-    "ffn_up": "1.DenseReluDense.wi_1",
-    "ffn_down": "1.DenseReluDense.wo",
+# parts of names in other programs' files, and ours: ComfyUI's norms, T5 in GGUF
+USUAL_NAMES = {
+    "query_norm.weight": "query_norm.scale",
+    "key_norm.weight": "key_norm.scale",
+    "token_embd.": "shared.",
+    "enc.output_norm.": "encoder.final_layer_norm.",
+    "enc.blk.": "encoder.block.",
+    ".attn_q.": ".layer.0.SelfAttention.q.",
+    ".attn_k.": ".layer.0.SelfAttention.k.",
+    ".attn_v.": ".layer.0.SelfAttention.v.",
+    ".attn_o.": ".layer.0.SelfAttention.o.",
+    ".attn_rel_b.": ".layer.0.SelfAttention.relative_attention_bias.",
+    ".attn_norm.": ".layer.0.layer_norm.",
+    ".ffn_norm.": ".layer.1.layer_norm.",
+    ".ffn_gate.": ".layer.1.DenseReluDense.wi_0.",
+    ".ffn_up.": ".layer.1.DenseReluDense.wi_1.",
+    ".ffn_down.": ".layer.1.DenseReluDense.wo.",
 }
 
 
@@ -80,9 +83,9 @@ class GgufFile:
         self.fields = reader.fields
         self.tensors = {tensor.name: tensor for tensor in reader.tensors}
         self.keys = self.tensors.keys
-        one_of_each = {tensor.tensor_type: tensor for tensor in reader.tensors}
-        for tensor in one_of_each.values():
-            self.values(tensor, tensor.data[:1])             # refuses an unknown type right away
+        one_of_each = {tensor.tensor_type: tensor.name for tensor in reader.tensors}
+        for name in one_of_each.values():
+            self.get_tensor(name, rows=1)        # refuses an unknown type right away
 
     def metadata(self) -> dict[str, str]:
         return {"config": self.fields["config"].contents()} if "config" in self.fields else {}
@@ -92,19 +95,16 @@ class GgufFile:
         shape = [int(size) for size in reversed(tensor.shape)]           # innermost first in GGUF
         return SimpleNamespace(get_shape=lambda: shape, get_dtype=lambda: tensor.tensor_type.name)
 
-    def get_tensor(self, name: str) -> Tensor:
-        tensor = self.tensors[name]
-        return self.values(tensor, tensor.data)
-
-    def values(self, tensor: Any, data: Any) -> Tensor:
-        """Data of a tensor, dequantized."""
+    def get_tensor(self, name: str, rows: int | None = None) -> Tensor:
+        """Dequantized; with `rows` only the first of its rows."""
         from gguf import dequantize
+        tensor = self.tensors[name]
+        kind = tensor.tensor_type
         try:
-            return torch.tensor(dequantize(data, tensor.tensor_type))
+            return torch.tensor(dequantize(tensor.data[:rows], kind))
         except NotImplementedError:
-            kind = tensor.tensor_type.name
-            raise ValueError(f"{self.path}: the gguf package does not dequantize {kind} "
-                             f"({tensor.name}): {INSTEAD}") from None
+            raise ValueError(f"{self.path}: the gguf package does not dequantize {kind.name} "
+                             f"({name}): {INSTEAD}") from None
 
 
 def open_tensors(path: Path) -> Any:
@@ -118,16 +118,6 @@ def open_tensors(path: Path) -> Any:
         raise ValueError(f"{path} cannot be read as a safetensors file: {why}") from None
 
 
-def usual_name(name: str, part: str) -> str:
-    """Our name of a tensor; other programs may have their own."""
-    if part == "transformer":
-        return NORM.sub(r"\1_norm.scale", name)
-    if part == "t5" and (found := re.fullmatch(r"enc\.blk\.(\d+)\.(\w+)\.weight", name)):
-        return f"encoder.block.{found[1]}.layer.{T5_GGUF.get(found[2], found[2])}.weight"
-    return {"token_embd.weight": "shared.weight",
-            "enc.output_norm.weight": "encoder.final_layer_norm.weight"}.get(name, name)
-
-
 class TensorFiles:
     """Tensors of one file, or of all shards of a folder, by name; read only when asked for.
 
@@ -135,28 +125,25 @@ class TensorFiles:
     tensors of the part; scales and other notes on quantized weights are in `places` only.
     """
     def __init__(self, files: list[Path], part: str = "transformer", check: bool = True) -> None:
-        if check and len(files) == 1 and SHARD.search(files[0].name):
+        if len(files) == 1 and SHARD.search(files[0].name):
             folder = files[0].parent
             raise ValueError(f"{files[0]} is one part of several: name its folder, {folder}")
         self.path = files[0] if len(files) == 1 else files[0].parent
         self.metadata = {}
-        found = {}
+        self.places = {}                         # {name: (open file, key in that file)}
         for path in files:
             file = open_tensors(path)
             self.metadata |= file.metadata() or {}
-            found |= dict.fromkeys(file.keys(), file)
-
-        self.whole = any(re.match(PREFIXES[part], key) for key in found)
-        self.places = {}                         # {name: (open file, key in that file)}
-        for key, file in found.items():
-            own = re.sub(f"^{PREFIXES[part]}", "", key)
-            if self.whole and own == key and key.startswith(OTHERS):
-                continue                         # another part's
-            name = usual_name(own, part)
-            if name in self.places:
-                keys = f"{self.places[name][1]} and {key}"
-                raise ValueError(f"{self.path} holds {name} twice: as {keys}")
-            self.places[name] = file, key
+            for key in file.keys():
+                name = re.sub(f"^{PREFIXES[part]}", "", key)
+                if name == key and key.startswith(OTHERS):
+                    continue                     # another part's
+                for theirs, ours in USUAL_NAMES.items():
+                    name = name.replace(theirs, ours)
+                if name in self.places:
+                    keys = f"{self.places[name][1]} and {key}"
+                    raise ValueError(f"{self.path} holds {name} twice: as {keys}")
+                self.places[name] = file, key
 
         self.scales = {}
         for name in self.places:
@@ -164,10 +151,8 @@ class TensorFiles:
             # a scale without its weight stays among the tensors, as an unexpected one
             if weight != name and weight in self.places:
                 self.scales[weight] = name
-        self.names = []
-        for name in self.places:
-            if not name.endswith(MARKS) and name not in self.scales.values():
-                self.names.append(name)
+        notes = set(self.scales.values())
+        self.names = [n for n in self.places if n not in notes and not n.endswith(MARKS)]
         if check:
             for kind, name in self.unsupported():
                 raise ValueError(f"{self.path} is quantized as {kind} ({name}), which is not read: "
@@ -189,10 +174,9 @@ class TensorFiles:
         for name, scale in self.scales.items():
             shape = self.shape(scale)
             rows = self.shape(name)[0]
-            if self.slice(scale).get_dtype() in ("U8", "F8_E8M0"):
-                yield f"mxfp8: scales {shape} of {rows} rows", scale
-            if shape not in ([], [1], [rows], [rows, 1], [1, 1]):
-                yield f"blocks with scales: scales {shape} of {rows} rows", scale
+            blocks = self.slice(scale).get_dtype() in ("U8", "F8_E8M0")
+            if blocks or shape not in ([], [1], [rows], [rows, 1], [1, 1]):
+                yield f"mxfp8 or other blocks with scales: scales {shape} of {rows} rows", scale
 
     def marks(self) -> dict[str, dict]:
         """{layer: its comfy_quant, or its entry in the file's metadata}."""
@@ -201,7 +185,7 @@ class TensorFiles:
             layers = json.loads(said)["layers"]
             for name in self.places:
                 if name.endswith(".comfy_quant"):
-                    layers[name] = json.loads(self.tensor(name).view(torch.uint8).numpy().tobytes())
+                    layers[name] = json.loads(self.tensor(name).numpy().tobytes())
             return {layer: mark | mark.get("params", {}) for layer, mark in layers.items()}
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{self.path}: the marks of its quantized layers cannot be read: "

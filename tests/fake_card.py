@@ -547,4 +547,4 @@ class Shapes:
 def full_size_flux(card, fp8=False, offload=False, stay=0, config=None):
     """The project's load_flux over shapes."""
     card.model(config)
-    return checkpoints.load_flux(Path("flux"), card.device, torch.bfloat16, fp8, offload, stay)
+    return checkpoints.load_flux(Path("flux"), card.device, torch.bfloat16, fp8=fp8, offload=offload, stay=stay)

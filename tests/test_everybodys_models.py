@@ -325,7 +325,7 @@ def test_weights_of_a_variant(tmp_path):
     found, expected = (load_text_encoders(place, dtype=torch.float32).encode(PROMPTS) for place in (folder, HUB))
     assert all(map(torch.equal, found, expected))
     shutil.copy(HUB / "text_encoder/model.safetensors", folder / "text_encoder")
-    assert finding.text_files(folder, "clip")[0] == [folder / "text_encoder/model.safetensors"]           # before a variant
+    assert finding.part_files(folder, "clip")[0] == [folder / "text_encoder/model.safetensors"]           # before a variant
     missing = "model.bf16-00002-of-00002.safetensors"
     (folder / "text_encoder_2" / missing).unlink()
     found = message(find_model, str(folder))
@@ -539,16 +539,16 @@ def test_gguf_of_a_type_that_the_package_does_not_dequantise(tmp_path):
 
 
 def test_gguf_of_t5_has_other_names(tmp_path):
-    theirs = {value: key for key, value in tensors.T5_GGUF.items()}
     path, given = tmp_path / "t5-v1_1-xxl-encoder-Q8_0.gguf", {}
     for name, tensor in T5.items():
-        words = name.split(".")
-        name = {"shared.weight": "token_embd.weight", "encoder.final_layer_norm.weight": "enc.output_norm.weight"}.get(
-            name) or f"enc.blk.{words[2]}.{theirs['.'.join(words[4:-1])]}.weight"
+        for theirs, ours in tensors.USUAL_NAMES.items():
+            name = name.replace(ours, theirs)
         given[name] = tensor
+    assert {"token_embd.weight", "enc.output_norm.weight", "enc.blk.1.attn_q.weight", "enc.blk.0.attn_rel_b.weight",
+            "enc.blk.0.ffn_gate.weight", "enc.blk.0.ffn_norm.weight"} < given.keys()
     meant = write_gguf(path, given)
     model = Model(HUB / FLUX, HUB / "ae.safetensors", HUB / "text_encoder", path, HUB)
-    assert finding.holds(path, "t5", {"t5": 40}) and not finding.holds(path, "transformer", {})
+    assert finding.holds(path, "t5", 40) and not finding.holds(path, "transformer")
     found = load_text_encoders(model, dtype=torch.float32)
     assert torch.equal(found.t5.shared.weight, meant["token_embd.weight"])
     assert relative(found.encode(PROMPTS)[0], load_text_encoders(HUB, dtype=torch.float32).encode(PROMPTS)[0]) < 0.02

@@ -337,8 +337,7 @@ def test_a_cpu_that_is_too_small_is_one_line(main, words, monkeypatch, tmp_path,
         files = fake_card.Shapes(flux_model.Flux(flux_model.FluxConfig()))
     monkeypatch.setattr(checkpoints, "flux_files", lambda folder: (files, flux_model.FluxConfig()))
     monkeypatch.setattr(sample, "flux_files", checkpoints.flux_files)
-    for where in (checkpoints, sample):
-        monkeypatch.setattr(where, "find_model", lambda name, args=None: Path("flux"))
+    monkeypatch.setattr(checkpoints, "find_model", lambda name, args=None: Path("flux"))
     monkeypatch.setattr(checkpoints, "text_length", lambda folder: 512)
     monkeypatch.setattr(memory, "host_memory", lambda: 8e9)
     monkeypatch.setattr(checkpoints, "load_text_encoders", None)

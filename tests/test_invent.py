@@ -234,7 +234,7 @@ def test_full_size_on_a_card_that_is_not_there(gib, capability, fp8, tmp_path, m
     with FakeCard(gib, capability) as card:
         flux = full_size_flux(card, fp8)
         monkeypatch.setattr(sample, "open_flux", lambda *words: flux)
-        args = Namespace(folder=None, device=card.device, dtype=torch.bfloat16, steps=2, size=512, guidance=3.5, offload=False,
+        args = Namespace(folder=None, device=card.device, dtype=torch.bfloat16, steps=2, size=512, guidance=3.5, offload=False, text_device=card.device,
                          compile=False)
         invent.draw_pictures(args, shots, tmp_path)
         assert saved == [((1, 16, 64, 64), tmp_path / shot.path) for shot in shots]

@@ -540,7 +540,7 @@ def test_a_small_model_is_not_compiled_unless_asked(monkeypatch):
     asked = []
     monkeypatch.setattr("support.checkpoints.compile_blocks", asked.append)
     for wanted, steps, expected in ((None, 10_000, 0), (False, 10_000, 0), (True, 1, 1)):
-        args = SimpleNamespace(folder=HUB, dtype=torch.float32, fp8=False, offload=False, compile=wanted)
+        args = SimpleNamespace(folder=HUB, dtype=torch.float32, fp8=False, offload=False, stay=0, compile=wanted)
         open_flux(args, torch.device("cpu"), steps)
         assert len(asked) == expected
 

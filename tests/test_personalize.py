@@ -2,6 +2,7 @@
 import copy
 import functools
 import hashlib
+import json
 import math
 import shlex
 import shutil
@@ -625,10 +626,21 @@ def test_what_stands_in_the_place_of_settings_is_named(run, path, content, words
 
 
 @pytest.mark.parametrize("content", [b'{"model_type": "t5"}', b'{"learning_rate": "fast"}', b'{"mirror": [1]}', b'{"resolution": "1024"}',
-                                     b'{"iterations": 250}', b'{"iterations": {"lora": 0}}', b'{"iterations": {"LoRA": 250}}'])
+                                     b'{"iterations": -250}', b'{"iterations": {"lora": 0}}', b'{"iterations": {"LoRA": 250}}',
+                                     b'{"learning_rate": {"lora": "fast"}}', b'{"learning_rate": NaN}', b'{"resolution": 512.5}'])
 def test_foreign_settings_are_named(run, content):
     broken_hub("defaults.json", content)
     assert refused(run(ASTRONAUT, model="hub", method="lora"), "hub/defaults.json")
+
+
+def test_settings_for_one_use_leave_the_others_as_they_are(tmp_path):
+    """A use that defaults.json does not name has FLUX.1's value, which was a traceback."""
+    own = {"learning_rate": {"lora": 1e-3}, "iterations": 250, "resolution": {"stage 1": 64}}
+    (tmp_path / "defaults.json").write_text(json.dumps(own))
+    expected = {"lora": (1e-3, 250, 1024), "meta-lora": (4e-4, 250, 1024), "stage 1": (4e-4, 250, 64)}
+    for use, values in expected.items():
+        defaults = checkpoints.model_defaults(tmp_path, use)
+        assert tuple(defaults[name] for name in ("learning_rate", "iterations", "resolution")) == values
 
 
 def test_a_lomd_that_is_none(run, lomd):

@@ -361,7 +361,8 @@ def test_words_that_t5_cannot_hold_are_named_once_for_each_prompt(capsys, one_lo
     assert long == f"{kept} {' '.join(lost)}" and "T5 sees 512 tokens" in line
     assert len(seen(kept).input_ids) <= 512 < len(seen(f"{kept} {lost[0]}").input_ids)
     assert all(torch.equal(a, b) for a, b in zip(one_load.encode([kept + " " + lost[0]])[0], one_load.encode([long])[0]))
-    fits = load_text_encoders(HUB, "cpu", torch.float32, 256)
+    fits = load_text_encoders(HUB, "cpu", torch.float32)
+    fits.max_length = 256
     capsys.readouterr()
     check_prompts(fits, [kept, kept, "a cat"])                                           # schnell's
     assert capsys.readouterr().err.count("T5 sees 256 tokens") == 1
