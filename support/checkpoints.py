@@ -49,20 +49,20 @@ def bare_model(kind: type, files: TensorFiles, config: Any) -> tuple[Any, dict[s
     ValueError names the first missing, misshapen, and unexpected tensor."""
     with torch.device("meta"):
         model = kind(config)
+    found = {part: files.shape(part) for part in files.names}
     plan = {}
     shapes = {}
     for name, parameter in model.named_parameters():
         plan[name] = [name]
-        if "x_embedder.weight" in files.names:
+        if "x_embedder.weight" in found:
             plan[name] = diffusers_flux_names(name)
-        elif "decoder.conv_norm_out.weight" in files.names:
+        elif "decoder.conv_norm_out.weight" in found:
             plan[name] = diffusers_autoencoder_names(name, len(config.ch_mult))
         size, *rest = parameter.shape
         width = getattr(config, "hidden_size", 0)
         for part, rows in zip(plan[name], part_sizes(len(plan[name]), size, width)):
             shapes[part] = [rows, *rest]
 
-    found = {part: files.shape(part) for part in files.names}
     misshapen = []
     for part in shapes.keys() & found.keys():
         # diffusers keeps the autoencoder's 1 x 1 convolutions as Linears

@@ -125,10 +125,12 @@ class TensorFiles:
     tensors of the part; scales and other notes on quantized weights are in `places` only.
     """
     def __init__(self, files: list[Path], part: str = "transformer", check: bool = True) -> None:
-        if len(files) == 1 and SHARD.search(files[0].name):
-            folder = files[0].parent
-            raise ValueError(f"{files[0]} is one part of several: name its folder, {folder}")
-        self.path = files[0] if len(files) == 1 else files[0].parent
+        self.path, *others = files
+        if others:
+            self.path = self.path.parent
+        elif SHARD.search(self.path.name):
+            raise ValueError(f"{self.path} is one part of several: name its folder, "
+                             f"{self.path.parent}")
         self.metadata = {}
         self.places = {}                         # {name: (open file, key in that file)}
         for path in files:

@@ -207,6 +207,14 @@ invent.main({words!r})
 """
 
 
+def test_a_name_of_the_hub(monkeypatch):
+    def stop(args, device):
+        raise ValueError(args.model)
+    monkeypatch.setattr(invent, "choose_model", stop)
+    with pytest.raises(ValueError, match="^flux-dev$"):
+        invent.parse(["--model", "black-forest-labs/FLUX.1-dev", "--device", "cpu", "--out", "folks"])
+
+
 @pytest.mark.parametrize("name, call", [MOMENTS[0], *(pytest.param(*moment, marks=pytest.mark.slow) for moment in MOMENTS[1:])])
 def test_kill_9_leaves_the_same_folder(name, call):
     words = [*SMALL, "--no-filter"]

@@ -545,6 +545,14 @@ def test_a_small_model_is_not_compiled_unless_asked(monkeypatch):
         assert len(asked) == expected
 
 
+@pytest.mark.parametrize("offload, left, expected", [(True, 10, "cpu"), (True, 12, "cuda"), (False, 10, "cuda")])
+def test_text_is_encoded_on_the_cpu_where_t5_does_not_fit(offload, left, expected, monkeypatch):
+    monkeypatch.setattr(checkpoints, "memory_left", lambda device: left * GIB)
+    args = SimpleNamespace(model=str(HUB), offload=offload)
+    checkpoints.choose_model(args, torch.device("cuda"))
+    assert str(args.text_device) == expected and args.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("fp8, capability, pays", [(False, (8, 6), True), (True, (8, 6), False), (True, (8, 9), True)])
 def test_8_bits_are_not_compiled_where_the_compiler_has_none(fp8, capability, pays, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
