@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from flux_model import Decoder, Flux, flow_matching_loss, velocity
-from support.devices import free, is_out_of_memory
+from support.devices import free, suppress_out_of_memory
 from support.names import find_targets
 
 E4M3 = torch.float8_e4m3fn
@@ -188,7 +188,7 @@ def compile_blocks(flux: nn.Module) -> None:
     for any number of tokens. Call it before an adapter is put in."""
     # variants: one person or several, with gradients or without, widths of the adapter; dynamo's
     # limit is 8, and beyond it blocks run as written, with a warning from torch
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    torch._dynamo.config.recompile_limit = 64
     for block in blocks_of(flux):
         block.compiled = compiled(super(Managed, block).forward.__func__)
 
@@ -200,81 +200,66 @@ compiled = cache(partial(torch.compile, dynamic=True))       # one piece of code
 
 
 class Offload:
-    """Keeps the weights of all blocks from `stay` on in page-locked CPU memory. The device has two
-    buffers: one holds the block that runs, the other the one that came after it the last time,
-    copied meanwhile on its own stream.
+    """Keeps the weights of all blocks from `stay` on in page-locked CPU memory. The device holds two
+    of these blocks: the one that runs, and the one that came after it the last time, copied
+    meanwhile on its own stream.
 
-    `run(i, forward, *inputs)` runs block i, in any order. Only frozen weights move: adapters stay
-    on the device.
+    `run(i, forward, *inputs)` runs block i, in any order. Make it before an adapter is put in:
+    adapters stay on the device.
     """
     def __init__(self, flux: nn.Module, device: torch.device | str):
         self.device = torch.device(device)
-        self.stream = torch.cuda.Stream(device) if self.device.type == "cuda" else None
+        # elsewhere than on a GPU, streams that do nothing
+        self.backend = torch.cuda if self.device.type == "cuda" else torch.cpu
+        self.stream = self.backend.Stream(device)
         self.tensors = []
         for block in blocks_of(flux):
             block.offload = self
-            self.tensors.append([p for p in block.parameters() if not p.requires_grad])
+            self.tensors.append([*block.parameters()])
             for module in block.modules():
                 module.widen = False     # for metalora.py: S would not be offloaded
         self.stay = len(self.tensors)
-        self.homes = {}                          # {block: flat CPU memory: one copy moves a block}
+        self.homes = {}                          # {block: its weights in CPU memory}
         self.after = {}                          # {(block before, block): the block that followed}
 
     def keep(self, stay: int) -> None:
         """Offloads all blocks from `stay` on; those that were offloaded before stay so."""
-        if self.stream:
-            torch.cuda.synchronize(self.device)
+        self.backend.synchronize(self.device)
         for index, home in self.homes.items():
             self.place(self.tensors[index], home)
-        self.buffers = None                      # free these before larger ones are allocated
+        lock = self.device.type == "cuda"
         for index in range(stay, self.stay):
             tensors = self.tensors[index]
-            size = sum(padded(tensor.nbytes) for tensor in tensors)
-            self.homes[index] = page_locked(size, lock=self.stream is not None)
-            self.place(tensors, self.homes[index], fill=True)
+            check_host(sum(tensor.nbytes for tensor in tensors))
+            self.homes[index] = [page_locked(tensor, lock) for tensor in tensors]
+            self.place(tensors, self.homes[index])
         self.stay = stay
-        size = max(map(len, self.homes.values()), default=0)
-        self.buffers = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(2)]
-        self.held = [None, None]                 # the block in each buffer
-        self.current = 0                         # the buffer of the last block
-        self.recent = None, None                 # the last two blocks
+        self.held = set()                        # offloaded blocks that are on the device
+        self.recent = None, None                 # the last two that ran
 
     @staticmethod
-    def place(tensors: list[Tensor], flat: Tensor, fill: bool = False) -> None:
-        """Makes each tensor a view of its part of `flat`; fill=True copies its values there
-        first."""
-        start = 0
-        for tensor in tensors:
-            view = flat[start:start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-            if fill:
-                view.copy_(tensor)
-            start += padded(tensor.nbytes)
-            tensor.data = view
+    def place(tensors: list[Tensor], values: list[Tensor]) -> None:
+        for tensor, value in zip(tensors, values):
+            tensor.data = value
 
     def fetch(self, index: int) -> None:
-        """Starts copying a block to the buffer that is not in use, once all work queued so far has
-        read from it."""
-        place = 1 - self.current
-        before = self.held[place]
-        if before is not None:
-            self.place(self.tensors[before], self.homes[before])
-        self.held[place] = index
-        home = self.homes[index]
-        target = self.buffers[place][:len(home)]
-        if not self.stream:
-            target.copy_(home)
-            return
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.stream):
-            target.copy_(home, non_blocking=True)
+        """Starts copying a block to the device, once all work queued so far is done. Of the others,
+        only the last one that ran stays there."""
+        for other in self.held - {self.recent[1]}:
+            self.place(self.tensors[other], self.homes[other])
+            self.held.remove(other)
+        self.held.add(index)
+        self.stream.wait_stream(self.backend.current_stream(self.device))
+        # memory of this stream: it is used again only for a copy that waits as this one does
+        with self.backend.stream(self.stream):
+            copies = [home.to(self.device, copy=True, non_blocking=True)
+                      for home in self.homes[index]]
+        self.place(self.tensors[index], copies)
 
     def run(self, index: int, forward: Callable, *inputs):
         if index not in self.held:
             self.fetch(index)
-        self.current = self.held.index(index)
-        if self.stream:
-            torch.cuda.current_stream(self.device).wait_stream(self.stream)
-        self.place(self.tensors[index], self.buffers[self.current])
+        self.backend.current_stream(self.device).wait_stream(self.stream)
         self.after[self.recent] = index
         self.recent = self.recent[1], index
         following = self.after.get(self.recent, index)
@@ -289,26 +274,19 @@ def check_host(size: int) -> None:
                          f"of which {host_memory() / GIB:.1f} are free")
 
 
-def page_locked(size: int, lock: bool) -> Tensor:
-    """CPU memory (size,), uint8, that shares no page with other memory: a page cannot be locked
-    twice. torch's own allocator of page-locked memory rounds up to a power of two."""
-    check_host(size)
-    page = mmap.PAGESIZE
-    flat = torch.empty(size + 2 * page, dtype=torch.uint8)
-    start = -flat.data_ptr() % page
-    home = flat[start:start + size]
+def page_locked(tensor: Tensor, lock: bool) -> Tensor:
+    """A copy in CPU memory, in pages of its own, since a page cannot be locked twice. torch's own
+    allocator of page-locked memory rounds up to a power of two."""
+    pages = mmap.mmap(-1, tensor.nbytes)
+    home = torch.frombuffer(pages, dtype=tensor.dtype).view(tensor.shape)
+    home.copy_(tensor)
     if lock:
         cudart = torch.cuda.cudart()
-        if int(cudart.cudaHostRegister(home.data_ptr(), -(-size // page) * page, 0)):
-            raise OSError(f"the system does not let --offload lock {size / GIB:.1f} GiB more "
-                          "of its memory: a higher limit (ulimit -l) or --fp8 helps")
-        weakref.finalize(flat.untyped_storage(), cudart.cudaHostUnregister, home.data_ptr())
+        if int(cudart.cudaHostRegister(home.data_ptr(), home.nbytes, 0)):
+            raise OSError("the system does not let --offload lock more of its memory: "
+                          "a higher limit (ulimit -l) or --fp8 helps")
+        weakref.finalize(home.untyped_storage(), cudart.cudaHostUnregister, home.data_ptr())
     return home
-
-
-def padded(size: int) -> int:
-    """Bytes rounded up to a multiple of 256, where each tensor of a flat buffer begins."""
-    return -(-size // 256) * 256
 
 
 # What is known: bytes, before anything is read ----------------------------------------------------
@@ -396,14 +374,19 @@ def check_memory(args: Namespace, device: torch.device, flux: Flux, beside: int 
     first, while --offload moves the others."""
     if args.fp8 and device.type == "mps":
         raise ValueError("--fp8 does not work on mps, which has no 8-bit floats: try --offload")
-    available = memory_left(device)
-    needs = {}
-    switches = {"": (args.fp8, args.offload), "--fp8": (True, args.offload),
-                "--offload": (args.fp8, True), "--fp8 --offload": (True, True)}
-    for words, (fp8, offload) in switches.items():
+
+    def needed(fp8: bool, offload: bool) -> int:
         around, blocks = weight_bytes(flux, args.dtype, fp8)
         here = 2 * max(blocks) if offload and device.type != "cpu" else sum(blocks)
-        needs[words] = around + here + beside + RESERVE
+        return around + here + beside + RESERVE
+
+    needs = {
+        "": needed(args.fp8, args.offload),
+        "--fp8": needed(True, args.offload),
+        "--offload": needed(args.fp8, True),
+        "--fp8 --offload": needed(True, True),
+    }
+    available = memory_left(device)
     line = f"this takes {needs[''] / GIB:.1f} GiB or more, of which {available / GIB:.1f} are free"
     fitting = [words for words in needs if needs[words] <= available]
     if not fitting:
@@ -412,30 +395,24 @@ def check_memory(args: Namespace, device: torch.device, flux: Flux, beside: int 
     if fitting[0]:
         raise ValueError(f"{line}; with {fitting[0]} it takes {needs[fitting[0]] / GIB:.1f}")
 
-    args.stay = 0                                            # on a CPU
-    if device.type != "cpu":
-        around, blocks = weight_bytes(flux, args.dtype, args.fp8)
-        left = available - RESERVE - beside - around
-        args.stay = len(blocks)
-        if sum(blocks) > left:
-            args.stay = sum(size <= left - 2 * max(blocks) for size in accumulate(blocks))
-        check_host(sum(blocks[args.stay:]))
-        if beside:
-            print(line)
+    around, blocks = weight_bytes(flux, args.dtype, args.fp8)
+    room = available - RESERVE - beside - around
+    if sum(blocks) > room:
+        room -= 2 * max(blocks)                  # the buffers of --offload
+    args.stay = sum(size <= room for size in accumulate(blocks))
+    check_host(sum(blocks[args.stay:]))
+    if beside and device.type != "cpu":
+        print(line)
 
 
 # The rest is tried --------------------------------------------------------------------------------
 
 def succeeds(step: Callable[[], object], device: torch.device) -> bool:
     """Whether a step fits into memory with RESERVE bytes left."""
-    try:
+    with suppress_out_of_memory():
         reserve = torch.empty(RESERVE, dtype=torch.uint8, device=device)
         step()
-        del reserve
         return True
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
     free(device)                         # not while the error holds the step's tensors
     return False
 
@@ -445,29 +422,26 @@ def fit(flux: Flux, device: torch.device, step: Callable[[], object], training: 
     """Runs `step`, the largest of the run, with everything else in memory. While that does not fit,
     more blocks run twice (training only; `recompute` fixes their number), then, if blocks are
     offloaded, fewer stay on the device. ValueError if nothing more can be saved."""
-    every = len(blocks_of(flux))
     offload = blocks_of(flux)[0].offload
-    counts = range(every + 1)
-    if offload and offload.homes:
-        counts = [every]                         # offloaded blocks always run twice
-    if not training:
-        counts = [0]
+    most = len(blocks_of(flux)) if training else 0
+    least = most if offload and offload.homes else 0         # offloaded blocks always run twice
     if recompute is not None:
-        counts = [recompute]
+        least = most = recompute
 
     def fits(count: int) -> bool:
         recompute_blocks(flux, count)
         return succeeds(step, device)
-    found = 0 if fits(counts[0]) else bisect_left(counts, True, lo=1, key=fits)
-    recompute_blocks(flux, counts[min(found, len(counts) - 1)])
-    fitted = found < len(counts)
-    back = 1
+
+    fitted = fits(least)
+    if not fitted:
+        count = bisect_left(range(most + 1), True, lo=least + 1, key=fits)
+        recompute_blocks(flux, min(count, most))
+        fitted = count <= most
     while not fitted:
         if not offload or not offload.stay:
             raise ValueError(f"a step of this size does not fit into the memory of {device}: try "
                              "--fp8, --offload, a smaller --resolution or --batch-size")
-        offload.keep(max(0, offload.stay - back))
-        back *= 2
+        offload.keep(offload.stay - 1)
         fitted = succeeds(step, device)
 
 
@@ -530,11 +504,8 @@ class TiledDecoder(Decoder):
     """The autoencoder's decoder, which decodes large pictures in tiles, see upsample_tiled."""
     def forward(self, z: Tensor) -> Tensor:
         if z[0, 0].numel() * 4 ** (len(self.up) - 1) <= WHOLE_PIXELS:
-            try:
+            with suppress_out_of_memory():
                 return super().forward(z)
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
             free(z.device)
         x = self.mid(self.conv_in(z))            # small, with global attention: not in tiles
         return torch.cat([upsample_tiled(self, each) for each in x.split(1)])
@@ -550,17 +521,17 @@ def upsample_tiled(decoder: nn.Module, x: Tensor) -> Tensor:
     surroundings. With the baby's autoencoder at 1024 x 1536 that is a relative distance of 0.005
     (56 dB, a third of an 8-bit level on average); with statistics of each tile's own it was 0.045
     (37 dB)."""
-    norms = [m for m in (*decoder.up.modules(), decoder.norm_out) if isinstance(m, nn.GroupNorm)]
+    norms = [module for module in decoder.modules() if isinstance(module, nn.GroupNorm)]
     step = math.ceil(math.sqrt(x[0, 0].numel()) / TILE)
     columns = partial(in_strips, decoder.upsample, dim=3)
+    for norm in norms:
+        norm.forward = held_statistics(norm)
     try:
-        for norm in norms:
-            norm.forward = held_statistics(norm)
         decoder.upsample(x[..., ::step, ::step])
         return in_strips(columns, x, dim=2)
     finally:
         for norm in norms:
-            vars(norm).pop("forward", None)
+            del norm.forward
 
 
 def in_strips(enlarge: Callable[[Tensor], Tensor], x: Tensor, dim: int) -> Tensor:
