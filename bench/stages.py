@@ -15,7 +15,7 @@ with quartiles in parentheses.
 The bound is the FLOPs of the base's blocks divided by the rate of a large matrix product in the same
 dtype, which runs in turn with the others. The adapter, gradient checkpointing and elementwise work do
 not count, which lowers the share; 8-bit weights can push it above 100 %. Peak memory includes the 0.4
-GB of that product.
+GiB of that product.
 """
 import sys
 import time
@@ -34,7 +34,7 @@ from flux_model import AutoEncoder, AutoEncoderConfig, Flux, FluxConfig, denoise
 from metalora import AdaptedLinear, MetaLoRA, apply_loras, random_lomd
 from support.checkpoints import fill_flux, flux_files
 from support.common import Parser, run_script
-from support.devices import free, pick_device
+from support.devices import free, peak_memory, pick_device
 from support.finding import find_model
 from support.memory import blank, compile_blocks, fit_training
 from support.names import diffusers_flux_names, find_targets, part_sizes
@@ -63,13 +63,12 @@ class RandomFiles(TensorFiles):
     about as large as they are."""
     def __init__(self, config: FluxConfig, device: torch.device, dtype: torch.dtype):
         with torch.device("meta"):
-            self.places = dict(Flux(config).named_parameters())
-        self.names = self.places
+            self.names = dict(Flux(config).named_parameters())
         self.scales = {}
         self.draw = partial(torch.randn, device=device, dtype=dtype)
 
     def shape(self, name: str) -> list[int]:
-        return list(self.places[name].shape)
+        return list(self.names[name].shape)
 
     def tensor(self, name: str) -> Tensor:
         weight = self.draw(self.shape(name))
@@ -225,21 +224,17 @@ def measure(flux: Flux, inputs: tuple[Tensor, ...], training: bool, step: Callab
             other: Callable, seconds: float) -> str:
     """The time of `step`, its share of the bound, and its ratio to `other`."""
     weight = flux.img_in.weight
-    device = weight.device
-    side = 1024 if device.type == "cpu" else 8192
+    side = 1024 if weight.device.type == "cpu" else 8192
     matrix = weight.new_empty(side, side).normal_()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    if weight.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(weight.device)
     functions = [lambda: matrix @ matrix, step, other]
-    products, times, others = interleave(functions, device, seconds)
+    products, times, others = interleave(functions, weight.device, seconds)
     rate = 2 * side ** 3 / median(products)
     bound = count_flops(flux.config, inputs, training) / rate
     ratios = [ours / theirs for ours, theirs in zip(times, others)]
-    text = (f"{spread(times)} s, {bound / median(times):.1%} of the bound, "
-            f"ratio {spread(ratios)}, {len(times)} rounds")
-    if device.type == "cuda":
-        text += f", peak {torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB"
-    return text
+    return (f"{spread(times)} s, {bound / median(times):.1%} of the bound, ratio {spread(ratios)}, "
+            f"{len(times)} rounds{peak_memory(weight.device)}")
 
 
 def train(flux: Flux, px: int, text_tokens: int, seconds: float, people: int = 1,

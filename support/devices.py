@@ -8,16 +8,13 @@ import torch
 
 def pick_device(name: str | None = None) -> torch.device:
     """The device by name, or the best available one. ValueError if it is not available."""
-    counts = {
-        "cuda": torch.cuda.device_count(),
-        "mps": int(torch.backends.mps.is_available()),
-        "cpu": 1,
-    }
-    available = [kind for kind, count in counts.items() if count]
-    name = available[0] if name is None else name
-    kind, colon, index = name.partition(":")
-    index = index if colon else "0"
-    if not index.isdecimal() or int(index) >= counts.get(kind, 0):
+    available = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        available.append("mps:0")
+    available.append("cpu:0")
+    if name is None:
+        name = available[0].removesuffix(":0")
+    if name not in available and f"{name}:0" not in available:
         raise ValueError(f"--device {name} is not available here; available: "
                          f"{', '.join(available)}")
     return torch.device(name)
@@ -29,9 +26,9 @@ def use_threads(small: bool) -> None:
         torch.set_num_threads(1)
 
 
-def to_device(tensor: torch.Tensor, device: str | torch.device) -> torch.Tensor:
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Copies a small CPU tensor to the device without waiting for the work queued there."""
-    if torch.device(device).type != "cuda":
+    if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
@@ -44,9 +41,7 @@ def free(device: str | torch.device) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """CUDA raises its own type; mps and the CPU raise a RuntimeError with one of these messages."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
+    """What PyTorch says on the various devices; it has a type for CUDA alone."""
     messages = "out of memory", "can't allocate memory", "not enough memory"
     return any(message in str(error) for message in messages)
 

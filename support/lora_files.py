@@ -187,27 +187,27 @@ def to_original(lora: Lora, mlp_ratio: float) -> Lora:
         part, number = split_number(path)
         original = ORIGINAL_OF[part]
         layer = original.format(number)
-        templates = FLUX_LINEARS[original]
-        if len(templates) == 1:
-            # diffusers has the halves of the final modulation, shift and scale, in the other order
-            fused[layer] = (A, B.roll(len(B) // 2, 0) if "adaLN" in layer else B)
-        elif layer not in fused:
-            width = A.shape[1]
-            pairs = []
-            for template, rows in zip(templates, [width] * 3 + [int(mlp_ratio * width)]):
-                absent = A[:0], A.new_zeros(rows, 0)
-                pairs.append(lora.get(template.format(number), absent))
-            sizes = {A.shape[1] for A, _ in pairs} | {len(B) for _, B in pairs[:3]}
-            if sizes != {width}:
-                raise ValueError(f"{layer}: its parts do not fit together: {sorted(sizes)}")
-            fused[layer] = fuse(pairs)
+        if layer in fused:
+            continue
+        width = A.shape[1]
+        pairs = []
+        for template, rows in zip(FLUX_LINEARS[original], [width] * 3 + [int(mlp_ratio * width)]):
+            absent = A[:0], A.new_zeros(rows, 0)
+            pairs.append(lora.get(template.format(number), absent))
+        sizes = {A.shape[1] for A, _ in pairs} | {len(B) for _, B in pairs[:3]}
+        if len(pairs) > 1 and sizes != {width}:
+            raise ValueError(f"{layer}: its parts do not fit together: {sorted(sizes)}")
+        A, B = fuse(pairs)
+        if "adaLN" in layer:     # diffusers has the halves, shift and scale, in the other order
+            B = B.roll(len(B) // 2, 0)
+        fused[layer] = A, B
     return fused
 
 # Reading ----------------------------------------------------------------------------------------
 
 def read_metadata(path: Place) -> dict[str, str]:
     """The metadata of a LoRA file. ValueError if it is not a safetensors file."""
-    return open_tensors(Path(path)).metadata() or {}
+    return open_tensors(path).metadata() or {}
 
 
 def tell_replaced(path: Path, photo_digests: str) -> None:
@@ -264,7 +264,7 @@ def sort_keys(path: Place, file: Any) -> tuple[dict[str, tuple], dict[str, list[
                 continue
             if key.endswith(".bias"):
                 kind = "unknown"
-            elif change.dim() == 1:
+            elif change.dim() < 2:
                 kind = "biases and norms"
         if kind in ENDING.groupindex:            # "A", "B", "alpha" or "change"
             _, keys = layers.setdefault(key if kind == "change" else name, (parts, {}))
@@ -272,8 +272,9 @@ def sort_keys(path: Place, file: Any) -> tuple[dict[str, tuple], dict[str, list[
         else:
             unused.setdefault(kind, []).append(key)
     unknown = unused.pop("unknown", [])
-    said = [text for field, text in sorted((file.metadata() or {}).items())
-            if field in ("modelspec.architecture", "ss_base_model_version")]
+    metadata = file.metadata() or {}
+    said = [metadata[field] for field in ("modelspec.architecture", "ss_base_model_version")
+            if field in metadata]
     kind, found = first_match(UNSUPPORTED, unknown + said)
     if kind:
         raise ValueError(f"{path} is {kind} ({found!r}), which is not supported: "
@@ -363,7 +364,7 @@ def load_lora(path: Place, config: FluxConfig | None = None) -> Lora:
     understood.
     """
     check_file(path, "LoRA file")
-    file = open_tensors(Path(path))
+    file = open_tensors(path)
     layers, unused = sort_keys(path, file)
     peft = peft_alphas(Path(path), file.metadata() or {})
     lora = {}
@@ -493,7 +494,7 @@ def save_lomd(path: Place, lomd: dict[str, Tensor], metadata: dict[str, str]) ->
 
 def load_lomd(path: Place) -> tuple[dict[str, Tensor], dict[str, str]]:
     """LoMD and metadata of a file by save_lomd. ValueError, in one line, for any other file."""
-    file = open_tensors(Path(path))
+    file = open_tensors(path)
     lomd = {}
     for key in file.keys():
         A = file.get_tensor(key).float()
@@ -526,12 +527,12 @@ def read_lomd(folder: Place, path: Place | None = None) -> tuple[dict[str, Tenso
     name = metadata.get("model", "unnamed")
     mine = flux_fingerprint(folder)
     theirs = metadata.get("model_fingerprint", mine)
-    if mine != theirs and "e5m2" in mine + theirs:
+    if mine != theirs:
+        if "e5m2" not in mine + theirs:
+            raise ValueError(f"{path}: it was trained on another model of this shape, {name} with "
+                             f"fingerprint {theirs}; this one has {mine}")
         note(f"{path}: it cannot be known whether this 8-bit copy is of the model that it was "
              f"trained on, {name}")
-    elif mine != theirs:
-        raise ValueError(f"{path}: it was trained on another model of this shape, {name} with "
-                         f"fingerprint {theirs}; this one has {mine}")
     digest = sha256(path.read_bytes()).hexdigest()
     return lomd, f"sha256 {digest}", metadata.get("random") == "true"
 

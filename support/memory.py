@@ -82,32 +82,29 @@ class Fp8Product(torch.autograd.Function):
             x8, x_scale = quantize(x)
             return torch._scaled_mm(x8, weight.T, scale_a=x_scale, scale_b=scale, bias=bias,
                                     out_dtype=x.dtype, use_fast_accum=True)
-        return Fp8Product.in_16_bits(x, weight.T, scale.T, unit, bias)
+        W = in_16_bits(weight, scale, unit, x.dtype)
+        return torch.addmm(bias, x, W.T, alpha=unit or 1.0)
 
     @staticmethod
     def backward(ctx, dy):
-        weight, scale = ctx.saved_tensors
-        dx = Fp8Product.in_16_bits(dy, weight, scale, ctx.unit, None)
+        W = in_16_bits(*ctx.saved_tensors, ctx.unit, dy.dtype)
+        ignored = dy.new_empty(())
+        dx = torch.addmm(ignored, dy, W, beta=0, alpha=ctx.unit or 1.0)
         return dx, None, None, None, None, None
 
-    @staticmethod
-    def in_16_bits(x: Tensor, weight: Tensor, scale: Tensor, unit: float | None,
-                   bias: Tensor | None) -> Tensor:
-        """x times the weight, or its transpose, as a matrix of x's dtype, which holds 8 bits
-        exactly. unit: the one scale, which is then part of the GEMM."""
-        W = weight.to(x.dtype)
-        if unit is None:
-            W.mul_(scale)                                    # many scales, or a compiler at work
-        beta = 0 if bias is None else 1
-        bias = x.new_empty(()) if bias is None else bias
-        return torch.addmm(bias, x, W, beta=beta, alpha=unit or 1.0)
+
+def in_16_bits(weight: Tensor, scale: Tensor, unit: float | None, dtype: torch.dtype) -> Tensor:
+    """The weight as a matrix of `dtype`, which holds 8 bits exactly. unit: the one scale, which is
+    left to the GEMM; None: many scales, or a compiler at work."""
+    W = weight.to(dtype)
+    return W.mul_(scale) if unit is None else W
 
 
 class Fp8Linear(nn.Linear):
-    """A frozen Linear with 8 bits per weight: `weight` float8_e4m3 (d_out, d_in), `scale` fp32,
-    (1, 1) or, from files with one per row, (d_out, 1). `dtype`: of its inputs and outputs. `unit`:
-    a single scale as a number, else None. `kernel`: whether the device multiplies float8 of this
-    size. Filled by checkpoints.load_flux."""
+    """A frozen Linear, with a bias, of 8 bits per weight: `weight` float8_e4m3 (d_out, d_in),
+    `scale` fp32, (1, 1) or, from files with one per row, (d_out, 1). `dtype`: of its inputs and
+    outputs. `unit`: a single scale as a number, else None. `kernel`: whether the device multiplies
+    float8 of this size. Filled by checkpoints.load_flux."""
     widen = False                     # for metalora.py: the weight cannot move into S
 
     @staticmethod
@@ -117,13 +114,12 @@ class Fp8Linear(nn.Linear):
         layer.dtype = dtype
         weight = torch.empty(layer.weight.shape, dtype=E4M3, device=device)
         layer.weight = nn.Parameter(weight, requires_grad=False)
-        layer.scale = nn.Parameter(torch.empty(1, 1, device=device), requires_grad=False)
 
     def fill(self, weight: Tensor, scale: Tensor) -> None:
         """Copies values that are on the device the layer runs on, even if its weight is stored
         elsewhere."""
         self.weight.data.copy_(weight)
-        self.scale.data = scale.to(self.weight.device)
+        self.scale = nn.Parameter(scale.to(self.weight.device), requires_grad=False)
         self.unit = scale.item() if len(scale) == 1 else None
         # kernels take one scale, and multiples of 16; asked here, since a compiler cannot ask
         fits = self.unit is not None and not any(n % 16 for n in weight.shape)
@@ -200,8 +196,8 @@ compiled = cache(partial(torch.compile, dynamic=True))       # one piece of code
 
 
 class Offload:
-    """Keeps the weights of all blocks from `stay` on in page-locked CPU memory. The device holds two
-    of these blocks: the one that runs, and the one that came after it the last time, copied
+    """Keeps the weights of all blocks from `stay` on in page-locked CPU memory. The device holds
+    two of these blocks: the one that runs, and the one that came after it the last time, copied
     meanwhile on its own stream.
 
     `run(i, forward, *inputs)` runs block i, in any order. Make it before an adapter is put in:
@@ -298,9 +294,8 @@ RESERVE = GIB // 2            # stays free: workspace of libraries, fragmentatio
 BLOCK = 25
 
 
-def memory_left(device: torch.device | str) -> float:
+def memory_left(device: torch.device) -> float:
     """Bytes that can still be allocated on a device."""
-    device = torch.device(device)
     if device.type == "cuda":
         free(device)
         return torch.cuda.mem_get_info(device)[0]
@@ -311,10 +306,10 @@ def memory_left(device: torch.device | str) -> float:
 
 def host_memory() -> float:
     """Bytes of CPU memory available; infinite where there is no way to know."""
-    with suppress(OSError):
+    with suppress(OSError, TypeError):
         found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text("utf-8"))
         return 1024 * int(found[1])
-    return math.inf                                          # not Linux
+    return math.inf                                          # not Linux, or one that lacks the line
 
 
 def weight_bytes(flux: Flux, dtype: torch.dtype, fp8: bool) -> tuple[int, list[int]]:
@@ -407,21 +402,12 @@ def check_memory(args: Namespace, device: torch.device, flux: Flux, beside: int 
 
 # The rest is tried --------------------------------------------------------------------------------
 
-def succeeds(step: Callable[[], object], device: torch.device) -> bool:
-    """Whether a step fits into memory with RESERVE bytes left."""
-    with suppress_out_of_memory():
-        reserve = torch.empty(RESERVE, dtype=torch.uint8, device=device)
-        step()
-        return True
-    free(device)                         # not while the error holds the step's tensors
-    return False
-
-
 def fit(flux: Flux, device: torch.device, step: Callable[[], object], training: bool,
         recompute: int | None = None) -> None:
-    """Runs `step`, the largest of the run, with everything else in memory. While that does not fit,
-    more blocks run twice (training only; `recompute` fixes their number), then, if blocks are
-    offloaded, fewer stay on the device. ValueError if nothing more can be saved."""
+    """Runs `step`, the largest of the run, with everything else in memory. While that does not fit
+    with RESERVE bytes left, more blocks run twice (training only; `recompute` fixes their number),
+    then, if blocks are offloaded, fewer stay on the device. ValueError if nothing more can be
+    saved."""
     offload = blocks_of(flux)[0].offload
     most = len(blocks_of(flux)) if training else 0
     least = most if offload and offload.homes else 0         # offloaded blocks always run twice
@@ -430,7 +416,12 @@ def fit(flux: Flux, device: torch.device, step: Callable[[], object], training: 
 
     def fits(count: int) -> bool:
         recompute_blocks(flux, count)
-        return succeeds(step, device)
+        with suppress_out_of_memory():
+            reserve = torch.empty(RESERVE, dtype=torch.uint8, device=device)  # held during the step
+            step()
+            return True
+        free(device)                     # not while the error holds the step's tensors
+        return False
 
     fitted = fits(least)
     if not fitted:
@@ -442,7 +433,7 @@ def fit(flux: Flux, device: torch.device, step: Callable[[], object], training: 
             raise ValueError(f"a step of this size does not fit into the memory of {device}: try "
                              "--fp8, --offload, a smaller --resolution or --batch-size")
         offload.keep(offload.stay - 1)
-        fitted = succeeds(step, device)
+        fitted = fits(most)
 
 
 def blank(flux: Flux, batch: int, size: tuple[int, int], text_tokens: int) -> list[Tensor]:
@@ -503,7 +494,7 @@ OVERLAP = 16                  # latent pixels shared with the next tile
 class TiledDecoder(Decoder):
     """The autoencoder's decoder, which decodes large pictures in tiles, see upsample_tiled."""
     def forward(self, z: Tensor) -> Tensor:
-        if z[0, 0].numel() * 4 ** (len(self.up) - 1) <= WHOLE_PIXELS:
+        if 8 * 8 * z[0, 0].numel() <= WHOLE_PIXELS:
             with suppress_out_of_memory():
                 return super().forward(z)
             free(z.device)

@@ -935,7 +935,7 @@ def test_importing_does_nothing(tmp_path):
     assert (*child.communicate(), child.returncode) == ("", "", 0) and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["quantum", "cpu:x", "cpu:1", "cpu:", "cuda:99", "mps:1", ":0", ""])
+@pytest.mark.parametrize("name", ["quantum", "cpu:x", "cpu:1", "cpu:", "cpu:00", "cuda:99", "mps:1", ":0", ""])
 def test_a_device_that_is_not_there(name):
     with pytest.raises(ValueError, match="--device .* is not available here; available: .*cpu"):
         pick_device(name)

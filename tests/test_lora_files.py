@@ -586,8 +586,9 @@ def test_changes_of_biases_and_norms_are_noted_and_those_of_weights_applied(tmp_
     updates, expected = dense_original(read), dense_original(lora)
     for name in expected:
         assert torch.allclose(updates[name], expected[name], rtol=1e-5, atol=1e-5), name
-    with pytest.raises(ValueError, match=f"{path} holds no LoRA .* 1 tensors, of biases and norms"):
-        load_lora(write(path, {"diffusion_model.img_in.diff_b": torch.ones(H)}))
+    for shape in ((H,), ()):
+        with pytest.raises(ValueError, match=f"{path} holds no LoRA .* 1 tensors, of biases and norms"):
+            load_lora(write(path, {"diffusion_model.img_in.diff_b": torch.ones(shape)}))
 
 
 SD = "lora_unet_down_blocks_{}_attentions_0_transformer_blocks_{}_attn1_to_q"

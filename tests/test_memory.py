@@ -5,6 +5,7 @@ Everything runs on the CPU. Copies to a card on a second stream, and what any of
 tests/test_full_size.py has a card that is simulated. With -m slow: compilation (a minute or two).
 """
 import copy
+import math
 import mmap
 import os
 import subprocess
@@ -330,6 +331,19 @@ def test_the_memory_of_the_cpu_is_asked_for_too(monkeypatch):
     assert "--offload puts 17.0" in message(check, flux, "cuda", False, True, GIB)
     monkeypatch.setattr(memory, "host_memory", lambda: 17.1 * GIB)
     check(flux, "cuda", False, True, GIB)
+
+
+@pytest.mark.parametrize("text, expected", [("MemTotal: 9 kB\nMemAvailable:    5 kB\n", 5120), ("MemTotal: 9 kB\n", math.inf)])
+def test_a_system_that_does_not_tell_its_memory_refuses_nothing(text, expected, monkeypatch):
+    monkeypatch.setattr(memory.Path, "read_text", lambda *words: text)
+    assert memory.host_memory() == expected
+
+
+def test_a_cpu_keeps_its_blocks():
+    """There, --offload could only copy them from one place to another."""
+    with torch.device("meta"):
+        flux = Flux(FluxConfig(depth=1, depth_single_blocks=2, hidden_size=96, num_heads=2, axes_dim=(16, 16, 16)))
+    assert check(flux, "cpu", False, True, GIB // 8) == 3
 
 
 def test_as_many_blocks_as_fit_stay_on_the_device(monkeypatch):
