@@ -83,6 +83,7 @@ class Fp8Product(torch.autograd.Function):
             return torch._scaled_mm(x8, weight.T, scale_a=x_scale, scale_b=scale, bias=bias,
                                     out_dtype=x.dtype, use_fast_accum=True)
         W = in_16_bits(weight, scale, unit, x.dtype)
+        bias = x.new_zeros(()) if bias is None else bias
         return torch.addmm(bias, x, W.T, alpha=unit or 1.0)
 
     @staticmethod
@@ -101,10 +102,10 @@ def in_16_bits(weight: Tensor, scale: Tensor, unit: float | None, dtype: torch.d
 
 
 class Fp8Linear(nn.Linear):
-    """A frozen Linear, with a bias, of 8 bits per weight: `weight` float8_e4m3 (d_out, d_in),
-    `scale` fp32, (1, 1) or, from files with one per row, (d_out, 1). `dtype`: of its inputs and
-    outputs. `unit`: a single scale as a number, else None. `kernel`: whether the device multiplies
-    float8 of this size. Filled by checkpoints.load_flux."""
+    """A frozen Linear with 8 bits per weight: `weight` float8_e4m3 (d_out, d_in), `scale` fp32,
+    (1, 1) or, from files with one per row, (d_out, 1). `dtype`: of its inputs and outputs. `unit`:
+    a single scale as a number, else None. `kernel`: whether the device multiplies float8 of this
+    size. Filled by checkpoints.load_flux."""
     widen = False                     # for metalora.py: the weight cannot move into S
 
     @staticmethod
@@ -196,66 +197,81 @@ compiled = cache(partial(torch.compile, dynamic=True))       # one piece of code
 
 
 class Offload:
-    """Keeps the weights of all blocks from `stay` on in page-locked CPU memory. The device holds
-    two of these blocks: the one that runs, and the one that came after it the last time, copied
-    meanwhile on its own stream.
+    """Keeps the weights of all blocks from `stay` on in page-locked CPU memory. The device has two
+    buffers: one holds the block that runs, the other the one that came after it the last time,
+    copied meanwhile on its own stream.
 
-    `run(i, forward, *inputs)` runs block i, in any order. Make it before an adapter is put in:
-    adapters stay on the device.
+    `run(i, forward, *inputs)` runs block i, in any order. Only frozen weights move: adapters stay
+    on the device.
     """
     def __init__(self, flux: nn.Module, device: torch.device | str):
         self.device = torch.device(device)
-        # elsewhere than on a GPU, streams that do nothing
-        self.backend = torch.cuda if self.device.type == "cuda" else torch.cpu
-        self.stream = self.backend.Stream(device)
+        self.stream = torch.cuda.Stream(device) if self.device.type == "cuda" else None
         self.tensors = []
         for block in blocks_of(flux):
             block.offload = self
-            self.tensors.append([*block.parameters()])
+            self.tensors.append([p for p in block.parameters() if not p.requires_grad])
             for module in block.modules():
                 module.widen = False     # for metalora.py: S would not be offloaded
         self.stay = len(self.tensors)
-        self.homes = {}                          # {block: its weights in CPU memory}
+        self.homes = {}                          # {block: flat CPU memory: one copy moves a block}
         self.after = {}                          # {(block before, block): the block that followed}
 
     def keep(self, stay: int) -> None:
         """Offloads all blocks from `stay` on; those that were offloaded before stay so."""
-        self.backend.synchronize(self.device)
+        if self.stream:
+            torch.cuda.synchronize(self.device)
         for index, home in self.homes.items():
             self.place(self.tensors[index], home)
-        lock = self.device.type == "cuda"
+        self.buffers = None                      # free these before larger ones are allocated
         for index in range(stay, self.stay):
             tensors = self.tensors[index]
-            check_host(sum(tensor.nbytes for tensor in tensors))
-            self.homes[index] = [page_locked(tensor, lock) for tensor in tensors]
-            self.place(tensors, self.homes[index])
+            size = sum(padded(tensor.nbytes) for tensor in tensors)
+            self.homes[index] = page_locked(size, lock=self.stream is not None)
+            self.place(tensors, self.homes[index], fill=True)
         self.stay = stay
-        self.held = set()                        # offloaded blocks that are on the device
-        self.recent = None, None                 # the last two that ran
+        size = max(map(len, self.homes.values()), default=0)
+        self.buffers = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(2)]
+        self.held = [None, None]                 # the block in each buffer
+        self.current = 0                         # the buffer of the last block
+        self.recent = None, None                 # the last two blocks
 
     @staticmethod
-    def place(tensors: list[Tensor], values: list[Tensor]) -> None:
-        for tensor, value in zip(tensors, values):
-            tensor.data = value
+    def place(tensors: list[Tensor], flat: Tensor, fill: bool = False) -> None:
+        """Makes each tensor a view of its part of `flat`; fill=True copies its values there
+        first."""
+        start = 0
+        for tensor in tensors:
+            view = flat[start:start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            if fill:
+                view.copy_(tensor)
+            start += padded(tensor.nbytes)
+            tensor.data = view
 
     def fetch(self, index: int) -> None:
-        """Starts copying a block to the device, once all work queued so far is done. Of the others,
-        only the last one that ran stays there."""
-        for other in self.held - {self.recent[1]}:
-            self.place(self.tensors[other], self.homes[other])
-            self.held.remove(other)
-        self.held.add(index)
-        self.stream.wait_stream(self.backend.current_stream(self.device))
-        # memory of this stream: it is used again only for a copy that waits as this one does
-        with self.backend.stream(self.stream):
-            copies = [home.to(self.device, copy=True, non_blocking=True)
-                      for home in self.homes[index]]
-        self.place(self.tensors[index], copies)
+        """Starts copying a block to the buffer that is not in use, once all work queued so far has
+        read from it."""
+        place = 1 - self.current
+        before = self.held[place]
+        if before is not None:
+            self.place(self.tensors[before], self.homes[before])
+        self.held[place] = index
+        home = self.homes[index]
+        target = self.buffers[place][:len(home)]
+        if not self.stream:
+            target.copy_(home)
+            return
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            target.copy_(home, non_blocking=True)
 
     def run(self, index: int, forward: Callable, *inputs):
         if index not in self.held:
             self.fetch(index)
-        self.backend.current_stream(self.device).wait_stream(self.stream)
+        self.current = self.held.index(index)
+        if self.stream:
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        self.place(self.tensors[index], self.buffers[self.current])
         self.after[self.recent] = index
         self.recent = self.recent[1], index
         following = self.after.get(self.recent, index)
@@ -270,19 +286,26 @@ def check_host(size: int) -> None:
                          f"of which {host_memory() / GIB:.1f} are free")
 
 
-def page_locked(tensor: Tensor, lock: bool) -> Tensor:
-    """A copy in CPU memory, in pages of its own, since a page cannot be locked twice. torch's own
-    allocator of page-locked memory rounds up to a power of two."""
-    pages = mmap.mmap(-1, tensor.nbytes)
-    home = torch.frombuffer(pages, dtype=tensor.dtype).view(tensor.shape)
-    home.copy_(tensor)
+def page_locked(size: int, lock: bool) -> Tensor:
+    """CPU memory (size,), uint8, that shares no page with other memory: a page cannot be locked
+    twice. torch's own allocator of page-locked memory rounds up to a power of two."""
+    check_host(size)
+    page = mmap.PAGESIZE
+    flat = torch.empty(size + 2 * page, dtype=torch.uint8)
+    start = -flat.data_ptr() % page
+    home = flat[start:start + size]
     if lock:
         cudart = torch.cuda.cudart()
-        if int(cudart.cudaHostRegister(home.data_ptr(), home.nbytes, 0)):
-            raise OSError("the system does not let --offload lock more of its memory: "
-                          "a higher limit (ulimit -l) or --fp8 helps")
-        weakref.finalize(home.untyped_storage(), cudart.cudaHostUnregister, home.data_ptr())
+        if int(cudart.cudaHostRegister(home.data_ptr(), -(-size // page) * page, 0)):
+            raise OSError(f"the system does not let --offload lock {size / GIB:.1f} GiB more "
+                          "of its memory: a higher limit (ulimit -l) or --fp8 helps")
+        weakref.finalize(flat.untyped_storage(), cudart.cudaHostUnregister, home.data_ptr())
     return home
+
+
+def padded(size: int) -> int:
+    """Bytes rounded up to a multiple of 256, where each tensor of a flat buffer begins."""
+    return -(-size // 256) * 256
 
 
 # What is known: bytes, before anything is read ----------------------------------------------------

@@ -233,10 +233,10 @@ class FakeCard(TorchDispatchMode):
         if block is not None:
             self.memory.drop(block)
 
-    def place(self, tensors, values):
-        """memory.Offload.place: where it is is all there is to a fake tensor; what it is given stands for its memory."""
-        for tensor, value in zip(tensors, values):
-            tensor.fake_device, tensor.memory = value.fake_device, value
+    def place(self, tensors, flat, fill=False):
+        """memory.Offload.place: where they are is all there is to a fake tensor; `flat` stands for their memory."""
+        for tensor in tensors:
+            tensor.fake_device = flat.fake_device
             storage = tensor.untyped_storage()
             if storage._cdata not in self.seen:
                 weakref.finalize(storage, self.gone, storage._cdata)
@@ -469,7 +469,6 @@ class FakeCard(TorchDispatchMode):
             def cudaHostUnregister(pointer):
                 pass
         patch(torch.cuda, "cudart", Cudart)
-        patch(torch, "frombuffer", lambda pages, dtype: torch.empty(len(pages) // dtype.itemsize, dtype=dtype))
         patch(torch.Tensor, "data_ptr", lambda tensor: 0 if isinstance(tensor, FakeTensor) else real_pointer(tensor))
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         stack.enter_context(self.fake)
