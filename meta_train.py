@@ -35,7 +35,8 @@ from metalora import IdentityBank, MetaLoRA, random_lomd
 from support.checkpoints import (add_speed_options, check_training_memory, flux_files, open_flux,
                                  targets_of, text_length)
 from support.common import (Interruption, Parser, count, free, is_out_of_memory, keep, note,
-                            positive, run_script, to_device, write_whole)
+                            positive, positive_number, resolution, run_script, to_device,
+                            write_whole)
 from support.finding import model_name
 from support.lora_files import save_lomd
 from support.memory import fit_training
@@ -424,7 +425,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--batch-size", type=positive, default=4, help="pictures per step and GPU (default: 4)")
     add("--r1", type=positive, default=16, help="rank of LoMD, the most for stage 2 (default: 16)")
     add("--r2", type=positive, default=1, help="rank of the people's LoRAs (default: 1)")
-    add("--lr", type=float, help="learning rate (default: 4e-4 for FLUX.1, 4e-3 for the baby)")
+    add("--lr", type=positive_number, help="learning rate (default: 4e-4 for FLUX.1, 4e-3 for the baby)")
     add("--warmup", type=float, help="share of a bucket's iterations in which LoMD is frozen "
         "(default: 0.4, the paper's; 0 for the baby)")
     add("--identities-per-bucket", type=positive, default=50,
@@ -432,10 +433,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--people", type=positive, metavar="N",
         help="train on N people, drawn by the seed (default: all)")
     add("--prompt", help='caption of pictures without one (default: "a photo of a person")')
-    add("--resolution", type=positive, nargs="+", metavar="PIXELS",
+    add("--resolution", type=resolution, nargs="+", metavar="PIXELS",
         help="train at the area of a square with this side; with several, each use of a picture "
              "takes one at random (default: 1024 for FLUX.1, 128 for the baby)")
-    add("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
+    add("--seed", type=count, default=0, help="seed of all random numbers (default: 0)")
     add("--skip-bad", action="store_true",
         help="skip unreadable files and people with too few pictures")
     add("--save-every", type=positive, default=500, metavar="N",

@@ -30,8 +30,8 @@ from metalora import MetaLoRA
 from support import photos
 from support.checkpoints import (add_speed_options, check_training_memory, encode_prompts,
                                  load_autoencoder, open_flux)
-from support.common import (Interruption, Parser, free, keep, note, peak_memory, positive,
-                            reserved, run_script, to_device)
+from support.common import (Interruption, Parser, count, free, keep, note, peak_memory, positive,
+                            positive_number, reserved, resolution, run_script, to_device)
 from support.finding import model_name
 from support.lora_files import read_lomd, save_lora
 from support.memory import blocks_of, fit_training
@@ -44,14 +44,6 @@ ITERATIONS = {"meta-lora": 375, "lora": 625}
 
 # --------------------------------------------------------------------------------------------------
 # The method: crops, latents, training
-
-
-class NotFinite(FloatingPointError):
-    """Training diverged at `iteration`, on the crop with this index."""
-    def __init__(self, iteration: int, crop: int):
-        super().__init__(f"the loss or its gradient is not finite at iteration {iteration}")
-        self.iteration = iteration
-        self.crop = crop
 
 
 @torch.no_grad()
@@ -130,8 +122,8 @@ def train(
 
     flux: with `adapter` in it. latents, weights: from `encode_crops`. txt, y: a (T, context_in_dim)
     and a (vec_in_dim,) for each crop, or a single one for all. lr is constant, so a longer run
-    starts out as a shorter one. on_step(iteration, loss) is called after each step. Raises
-    NotFinite, and ValueError for any other number of captions.
+    starts out as a shorter one. on_step(iteration, loss) is called after each step. ValueError for
+    any other number of captions; FloatingPointError(message, index of the crop) if it diverges.
     """
     crops = len(latents)
     if len(txt) != len(y) or len(txt) not in (1, crops):
@@ -157,7 +149,8 @@ def train(
         try:
             adapter.step(lr)
         except FloatingPointError:
-            raise NotFinite(iteration, crop) from None
+            message = f"the loss or its gradient is not finite at iteration {iteration}"
+            raise FloatingPointError(message, crop) from None
         if on_step:
             on_step(iteration, loss.item())
 
@@ -190,9 +183,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--iters", type=positive,
         help="training steps (default: the model's. FLUX.1: 375, with --method lora 625; "
         "baby: 250)")
-    add("--lr", type=float,
+    add("--lr", type=positive_number,
         help="learning rate (default: the model's. FLUX.1: 4e-4; baby: 2.4e-3)")
-    add("--resolution", type=positive, nargs="+", metavar="PIXELS",
+    add("--resolution", type=resolution, nargs="+", metavar="PIXELS",
         help="train at the area of a square with this side; with several, use every crop at each "
         "(default: the model's. FLUX.1: 1024; baby: 128)")
     add("--prompt", help="caption of photos without one beside them, as a.txt is beside a.jpg "
@@ -201,7 +194,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="train on the whole photo instead of crops and mirror images")
     add("--box", type=int, nargs=4, metavar=("X0", "Y0", "X1", "Y1"),
         help="where the subject is, in pixels, if it is not a face (default: the largest face)")
-    add("--seed", type=int, default=0,
+    add("--seed", type=count, default=0,
         help="seed of every random draw; repeats to the bit on the same CPU (default: 0)")
     add("--save-at", type=positive, nargs="+", default=[], metavar="N",
         help="also save the LoRA after N steps, as out-00000N.safetensors")
@@ -306,9 +299,10 @@ def personalize(argv: list[str] | None) -> None:
             ):
                 train(flux, adapter, *data, args.iters, args.lr, args.seed, on_step)
                 keep(args.out, save)
-        except NotFinite as error:
-            crop = crops[error.crop]
-            raise FloatingPointError(f"{error}, on {crop.photo} {crop.box}; try a --lr below "
+        except FloatingPointError as error:
+            message, index = error.args
+            crop = crops[index]
+            raise FloatingPointError(f"{message}, on {crop.photo} {crop.box}; try a --lr below "
                                      f"{args.lr:g}; {args.out} was not written") from None
         except (KeyboardInterrupt, RuntimeError):
             done = adapter.bank.steps.item()

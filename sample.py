@@ -31,9 +31,10 @@ from metalora import apply_loras
 from support.checkpoints import (add_speed_options, check_sampling_memory, choose_model,
                                  encode_prompts, flux_files, load_autoencoder, model_defaults,
                                  open_flux)
-from support.common import (Interruption, Parser, Stopped, expand, finite_number, free, keep, note,
-                            peak_memory, pick_device, positive, read_prompts, run_script, save_png,
-                            shorten, side, suppress_out_of_memory, use_threads, write_whole)
+from support.common import (Interruption, Parser, Stopped, count, expand, finite_number, free, keep,
+                            note, peak_memory, pick_device, positive, read_prompts, run_script,
+                            save_png, shorten, side, suppress_out_of_memory, use_threads,
+                            write_whole)
 from support.finding import model_name
 from support.lora_files import load_loras, split_lora
 from support.memory import fit_sampling, memory_left
@@ -44,13 +45,11 @@ STEPS = 30                     # of the Euler sampler
 SCHNELL_STEPS = 4              # for models without a guidance input
 DECODING = 4096                # free bytes per pixel with which the autoencoder can stay loaded
 FEW = 8                        # latents that wait for it where it cannot
-# {prompt: (txt (1, T, context_in_dim), y (1, vec_in_dim))}
-Embeddings = dict[str, tuple[Tensor, Tensor]]
 
 
 def sample_latents(
     flux: Flux,
-    embeddings: Embeddings,
+    embeddings: dict,
     jobs: list[tuple[str, int]],
     width: int,
     height: int,
@@ -110,7 +109,7 @@ def decode_latent(autoencoder: AutoEncoder, latent: Tensor) -> Image.Image:
 def sample_rows(
     args: argparse.Namespace,
     rows: list[list],
-    embeddings: Embeddings,
+    embeddings: dict,
     jobs: list[tuple[str, int]],
     on_step: Callable[[], object],
     start: int,
@@ -169,7 +168,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--width", type=side,
         help="pixels, a multiple of 16 (default: the model's. FLUX.1: 1024; baby: 128)")
     add("--height", type=side, help="same as --width")
-    add("--seed", type=int, default=0, help="seed of the initial noise (default: 0)")
+    add("--seed", type=count, default=0, help="seed of the initial noise (default: 0)")
     add("--num", type=positive, default=1,
         help="number of seeds, counting up from --seed (default: 1)")
     add("--negative", metavar="PROMPT", help="what to steer away from; needs --true-cfg")
@@ -186,8 +185,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_intermixed_args(argv)
     if args.person != "person" and not args.compare:
         raise ValueError(f"--person {args.person} does nothing without --compare")
-    if not 0 <= args.seed <= 2 ** 63 - args.num:
-        raise ValueError(f"--seed is an integer from 0 to {2 ** 63 - 1}, not {args.seed}")
     return args
 
 
@@ -210,7 +207,7 @@ def decode_waiting(
 def draw_all(
     args: argparse.Namespace,
     rows: list[list],
-    embeddings: Embeddings,
+    embeddings: dict,
     jobs: list[tuple[str, int]],
     save: Callable[[int, Image.Image], object],
     **settings,
@@ -267,13 +264,11 @@ def sampling_settings(args: argparse.Namespace, config: FluxConfig) -> dict[str,
                  "--true-cfg 3.5")
 
     defaults = model_defaults(args.folder)
-    steps = args.steps or (STEPS if config.guidance_embed else SCHNELL_STEPS)
-    guidance = defaults["guidance"] if args.guidance is None else args.guidance
     return {
         "width": args.width or defaults["resolution"],
         "height": args.height or defaults["resolution"],
-        "steps": steps,
-        "guidance": guidance,
+        "steps": args.steps or (STEPS if config.guidance_embed else SCHNELL_STEPS),
+        "guidance": defaults["guidance"] if args.guidance is None else args.guidance,
         "true_cfg": args.true_cfg,
         "negative": args.negative or "",
     }
@@ -289,9 +284,8 @@ def draw(argv: list[str] | None) -> None:
     if compared:
         out = args.out or Path("compare")
         files = plan_comparison(out, args.person, compared, prompts, seeds)
-        grid_file = None
     else:
-        files, grid_file = plan_files(args.out, len(prompts), seeds)
+        files = plan_files(args.out, len(prompts), seeds)
     device = args.device = pick_device(args.device)
     choose_model(args, device)
     use_threads(args.dtype == torch.float32)                 # a small model on a CPU
@@ -325,7 +319,8 @@ def draw(argv: list[str] | None) -> None:
     draw_all(args, rows, embeddings, jobs, save, **settings)
     if compared:
         print(f"saved {draw_comparison(out, files, prompts, seeds)}")
-    if grid_file:
+    elif len(files) > 1:
+        grid_file = files[0].with_name("grid.png")
         texts = {"prompt_text": "\n".join(prompts), "seed": " ".join(map(str, seeds))}
         grid = tile(files, len(seeds))
         keep(grid_file, lambda path: save_png(grid, path, fields(0) | texts))

@@ -33,9 +33,9 @@ from support import photos
 from support.checkpoints import (add_speed_options, check_training_memory,
                                  encode_prompts, fingerprint, flux_fingerprint, is_small,
                                  load_autoencoder, model_defaults, open_flux, take_model)
-from support.common import (Interruption, JsonFile, Parser, check_training, check_writable,
-                            finite_number, free, note, pick_device, positive, run_script, save_png,
-                            side, write_whole)
+from support.common import (Interruption, JsonFile, Parser, check_writable, count, free, note,
+                            pick_device, positive, positive_number, resolution, run_script,
+                            save_png, side, write_whole)
 from support.judges import Picture, own_folder, prompts_for
 from support.lora_files import load_lora, read_lomd, save_lora
 from support.memory import fit_training
@@ -343,7 +343,7 @@ def rate(text: str) -> tuple[str, float]:
     method, _, number = text.rpartition("=")
     if method and method not in METHODS:
         raise argparse.ArgumentTypeError(f"no method {method!r}; there are {', '.join(METHODS)}")
-    return method, finite_number(number)
+    return method, positive_number(number)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -367,13 +367,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="weights of stage 1 (default: lomd.safetensors in the model's folder, else here)")
     add("--prompt", help="caption of photos without a caption file; may contain [man/woman] "
         "(default: the model's)")
-    add("--resolution", type=positive, nargs="+", metavar="PIXELS",
+    add("--resolution", type=resolution, nargs="+", metavar="PIXELS",
         help="resolutions of training crops (default: the model's; 1024 for FLUX.1)")
     add("--size", type=side,
         help="width and height of generated images (default: the model's; 1024 for FLUX.1)")
     add("--steps", type=positive, default=STEPS, help=f"Euler steps (default: {STEPS})")
     add("--guidance", type=float, help="guidance input (default: the model's; 3.5 for FLUX.1)")
-    add("--seed", type=int, default=0, help="seed of the training (default: 0)")
+    add("--seed", type=count, default=0, help="seed of the training (default: 0)")
     add_speed_options(add, training=True, parts=False)
     return parser.parse_args(argv)
 
@@ -455,8 +455,6 @@ def compare(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
     check_writable(args.out, "--out", args.data)
     args.device = pick_device(args.device)
     args.rates = dict(args.lr)
-    args.lr = min(args.rates.values(), default=None)
-    check_training(args)
     args.rows = rows_of(args)
     args.people = read_people(args.data, args.reference, args.gender, args.photos)
     args.prompts = prompts_for(args.people, args.prompts, own_folder(args.model))

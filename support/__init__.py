@@ -4,24 +4,26 @@ import signal
 import sys
 from pathlib import Path
 
-# How often a thread of GNU's OpenMP looks before it sleeps. By default two threads that wait for each other
-# beside another busy program make everything tens of times slower; if they sleep at once, a small model is
-# half as fast when nothing else runs. Read once, when torch loads its OpenMP: so every script imports this
-# package before torch.
+# How often a thread of GNU's OpenMP looks before it sleeps. By default two threads that wait for
+# each other beside another busy program make everything tens of times slower; if they sleep at
+# once, a small model is half as fast when nothing else runs. Read once, when torch loads its
+# OpenMP: so every script imports this package before torch.
 os.environ.setdefault("GOMP_SPINCOUNT", "500")
 
-# CUDA's allocator grows one segment instead of leaving holes between many; torch has that on Linux only. Read
-# when CUDA starts.
+# CUDA's allocator grows one segment instead of leaving holes between many; torch has that on Linux
+# only. Read when CUDA starts.
 if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 SCRIPTS = "meta_train.py", "personalize.py", "sample.py", "eval_rfacesim.py"
-SIGHUP = getattr(signal, "SIGHUP", signal.SIGTERM)                   # Windows has none
-SIGNALS = {signal.SIGINT, signal.SIGTERM, SIGHUP}
+SIGNALS = {signal.SIGINT, signal.SIGTERM}
+SIGHUP = getattr(signal, "SIGHUP", None)                     # Windows has none
+if SIGHUP and signal.getsignal(SIGHUP) is not signal.SIG_IGN:    # nohup ignores it
+    SIGNALS.add(SIGHUP)
 
 
 def end(number: int, frame: object) -> None:
-    """A line instead of a traceback while a script is still importing: there is nothing to save yet."""
+    """A line instead of a traceback while a script is still importing: nothing to save yet."""
     try:
         os.write(2, f"{running.name}: interrupted\n".encode())
     finally:
@@ -31,5 +33,4 @@ def end(number: int, frame: object) -> None:
 running = Path(getattr(sys.modules["__main__"], "__file__", None) or "").absolute()
 if running.name in SCRIPTS and running.parent == Path(__file__).absolute().parents[1]:
     for number in SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, end)
+        signal.signal(number, end)

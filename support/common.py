@@ -23,7 +23,7 @@ from typing import Any, TextIO
 from PIL import Image, PngImagePlugin
 from safetensors import SafetensorError
 
-from support import SIGHUP, SIGNALS
+from support import SIGNALS
 from support.devices import (free, is_out_of_memory, peak_memory, pick_device,  # noqa: F401
                              suppress_out_of_memory, to_device, use_threads)
 
@@ -242,10 +242,7 @@ def check_out(path: Path, suffix: str = "", option: str = "--out") -> None:
         raise ValueError(f"the folder of {option} does not exist: {path.parent}")
     if place.is_file() and not os.access(place, os.W_OK):
         raise ValueError(f"{option} {path} is write-protected")
-    if suffix:
-        check_writable(place.parent, f"the folder of {option},")
-    else:
-        check_writable(path, option)
+    check_writable(place.parent if suffix else path, option)
 
 
 def expand(names: Iterable[str | Path]) -> list[str]:
@@ -261,11 +258,9 @@ def read_prompts(words: list[str], path: Path | None) -> list[str]:
     """Prompts from the command line, then from the file, without duplicates."""
     prompts = list(words)
     if path:
-        try:
-            lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
-        except UnicodeDecodeError:
-            raise ValueError(f"--prompts {path} is not a text file in UTF-8") from None
-        prompts += [line for line in lines if line and not line.startswith("#")]
+        # bytes that are not UTF-8 become what is refused below
+        lines = path.read_text("utf-8-sig", "surrogateescape").splitlines()
+        prompts += [line for line in map(str.strip, lines) if line and line[0] != "#"]
     if not prompts:
         none = f"{path} holds no prompt" if path else "no prompt: give one, or --prompts FILE"
         raise ValueError(none)
@@ -273,7 +268,7 @@ def read_prompts(words: list[str], path: Path | None) -> list[str]:
         if not prompt.strip():
             raise ValueError("a prompt is empty")
         if prompt != encodable(prompt):
-            raise ValueError("a prompt is not text in UTF-8")
+            raise ValueError(f"a prompt is not text in UTF-8: {shorten(prompt)}")
     return list(dict.fromkeys(prompts))
 
 
@@ -286,9 +281,15 @@ def shorten(prompt: str) -> str:
 
 
 def finite_number(text: str) -> float:
-    if not math.isfinite(value := float(text)):
+    if not math.isfinite(float(text)):
         raise ValueError
-    return value
+    return float(text)
+
+
+def positive_number(text: str) -> float:
+    if finite_number(text) <= 0:
+        raise argparse.ArgumentTypeError(f"must be a positive number, not {text}")
+    return float(text)
 
 
 class Parser(argparse.ArgumentParser):
@@ -297,39 +298,27 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} (--help lists all options)")
 
 
+def whole_number(least: int, most: int = 2 ** 63 - 1) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"must be from {least} to {most}, not {text}")
+        return int(text)
+    return number
+
+
+count = whole_number(0)
+positive = whole_number(1)
+resolution = whole_number(64, 4096)
+
+
 def side(text: str) -> int:
     """Side of a picture in pixels, a multiple of 16."""
-    value = int(text)
-    if value < 16:
-        raise argparse.ArgumentTypeError(f"must be at least 16, not {value}")
+    value = whole_number(16)(text)
     if value % 16:
         low = value - value % 16
         raise argparse.ArgumentTypeError(f"{value} is not a multiple of 16; the nearest are {low} "
                                          f"and {low + 16}")
     return value
-
-
-def at_least(least: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, not {text}")
-        return int(text)
-    return number
-
-
-count = at_least(0)
-positive = at_least(1)
-
-
-def check_training(args: argparse.Namespace) -> None:
-    """ValueError for values that no training stage accepts. None means the model's default."""
-    if args.lr is not None and not 0 < args.lr < math.inf:
-        raise ValueError(f"--lr must be a positive number, not {args.lr}")
-    if args.resolution and not 64 <= min(args.resolution) <= max(args.resolution) <= 4096:
-        given = " ".join(map(str, args.resolution))
-        raise ValueError(f"--resolution takes 64 to 4096 pixels, not {given}")
-    if not 0 <= args.seed < 2 ** 63:
-        raise ValueError(f"--seed is between 0 and {2 ** 63 - 1}, not {args.seed}")
 
 
 class Console:
@@ -342,9 +331,8 @@ class Console:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
-    def write(self, text: str) -> int:
+    def write(self, text: str) -> None:
         self.attempt(self.stream.write, text)
-        return len(text)
 
     def flush(self) -> None:
         self.attempt(self.stream.flush)
@@ -362,8 +350,6 @@ def on_signals(act: Callable[[int, object], object]) -> Iterator[None]:
     """Within this block Ctrl-C, SIGTERM, and SIGHUP except under nohup, call `act`."""
     able = threading.current_thread() is threading.main_thread()
     before = {number: signal.getsignal(number) for number in SIGNALS if able}
-    if before.get(SIGHUP) is signal.SIG_IGN:
-        del before[SIGHUP]
     for number in before:
         signal.signal(number, act)
     try:
@@ -407,16 +393,17 @@ def run_script(name: str, script: Callable[[list[str] | None], object],
 class Interruption(ExitStack):
     """with Interruption(): a signal sets a flag, checked between iterations; a second one stops."""
     def __enter__(self) -> "Interruption":
-        self.asked = self.time = None            # the number of the signal, and when it came
+        self.asked = None                        # the number of the signal
         self.enter_context(on_signals(self.ask))
         return self
 
     def ask(self, number: int, frame: object) -> None:
-        if self.asked and time.monotonic() - self.time > 3:
-            stop(number)
-        if not self.asked:                       # torchrun forwards what the terminal already sent
+        if not self.asked:
             self.asked = number
             self.time = time.monotonic()
+        # earlier than this, it is torchrun, which forwards what the terminal already sent
+        elif time.monotonic() - self.time > 3:
+            stop(number)
 
     def raise_if_asked(self) -> None:
         if self.asked:

@@ -11,7 +11,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
@@ -19,17 +19,17 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageChops, ImageCms, ImageOps, PngImagePlugin
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 from torch import Tensor, nn
 
 from support.common import check_file, check_writable, digest, not_content, note, save_png
 
-HEIF_SUFFIXES = {".heic", ".heif", ".hif"}
-# Pillow registers these formats, but cannot decode them by itself
-UNREADABLE = {"BUFR", "GRIB", "HDF5", "MPEG"}
-SUFFIXES = HEIF_SUFFIXES | {
-    suffix for suffix, kind in Image.registered_extensions().items()
-    if kind == "MPO" or kind in Image.OPEN and kind not in UNREADABLE}
+# of pictures that Pillow reads, the last three with pillow-heif
+SUFFIXES = set("""
+.apng .avif .avifs .blp .bmp .bw .cur .dcx .dds .dib .emf .eps .fit .fits .flc .fli .ftc .ftu .gbr
+.gif .icb .icns .ico .iim .im .j2c .j2k .jfif .jp2 .jpc .jpe .jpeg .jpf .jpg .jpx .mpo .msp .pbm
+.pcd .pcx .pfm .pgm .png .pnm .ppm .ps .psd .pxr .qoi .ras .rgb .rgba .sgi .tga .tif .tiff .vda
+.vst .webp .wmf .xbm .xpm .heic .heif .hif""".split())
 # written by operating systems, besides hidden files
 LITTER = set("thumbs.db|ehthumbs.db|desktop.ini|icon\r|__macosx|@eadir|"
              "system volume information".split("|"))
@@ -38,16 +38,12 @@ DELETED = set("$recycle.bin|recycler|#recycle|@recycle|#snapshot|@recently-snaps
               "network trash folder|found.000".split("|"))
 MASK = re.compile(r"(.+)(-masklabel|-condlabel|[-_.]mask)", re.IGNORECASE)   # OneTrainer and others
 LARGEST = 16384 * 12288                          # pixels; 200 megapixels, the largest phone sensors
-# at byte 4 of a HEIC file, whatever its name
-HEIF_MARKS = (b"ftypheic ftypheix ftypheim ftypheis ftyphevc ftyphevx ftyphevm ftyphevs ftypmif1 "
-              b"ftypmsf1").split()
 MIN_SIDE = 16                                    # pixels; one image token
 MIN_RESOLUTION = 512                             # pixels; FLUX.1 was not made for less
-# width / height of crops
-ASPECTS = {"16:9": 16 / 9, "4:3": 4 / 3, "1:1": 1, "3:4": 3 / 4, "9:16": 9 / 16}
+ASPECTS = "16:9 4:3 1:1 3:4 9:16".split()        # width and height of crops
 FACE_SCALES = (1.5, 2, 2.5, 3.5, 4.5)            # shorter side of a crop / longer side of the face
-Face = tuple[float, float, float, float, float]  # x0, y0, x1, y1, probability
-Box = tuple[int, int, int, int]                  # x0, y0, x1, y1
+Face = tuple[float, ...]                         # x0, y0, x1, y1, probability
+Box = tuple[int, ...]                            # x0, y0, x1, y1
 
 
 def visible(folder: Path) -> list[Path]:
@@ -96,10 +92,8 @@ def read_photo(path: str | Path) -> Image.Image:
     over 200 megapixels.
     """
     path = Path(path)
-    if path.is_symlink() and not path.exists():
-        raise ValueError(f"{path} is a dead link")
     check_file(path, "picture")
-    can_read_heif()
+    register_heif()
     try:
         with raised_limits():
             try:
@@ -109,17 +103,13 @@ def read_photo(path: str | Path) -> Image.Image:
     except Image.DecompressionBombError:
         raise ValueError(f"{path} is too large: over {LARGEST:,} pixels") from None
     except Exception as error:                  # decoders raise all sorts of things on broken files
-        why = not_content(path)
-        if why or not isinstance(error, Image.UnidentifiedImageError):
-            why = why or " ".join(str(error).split()) or type(error).__name__
-            raise ValueError(f"{path} is damaged or cannot be read: {why}") from error
-        hint = ""
-        if path.suffix.lower() in HEIF_SUFFIXES or path.read_bytes()[4:12] in HEIF_MARKS:
-            hint = " as HEIC" if can_read_heif() else "; for HEIC: pip install pillow-heif"
-        raise ValueError(f"{path} is not a picture that can be read{hint}") from error
-    width, height = image.size
+        why = repr(error)
+        if isinstance(error, Image.UnidentifiedImageError):
+            why = "it is not a picture; HEIC needs `pip install pillow-heif`"
+        raise ValueError(f"{path} cannot be read: {not_content(path) or why}") from error
     if min(image.size) < MIN_SIDE:
-        raise ValueError(f"{path} is {width} x {height} pixels, under {MIN_SIDE} x {MIN_SIDE}")
+        raise ValueError(f"{path} is {image.width} x {image.height} pixels, under {MIN_SIDE} x "
+                         f"{MIN_SIDE}")
     return image
 
 
@@ -141,14 +131,11 @@ def raised_limits() -> Iterator[None]:
 
 
 @functools.cache
-def can_read_heif() -> bool:
+def register_heif() -> None:
     """Teaches Pillow to read HEIC if pillow-heif is installed."""
-    try:
+    with suppress(ImportError):
         from pillow_heif import register_heif_opener
-    except ImportError:
-        return False
-    register_heif_opener()
-    return True
+        register_heif_opener()
 
 
 def decode(source: Path | BytesIO) -> Image.Image:
@@ -170,7 +157,7 @@ def mend_jpeg(path: Path) -> Image.Image:
     # pixels that depend on the bytes that follow are missing from the file
     filler = b"\x55" * (image.width * image.height // 8 + 1000)
     other = decode(BytesIO(data + filler + b"\xff\xd9"))
-    changed = np.asarray(ImageChops.difference(image, other)).any(axis=-1)
+    changed = (np.asarray(image) != np.asarray(other)).any(axis=-1)
     if changed.mean() > 0.02:
         raise OSError("its end is missing")
     note_mended(path)
@@ -188,7 +175,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     profile = image.info.get("icc_profile")
     alpha = None
     if image.mode[0] in "IF":                    # 16 or 32 bits
-        values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0, neginf=0)
+        values = np.nan_to_num(np.asarray(image, np.float64), posinf=0, neginf=0)
         # the file does not state its white point: take the first that fits
         usual = 65535
         if image.mode == "F":
@@ -207,14 +194,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     """Converts from the embedded profile to sRGB; a missing or broken profile counts as sRGB."""
-    if profile:
-        try:
-            embedded = ImageCms.ImageCmsProfile(BytesIO(profile))
-            if not ImageCms.getProfileDescription(embedded).startswith("sRGB"):
-                srgb = ImageCms.createProfile("sRGB")
-                return ImageCms.profileToProfile(image, embedded, srgb, outputMode="RGB")
-        except (ImageCms.PyCMSError, OSError, ValueError):
-            pass                                 # image viewers do the same
+    with suppress(ImageCms.PyCMSError, OSError, ValueError):     # image viewers do the same
+        embedded = ImageCms.ImageCmsProfile(BytesIO(profile))
+        if not ImageCms.getProfileDescription(embedded).startswith("sRGB"):
+            srgb = ImageCms.createProfile("sRGB")
+            return ImageCms.profileToProfile(image, embedded, srgb, outputMode="RGB")
     return image.convert("RGB")
 
 
@@ -238,22 +222,20 @@ def find_faces(image: Image.Image, threshold: float = 0.9) -> list[Face]:
     0.9. """
     full_side = (image.width * image.height) ** 0.5
     side = min(max(full_side, 480), 1024)
-    scale = side / full_side
-    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     margin = round(0.2 * side)
-    seen = image.convert("RGB").resize(size, Image.BICUBIC)
+    seen = ImageOps.scale(image.convert("RGB"), side / full_side, Image.BICUBIC)
     detector = face_detector()
     detector.min_face_size = max(20, side / 32)
     boxes, probabilities = detector.detect(ImageOps.expand(seen, margin, (128, 128, 128)))
     if boxes is None:
         return []
-    shares = (np.asarray(boxes, dtype=np.float64) - margin) / (size + size)
-    places = shares.clip(0, 1) * (image.size + image.size)
+    shares = (np.asarray(boxes, dtype=np.float64) - margin) / (seen.size * 2)
+    places = shares.clip(0, 1) * (image.size * 2)
     faces = []
     for (x0, y0, x1, y1), probability in zip(places.tolist(), probabilities):
         if probability >= threshold and x1 - x0 >= 1 and y1 - y0 >= 1:
             faces.append((x0, y0, x1, y1, float(probability)))
-    return sorted(faces, key=lambda f: (f[2] - f[0]) * (f[3] - f[1]), reverse=True)
+    return faces
 
 
 def head_box(face: tuple[float, ...]) -> Box:
@@ -291,15 +273,15 @@ def find_anywhere(image: Image.Image, path: Path) -> tuple[Image.Image, list[Fac
 
     for angles, number in searches:
         best = []
+        # many parts, so many chances for a false alarm: ask for more
+        threshold = 0.9 if number == 1 else 0.99
         for angle in angles:
             turned = image.rotate(angle, expand=True) if angle else image
             for box in overlapping_boxes(turned, number):
-                # many parts, so many chances for a false alarm: ask for more
-                faces = find_faces(turned.crop(box))
-                sure = [face for face in faces if number == 1 or face[4] > 0.99]
-                if sure and (not best or sure[0][4] > best[0][4]):
+                faces = find_faces(turned.crop(box), threshold)
+                if faces and (not best or faces[0][4] > best[0][4]):
                     x, y = box[:2]
-                    best = [(f[0] + x, f[1] + y, f[2] + x, f[3] + y, f[4]) for f in sure]
+                    best = [(f[0] + x, f[1] + y, f[2] + x, f[3] + y, f[4]) for f in faces]
                     best_angle = angle
                     upright = turned
         if best:
@@ -339,7 +321,7 @@ def face_crops(
       and
         shrinking would leave one size of the five.
       - A crop within 2 pixels of an earlier one on all four edges is left out.
-    aspects: names in ASPECTS; scales: of the face's longer side; None: all of the paper's.
+    aspects: as in ASPECTS; scales: of the face's longer side; None: all of the paper's.
     ValueError if `box` (x0, y0, x1, y1, ...) has no area inside the picture. """
     sides = np.array([width, height])
     low = np.clip(box[:2], 0, sides)
@@ -348,7 +330,8 @@ def face_crops(
         raise ValueError(f"face box {tuple(box[:4])} has no area within {width} x {height} pixels")
     crops = []
     for name, scale in itertools.product(aspects or ASPECTS, scales or FACE_SCALES):
-        shape = np.maximum(1, [ASPECTS[name], 1 / ASPECTS[name]])    # of which the shorter side is 1
+        shape = np.array(name.split(":"), float)
+        shape /= shape.min()                     # now its shorter side is 1
         short = min(scale * max(high - low), *(sides / shape))
         size = np.clip(np.round(short * shape), 1, sides)
         start = np.clip(np.round((low + high - size) / 2), 0, sides - size)
@@ -456,24 +439,26 @@ def load_crops(
     crops = []
     for path in map(Path, paths):
         photo = read_photo(path)
-        if not augment:
-            pictures = to_sizes(photo, resolutions)
-            crops += [Crop(picture, path, (0, 0, *photo.size)) for picture in pictures]
-            continue
-        if box:
-            subject = head_area = tuple(box)
-        else:
-            photo, faces = find_anywhere(photo, path)
-            subject = faces[0]
-            head_area = head_box(subject)
-            if len(faces) > 1:
-                note(f"{len(faces)} faces in {path}; taking the largest, {describe(subject)}")
-        head = Image.new("L", photo.size)
-        head.paste(255, head_area)
-        for area in face_crops(*photo.size, subject, aspects, scales):
-            pictures = to_sizes(photo.crop(area), resolutions)
-            heads = to_sizes(head.crop(area), resolutions)
-            crops += [Crop(picture, path, area, head) for picture, head in zip(pictures, heads)]
+        areas = [(0, 0, *photo.size)]
+        head = None
+        if augment:
+            if box:
+                subject = head_area = tuple(box)
+            else:
+                photo, faces = find_anywhere(photo, path)
+                subject = faces[0]
+                head_area = head_box(subject)
+                if len(faces) > 1:
+                    note(f"{len(faces)} faces in {path}; taking the largest, {describe(subject)}")
+            head = Image.new("L", photo.size)
+            head.paste(255, head_area)
+            areas = face_crops(*photo.size, subject, aspects, scales)
+        for area in areas:
+            for picture in to_sizes(photo.crop(area), resolutions):
+                mask = head
+                if head:
+                    mask = ImageOps.fit(head.crop(area), picture.size, Image.BICUBIC)
+                crops.append(Crop(picture, path, area, mask))
     return crops
 
 
@@ -545,9 +530,8 @@ def picture_fields(
     }
 
 
-def plan_files(out: Path | None, prompts: int, seeds: range) -> tuple[list[Path], Path | None]:
-    """Paths of the pictures, prompt after prompt, and of the grid (None for one picture). Writes
-    nothing."""
+def plan_files(out: Path | None, prompts: int, seeds: range) -> list[Path]:
+    """Paths of the pictures, prompt after prompt. Writes nothing."""
     count = prompts * len(seeds)
     out = out or Path("samples" if count > 1 else "out.png")
     suffix = "" if out.is_dir() else out.suffix.lower()
@@ -557,8 +541,7 @@ def plan_files(out: Path | None, prompts: int, seeds: range) -> tuple[list[Path]
         if count > 1:
             raise ValueError(f"--out {out} is one file for {count} pictures: name a folder")
         check_writable(out.parent, "--out")
-        return [out], None
+        return [out]
     check_writable(out, "--out")
     numbers = itertools.product(range(prompts), seeds)
-    files = [out / f"{prompt}_{seed}.png" for prompt, seed in numbers]
-    return files, out / "grid.png" if count > 1 else None
+    return [out / f"{prompt}_{seed}.png" for prompt, seed in numbers]

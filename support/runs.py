@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from flux_model import denoise, get_noise
 from support.checkpoints import flux_fingerprint, load_autoencoder, model_defaults, take_model
-from support.common import (JsonFile, check_out, check_readable, check_training, check_writable,
+from support.common import (JsonFile, check_out, check_readable, check_writable,
                             is_out_of_memory, naming, note, pick_device, save_figure, save_png,
                             write_whole)
 from support.people import Buckets, Photo, data_fingerprint, save_state
@@ -52,7 +52,6 @@ def check_stage_1(args: Namespace, device: torch.device) -> None:
         early = "pictures.json", "settings.json", "lock", "cache"        # of a run killed early
         if not all(path.name.startswith(early) for path in visible(args.run)):
             raise ValueError(f"--run {args.run} holds other files: name a new folder")
-    check_training(args)
     if args.warmup is not None and not 0 <= args.warmup < 1:
         raise ValueError(f"--warmup is a share from 0 to below 1, not {args.warmup}")
     if args.r2 > args.r1:

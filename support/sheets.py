@@ -2,6 +2,7 @@
 import itertools
 import json
 import textwrap
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -115,12 +116,12 @@ def write(draw: ImageDraw.ImageDraw, text: str, x: int, y: int, width: int, heig
 def sheet(
     path: Path,
     columns: list[str],
-    rows: list[tuple[str, list[Path | None]]],
+    rows: list[tuple[str, list[Path]]],
     side: int = 144,
 ) -> None:
     """A contact sheet: text above each column and to the left of each row of pictures.
 
-    side: pixels of each picture's side. A picture that is None or cannot be read stays white."""
+    side: pixels of each picture's side. A picture that cannot be read stays white."""
     left = 130
     top = 84
     size = left + side * len(columns), top + side * len(rows)
@@ -132,14 +133,9 @@ def sheet(
         y = top + side * j
         write(draw, name, 0, y, left, side)
         for i, file in enumerate(paths):
-            if file is None:
-                continue
-            try:
-                photo = photos.read_photo(file)
-            except ValueError:
-                continue
-            padded = ImageOps.pad(photo, (side, side), color="white")
-            picture.paste(padded, (left + side * i, y))
+            with suppress(ValueError):
+                photo = ImageOps.pad(photos.read_photo(file), (side, side), color="white")
+                picture.paste(photo, (left + side * i, y))
     save_png(picture, path)
 
 

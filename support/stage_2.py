@@ -8,7 +8,7 @@ import torch
 
 from support import photos
 from support.checkpoints import model_words, take_model
-from support.common import check_out, check_training, note, pick_device, use_threads
+from support.common import check_out, note, pick_device, use_threads
 from support.finding import HUB, home_of
 from support.lora_files import find_lomd, tell_replaced
 from support.people import captions_beside, named_photos
@@ -19,14 +19,12 @@ def check_stage_2(args: Namespace, iterations: dict[str, int]) -> None:
 
     iterations: {method: number}, where the model has no others."""
     if home_of(args.model) is None:                  # to be downloaded: it has no defaults.json
-        args.iters = args.iters or iterations[args.method]
+        take_iterations(args, iterations[args.method])
     args.outputs = [args.out, *(numbered(args.out, iteration) for iteration in args.save_at)]
     for path in args.outputs:
         check_out(path, ".safetensors")
     if args.save_crops:
         check_out(args.save_crops, option="--save-crops")
-    check_save_at(args)
-    check_training(args)
     check_lomd_options(args)
     check_pictures(args)
     # now, since a photo may be gone when the LoRA is saved
@@ -36,16 +34,16 @@ def check_stage_2(args: Namespace, iterations: dict[str, int]) -> None:
     args.switches = model_words(args)
     args.device = pick_device(args.device)
     take_model(args, args.device, args.method)
-    args.iters = args.iters or args.iterations or iterations[args.method]
-    check_save_at(args)
+    take_iterations(args, args.iterations or iterations[args.method])
     use_threads(args.dtype == torch.float32)             # a small model on a CPU
     args.captions = captions_beside(args.photos, args.prompt, tell=True)
     args.mirror = args.mirror and not args.no_augment
 
 
-def check_save_at(args: Namespace) -> None:
+def take_iterations(args: Namespace, default: int) -> None:
+    args.iters = args.iters or default
     last = max(args.save_at, default=0)
-    if args.iters and last > args.iters:     # None: the model's default, not known yet
+    if last > args.iters:
         raise ValueError(f"--save-at {last} is beyond the last of {args.iters} iterations")
 
 
@@ -76,11 +74,8 @@ def numbered(out: Path, iteration: int) -> Path:
 
 def metadata(args: Namespace, done: int, lomd: str) -> dict[str, str]:
     """Fields of the LoRA file: how it was made."""
-    facts = {}
-    for name in ("method", "rank", "seed", "prompt", "background", "box"):
-        if getattr(args, name) is not None:                  # as --box mostly is
-            facts[name] = getattr(args, name)
-    captions = dict.fromkeys(args.captions.values())         # each once, in their order
+    given = "method", "rank", "seed", "prompt", "background", "box"
+    facts = {name: getattr(args, name) for name in given}
     facts |= {
         "iterations": done,
         "learning_rate": f"{args.lr:g}",
@@ -89,12 +84,13 @@ def metadata(args: Namespace, done: int, lomd: str) -> dict[str, str]:
         "mirror": str(args.mirror).lower(),
         "aspects": joined(args.aspects or photos.ASPECTS),
         "scales": joined(args.scales or photos.FACE_SCALES),
-        "captions": " | ".join(captions),
+        "captions": " | ".join(dict.fromkeys(args.captions.values())),
         "model": Path(args.model).name,
         "lomd": lomd,
         "made_by": "personalize.py",
     }
-    return {name: str(fact) for name, fact in (facts | args.seen).items()}
+    facts |= args.seen
+    return {name: str(fact) for name, fact in facts.items() if fact is not None}
 
 
 def joined(values: object) -> str:
