@@ -23,6 +23,7 @@ import json
 import statistics
 import sys
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import support  # before torch: how its threads wait
@@ -305,10 +306,8 @@ def evaluate(argv: list[str] | None = None) -> None:
     print(f"{args.out}: scores.json, tables.md")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 done, 2 bad input, 130 Ctrl-C; rerun the command to resume."""
-    return run_script("eval_rfacesim.py", evaluate, argv)
-
+# Exit code: 0 done, 2 bad input, 130 Ctrl-C; rerun the command to resume.
+main = partial(run_script, "eval_rfacesim.py", evaluate)
 
 if __name__ == "__main__":
     sys.exit(main())

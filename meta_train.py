@@ -22,6 +22,7 @@ import json
 import math
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,7 +38,6 @@ from support.checkpoints import (add_speed_options, check_training_memory, flux_
 from support.common import (Interruption, Parser, count, free, is_out_of_memory, keep, note,
                             positive, positive_number, resolution, run_script, to_device,
                             write_whole)
-from support.finding import model_name
 from support.lora_files import save_lomd
 from support.memory import fit_training
 from support.names import find_targets
@@ -412,8 +412,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                     description="Learns LoMD, what all people share, from buckets of people.")
     add = parser.add_argument
     add("--data", type=Path, required=True, help="buckets/<bucket>/<person>/, or faces/<person>/")
-    add("--model", type=model_name, default="flux-dev",
-        help="flux-dev (default), flux-schnell, baby, a folder or a file")
     add("--out", type=Path, default=Path("lomd.safetensors"),
         help="file (default: lomd.safetensors)")
     add("--run", "--run-dir", type=Path, default=Path("run"),
@@ -446,7 +444,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--deterministic", action="store_true",
         help="bit-identical runs on a GPU too, somewhat slower (default: off)")
     add_speed_options(add, training=True)
-    add("--device", help="cuda, mps or cpu (default: the best available)")
     return parser.parse_args(argv)
 
 
@@ -487,10 +484,8 @@ def meta_train(argv: list[str] | None) -> None:
         group.close()
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 done, 1 diverged or out of memory, 2 bad input, 130, 143 or 129 by a signal."""
-    return run_script("meta_train.py", meta_train, argv)
-
+# Exit code: 0 done, 1 diverged or out of memory, 2 bad input, 130, 143 or 129 by a signal.
+main = partial(run_script, "meta_train.py", meta_train)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -18,6 +18,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import support  # before torch: sets how its threads wait
@@ -32,11 +33,10 @@ from support.checkpoints import (add_speed_options, check_training_memory, encod
                                  load_autoencoder, open_flux)
 from support.common import (Interruption, Parser, count, free, keep, note, peak_memory, positive,
                             positive_number, reserved, resolution, run_script, to_device)
-from support.finding import model_name
 from support.lora_files import read_lomd, save_lora
 from support.memory import blocks_of, fit_training
 from support.stage_2 import (check_stage_2, lora_size, metadata, numbered,
-                             print_next_commands, print_times)
+                             print_next_commands)
 
 # the paper's; a model's defaults.json may have others
 ITERATIONS = {"meta-lora": 375, "lora": 625}
@@ -168,8 +168,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("photos", nargs="+", metavar="photo", help="photos of one person, or a folder of them")
-    add("--model", type=model_name, default="flux-dev",
-        help="flux-dev (default), flux-schnell, baby, a folder or a file")
     add("--out", type=Path, default="out.safetensors",
         help="file to write (default: out.safetensors)")
     add("--format", choices=("diffusers", "kohya", "original"), default="diffusers",
@@ -200,11 +198,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="also save the LoRA after N steps, as out-00000N.safetensors")
     add("--save-crops", type=Path, metavar="DIR", help="save the training pictures as PNG files")
     add_speed_options(add, training=True)
-    add("--device", help="cuda, mps or cpu (default: the best available)")
     return parser.parse_intermixed_args(argv)
 
 
-def prepare(args: argparse.Namespace, record_time: Callable[[str], None]) -> tuple:
+def prepare(args: argparse.Namespace) -> tuple:
     """Photos -> flux, its adapter, the crops, their data for `train`, and the LoMD's hash.
 
     Text encoders, autoencoder and transformer are loaded one after another, and the first two are
@@ -236,7 +233,6 @@ def prepare(args: argparse.Namespace, record_time: Callable[[str], None]) -> tup
     width, height = max((crop.picture.size for crop in crops), key=math.prod)
     largest = height // 8, width // 8
     check_training_memory(args, args.device, largest, args.rank, r1)
-    record_time("photos")
 
     texts = encode_prompts(args.folder, [*args.captions.values()], args.text_device, args.dtype,
                            home=args.device)
@@ -244,20 +240,18 @@ def prepare(args: argparse.Namespace, record_time: Callable[[str], None]) -> tup
     captions = [texts[args.captions[crop.photo]] for crop in crops]
     txt = [states[0] for states, _ in captions]
     y = [pooled[0] for _, pooled in captions]
-    record_time("text")
 
     autoencoder = load_autoencoder(args.folder, args.device, args.dtype)
     bar = tqdm(crops, "encoding", disable=None, leave=False)
     latents, weights = encode_crops(autoencoder, bar, args.background, args.mirror)
     del autoencoder
-    record_time("pictures")
+    free(args.device)
 
     flux = open_flux(args, args.device, args.iters)
     adapter = MetaLoRA(flux, args.rank, lomd, seed=args.seed)
     blocks = fit_training(adapter, largest, len(txt[0]), args.recompute)
     if blocks:
         print(f"gradient checkpointing in {blocks} of {len(blocks_of(flux))} blocks")
-    record_time("model")
     return flux, adapter, crops, (latents, weights, txt, y), lomd_name
 
 
@@ -265,13 +259,7 @@ def personalize(argv: list[str] | None) -> None:
     args = parse(argv)
     check_stage_2(args, ITERATIONS)
     start = time.perf_counter()
-    seconds = {}
-
-    def record_time(part: str) -> None:
-        free(args.device)
-        seconds[part] = time.perf_counter() - start - sum(seconds.values())
-
-    flux, adapter, crops, data, lomd = prepare(args, record_time)
+    flux, adapter, crops, data, lomd = prepare(args)
     smooth = math.nan                            # running mean of the loss
 
     def save(path: Path) -> None:
@@ -312,18 +300,15 @@ def personalize(argv: list[str] | None) -> None:
                 note(f"the LoRA after {done} iterations is in {kept}")
             raise
         interruption.raise_if_asked()
-    record_time("training")
     size = args.out.stat().st_size / 1e3
-    print(f"{args.out}: rank {args.rank}, {size:.0f} kB, {len(crops)} pictures, "
-          f"{args.iters} iterations, loss {smooth:.4f}{peak_memory(args.device)}")
-    print_times(seconds, args.iters)
+    seconds = time.perf_counter() - start
+    print(f"{args.out}: rank {args.rank}, {size:.0f} kB, {len(crops)} pictures, {args.iters} "
+          f"iterations, loss {smooth:.4f}, {seconds:.1f} s{peak_memory(args.device)}")
     print_next_commands(args)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 done, 1 diverged or out of memory, 2 bad input, 130, 143 or 129 by a signal."""
-    return run_script("personalize.py", personalize, argv)
-
+# Exit code: 0 done, 1 diverged or out of memory, 2 bad input, 130, 143 or 129 by a signal.
+main = partial(run_script, "personalize.py", personalize)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -17,6 +17,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -35,7 +36,6 @@ from support.common import (Interruption, Parser, Stopped, count, expand, finite
                             note, peak_memory, pick_device, positive, read_prompts, run_script,
                             save_png, shorten, side, suppress_out_of_memory, use_threads,
                             write_whole)
-from support.finding import model_name
 from support.lora_files import load_loras, split_lora
 from support.memory import fit_sampling, memory_left
 from support.photos import picture_fields, plan_files, to_image
@@ -69,9 +69,8 @@ def sample_latents(
     device = flux.img_in.weight.device
 
     def embed(prompts: list[str]) -> tuple[Tensor, Tensor]:
-        txt = torch.cat([embeddings[prompt][0] for prompt in prompts])                   # (B, T, _)
-        y = torch.cat([embeddings[prompt][1] for prompt in prompts])                     # (B, _)
-        return txt.to(device), y.to(device)
+        txt, y = zip(*(embeddings[prompt] for prompt in prompts))
+        return torch.cat(txt).to(device), torch.cat(y).to(device)             # (B, T, _), (B, _)
 
     for start in range(0, len(jobs), batch_size):
         batch = jobs[start:start + batch_size]
@@ -178,30 +177,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--out", type=Path,
         help="PNG file for one picture, folder for several (default: out.png; samples/; compare/). "
         "Replaces files with the same name. PNG text fields hold all settings")
-    add("--model", type=model_name, default="flux-dev",
-        help="flux-dev (default), flux-schnell, baby, a folder or a file")
     add_speed_options(add, training=False)
-    add("--device", help="cuda, mps or cpu (default: the best available)")
     args = parser.parse_intermixed_args(argv)
     if args.person != "person" and not args.compare:
         raise ValueError(f"--person {args.person} does nothing without --compare")
     return args
-
-
-def decode_waiting(
-    args: argparse.Namespace,
-    waiting: dict[int, Tensor],
-    save: Callable[[int, Image.Image], object],
-) -> OSError | None:
-    """Decodes and saves latents {number: latent} -> the last error of saving one."""
-    failure = None
-    autoencoder = load_autoencoder(args.folder, args.device, args.dtype)
-    for number, latent in waiting.items():
-        try:
-            save(number, decode_latent(autoencoder, latent))
-        except OSError as error:
-            failure = error
-    return failure
 
 
 def draw_all(
@@ -229,6 +209,7 @@ def draw_all(
 
         while done < total and not stopped:
             waiting = {}                         # {number: latent without a picture yet}
+            autoencoder = None
             sampled = sample_rows(args, rows, embeddings, jobs, on_step, done, **settings)
             try:
                 for latent, picture in sampled:
@@ -245,7 +226,12 @@ def draw_all(
             sampled.close()
             free(args.device)
             if waiting:
-                stopped = decode_waiting(args, waiting, save) or stopped
+                autoencoder = load_autoencoder(args.folder, args.device, args.dtype)
+            for number, latent in waiting.items():
+                try:
+                    save(number, decode_latent(autoencoder, latent))
+                except OSError as error:
+                    stopped = error
         if interruption.asked:
             stopped = stopped or Stopped(interruption.asked)
     if stopped:
@@ -328,10 +314,8 @@ def draw(argv: list[str] | None) -> None:
     print(f"{time.perf_counter() - start:.1f} s{peak_memory(device)}")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 done, 1 failed while computing, 2 bad input, 130, 143 or 129 by a signal."""
-    return run_script("sample.py", draw, argv)
-
+# Exit code: 0 done, 1 failed while computing, 2 bad input, 130, 143 or 129 by a signal.
+main = partial(run_script, "sample.py", draw)
 
 if __name__ == "__main__":
     sys.exit(main())

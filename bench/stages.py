@@ -334,10 +334,8 @@ def bench(argv: list[str] | None) -> None:
                     print(f"    {type(error).__name__}: {' '.join(str(error).split())[:150]}")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 done, 1 failed while computing, 2 bad input, 130 Ctrl-C."""
-    return run_script("bench.stages", bench, argv)
-
+# Exit code: 0 done, 1 failed while computing, 2 bad input, 130 Ctrl-C.
+main = partial(run_script, "bench.stages", bench)
 
 if __name__ == "__main__":
     sys.exit(main())

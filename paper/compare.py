@@ -15,6 +15,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain, groupby, islice, product
 from pathlib import Path
 
@@ -374,7 +375,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--steps", type=positive, default=STEPS, help=f"Euler steps (default: {STEPS})")
     add("--guidance", type=float, help="guidance input (default: the model's; 3.5 for FLUX.1)")
     add("--seed", type=count, default=0, help="seed of the training (default: 0)")
-    add_speed_options(add, training=True, parts=False)
+    add_speed_options(add, training=True, model=False)
     return parser.parse_args(argv)
 
 
@@ -491,10 +492,8 @@ def command(argv: list[str] | None) -> None:
     print(f"{args.out}: scores.json, tables.md, {', '.join(images)}")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 done, 1 training diverged or out of memory, 2 bad input, 130 Ctrl-C."""
-    return run_script("paper.compare", command, argv)
-
+# Exit code: 0 done, 1 training diverged or out of memory, 2 bad input, 130 Ctrl-C.
+main = partial(run_script, "paper.compare", command)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -21,6 +21,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,7 +38,7 @@ from support.checkpoints import (add_speed_options, check_sampling_memory, choos
                                  compiling_pays, encode_prompts, is_small, model_defaults)
 from support.common import (Parser, check_out, count, note, pick_device, positive, run_script,
                             save_png, side, use_threads, write_whole)
-from support.finding import model_name, tokenizers_of
+from support.finding import tokenizers_of
 from support.judges import FaceNetwork
 from support.photos import read_photo
 from support.sheets import sheet
@@ -244,10 +245,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     either("--no-filter", action="store_true", help="draw only as many as asked for, and keep all")
     either("--face-weights", type=Path, metavar="FILE", help="state dict of InceptionResnetV1 "
            "(default: facenet-pytorch's, downloaded; the baby has its own)")
-    add("--model", type=model_name, default="flux-dev",
-        help="flux-dev (default), flux-schnell, baby, a folder or a file")
     add_speed_options(add, training=False)
-    add("--device", help="cuda, mps or cpu (default: the best available)")
     args = parser.parse_args(argv)
     if min(args.people, args.pictures) < 2:
         raise ValueError("--people and --pictures must be 2 or more")
@@ -308,11 +306,9 @@ def invent(argv: list[str] | None) -> None:
     print(f"saved {args.out}: look at {folder / 'sheet.png'} before stage 1, then delete {folder}")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 done, 1 failed while computing, 2 bad input or people that cannot be told apart,
-    130 Ctrl-C; one line on stderr for each."""
-    return run_script("paper.invent", invent, argv)
-
+# Exit code: 0 done, 1 failed while computing, 2 bad input or people that cannot be told apart,
+# 130 Ctrl-C; one line on stderr for each.
+main = partial(run_script, "paper.invent", invent)
 
 if __name__ == "__main__":
     sys.exit(main())

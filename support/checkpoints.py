@@ -329,10 +329,11 @@ def is_small(folder: Place) -> bool:
     return sum(math.prod(files.shape(name)) for name in files.names) < 1e9
 
 
-def add_speed_options(add: Callable[..., object], training: bool, parts: bool = True) -> None:
-    """The switches for large models, and with `parts` those for models in single files."""
-    if parts:
+def add_speed_options(add: Callable[..., object], training: bool, model: bool = True) -> None:
+    """The switches for large models, and with `model` those that choose it and the device."""
+    if model:
         add_model_options(add)
+        add("--device", help="cuda, mps or cpu (default: the best available)")
     add("--fp8", action="store_true",
         help="8-bit weights in the blocks: half the memory, and often faster")
     add("--offload", action="store_true",

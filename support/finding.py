@@ -406,7 +406,9 @@ def find_transformer(folder: Path) -> Path:
 # A name -----------------------------------------------------------------------------------------
 
 def add_model_options(add: Callable[..., object]) -> None:
-    """What a model of single files may lack, for the parser of a script."""
+    """--model, and what a model of single files may lack, for the parser of a script."""
+    add("--model", type=model_name, default="flux-dev",
+        help="flux-dev (default), flux-schnell, baby, a folder or a file")
     for part, word in OPTION.items():
         add(f"--{word}", dest=f"model_{word}", metavar="PATH",
             help=f"file or folder of the model's {part} (default: found near it, or the hub's)")

@@ -164,22 +164,6 @@ def row_names(loras: list[tuple[str, float]]) -> list[str]:
     raise ValueError("--compare names a LoRA twice")
 
 
-def check_comparison(out: Path, person: str, prompts: list[str]) -> None:
-    """ValueError where the folder or eval_rfacesim.py could not hold what is drawn."""
-    if out.suffix.lower() in photos.SUFFIXES and not out.is_dir():
-        raise ValueError(f"--out {out}: --compare writes a folder")
-    if person != Path(person).name:
-        raise ValueError(f"--person {person}: it must be a folder name")
-    for prompt in prompts:
-        if prompt.splitlines() != [prompt.strip()] or prompt.startswith("#"):
-            raise ValueError(
-                f"--compare takes prompts of one line without # in front, not {prompt!r}")
-        if fill(prompt, "man") != prompt:
-            raise ValueError(
-                f"the prompt {prompt!r} depends on the gender: write it for this person")
-    check_writable(out, "--out")
-
-
 def plan_comparison(
     out: Path,
     person: str,
@@ -189,8 +173,19 @@ def plan_comparison(
 ) -> list[Path]:
     """The picture of each prompt at each seed without a LoRA, then with each. Writes nothing.
 
-    ValueError if eval_rfacesim.py would take a picture for another."""
-    check_comparison(out, person, prompts)
+    ValueError if the folder could not hold them, or eval_rfacesim.py would take one for another."""
+    if out.suffix.lower() in photos.SUFFIXES and not out.is_dir():
+        raise ValueError(f"--out {out}: --compare writes a folder")
+    if person != Path(person).name:
+        raise ValueError(f"--person {person}: it must be a folder name")
+    for prompt in prompts:
+        # as they will be read again
+        one_line = prompt.splitlines() == [prompt.strip()] and prompt[0] != "#"
+        if not one_line or fill(prompt, "man") != prompt:
+            raise ValueError("--compare takes prompts of one line without # in front and without "
+                             f"[man/woman], not {prompt!r}")
+    check_writable(out, "--out")
+
     files = []
     for row, i, seed in itertools.product(row_names(loras), range(len(prompts)), seeds):
         files.append(out / row / person / f"{i}_{seed}.png")

@@ -104,12 +104,6 @@ def lora_size(adapter: Any, format: str) -> int:
     return numbers * (2 if format == "diffusers" else 8) + 2 ** 18
 
 
-def print_times(seconds: dict[str, float], iters: int) -> None:
-    parts = ", ".join(f"{part} {value:.1f}" for part, value in seconds.items())
-    print(f"seconds: {parts}; total {sum(seconds.values()):.1f}, "
-          f"{seconds['training'] / iters:.3f} per iteration")
-
-
 def print_next_commands(args: Namespace) -> None:
     """How to sample with the LoRA and, after --save-at, how to compare all that were saved."""
     model = args.switches

@@ -82,7 +82,7 @@ def stage_2(card, px=512, rank=1, method="meta-lora", config=None, **switches):
     words = ["a.png", "--model", "flux", "--resolution", str(px), "--rank", str(rank), "--method", method]
     args = personalize.parse([*words, *switches_of(**switches)])
     personalize.check_stage_2(args, personalize.ITERATIONS)
-    flux, adapter, _, data, _ = personalize.prepare(args, lambda part: card.memory.release())
+    flux, adapter, _, data, _ = personalize.prepare(args)
     card.phased(MetaLoRA, "assign", "assign")
     card.phased(MetaLoRA, "step", "step")
     card.reset()
