@@ -188,7 +188,6 @@ def score(
     path = kept / f"{digest(key.encode())}.json"
     if not path.is_file():
         numbers = judge(judges, real, images)
-        kept.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps({"numbers": numbers}))
     return JsonFile(path)["numbers"]
 

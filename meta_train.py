@@ -467,7 +467,6 @@ def meta_train(argv: list[str] | None) -> None:
             torch.use_deterministic_algorithms(True)
         group.gather(None)                       # nothing is written before all have found it sound
         if group.rank == 0:
-            args.run.mkdir(parents=True, exist_ok=True)
             write_whole(args.run / "settings.json", json.dumps(args.settings, indent=1))
         group.gather(None)
         with locked(args.run / f"lock{group.rank}"):

@@ -300,7 +300,6 @@ def draw(argv: list[str] | None) -> None:
     embeddings = encode_prompts(args.folder, prompts + negative, args.text_device, args.dtype)
     if compared:
         # before the pictures: eval_rfacesim.py must not score them by other prompts
-        out.mkdir(parents=True, exist_ok=True)
         write_whole(out / PROMPTS, "\n".join([*prompts, ""]))
     draw_all(args, rows, embeddings, jobs, save, **settings)
     if compared:

@@ -206,7 +206,6 @@ class Run:
 
         # the saved rows, unless they are past an iteration whose LoRA is missing
         state = args.out / "state" / f"{method}_r{rank}.safetensors"
-        state.parent.mkdir(exist_ok=True)
         if state.is_file():
             bank = IdentityBank(**read_state(state, args.device)[0])
             if all(bank.steps[person] < count for person, count in missing):
@@ -252,7 +251,6 @@ class Run:
         name = args.people[person].name
         captions = args.captions[name]
         path = lora_path(args, label, name)
-        path.parent.mkdir(parents=True, exist_ok=True)
         save_lora(path, adapter.collapse(person), metadata={
             **{field: str(value) for field, value in row.items()},
             "seed": str(args.seed),
@@ -431,7 +429,6 @@ def check_settings(out: Path, now: dict) -> None:
             if was != value:
                 raise ValueError(f"--out {out} was made with another setting of {name}: it was "
                                  f"{was!s:.80} and is {value!s:.80}; choose a new folder")
-    out.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(now, indent=1))
 
 

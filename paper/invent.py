@@ -282,7 +282,6 @@ def invent(argv: list[str] | None) -> None:
                              f"{args.out}, or choose another --out")
     elif any(args.out.glob("*")):
         raise ValueError(f"--out {args.out} is not empty, and was not made by this command")
-    folder.mkdir(exist_ok=True)
     write_whole(kept, settings)
     for parent in (folder, args.out):        # left by a process that was killed
         for part in parent.rglob("*.part"):
@@ -299,7 +298,6 @@ def invent(argv: list[str] | None) -> None:
         rows.append((shots[0].path.parent.name, [folder / shot.path for shot in shots]))
         for shot in shots:
             picture = args.out / shot.path
-            picture.parent.mkdir(parents=True, exist_ok=True)
             write_whole(picture.with_suffix(".txt"), shot.caption)
             write_whole(picture, (folder / shot.path).read_bytes())
     sheet(folder / "sheet.png", [""] * args.pictures, rows[:SHEET])

@@ -147,7 +147,6 @@ def measure(args: argparse.Namespace, trial: Trial, steps: list[int]) -> dict[st
         raise Missing(f"{path} does not hold {missing[0]} steps yet")
     if missing:
         known |= run_trial(args, trial, missing)
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(known))
     return {str(count): known[str(count)] for count in steps}
 
@@ -313,7 +312,6 @@ def run_sweep(
     for method, (chosen, of_method) in zip(FIRST_RATES, results):
         rates[method] = chosen
         tried[method] = of_method
-    args.out.mkdir(parents=True, exist_ok=True)
     folder = f"people{people}"
     report(args, folder, rank, Found(steps, rates, tried, {}))
 

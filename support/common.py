@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import (ExitStack, contextmanager, redirect_stderr, redirect_stdout,
                         suppress)
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from PIL import Image, PngImagePlugin
 from safetensors import SafetensorError
@@ -48,8 +48,10 @@ NOT_CONTENT = {
 
 
 def new_part(place: Path) -> Path:
-    """A new, empty file beside `place`, with a short name however long that of `place` is."""
+    """A new, empty file beside `place`, with a short name however long that of `place` is; creates
+    the folder."""
     part = place.with_name(f"{place.name[:20]}.{secrets.token_hex(4)}.part")
+    part.parent.mkdir(parents=True, exist_ok=True)
     part.touch(exist_ok=False)
     return part
 
@@ -146,11 +148,10 @@ def encodable(text: object) -> str:
 
 
 def save_png(image: Image.Image, path: Path, fields: dict | None = None) -> None:
-    """Saves a PNG with text fields {name: value}; creates its folder."""
+    """Saves a PNG with text fields {name: value}."""
     text = PngImagePlugin.PngInfo()
     for name, value in (fields or {}).items():
         text.add_text(name, encodable(value))
-    path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as part:
         image.save(part, format="PNG", pnginfo=text)
 
@@ -328,7 +329,7 @@ class Console:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> None:

@@ -510,7 +510,6 @@ def read_buckets(
         people, problems = check_people(data, smallest, known, number, seed)
     finally:
         if known != before:
-            listing.parent.mkdir(parents=True, exist_ok=True)
             write_whole(listing, json.dumps(known))
     if not skip_bad:
         complain(problems, "meta_train.py")
@@ -591,7 +590,6 @@ class Cache:
         show: bool = True,
     ) -> None:
         """Encodes what is missing, one model in memory at a time. `stop()` may raise."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         pictures, captions = self.missing(pictures, captions)
         bar = tqdm(
             total=len(captions) + len(pictures),

@@ -100,7 +100,6 @@ def tables(scores: dict, base: str) -> str:
 def write_report(out: Path, scores: dict, base: str = "–") -> str:
     """Writes scores.json and tables.md -> the tables. base: the model that drew the pictures."""
     text = tables(scores, base)
-    out.mkdir(parents=True, exist_ok=True)
     content = json.dumps(scores, indent=1, default=lambda path: path.name)
     write_whole(out / "scores.json", content)
     write_whole(out / "tables.md", text)

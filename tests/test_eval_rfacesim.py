@@ -243,7 +243,7 @@ def test_captions_of_all_kinds_litter_and_unused_files(tmp_path, capsys):
     (tmp_path / "data/bob").symlink_to("nowhere")
     assert ev.main(["--data", str(tmp_path / "data"), "--images", str(tmp_path), "--model", "baby", "--out", str(tmp_path / "r")]) == 2
     err = capsys.readouterr().err
-    assert "gone.jpg is a dead link" in err and "bob is a dead link" in err and "1.txt is not text in UTF-8" in err and "Traceback" not in err
+    assert "gone.jpg, it is a dead link" in err and "bob is a dead link" in err and "1.txt is not text in UTF-8" in err and "Traceback" not in err
 
 
 def test_captions_tell_the_gender_and_a_slot_without_one_is_refused(tmp_path):

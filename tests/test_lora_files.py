@@ -735,11 +735,13 @@ def test_what_is_not_written(tmp_path, lora, options, message):
 
 def test_a_bad_place_to_write(tmp_path):
     (tmp_path / "folder").mkdir()
-    for name in ("nowhere/a.safetensors", "folder"):
+    (tmp_path / "file").touch()
+    for name in ("file/a.safetensors", "folder"):
         with pytest.raises(OSError, match=f"{tmp_path / name} cannot be written: ") as error:
             save_lora(tmp_path / name, {Q: good()})
         assert "\n" not in str(error.value)
-    assert list(tmp_path.iterdir()) == [tmp_path / "folder"] and not list((tmp_path / "folder").iterdir())
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / "file", tmp_path / "folder"]
+    save_lora(tmp_path / "new" / "a.safetensors", {Q: good()})                  # a folder that is missing is made
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):

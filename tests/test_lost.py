@@ -124,6 +124,7 @@ def test_without_room_nothing_begins(tmp_path):
 def test_what_fails_at_the_end_is_kept_elsewhere_and_named(tmp_path, monkeypatch):
     away, here = tmp_path / "away", tmp_path / "here"
     here.mkdir()
+    away.write_text("a file in the place of the folder")
     monkeypatch.chdir(here)
     with pytest.raises(OSError, match="cannot be written") as caught:
         keep(away / ("x" * 240 + ".bin"), lambda path: write_whole(path, b"hours of work"))

@@ -52,10 +52,10 @@ def remembered():
     """The detector and the text encoders are slow to ask, and answer the same each time."""
     find_faces, faces = photos.find_faces, {}
 
-    def ask_once(image):
-        key = image.size, image.tobytes()
+    def ask_once(image, *threshold):
+        key = image.size, image.tobytes(), threshold
         if key not in faces:
-            faces[key] = find_faces(image)
+            faces[key] = find_faces(image, *threshold)
         return faces[key]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(photos, "find_faces", ask_once)
@@ -524,7 +524,7 @@ def test_a_photo_without_its_last_bytes_is_noted_once(run, head):
 
 
 def test_heic_without_its_package_says_what_to_install(run, monkeypatch):
-    monkeypatch.setattr(photos, "can_read_heif", lambda: False)
+    monkeypatch.setattr(photos, "register_heif", lambda: None)
     Path("photo.jpg").write_bytes(b"\0\0\0\x18ftypheic" + bytes(200))
     assert refused(run("photo.jpg"), "pip install pillow-heif")
 

@@ -166,7 +166,7 @@ def test_ways_to_name_prompts_and_seeds():
 
 def test_file_names():
     def plan(prompts, out=None):
-        return [str(path) for path in sample.plan_files(out and Path(out), prompts, range(1))[0]]
+        return [str(path) for path in sample.plan_files(out and Path(out), prompts, range(1))]
     assert plan(2) == ["samples/0_0.png", "samples/1_0.png"] and plan(1) == ["out.png"]
     assert plan(1, "A.PNG") == ["A.PNG"] and plan(1, "v1.2") == ["v1.2/0_0.png"]
     assert plan(1, "new/deep/a.png") == ["new/deep/a.png"]
@@ -539,7 +539,7 @@ def test_a_comparison_is_added_to_what_lora_names_and_made_again():
 @pytest.mark.parametrize("prompts, words, said", [
     ([], ["--compare", "a cat"], "no such file for --compare"), ([], ["--person", "../x"], "--person ../x"),
     ([], ["--out", "x.png"], "writes a folder"), ([], ["--compare", "who.safetensors", "./who.safetensors"], "twice"),
-    (["#1 cat"], [], "without # in front"), (["a [man/woman]"], [], "depends on the gender"),
+    (["#1 cat"], [], "without # in front"), (["a [man/woman]"], [], "without [man/woman]"),
     ([], ["--seed", "1"], "another comparison, such as compare/no LoRA/person/0_0.png"),
     (["more"], [], "another comparison, such as compare/prompts.txt")])
 def test_what_cannot_be_compared_is_said_in_one_line(prompts, words, said, capsys):
