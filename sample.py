@@ -32,7 +32,7 @@ from metalora import apply_loras
 from support.checkpoints import (add_speed_options, check_sampling_memory, choose_model,
                                  encode_prompts, flux_files, load_autoencoder, model_defaults,
                                  open_flux)
-from support.common import (Interruption, Parser, Stopped, count, expand, finite_number, free, keep,
+from support.common import (Interruption, Parser, count, expand, finite_number, free, keep,
                             note, peak_memory, pick_device, positive, read_prompts, run_script,
                             save_png, shorten, side, suppress_out_of_memory, use_threads,
                             write_whole)
@@ -233,7 +233,7 @@ def draw_all(
                 except OSError as error:
                     stopped = error
         if interruption.asked:
-            stopped = stopped or Stopped(interruption.asked)
+            stopped = stopped or KeyboardInterrupt(interruption.asked)
     if stopped:
         note(f"stopped: {done} of {total} pictures are saved")
         raise stopped

@@ -360,12 +360,8 @@ def on_signals(act: Callable[[int, object], object]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-class Stopped(KeyboardInterrupt):
-    """Stopped by the signal with this number."""
-
-
 def stop(number: int, frame: object = None) -> None:
-    raise Stopped(number)
+    raise KeyboardInterrupt(number)
 
 
 def run_script(name: str, script: Callable[[list[str] | None], object],
@@ -379,7 +375,7 @@ def run_script(name: str, script: Callable[[list[str] | None], object],
             script(argv)
         except KeyboardInterrupt as error:
             print(f"{name}: interrupted", file=sys.stderr)
-            return 128 + (error.args[0] if isinstance(error, Stopped) else signal.SIGINT)
+            return 128 + (error.args[0] if error.args else signal.SIGINT)
         except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not is_out_of_memory(error):
                 raise

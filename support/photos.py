@@ -401,20 +401,6 @@ def to_sizes(picture: Image.Image, resolutions: list[int]) -> list[Image.Image]:
     return list(sized.values())
 
 
-def check_photos(paths: list[Path], box: list[int] | None, augment: bool) -> None:
-    """ValueError for a photo that cannot be read, and for a --box that does not fit."""
-    if box and (len(paths) > 1 or not augment):
-        raise ValueError(f"--box takes one photo without --no-augment, not {len(paths)} photos")
-    for path in paths:
-        photo = read_photo(path)
-        if box:
-            width, height = photo.size
-            x0, y0, x1, y1 = box
-            if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
-                raise ValueError(f"--box {x0} {y0} {x1} {y1} must be X0 < X1 and Y0 < Y1 within "
-                                 f"{path}, which is {width} x {height} pixels")
-
-
 def fingerprints(paths: list[Path]) -> dict[str, str]:
     """Names and digests of photos, in order, for the metadata of a LoRA."""
     return {

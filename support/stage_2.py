@@ -58,13 +58,21 @@ def check_lomd_options(args: Namespace) -> None:
 
 
 def check_pictures(args: Namespace) -> None:
-    """args.photos: files, folders, patterns -> files without masks of other photos."""
+    """args.photos: files, folders, patterns -> files that can be read, without masks of others."""
     named = named_photos(args.photos)
-    pictures = photos.without_masks(named)
-    for mask in sorted(set(named) - set(pictures)):
+    args.photos = photos.without_masks(named)
+    for mask in sorted(set(named) - set(args.photos)):
         note(f"{mask} is the mask of another photo, and is not used")
-    args.photos = pictures
-    photos.check_photos(args.photos, args.box, not args.no_augment)
+    for path in args.photos:
+        width, height = photos.read_photo(path).size
+    if args.box:
+        if len(args.photos) > 1 or args.no_augment:
+            raise ValueError("--box takes one photo without --no-augment, not "
+                             f"{len(args.photos)} photos")
+        x0, y0, x1, y1 = args.box
+        if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
+            raise ValueError(f"--box {x0} {y0} {x1} {y1} must be X0 < X1 and Y0 < Y1 within "
+                             f"{path}, which is {width} x {height} pixels")
 
 
 def numbered(out: Path, iteration: int) -> Path:

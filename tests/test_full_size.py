@@ -75,7 +75,7 @@ def stage_2(card, px=512, rank=1, method="meta-lora", config=None, **switches):
     patch(personalize, "load_autoencoder", lambda *words: autoencoder_on(card))
     patch(stage_2_checks, "captions_beside", lambda files, prompt, tell: {Path(file): prompt for file in files})
     patch(personalize, "read_lomd", lambda *words: ({t.path: torch.zeros(16, t.d_in) for t in find_targets(bare(config))}, "none", False))
-    patch(photos, "check_photos", lambda *words: None)
+    patch(stage_2_checks, "check_pictures", lambda args: None)
     patch(photos, "fingerprints", lambda files: {"photo_digests": ""})
     crop = photos.Crop(Image.new("RGB", (px, px)), Path("a.png"), (0, 0, px, px), Image.new("L", (px, px)))
     patch(photos, "load_crops", lambda *words: [crop] * 15)
