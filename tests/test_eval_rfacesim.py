@@ -261,7 +261,7 @@ def test_captions_tell_the_gender_and_a_slot_without_one_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("damage, message", [
-    (lambda d: (d / "anna/1.png").write_bytes(b"no"), "1.png is not a picture"),
+    (lambda d: (d / "anna/1.png").write_bytes(b"no"), "1.png cannot be read: it is not a picture"),
     (lambda d: (d / "anna/1.png").unlink(), "has 1 pictures"),
     (lambda d: paint(d / "loose.png", "red"), "holds both"),
     (lambda d: shutil.rmtree(d / "anna"), "holds neither"),
