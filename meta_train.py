@@ -423,7 +423,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--batch-size", type=positive, default=4, help="pictures per step and GPU (default: 4)")
     add("--r1", type=positive, default=16, help="rank of LoMD, the most for stage 2 (default: 16)")
     add("--r2", type=positive, default=1, help="rank of the people's LoRAs (default: 1)")
-    add("--lr", type=positive_number, help="learning rate (default: 4e-4 for FLUX.1, 4e-3 for the baby)")
+    add("--lr", type=positive_number,
+        help="learning rate (default: 4e-4 for FLUX.1, 4e-3 for the baby)")
     add("--warmup", type=float, help="share of a bucket's iterations in which LoMD is frozen "
         "(default: 0.4, the paper's; 0 for the baby)")
     add("--identities-per-bucket", type=positive, default=50,

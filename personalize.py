@@ -35,8 +35,7 @@ from support.common import (Interruption, Parser, count, free, keep, note, peak_
                             positive_number, reserved, resolution, run_script, to_device)
 from support.lora_files import read_lomd, save_lora
 from support.memory import blocks_of, fit_training
-from support.stage_2 import (check_stage_2, lora_size, metadata, numbered,
-                             print_next_commands)
+from support.stage_2 import check_stage_2, lora_size, metadata, numbered, print_next_commands
 
 # the paper's; a model's defaults.json may have others
 ITERATIONS = {"meta-lora": 375, "lora": 625}

@@ -32,10 +32,9 @@ from metalora import apply_loras
 from support.checkpoints import (add_speed_options, check_sampling_memory, choose_model,
                                  encode_prompts, flux_files, load_autoencoder, model_defaults,
                                  open_flux)
-from support.common import (Interruption, Parser, count, expand, finite_number, free, keep,
-                            note, peak_memory, pick_device, positive, read_prompts, run_script,
-                            save_png, shorten, side, suppress_out_of_memory, use_threads,
-                            write_whole)
+from support.common import (Interruption, Parser, count, expand, finite_number, free, keep, note,
+                            peak_memory, pick_device, positive, read_prompts, run_script, save_png,
+                            shorten, side, suppress_out_of_memory, use_threads, write_whole)
 from support.lora_files import load_loras, split_lora
 from support.memory import fit_sampling, memory_left
 from support.photos import picture_fields, plan_files, to_image

@@ -396,8 +396,8 @@ class Interruption(ExitStack):
 
     def ask(self, number: int, frame: object) -> None:
         if not self.asked:
-            self.asked = number
             self.time = time.monotonic()
+            self.asked = number
         # earlier than this, it is torchrun, which forwards what the terminal already sent
         elif time.monotonic() - self.time > 3:
             stop(number)
