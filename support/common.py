@@ -301,8 +301,10 @@ class Parser(argparse.ArgumentParser):
 
 def whole_number(least: int, most: int = 2 ** 63 - 1) -> Callable[[str], int]:
     def number(text: str) -> int:
-        if not least <= int(text) <= most:
-            raise argparse.ArgumentTypeError(f"must be from {least} to {most}, not {text}")
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, not {text}")
+        if int(text) > most:
+            raise argparse.ArgumentTypeError(f"must be at most {most}, not {text}")
         return int(text)
     return number
 

@@ -93,7 +93,7 @@ def read_photo(path: str | Path) -> Image.Image:
     """
     path = Path(path)
     check_file(path, "picture")
-    register_heif()
+    can_read_heif()
     try:
         with raised_limits():
             try:
@@ -105,7 +105,9 @@ def read_photo(path: str | Path) -> Image.Image:
     except Exception as error:                  # decoders raise all sorts of things on broken files
         why = repr(error)
         if isinstance(error, Image.UnidentifiedImageError):
-            why = "it is not a picture; HEIC needs `pip install pillow-heif`"
+            why = "it is not a picture of a known format"
+            if path.read_bytes()[4:8] == b"ftyp" and not can_read_heif():
+                why = "if it is HEIC, the format of iPhones: pip install pillow-heif"
         raise ValueError(f"{path} cannot be read: {not_content(path) or why}") from error
     if min(image.size) < MIN_SIDE:
         raise ValueError(f"{path} is {image.width} x {image.height} pixels, under {MIN_SIDE} x "
@@ -131,11 +133,13 @@ def raised_limits() -> Iterator[None]:
 
 
 @functools.cache
-def register_heif() -> None:
+def can_read_heif() -> bool:
     """Teaches Pillow to read HEIC if pillow-heif is installed."""
     with suppress(ImportError):
         from pillow_heif import register_heif_opener
         register_heif_opener()
+        return True
+    return False
 
 
 def decode(source: Path | BytesIO) -> Image.Image:

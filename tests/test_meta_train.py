@@ -388,7 +388,7 @@ def found_problems(tmp_path, make, smallest=16):
 
 @pytest.mark.parametrize("name, content, words", [
     ("bad.jpg", b"no picture", "not a picture"), ("empty.png", b"", "is empty"),
-    ("phone.HEIC", b"ftypheic", "HEIC"), ("phone.heif", b"ftypheic", "HEIC"),
+    ("phone.HEIC", b"\0\0\0 ftypheic", "cannot be read"), ("phone.heif", b"\0\0\0 ftypheic", "cannot be read"),
     ("0.txt", b"", "is empty"), ("0.txt", b"\xef\xbb\xbf \n", "is empty"),
     ("1.txt", "größer".encode("latin-1"), "UTF-8"), ("1.txt", "from Windows".encode("utf-16"), "UTF-8"),
 ])

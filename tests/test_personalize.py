@@ -524,7 +524,7 @@ def test_a_photo_without_its_last_bytes_is_noted_once(run, head):
 
 
 def test_heic_without_its_package_says_what_to_install(run, monkeypatch):
-    monkeypatch.setattr(photos, "register_heif", lambda: None)
+    monkeypatch.setattr(photos, "can_read_heif", lambda: False)
     Path("photo.jpg").write_bytes(b"\0\0\0\x18ftypheic" + bytes(200))
     assert refused(run("photo.jpg"), "pip install pillow-heif")
 
