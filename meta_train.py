@@ -22,6 +22,7 @@ import json
 import math
 import os
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -33,8 +34,8 @@ from torch import Tensor
 
 import flux_model
 from metalora import IdentityBank, MetaLoRA, random_lomd
-from support.checkpoints import (add_speed_options, check_training_memory, flux_files, open_flux,
-                                 targets_of, text_length)
+from support.checkpoints import (add_speed_options, check_training_memory, open_flux,
+                                 text_length)
 from support.common import (Interruption, Parser, count, free, is_out_of_memory, keep, note,
                             positive, positive_number, resolution, run_script, to_device,
                             write_whole)
@@ -82,8 +83,8 @@ def schedule(pictures: list[int], iters: int, batch_size: int, warmup: float,
 
 
 def draw_order(shapes: list[list], count: int, batch_size: int,
-               rng: torch.Generator) -> list[list[tuple[int, int]]]:
-    """`count` batches of (picture, resolution), both indices; all of a batch have one shape.
+               rng: torch.Generator) -> list[list[tuple[int, object]]]:
+    """`count` batches of (index of a picture, its shape); all of a batch have one shape.
 
     shapes: of each picture, at each of its resolutions. Pictures come in random order, every one
     before any comes again; each time one of its resolutions is drawn."""
@@ -93,7 +94,7 @@ def draw_order(shapes: list[list], count: int, batch_size: int,
         for picture in torch.randperm(len(shapes), generator=rng).tolist():
             resolution = torch.randint(len(shapes[picture]), (), generator=rng).item()
             shape = shapes[picture][resolution]
-            waiting[shape].append((picture, resolution))
+            waiting[shape].append((picture, shape))
             if len(waiting[shape]) == batch_size:
                 batches.append(waiting.pop(shape))
     return batches[:count]
@@ -105,21 +106,6 @@ def generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(seed))
 
 
-class Member(NamedTuple):
-    """A person; the position in their bucket's list of members is their row in the bank."""
-    number: int                                  # counted over all buckets
-    name: str
-    photos: list[Photo]                          # those without a caption have --prompt
-
-
-class TrainingPicture(NamedTuple):
-    """A picture of the open bucket."""
-    row: int                                     # its person's
-    name: str                                    # its person's
-    photo: Photo
-    posteriors: list[Tensor]                     # of its latent at each resolution: mean, deviation
-
-
 class Run:
     """One process's part of a run: LoMD, every size-th person of each bucket, the iteration."""
     def __init__(self, args: argparse.Namespace, buckets: Buckets, group: Group):
@@ -128,30 +114,32 @@ class Run:
         self.interruption = Interruption()
         self.folder = args.run / f"rank{group.rank}"
         self.bucket_names = list(buckets)
-        self.cache = Cache(args.run / "cache", args.folder, group.device, args.dtype,
-                           args.resolution)
-
-        self.members = []                        # of this process, a list for each bucket
-        pictures_in = []                         # each bucket, for all processes together
-        number = 0
-        for people in buckets.values():
-            members = []
-            for name, photos in people.items():
-                captioned = [p._replace(caption=p.caption or args.prompt) for p in photos]
-                members.append(Member(number, name, captioned))
-                number += 1
-            self.members.append(members[group.rank::group.size])
-            pictures_in.append(sum(map(len, people.values())))
-
         self.batch_size = args.batch_size * group.size        # bs
+        pictures_in = [sum(map(len, people.values())) for people in buckets.values()]
         self.passes = schedule(pictures_in, args.iters, self.batch_size, args.warmup)
         self.iteration = 0
         self.open = None                         # index of the pass whose rows are in the bank
-        self.used = {now.bucket for now in self.passes}
-        self.photos = []
-        for bucket in sorted(self.used):
-            for member in self.members[bucket]:
-                self.photos += member.photos
+
+        # of each bucket that the run reaches: (a person's number in all buckets, their photos); the
+        # position in this list is their row in the bank
+        self.members = []
+        self.photos = []                         # all of these
+        number = 0
+        for name in self.bucket_names[:len(self.passes)]:
+            people = list(enumerate(buckets[name].values(), start=number))
+            number += len(people)
+            self.members.append(people[group.rank::group.size])
+            for _, photos in self.members[-1]:
+                self.photos += photos
+
+        self.cache = Cache(args.run / "cache", args.folder, group.device, args.dtype,
+                           args.resolution)
+        sizes = set()
+        for photo in self.photos:
+            sizes.update(self.cache.sizes(photo))
+        width, height = max(sizes, key=math.prod)
+        self.largest = height // 8, width // 8   # in latent pixels
+        self.most_people = max(map(len, self.members))
 
     def train(self):
         """Trains to the end. KeyboardInterrupt and FloatingPointError leave a checkpoint."""
@@ -163,38 +151,43 @@ class Run:
                 note(f"at iteration {self.iteration} of {self.args.iters}; "
                      "rerun the command to resume")
                 raise
-            except (FloatingPointError, RuntimeError, OSError) as error:
+            except (FloatingPointError, RuntimeError, OSError, ValueError) as error:
                 if isinstance(error, RuntimeError) and not is_out_of_memory(error):
                     raise
-                self.save()
+                if self.adapter.bank:            # between two buckets, the last checkpoint has all
+                    self.save()
                 saved = f"the state before it is saved in {self.args.run}"
                 raise type(error)(f"{error}; {saved}") from None
 
     def run_passes(self, log: Log):
         """Algorithm 1, from the current iteration."""
-        for number, now in enumerate(self.passes):
-            if self.iteration < now.stop:
-                self.open_bucket(number)
-                while self.iteration < now.stop:
-                    self.iterate(now, log)
-                self.close_bucket()
-            elif self.open == number and self.iteration == now.stop:
-                self.close_bucket()              # was killed after the checkpoint, before that
+        # after a kill between its last checkpoint and its end, the open pass only has to be closed
+        for number in range(self.open or 0, len(self.passes)):
+            now = self.passes[number]
+            self.open_bucket(number)
+            while self.iteration < now.stop:
+                self.iterate(now, log)
+            self.close_bucket()
 
     def iterate(self, now: BucketPass, log: Log):
         """A step, its line in the log, and, when due, a preview and a checkpoint."""
         args = self.args
         joint = self.iteration >= now.joint
-        log.start()
+        start = time.perf_counter()
         result = self.step(now)
-        stop = self.stop_asked(joint)
+        seconds = time.perf_counter() - start
+        # any process may have got Ctrl-C; in a warm-up they never meet, and each stops alone
+        asked = torch.tensor(float(self.interruption.asked or 0))
+        stop = bool(self.group.sum(asked) if joint else asked)
         saving = stop or self.iteration == now.stop or self.iteration % args.save_every == 0
         if self.group.rank == 0:
-            log.add(self.iteration, joint, self.bucket_names[now.bucket], *result)
+            log.add(seconds, *result)
             if saving or self.iteration == now.joint or self.iteration % LOG_EVERY == 0:
-                log.write()
+                phase = "joint" if joint else "warm-up"
+                log.write(self.iteration, phase, self.bucket_names[now.bucket])
             if args.preview_every and self.iteration % args.preview_every == 0:
-                self.preview()
+                draw_preview(self)
+                free(self.group.device)
         if saving:
             self.save()
         if stop:
@@ -225,18 +218,19 @@ class Run:
         self.iteration += 1
         return losses.detach(), t, norms, lomd_norm
 
-    def draw(self, offset: int) -> tuple[list[tuple[str, Photo]], list[Tensor]]:
-        """A batch of the open pass -> [(person, photo)] and ids, latent, noise, t, txt, y.
+    def draw(self, offset: int) -> tuple[list[Photo], list[Tensor]]:
+        """A batch of the open pass -> its photos, and ids, latent, noise, t, txt, y.
 
         ids and t stay on the CPU, where they are read again."""
+        cache = self.cache
         rng = generator(self.args.seed, DRAW, self.iteration, self.group.rank)
-        shown, rows, posteriors, texts = [], [], [], []
-        for index, resolution in self.order[offset]:
-            picture = self.pictures[index]
-            shown.append((picture.name, picture.photo))
-            rows.append(picture.row)
-            posteriors.append(picture.posteriors[resolution])
-            texts.append(self.texts[picture.photo.caption])
+        rows, shown, posteriors, texts = [], [], [], []
+        for picture, size in self.order[offset]:
+            row, photo = self.pictures[picture]
+            rows.append(row)
+            shown.append(photo)
+            posteriors.append(cache.load(cache.latent_path(photo, size))["posterior"])
+            texts.append(cache.load(cache.text_path(photo.caption or self.args.prompt)))
         txt = torch.stack([text["txt"] for text in texts])
         y = torch.stack([text["y"] for text in texts])
 
@@ -249,140 +243,98 @@ class Run:
         latent, noise, txt, y = [to_device(part, device) for part in (latent, noise, txt, y)]
         return shown, [torch.tensor(rows), latent, noise, t, txt, y]
 
-    def what_is_not_finite(self, now: BucketPass, shown: list, losses: Tensor) -> str:
-        bad = [who for who, loss in zip(shown, losses.tolist()) if not math.isfinite(loss)]
+    def what_is_not_finite(self, now: BucketPass, shown: list[Photo], losses: Tensor) -> str:
+        bad = [photo for photo, loss in zip(shown, losses.tolist()) if not math.isfinite(loss)]
         if not bad and (self.group.size == 1 or not self.adapter.rows.grad.isfinite().all()):
             bad = shown                          # the losses are finite, a gradient is not
-        names = "; ".join(f"{name}, {photo.path}" for name, photo in bad) or "in another process"
+        names = "; ".join(f"{photo.path.parent.name}, {photo.path}" for photo in bad)
         return (f"the loss or its gradient is not finite at iteration {self.iteration} "
-                f"(bucket {self.bucket_names[now.bucket]}: {names})")
-
-    def stop_asked(self, joint: bool) -> bool:
-        """Whether any process got Ctrl-C; in a warm-up, where they never meet, this one alone."""
-        asked = self.interruption.asked is not None
-        if self.group.size == 1 or not joint:
-            return asked
-        return bool(self.group.sum(torch.tensor([float(asked)])))
-
-    def preview(self):
-        photos = {picture.row: picture.photo for picture in reversed(self.pictures)}    # the first
-        draw_preview(self.adapter, photos, self.texts[self.args.prompt], self.args, self.iteration)
-        free(self.group.device)
+                f"(bucket {self.bucket_names[now.bucket]}: {names or 'in another process'})")
 
     def open_bucket(self, number: int):
-        """Loads latents and text of a pass; its rows too, unless a checkpoint has brought them."""
+        """Draws the batches of a pass; loads its rows, unless a checkpoint has brought them."""
         args = self.args
         now = self.passes[number]
         members = self.members[now.bucket]
-        self.pictures = []
-        shapes = []
-        captions = [args.prompt]
-        for row, member in enumerate(members):
-            for photo in member.photos:
-                sizes = list(self.cache.sizes(photo))
-                paths = [self.cache.latent_path(photo, size) for size in sizes]
-                posteriors = [self.cache.load(path)["posterior"] for path in paths]
-                self.pictures.append(TrainingPicture(row, member.name, photo, posteriors))
-                shapes.append(sizes)
-                captions.append(photo.caption)
-        self.texts = {text: self.cache.load(self.cache.text_path(text)) for text in set(captions)}
+        self.pictures = []                       # (row, photo) of each
+        for row, (_, photos) in enumerate(members):
+            self.pictures += [(row, photo) for photo in photos]
+        sizes = [self.cache.sizes(photo) for _, photo in self.pictures]
         rng = generator(args.seed, ORDER, number, self.group.rank)
-        self.order = draw_order(shapes, now.stop - now.start, args.batch_size, rng)
+        self.order = draw_order(sizes, now.stop - now.start, args.batch_size, rng)
         if self.open != number:
             self.adapter.bank = None             # the rows of two buckets might not fit
-            waiting = self.waiting.load(number, self.group.device)
-            self.adapter.bank = IdentityBank(**waiting) if waiting else self.new_bank(members)
+            rows = self.waiting.load(number, self.group.device)
+            if rows is None:
+                rows = {"weight": self.new_rows(members)}
+            self.adapter.bank = IdentityBank(**rows)
+            self.adapter.bank.make_moments()
             self.open = number
 
-    def new_bank(self, members: list[Member]) -> IdentityBank:
-        """The rows of a bucket's people before their first step."""
-        weight = torch.empty(len(members), self.adapter.size, device=self.group.device)
-        for row, member in zip(weight, members):
-            rng = generator(self.args.seed, ROWS, member.number)
+    def new_rows(self, members: list[tuple[int, list[Photo]]]) -> Tensor:
+        """A bucket's people before their first step (N, P)."""
+        rows = torch.empty(len(members), self.adapter.size, device=self.group.device)
+        for row, (number, _) in zip(rows, members):
+            rng = generator(self.args.seed, ROWS, number)
             row.copy_(self.adapter.new_row(rng))
-        bank = IdentityBank(weight)
-        bank.make_moments()
-        return bank
+        return rows
 
     def close_bucket(self):
         """Puts the rows away. If it is killed meanwhile, the last checkpoint has them too."""
         if self.open == len(self.passes) - 1:
             self.group.gather(None)              # in a warm-up others may be a pass behind
-        rows = {part: getattr(self.adapter.bank, part) for part in IdentityBank.PARTS}
-        self.waiting.save(self.open, rows)
+        self.waiting.save(self.open, vars(self.adapter.bank))
         if self.group.rank == 0:
             self.export(self.args.run / "lomd.safetensors")
-
-    def largest(self) -> tuple[int, tuple[int, int]]:
-        """The most people in a bucket of this process, the largest picture in latent pixels."""
-        sizes = set()
-        for photo in self.photos:
-            sizes.update(self.cache.sizes(photo))
-        width, height = max(sizes, key=math.prod)
-        people = max(len(self.members[bucket]) for bucket in self.used)
-        return people, (height // 8, width // 8)
 
     def check_memory(self):
         """ValueError if the device is known to be too small, before anything large is read."""
         args = self.args
-        people, size = self.largest()
-        check_training_memory(args, self.group.device, size, rank=args.r2, r1=args.r1,
-                              slots=args.batch_size, people=people, joint=True)
+        check_training_memory(args, self.group.device, self.largest, rank=args.r2, r1=args.r1,
+                              slots=args.batch_size, people=self.most_people, joint=True)
 
     def load(self):
         """Encodes all pictures and captions, then loads the model and the newest checkpoint."""
         device = self.group.device
-        captions = [self.args.prompt] + [photo.caption for photo in self.photos]
-        self.check_disk(captions)
-        if device.type != "cpu" and any(self.cache.missing(self.photos, captions)):
+        self.checkpoints = Checkpoints(self.folder, self.group)
+        self.waiting = WaitingRows(self.folder, len(self.members))
+        prompt = self.args.prompt
+        captions = [prompt] + [photo.caption or prompt for photo in self.photos]
+        missing = self.cache.missing(self.photos, captions)
+        check_room(self, *missing)
+        if device.type != "cpu" and any(missing):
             self.place()                         # fails before hours of encoding if it does not fit
             self.adapter = None
             free(device)
         with self.interruption as stop:          # without the transformer: T5 takes 9.5 GB
-            self.cache.fill(self.photos, captions, stop.raise_if_asked, show=self.group.rank == 0)
+            self.cache.fill(*missing, stop.raise_if_asked)
         self.place()
         self.resume()
-
-    def check_disk(self, captions: list[str]):
-        """ValueError if --run has no room for what this run is going to write."""
-        args = self.args
-        config = flux_files(args.folder)[1]
-        targets = targets_of(config)
-        row = args.r2 * sum(args.r1 + target.rows for target in targets)     # a person's M and U
-        lomd = args.r1 * sum(target.d_in for target in targets)
-        text = text_length(args.folder) * config.context_in_dim * args.dtype.itemsize
-        self.checkpoints = Checkpoints(self.folder, self.group)
-        self.waiting = WaitingRows(self.folder, [len(members) for members in self.members], row)
-        cache = self.cache.room_for(self.photos, captions, text)
-        check_room(self.waiting, self.used, lomd, cache, self.group)
 
     def place(self):
         """The adapted transformer; tries a step at the largest size, with the most rows."""
         args = self.args
-        people, size = self.largest()
         flux = open_flux(args, self.group.device, args.iters)
         lomd = random_lomd(find_targets(flux), args.r1, args.seed)
         self.adapter = MetaLoRA(flux, args.r2, lomd, num_identities=0, slots=args.batch_size)
-        rows = torch.zeros(people, self.adapter.size, device=self.group.device)
+        rows = torch.zeros(self.most_people, self.adapter.size, device=self.group.device)
         self.adapter.bank = IdentityBank(rows)
         self.adapter.train_lomd = True
-        fit_training(self.adapter, size, text_length(args.folder), args.recompute)
+        fit_training(self.adapter, self.largest, text_length(args.folder), args.recompute)
         self.adapter.bank = None
 
     def save(self):
         """A checkpoint: LoMD and the open bucket's rows. All else is on disk already."""
         adapter = self.adapter
-        tensors = {f"lomd.{part}": getattr(adapter.shared, part) for part in IdentityBank.PARTS}
-        tensors |= {f"rows.{part}": getattr(adapter.bank, part) for part in IdentityBank.PARTS}
-        lomd_steps = int(adapter.shared.steps[0])
-        self.checkpoints.save(self.iteration, lomd_steps, tensors, at=str(self.open))
+        tensors = {f"lomd.{part}": tensor for part, tensor in vars(adapter.shared).items()}
+        tensors |= {f"rows.{part}": tensor for part, tensor in vars(adapter.bank).items()}
+        self.checkpoints.save(self.iteration, self.open, tensors)
 
     def resume(self):
         """Loads the newest state that all processes have, and checks the files it will need."""
-        path, open_pass, tensors = self.checkpoints.newest(self.group.device)
-        if path:
-            self.iteration = int(path.stem.split("-")[0])
-            self.open = int(open_pass)
+        found = self.checkpoints.newest(self.group.device)
+        if found:
+            self.iteration, self.open, tensors = found
             parts = IdentityBank.PARTS
             self.adapter.shared = IdentityBank(*(tensors[f"lomd.{part}"] for part in parts))
             self.adapter.bank = IdentityBank(*(tensors[f"rows.{part}"] for part in parts))
@@ -396,9 +348,9 @@ class Run:
             "model": Path(args.model).name, "made_by": "meta_train.py",
             "model_fingerprint": args.settings["model"],
             "data_fingerprint": args.settings[DATA],
-            "people": str(args.people), "r2": str(args.r2), "prompt": args.prompt,
-            "iterations": str(self.iteration), "batch_size": str(self.batch_size),
-            "learning_rate": f"{args.lr:g}", "warmup": f"{args.warmup:g}", "seed": str(args.seed),
+            "people": args.people, "r2": args.r2, "prompt": args.prompt,
+            "iterations": self.iteration, "batch_size": self.batch_size,
+            "learning_rate": f"{args.lr:g}", "warmup": f"{args.warmup:g}", "seed": args.seed,
         }
         save_lomd(path, self.adapter.lomd, metadata)
 
@@ -453,10 +405,7 @@ def meta_train(argv: list[str] | None) -> None:
     group = Group(args.device)
     try:
         check_stage_1(args, group.device)
-        smallest = max(map(Cache.step, args.resolution))
-        buckets = group.first(lambda: read_buckets(
-            args.data, args.run / "pictures.json", smallest, args.skip_bad,
-            size=args.identities_per_bucket, seed=args.seed, number=args.people))
+        buckets = group.first(lambda: read_buckets(args))
         check_settings(args, buckets, group)
         run = Run(args, buckets, group)
         if all(now.joint == now.stop for now in run.passes):

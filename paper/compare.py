@@ -41,8 +41,7 @@ from support.judges import Picture, own_folder, prompts_for
 from support.lora_files import load_lora, read_lomd, save_lora
 from support.memory import fit_training
 from support.names import find_targets
-from support.people import captions_beside, fill, read_people, tell
-from support.runs import read_state, save_state
+from support.people import captions_beside, fill, read_people, read_state, save_state, tell
 
 SAVE_EVERY = 30                                  # seconds between two saved states of a training
 
@@ -207,7 +206,7 @@ class Run:
         # the saved rows, unless they are past an iteration whose LoRA is missing
         state = args.out / "state" / f"{method}_r{rank}.safetensors"
         if state.is_file():
-            bank = IdentityBank(**read_state(state, args.device)[0])
+            bank = IdentityBank(**read_state(state, args.device))
             if all(bank.steps[person] < count for person, count in missing):
                 adapter.bank = bank
         latents = chain.from_iterable(crops[0] for crops in people)

@@ -483,7 +483,7 @@ def check_lomd(lomd: dict[str, Tensor], targets: list[Target], what: str = "this
     check_shapes(what, found, wanted)
 
 
-def save_lomd(path: Place, lomd: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def save_lomd(path: Place, lomd: dict[str, Tensor], metadata: dict[str, object]) -> None:
     """Writes {diffusers path: (r1, d_in)} as <path>.lomd, in fp32; the file is whole or absent."""
     tensors = {}
     for name, A in lomd.items():

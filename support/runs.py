@@ -1,10 +1,9 @@
 """What a long run needs: torchrun's processes, settings, lock, checkpoints, log, figure."""
 import collections
-import itertools
 import json
+import math
 import os
 import shutil
-import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,16 +16,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageOps
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
 from flux_model import denoise, get_noise
-from support.checkpoints import flux_fingerprint, load_autoencoder, model_defaults, take_model
-from support.common import (JsonFile, check_out, check_readable, check_writable,
-                            is_out_of_memory, naming, note, pick_device, save_figure, save_png,
-                            write_whole)
-from support.people import Buckets, Photo, data_fingerprint, save_state
+from support.checkpoints import (bar_off, flux_files, flux_fingerprint, load_autoencoder,
+                                 take_model, targets_of, text_length)
+from support.common import (JsonFile, check_out, check_writable, is_out_of_memory, naming, note,
+                            pick_device, save_figure, save_png, write_whole)
+from support.people import (Buckets, Photo, State, data_fingerprint, open_state, read_state,
+                            save_state)
 from support.photos import read_photo, to_image, visible
 
 try:
@@ -100,8 +99,9 @@ def announce(run: Any, buckets: Buckets) -> None:
     if run.group.rank:
         return
     captions = []
-    for photos in itertools.chain.from_iterable(map(dict.values, buckets.values())):
-        captions += [photo.caption for photo in photos]
+    for people in buckets.values():
+        for photos in people.values():
+            captions += [photo.caption for photo in photos]
     missing = captions.count(None)
     resuming = f"; resuming from iteration {run.iteration}" if run.iteration else ""
     print(f"{run.args.people} people, {len(captions)} pictures, {len(buckets)} buckets; "
@@ -143,12 +143,11 @@ def only_to_be_seen(what: str) -> Iterator[None]:
 
 
 class Group:
-    """The processes that torchrun started, or this one alone. Counts the bytes that it sends."""
+    """The processes that torchrun started, or this one alone."""
     def __init__(self, device_name: str | None):
         self.rank = int(os.environ.get("RANK", 0))
         self.size = int(os.environ.get("WORLD_SIZE", 1))
-        self.sent = 0
-        if self.size > 1 and device_name is None and torch.cuda.is_available():
+        if self.size > 1 and device_name in (None, "cuda") and torch.cuda.is_available():
             device_name = f"cuda:{os.environ.get('LOCAL_RANK', self.rank)}"
         self.device = pick_device(device_name)
         backend = "gloo"
@@ -179,24 +178,22 @@ class Group:
 
     def first(self, work: Callable[[], Any]) -> Any:
         """The first process calls work(); all return its result, or raise its error."""
-        outcome = [None, None]                   # result, error
+        outcome = [None]                         # its result or error
         if self.rank == 0:
             try:
-                outcome[0] = work()
+                outcome = [work()]
             except (ValueError, OSError, KeyboardInterrupt) as error:
-                outcome[1] = error
+                outcome = [error]
         if self.size > 1:
             dist.broadcast_object_list(outcome)
-        result, error = outcome
-        if error:
-            raise error
-        return result
+        if isinstance(outcome[0], BaseException):
+            raise outcome[0]
+        return outcome[0]
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, in place."""
         if self.size > 1:
             dist.all_reduce(tensor)
-            self.sent += tensor.numel() * tensor.element_size()
         return tensor
 
     def gather(self, thing: object) -> list:
@@ -207,7 +204,7 @@ class Group:
         return things
 
     def close(self) -> None:
-        if self.size > 1 and dist.is_initialized():
+        if self.size > 1:
             dist.destroy_process_group()
 
 
@@ -215,82 +212,62 @@ class Group:
 # State on disk
 
 
-State = dict[str, Tensor]
-
-
-def read_state(path: Path, device: torch.device) -> tuple[State, dict[str, str]]:
-    """Tensors and metadata of a safetensors file of a run."""
-    with safe_open(path, "pt", device=str(device)) as file:
-        # clone: on a CPU the bits of a matmul depend on alignment, and a file's is odd
-        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
-        return tensors, file.metadata() or {}
-
-
 class WaitingRows(NamedTuple):
     """Where one process's people wait for the next pass over their bucket: a file for each finished
     pass, pass0007.safetensors. A pass starts from the file of the previous pass over its bucket."""
     folder: Path
-    members: list[int]                           # this process's people in each bucket
-    size: int                                    # numbers in a row
+    buckets: int                                 # how many
 
     def path(self, number: int) -> Path:
         return self.folder / f"pass{number:04d}.safetensors"
-
-    def bytes(self, bucket: int) -> int:
-        """Size of a bucket's file: weights and both moments in fp32, and the step counts."""
-        return self.members[bucket] * (3 * 4 * self.size + 8)
 
     def save(self, number: int, tensors: State) -> None:
         """Writes the rows at the end of a pass.
 
         By now every process has a checkpoint of the end of the pass before it, so that none resumes
         from before that, and the file which that pass started from can go."""
-        self.path(number - 1 - len(self.members)).unlink(missing_ok=True)
+        self.path(number - 1 - self.buckets).unlink(missing_ok=True)
         save_state(self.path(number), tensors)
 
     def load(self, number: int, device: torch.device) -> State | None:
         """The rows that a pass starts from, or None if its people have never been trained."""
-        before = number - len(self.members)
-        return read_state(self.path(before), device)[0] if before >= 0 else None
+        before = number - self.buckets
+        return read_state(self.path(before), device) if before >= 0 else None
 
     def check(self, open_pass: int, passes: int) -> None:
         """ValueError unless the files are there from which the passes after the open one start."""
-        buckets = len(self.members)
-        for number in range(max(0, open_pass + 1 - buckets), min(open_pass, passes - buckets)):
-            path = self.path(number)
-            try:
-                with safe_open(path, "pt") as file:
-                    shape = file.get_slice("weight").get_shape()
-                if shape != [self.members[number % buckets], self.size]:
-                    raise OSError(f"it holds rows of {shape}, of another run")
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{path} is missing or damaged, and this run cannot resume "
-                                 f"without it: name a new --run ({error})") from None
+        first = max(0, open_pass + 1 - self.buckets)
+        for number in range(first, min(open_pass, passes - self.buckets)):
+            with open_state(self.path(number), "or missing, and this run cannot resume without it; "
+                            "name a new --run"):
+                pass
 
 
-def check_room(rows: WaitingRows, used: set[int], lomd: int, cache: int, group: Group) -> None:
-    """ValueError if the disk lacks room for what all processes together are still going to write.
-
-    used: the buckets that the run reaches. lomd: numbers in LoMD. cache: bytes of latents, text."""
-    def left(size: int, pattern: str) -> int:
-        there = [path.stat().st_size for path in rows.folder.glob(pattern)]
-        return max(0, size - sum(there))
-
-    sizes = [rows.bytes(bucket) for bucket in used]
-    largest = max(sizes, default=0)
+def check_room(run: Any, photos: list[Photo], captions: list[str]) -> None:
+    """ValueError if the disk lacks room for what all processes together will keep on it: rows of
+    people, checkpoints, and the latents and text of what is not encoded yet."""
+    args = run.args
+    config = flux_files(args.folder)[1]
+    targets = targets_of(config)
+    # a weight and two moments in fp32
+    row = 12 * args.r2 * sum(args.r1 + target.rows for target in targets)
+    lomd = 12 * args.r1 * sum(target.d_in for target in targets)
+    sizes = [len(members) * row for members in run.members]
+    largest = max(sizes)
     # two checkpoints are kept, with several processes three, while another is written
-    count = 3 if group.size == 1 else 4
-    mine = [
-        left(sum(sizes) + largest, "pass*"),
-        left(count * (largest + 3 * 4 * lomd), "*-*"),
-        cache,
-    ]
-    people, checkpoints, cache = torch.tensor(group.gather(mine)).sum(dim=0).tolist()
-    free_bytes = shutil.disk_usage(rows.folder).free
-    if people + checkpoints + cache > free_bytes:
-        raise ValueError(f"{rows.folder.parent} has no room for this run: people "
-                         f"{people / 1e9:.3g} GB, checkpoints {checkpoints / 1e9:.3g} GB, latents "
-                         f"and text {cache / 1e9:.3g} GB; {free_bytes / 1e9:.3g} GB are free")
+    count = 3 if run.group.size == 1 else 4
+    cache = len(captions) * text_length(args.folder) * config.context_in_dim * args.dtype.itemsize
+    for photo in photos:
+        # mean and deviation of 16 channels, 2 bytes each, for 8 x 8 pixels: a byte a pixel
+        cache += sum(map(math.prod, run.cache.sizes(photo)))
+    there = sum(path.stat().st_size for path in run.folder.glob("*.safetensors"))
+    mine = [sum(sizes) + largest, count * (largest + lomd), cache, there]
+    rows, checkpoints, cache, there = torch.tensor(run.group.gather(mine)).sum(dim=0).tolist()
+    room = shutil.disk_usage(run.folder).free + there
+    if rows + checkpoints + cache > room:
+        raise ValueError(f"{args.run} has no room for this run: people {rows / 1e9:.3g} GB, "
+                         f"checkpoints {checkpoints / 1e9:.3g} GB, latents and text "
+                         f"{cache / 1e9:.3g} GB; {room / 1e9:.3g} GB are free or its own")
 
 
 class Checkpoints:
@@ -307,37 +284,35 @@ class Checkpoints:
         """All of them, the newest last."""
         return sorted(self.folder.glob("*-*.safetensors"))
 
-    def save(self, iteration: int, lomd_steps: int, tensors: State, at: str) -> None:
-        """Writes a checkpoint in pass `at` and keeps the last two. With several processes it keeps
-        also the last from before LoMD's latest step: another may not have saved since."""
-        steps = f"{lomd_steps:08d}"
-        save_state(self.folder / f"{iteration:08d}-{steps}.safetensors", tensors, {"pass": at})
+    def save(self, iteration: int, open_pass: int, tensors: State) -> None:
+        """Writes a checkpoint and keeps the last two. With several processes it keeps also the last
+        from before LoMD's latest step: another may not have saved since."""
+        steps = f"{tensors['lomd.steps'].item():08d}"
+        path = self.folder / f"{iteration:08d}-{steps}.safetensors"
+        save_state(path, tensors, {"pass": str(open_pass)})
         found = self.found()
         kept = found[-2:]
         if self.group.size > 1:
             kept += [path for path in found if path.stem[9:] < steps][-1:]
-        for path in found:
-            if path not in kept:
-                path.unlink()
+        for path in {*found} - {*kept}:
+            path.unlink()
 
-    def newest(self, device: torch.device) -> tuple[Path | None, str, State]:
-        """(path, pass, tensors) of the newest state that all processes have, or (None, "", {}).
+    def newest(self, device: torch.device) -> tuple[int, int, State] | None:
+        """(iteration, open pass, tensors) of the newest state that all processes have, if any.
 
         In a warm-up their iterations may differ, as long as LoMD has made the same steps."""
         readable = {}                            # {steps of LoMD: the newest}
         for path in self.found():
-            check_readable(path)
             try:
-                with safe_open(path, "pt"):
-                    readable[path.stem[9:]] = path
-            except (SafetensorError, OSError) as error:
-                note(f"{path} is damaged and passed over: {error}")
+                with open_state(path, "and passed over") as file:
+                    readable[path.stem[9:]] = path, file.metadata()
+            except ValueError as error:
+                note(error)
         common = set.intersection(*self.group.gather(set(readable)))
         if not common:
-            return None, "", {}
-        path = readable[max(common)]
-        tensors, metadata = read_state(path, device)
-        return path, metadata["pass"], tensors
+            return None
+        path, metadata = readable[max(common)]
+        return int(path.stem[:8]), int(metadata["pass"]), read_state(path, device)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -350,14 +325,13 @@ def peak_memory(device: torch.device) -> float:
     0 where neither is known: without a GPU on macOS and Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    try:
+    peak = 0.0
+    with suppress(OSError):
         words = Path("/proc/self/status").read_text("utf-8").split()
-        with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5", "utf-8")           # begins a new peak
-    except OSError:
-        return 0.0
-    resident, mapped = (int(words[words.index(name) + 1]) for name in ("VmHWM:", "RssFile:"))
-    return 1024 * (resident - mapped) / 1e9
+        resident, mapped = (int(words[words.index(name) + 1]) for name in ("VmHWM:", "RssFile:"))
+        peak = 1024 * (resident - mapped) / 1e9
+        Path("/proc/self/clear_refs").write_text("5", "utf-8")               # begins a new peak
+    return peak
 
 
 def rounded(numbers: Iterable[float]) -> float:
@@ -371,37 +345,29 @@ class Log:
     A run that resumes first drops the lines after its checkpoint."""
     def __init__(self, args: Namespace, iteration: int, group: Group):
         self.path = args.run / "log.jsonl"
-        self.group = group
-        self.values = collections.defaultdict(list)      # since the last line
-        self.smooth = None                       # moving average of the loss, for the bar
+        self.device = group.device
+        self.values = collections.defaultdict(list)          # since the last line
         self.peak = 0.0
         self.bar = tqdm(
             total=args.iters,
             initial=iteration,
             desc="meta-training",
             smoothing=0.02,
-            disable=True if group.rank else None,
+            disable=bar_off(),
         )
-        peak_memory(group.device)                # begins a new peak: loading is not of interest
+        peak_memory(self.device)                 # begins a new peak: loading is not of interest
         if group.rank == 0:
+            self.path.touch()
             kept = []
-            for line in self.path.read_text("utf-8").splitlines() if self.path.exists() else []:
+            for line in self.path.read_text("utf-8").splitlines():
                 # a kill may tear the last
                 if line.endswith("}") and json.loads(line)["iteration"] <= iteration:
                     kept.append(line + "\n")
-                    self.smooth = json.loads(line)["loss"]
             write_whole(self.path, "".join(kept))
-
-    def start(self) -> None:
-        """An iteration starts."""
-        self.time = time.perf_counter()
-        self.sent = self.group.sent
 
     def add(
         self,
-        iteration: int,
-        joint: bool,
-        bucket: str,
+        seconds: float,
         losses: Tensor,
         t: Tensor,
         norms: Tensor,
@@ -410,39 +376,28 @@ class Log:
         """An iteration has ended: losses and t (B,), gradient norms of rows (n,) and LoMD ()."""
         # one wait for the GPU: all values come in one piece
         values = torch.cat([losses, norms, lomd_norm[None]]).tolist()
-        new = {
-            "loss": values[:len(losses)],
-            "gradient_rows": values[len(losses):-1],
-            "gradient_lomd": values[-1:],
-            "loss_by_t": t.tolist(),             # `write` sorts the losses by it
-            "seconds": [time.perf_counter() - self.time],
-            "bytes_sent": [self.group.sent - self.sent],
-        }
-        for name, values in new.items():
-            self.values[name] += values
-        loss = sum(new["loss"]) / len(losses)
-        self.smooth = loss if self.smooth is None else 0.98 * self.smooth + 0.02 * loss
-        self.peak = max(self.peak, peak_memory(self.group.device))
-        phase = "joint" if joint else "warm-up"
-        self.place = {"iteration": iteration, "phase": phase, "bucket": bucket}
-        self.bar.set_postfix_str(
-            f"{phase}, loss {self.smooth:.4f}, peak {self.peak:.1f} GB",
-            refresh=False,
-        )
+        self.values["loss"] += values[:len(losses)]
+        self.values["gradient_rows"] += values[len(losses):-1]
+        self.values["gradient_lomd"] += values[-1:]
+        self.values["loss_by_t"] += t.tolist()               # `write` sorts the losses by it
+        self.values["seconds"].append(seconds)
         self.bar.update()
 
-    def write(self) -> None:
+    def write(self, iteration: int, phase: str, bucket: str) -> None:
         """Appends a line for the iterations since the last."""
         losses = np.array(self.values["loss"])
-        bins = np.minimum((np.array(self.values["loss_by_t"]) * T_BINS).astype(int), T_BINS - 1)
+        bins = (T_BINS * np.array(self.values["loss_by_t"])).astype(int)
         by_t = [losses[bins == i] for i in range(T_BINS)]
-        line = self.place | {name: rounded(numbers) for name, numbers in self.values.items()}
+        self.peak = max(self.peak, peak_memory(self.device))
+        line = {"iteration": iteration, "phase": phase, "bucket": bucket}
+        line |= {name: rounded(numbers) for name, numbers in self.values.items()}
         line["loss_by_t"] = [rounded(part) if len(part) else None for part in by_t]
-        line["bytes_sent"] = int(np.mean(self.values["bytes_sent"]))
         line["peak_gb"] = rounded([self.peak])
         with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         self.values.clear()
+        words = f"{phase}, loss {line['loss']:.4f}, peak {self.peak:.1f} GB"
+        self.bar.set_postfix_str(words, refresh=False)
 
 
 @only_to_be_seen("loss.png")
@@ -461,37 +416,32 @@ def plot(log: Path, path: Path) -> None:
     over.set(xlabel="iteration", ylabel="loss", title="loss by phase")
     over.legend()
 
-    times = (np.arange(T_BINS) + 0.5) / T_BINS
     values = np.array([line["loss_by_t"] for line in lines], float)           # None becomes nan
-    fifth = max(1, len(lines) // 5)
+    fifth = 1 + len(lines) // 5
     for label, part in ("first fifth", values[:fifth]), ("last fifth", values[-fifth:]):
-        by_t.plot(times, np.ma.masked_invalid(part).mean(axis=0), "o-", label=label)
-    by_t.set(xlabel="t (1 is noise)", title="loss by time")
+        by_t.plot(np.ma.masked_invalid(part).mean(axis=0), "o-", label=label)
+    by_t.set(xlabel="tenths of t (the last is noise)", title="loss by time")
     by_t.legend()
     save_figure(figure, path)
 
 
 @only_to_be_seen("a preview")
 @torch.no_grad()
-def draw_preview(
-    adapter: Any,
-    photos: dict[int, Photo],
-    text: dict[str, Tensor],
-    args: Namespace,
-    iteration: int,
-) -> None:
-    """Two people of {row: a photo of theirs}: the photo, and a sample with their row."""
-    device = next(adapter.flux.parameters()).device
+def draw_preview(run: Any) -> None:
+    """Two people of a meta_train.Run's open bucket: a photo, and a sample with their row."""
+    args = run.args
+    device = run.group.device
     size = max(args.resolution)
-    guidance = model_defaults(args.folder)["guidance"]
+    text = run.cache.load(run.cache.text_path(args.prompt))
     txt, y = (text[name][None].to(device) for name in ("txt", "y"))
-    shown = sorted(photos.items())[:2]
-    sheet = Image.new("RGB", (2 * size, size * len(shown)))
+    people = run.members[run.passes[run.open].bucket][:2]
+    sheet = Image.new("RGB", (2 * size, size * len(people)))
     autoencoder = load_autoencoder(args.folder, device, args.dtype)
-    for i, (row, photo) in enumerate(shown):
-        adapter.assign(torch.tensor([row]))
-        noise = get_noise(size, size, seed=i).to(device)
-        latent = denoise(adapter.flux, noise, txt, y, 30, guidance)
-        sheet.paste(ImageOps.fit(read_photo(photo.path), (size, size)), (0, size * i))
-        sheet.paste(to_image(autoencoder.decode(latent)[0]), (size, size * i))
-    save_png(sheet, args.run / "previews" / f"{iteration:08d}.png")
+    for row, (_, photos) in enumerate(people):
+        run.adapter.assign(torch.tensor([row]))
+        noise = get_noise(size, size, seed=row).to(device)
+        latent = denoise(run.adapter.flux, noise, txt, y, 30, args.guidance)
+        photo = read_photo(photos[0].path)
+        sheet.paste(ImageOps.fit(photo, (size, size)), (0, size * row))
+        sheet.paste(to_image(autoencoder.decode(latent)[0]), (size, size * row))
+    save_png(sheet, args.run / "previews" / f"{run.iteration:08d}.png")

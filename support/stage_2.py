@@ -36,7 +36,10 @@ def check_stage_2(args: Namespace, iterations: dict[str, int]) -> None:
     take_model(args, args.device, args.method)
     take_iterations(args, args.iterations or iterations[args.method])
     use_threads(args.dtype == torch.float32)             # a small model on a CPU
-    args.captions = captions_beside(args.photos, args.prompt, tell=True)
+    args.captions = captions_beside(args.photos, args.prompt)
+    for photo, caption in args.captions.items():
+        if caption != args.prompt:
+            print(f"{photo.name} is called {caption!r}, by the caption beside it")
     args.mirror = args.mirror and not args.no_augment
 
 

@@ -73,7 +73,7 @@ def stage_2(card, px=512, rank=1, method="meta-lora", config=None, **switches):
     patch(stage_2_checks, "pick_device", lambda name: card.device)
     patch(personalize, "encode_prompts", lambda folder, texts, *words, home: {text: text_of(card) for text in texts})
     patch(personalize, "load_autoencoder", lambda *words: autoencoder_on(card))
-    patch(stage_2_checks, "captions_beside", lambda files, prompt, tell: {Path(file): prompt for file in files})
+    patch(stage_2_checks, "captions_beside", lambda files, prompt: {Path(file): prompt for file in files})
     patch(personalize, "read_lomd", lambda *words: ({t.path: torch.zeros(16, t.d_in) for t in find_targets(bare(config))}, "none", False))
     patch(stage_2_checks, "check_pictures", lambda args: None)
     patch(photos, "fingerprints", lambda files: {"photo_digests": ""})
@@ -105,7 +105,6 @@ def stage_1(card, size=(512, 512), folks=4, r2=1, px=512, batch=4, new=False, **
     card.model()
     patch = patcher(card)
     patch(checkpoints, "find_model", lambda name, args=None: Path("flux"))
-    patch(meta_train, "flux_files", checkpoints.flux_files)
     patch(people, "fingerprint", lambda folder, part: part)
     there = [] if new else ["all"]
 
@@ -131,7 +130,7 @@ def stage_1(card, size=(512, 512), folks=4, r2=1, px=512, batch=4, new=False, **
     meta_train.check_stage_1(args, card.device)
     own = [people.Photo(folder / f"{i}.png", f"{i:032x}", *size, None) for i in range(2)]
     buckets = {str(bucket): {f"{bucket} {i}": own for i in range(folks)} for bucket in range(2)}
-    group = argparse.Namespace(rank=0, size=1, device=card.device, gather=lambda thing: [thing], sum=lambda tensor: tensor, sent=0)
+    group = argparse.Namespace(rank=0, size=1, device=card.device, gather=lambda thing: [thing], sum=lambda tensor: tensor)
     args.run.mkdir()
     run = meta_train.Run(args, buckets, group)
     run.check_memory()
@@ -151,7 +150,7 @@ def waits_of_stage_1(card, folder, iterations):
     """meta_train's own iterations of 4 people, with latents and text made up -> waits of each."""
     class Encoded:
         def __init__(self, *words): pass
-        def sizes(self, picture): return {(512, 512): 512}
+        def sizes(self, picture): return [(512, 512)]
         def latent_path(self, picture, size): return "latent"
         def text_path(self, caption): return "text"
 
@@ -160,7 +159,7 @@ def waits_of_stage_1(card, folder, iterations):
                 return {"posterior": torch.randn(2, 16, 64, 64)}
             return {"txt": torch.randn(512, 4096).bfloat16(), "y": torch.randn(768).bfloat16()}
 
-    group = SimpleNamespace(rank=0, size=1, device=card.device, sent=0, sum=lambda tensor: tensor, gather=lambda thing: [thing])
+    group = SimpleNamespace(rank=0, size=1, device=card.device, sum=lambda tensor: tensor, gather=lambda thing: [thing])
     args = Namespace(run=folder, folder=folder, dtype=BF16, resolution=[512], iters=iterations + 1, batch_size=4, warmup=0.5,
                      seed=0, lr=4e-4, r1=16, r2=1, prompt="a person", save_every=10 ** 6, preview_every=0)
     people = {f"p{i}": [Photo(folder / f"{i}{j}.png", f"{i}{j}", 512, 512, None) for j in range(2)] for i in range(4)}
@@ -170,7 +169,7 @@ def waits_of_stage_1(card, folder, iterations):
     flux = full_size_flux(card, config=flux_model.FluxConfig(depth=1, depth_single_blocks=2))      # a block waits for nothing
     run.adapter = MetaLoRA(flux, 1, random_lomd(find_targets(flux), 16), num_identities=0, slots=4)
     run.adapter.shared.make_moments()
-    run.waiting = WaitingRows(folder, [4], run.adapter.size)
+    run.waiting = WaitingRows(folder, buckets=1)
     run.open_bucket(0)
     log, waits = Log(args, 0, group), []
     with run.interruption, log.bar:
