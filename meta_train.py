@@ -47,7 +47,6 @@ from support.runs import (DATA, Checkpoints, Group, Log, WaitingRows, announce, 
                           check_settings, check_stage_1, draw_preview, locked, plot)
 
 USES = 10                                        # of each picture in one pass over its bucket
-LOG_EVERY = 10                                   # iterations in a line of log.jsonl
 ROWS, ORDER, DRAW = 1, 2, 3                      # keys of the streams of random numbers
 
 
@@ -83,8 +82,8 @@ def schedule(pictures: list[int], iters: int, batch_size: int, warmup: float,
 
 
 def draw_order(shapes: list[list], count: int, batch_size: int,
-               rng: torch.Generator) -> list[list[tuple[int, object]]]:
-    """`count` batches of (index of a picture, its shape); all of a batch have one shape.
+               rng: torch.Generator) -> list[tuple[object, list[int]]]:
+    """`count` batches: a shape, and the indices of the pictures that have it.
 
     shapes: of each picture, at each of its resolutions. Pictures come in random order, every one
     before any comes again; each time one of its resolutions is drawn."""
@@ -94,9 +93,9 @@ def draw_order(shapes: list[list], count: int, batch_size: int,
         for picture in torch.randperm(len(shapes), generator=rng).tolist():
             resolution = torch.randint(len(shapes[picture]), (), generator=rng).item()
             shape = shapes[picture][resolution]
-            waiting[shape].append((picture, shape))
+            waiting[shape].append(picture)
             if len(waiting[shape]) == batch_size:
-                batches.append(waiting.pop(shape))
+                batches.append((shape, waiting.pop(shape)))
     return batches[:count]
 
 
@@ -181,10 +180,13 @@ class Run:
         stop = bool(self.group.sum(asked) if joint else asked)
         saving = stop or self.iteration == now.stop or self.iteration % args.save_every == 0
         if self.group.rank == 0:
-            log.add(seconds, *result)
-            if saving or self.iteration == now.joint or self.iteration % LOG_EVERY == 0:
-                phase = "joint" if joint else "warm-up"
-                log.write(self.iteration, phase, self.bucket_names[now.bucket])
+            line = {
+                "iteration": self.iteration,
+                "phase": "joint" if joint else "warm-up",
+                "bucket": self.bucket_names[now.bucket],
+                "seconds": round(seconds, 5),
+            }
+            log.write(line, *result)
             if args.preview_every and self.iteration % args.preview_every == 0:
                 draw_preview(self)
                 free(self.group.device)
@@ -224,18 +226,16 @@ class Run:
         ids and t stay on the CPU, where they are read again."""
         cache = self.cache
         rng = generator(self.args.seed, DRAW, self.iteration, self.group.rank)
-        rows, shown, posteriors, texts = [], [], [], []
-        for picture, size in self.order[offset]:
-            row, photo = self.pictures[picture]
-            rows.append(row)
-            shown.append(photo)
-            posteriors.append(cache.load(cache.latent_path(photo, size))["posterior"])
-            texts.append(cache.load(cache.text_path(photo.caption or self.args.prompt)))
+        size, indices = self.order[offset]
+        rows, shown = zip(*[self.pictures[index] for index in indices])
+        latents = [cache.load(cache.latent_path(photo, size)) for photo in shown]
+        texts = [cache.load(cache.text_path(photo.caption or self.args.prompt)) for photo in shown]
+        posteriors = torch.stack([latent["posterior"] for latent in latents])
         txt = torch.stack([text["txt"] for text in texts])
         y = torch.stack([text["y"] for text in texts])
 
         # a new sample of the autoencoder's posterior each time, as in the paper's trainer
-        mean, std = torch.stack(posteriors).float().unbind(1)                       # (B, 16, h, w)
+        mean, std = posteriors.float().unbind(1)                                    # (B, 16, h, w)
         latent = mean + std * torch.randn(mean.shape, generator=rng)
         noise = torch.randn(mean.shape, generator=rng)
         t = flux_model.sample_times(len(rows), rng)

@@ -39,7 +39,7 @@ from support.photos import (SUFFIXES, grid_size, image_files, read_photo, subfol
                             to_tensor, visible)
 from support.text import check_prompts
 
-CAPTIONS = ".txt", ".caption"
+CAPTIONS = ".caption", ".txt"                    # the last that exists counts
 METADATA = "metadata.jsonl", "metadata.csv"      # "file_name" from its folder, "text": caption
 GENDERS = dict(man="man", men="man", male="man", woman="woman", women="woman", female="woman")
 # file names of FLUXSynID: person, gender, and which picture it is: 0123456789ab_f_live_0_e_d1.jpg
@@ -80,7 +80,7 @@ class Captions:
                     for picture, text in read_metadata(path).items():
                         self.tables[picture] = text, path
                 elif path.suffix.lower() in CAPTIONS:
-                    self.files[path.with_suffix("")] = path  # a.txt comes after a.caption
+                    self.files[path.with_suffix("")] = path
 
     def of(self, picture: Path) -> str | None:
         """The caption, None without one. ValueError if it is empty or not UTF-8."""
@@ -218,11 +218,11 @@ def tell_unused(folder: Path, captions: Captions, inside: Iterable[Path]) -> lis
     """Names what in `folder` is neither a picture, a caption, nor one of the folders `inside`.
 
     Returns a line for each dead link, but pictures: whoever reads those names them."""
-    seen = {*image_files(folder), *inside}
+    pictures = set(image_files(folder))
     names = []
     dead = []
     for path in visible(folder):
-        if path in seen or path in captions.used:
+        if path in pictures or path in inside or path in captions.used:
             continue
         if path.exists():
             names.append(path.name + "/" * path.is_dir())
@@ -296,7 +296,7 @@ def read_people(
     ValueError, after a line for each problem: an unreadable picture, a picture twice, too few
     pictures of an identity, two identities of one name."""
     photos = {}                                  # an ordered set, as is the next
-    above = {}                                   # folders of people
+    places = {}                                  # folders of people, then people's own
     identities = []
     for folder in folders:
         if folder.suffix.lower() in SUFFIXES and not folder.is_dir():
@@ -304,12 +304,12 @@ def read_people(
         else:
             found = find_identities(folder)
             identities += found
-            above |= dict.fromkeys([folder, *(place.parent for place, _, _ in found)])
-    own = [place for place, _, _ in identities if place.is_dir()]
+            places |= dict.fromkeys([folder, *(place.parent for place, _, _ in found)])
+    own = {place: None for place, _, _ in identities if place.is_dir()}
+    places |= own
     if photos:
         identities.append((Path("person"), None, list(photos)))
 
-    places = [*above, *own]
     captions = Captions([*places, *(photo.parent for photo in photos)])
     persons = []
     problems = []
@@ -429,14 +429,13 @@ def check_people(
     places = dict.fromkeys([data, *(folder.parent for folder in folders), *folders])
     captions = Captions(places)
     paths = []
-    attributes = []                              # FLUXSynID's
     for folder in folders:
         paths += image_files(folder)
-        attributes += folder.glob(SYNTHETIC_ATTRIBUTES)
     bar = tqdm(paths, "checking pictures", disable=None, leave=False)
     photos, wrong = check_photos(bar, captions, known, smallest)
     problems += wrong
 
+    attributes = list(data.rglob(SYNTHETIC_ATTRIBUTES))
     if attributes:
         note(f"{data}: {len(attributes)} .json files are not read, such as {min(attributes)}")
     captions.used.update(attributes)

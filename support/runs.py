@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from multiprocessing.pool import ThreadPool
@@ -334,19 +334,19 @@ def peak_memory(device: torch.device) -> float:
     return peak
 
 
-def rounded(numbers: Iterable[float]) -> float:
+def rounded(numbers: np.ndarray | float) -> float:
     """Their mean, to five digits."""
     return float(f"{np.mean(numbers):.5g}")
 
 
 class Log:
-    """The first process's progress bar and log.jsonl, whose lines are means over iterations.
+    """The first process's progress bar and log.jsonl, which has a line for each iteration.
 
     A run that resumes first drops the lines after its checkpoint."""
     def __init__(self, args: Namespace, iteration: int, group: Group):
         self.path = args.run / "log.jsonl"
         self.device = group.device
-        self.values = collections.defaultdict(list)          # since the last line
+        self.recent = collections.deque(maxlen=100)          # losses, whose mean the bar shows
         self.peak = 0.0
         self.bar = tqdm(
             total=args.iters,
@@ -365,39 +365,36 @@ class Log:
                     kept.append(line + "\n")
             write_whole(self.path, "".join(kept))
 
-    def add(
+    def write(
         self,
-        seconds: float,
+        line: dict,
         losses: Tensor,
         t: Tensor,
         norms: Tensor,
         lomd_norm: Tensor,
     ) -> None:
-        """An iteration has ended: losses and t (B,), gradient norms of rows (n,) and LoMD ()."""
-        # one wait for the GPU: all values come in one piece
-        values = torch.cat([losses, norms, lomd_norm[None]]).tolist()
-        self.values["loss"] += values[:len(losses)]
-        self.values["gradient_rows"] += values[len(losses):-1]
-        self.values["gradient_lomd"] += values[-1:]
-        self.values["loss_by_t"] += t.tolist()               # `write` sorts the losses by it
-        self.values["seconds"].append(seconds)
-        self.bar.update()
+        """Completes and writes the line of an iteration.
 
-    def write(self, iteration: int, phase: str, bucket: str) -> None:
-        """Appends a line for the iterations since the last."""
-        losses = np.array(self.values["loss"])
-        bins = (T_BINS * np.array(self.values["loss_by_t"])).astype(int)
+        losses and t (B,), gradient norms of the rows (n,) and of LoMD ()."""
+        # one wait for the GPU: all values come in one piece
+        values = np.array(torch.cat([lomd_norm[None], norms, losses]).tolist())
+        lomd_norm, norms, losses = np.split(values, [1, 1 + len(norms)])
+        bins = (T_BINS * t.numpy()).astype(int)
         by_t = [losses[bins == i] for i in range(T_BINS)]
         self.peak = max(self.peak, peak_memory(self.device))
-        line = {"iteration": iteration, "phase": phase, "bucket": bucket}
-        line |= {name: rounded(numbers) for name, numbers in self.values.items()}
-        line["loss_by_t"] = [rounded(part) if len(part) else None for part in by_t]
-        line["peak_gb"] = rounded([self.peak])
+        line |= {
+            "loss": rounded(losses),
+            "gradient_rows": rounded(norms),
+            "gradient_lomd": rounded(lomd_norm),
+            "loss_by_t": [rounded(part) if len(part) else None for part in by_t],
+            "peak_gb": rounded(self.peak),
+        }
         with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        self.values.clear()
-        words = f"{phase}, loss {line['loss']:.4f}, peak {self.peak:.1f} GB"
+        self.recent.append(line["loss"])
+        words = f"{line['phase']}, loss {np.mean(self.recent):.4f}, peak {self.peak:.1f} GB"
         self.bar.set_postfix_str(words, refresh=False)
+        self.bar.update()
 
 
 @only_to_be_seen("loss.png")
@@ -412,7 +409,10 @@ def plot(log: Path, path: Path) -> None:
     for phase in ("warm-up", "joint"):
         points = [(line["iteration"], line["loss"]) for line in lines if line["phase"] == phase]
         if points:
-            over.plot(*zip(*points), ".", markersize=3, label=phase)
+            # a point is the mean of some iterations
+            parts = np.array_split(points, min(len(points), 500))
+            means = [part.mean(axis=0) for part in parts]
+            over.plot(*zip(*means), ".", markersize=3, label=phase)
     over.set(xlabel="iteration", ylabel="loss", title="loss by phase")
     over.legend()
 
@@ -435,13 +435,14 @@ def draw_preview(run: Any) -> None:
     text = run.cache.load(run.cache.text_path(args.prompt))
     txt, y = (text[name][None].to(device) for name in ("txt", "y"))
     people = run.members[run.passes[run.open].bucket][:2]
-    sheet = Image.new("RGB", (2 * size, size * len(people)))
     autoencoder = load_autoencoder(args.folder, device, args.dtype)
+    rows = []
     for row, (_, photos) in enumerate(people):
         run.adapter.assign(torch.tensor([row]))
         noise = get_noise(size, size, seed=row).to(device)
         latent = denoise(run.adapter.flux, noise, txt, y, 30, args.guidance)
-        photo = read_photo(photos[0].path)
-        sheet.paste(ImageOps.fit(photo, (size, size)), (0, size * row))
-        sheet.paste(to_image(autoencoder.decode(latent)[0]), (size, size * row))
+        photo = ImageOps.fit(read_photo(photos[0].path), (size, size))
+        sample = to_image(autoencoder.decode(latent)[0])
+        rows.append(np.hstack([photo, sample]))
+    sheet = Image.fromarray(np.vstack(rows))
     save_png(sheet, args.run / "previews" / f"{run.iteration:08d}.png")

@@ -85,14 +85,14 @@ SHORT = """import sys
 sys.path.insert(0, {root!r})
 import meta_train
 from functools import partial
-meta_train.schedule, meta_train.LOG_EVERY = partial(meta_train.schedule, bucket_iters={bucket_iters}), 1
+meta_train.schedule = partial(meta_train.schedule, bucket_iters={bucket_iters})
 if __name__ == "__main__":
     sys.exit(meta_train.main())
 """
 
 
 def command(folder, data, *more, bucket_iters=6):
-    """The command itself, but that a bucket has `bucket_iters` iterations and the log a line for each."""
+    """The command itself, but that a bucket has `bucket_iters` iterations."""
     script = folder.parent / f"{folder.name}_short.py"
     script.write_text(SHORT.format(root=str(ROOT), bucket_iters=bucket_iters))
     return [sys.executable, script, *arguments(data, *more)]
@@ -105,7 +105,6 @@ def child(folder, argv, name, env, hooks, script):
         os.dup2(os.open(f"{stream}{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.environ.update(env)
     meta_train.schedule = functools.partial(meta_train.schedule, bucket_iters=6)
-    meta_train.LOG_EVERY = 1
     for hook, *args in hooks:
         hook(*args)
     sys.exit(script(argv))
