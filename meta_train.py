@@ -264,9 +264,10 @@ class Run:
         self.order = draw_order(sizes, now.stop - now.start, args.batch_size, rng)
         if self.open != number:
             self.adapter.bank = None             # the rows of two buckets might not fit
-            rows = self.waiting.load(number, self.group.device)
-            if rows is None:
+            if number < len(self.members):       # the first pass over this bucket
                 rows = {"weight": self.new_rows(members)}
+            else:
+                rows = self.waiting.load(number, self.group.device)
             self.adapter.bank = IdentityBank(**rows)
             self.adapter.bank.make_moments()
             self.open = number

@@ -18,7 +18,7 @@ import math
 import re
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +39,7 @@ from support.photos import (SUFFIXES, grid_size, image_files, read_photo, subfol
                             to_tensor, visible)
 from support.text import check_prompts
 
-CAPTIONS = ".caption", ".txt"                    # the last that exists counts
+CAPTIONS = ".txt", ".caption"                    # a.txt counts if there are both
 METADATA = "metadata.jsonl", "metadata.csv"      # "file_name" from its folder, "text": caption
 GENDERS = dict(man="man", men="man", male="man", woman="woman", women="woman", female="woman")
 # file names of FLUXSynID: person, gender, and which picture it is: 0123456789ab_f_live_0_e_d1.jpg
@@ -80,7 +80,7 @@ class Captions:
                     for picture, text in read_metadata(path).items():
                         self.tables[picture] = text, path
                 elif path.suffix.lower() in CAPTIONS:
-                    self.files[path.with_suffix("")] = path
+                    self.files[path.with_suffix("")] = path  # a.txt is sorted after a.caption
 
     def of(self, picture: Path) -> str | None:
         """The caption, None without one. ValueError if it is empty or not UTF-8."""
@@ -214,7 +214,7 @@ def find_copies(photos: list[Photo]) -> dict[Path, str]:
     return copies
 
 
-def tell_unused(folder: Path, captions: Captions, inside: Iterable[Path]) -> list[str]:
+def tell_unused(folder: Path, captions: Captions, inside: Collection[Path]) -> list[str]:
     """Names what in `folder` is neither a picture, a caption, nor one of the folders `inside`.
 
     Returns a line for each dead link, but pictures: whoever reads those names them."""

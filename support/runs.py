@@ -229,10 +229,9 @@ class WaitingRows(NamedTuple):
         self.path(number - 1 - self.buckets).unlink(missing_ok=True)
         save_state(self.path(number), tensors)
 
-    def load(self, number: int, device: torch.device) -> State | None:
-        """The rows that a pass starts from, or None if its people have never been trained."""
-        before = number - self.buckets
-        return read_state(self.path(before), device) if before >= 0 else None
+    def load(self, number: int, device: torch.device) -> State:
+        """The rows that a pass starts from, unless it is the first over its bucket."""
+        return read_state(self.path(number - self.buckets), device)
 
     def check(self, open_pass: int, passes: int) -> None:
         """ValueError unless the files are there from which the passes after the open one start."""

@@ -263,6 +263,18 @@ def test_a_world_size_that_is_left_over(monkeypatch, capsys):
     assert "WORLD_SIZE is 3" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("given, taken", [(None, "cuda:1"), ("cuda", "cuda:1"), ("cuda:0", "cuda:0"), ("cpu", "cpu")])
+def test_each_process_takes_its_gpu(given, taken, monkeypatch):
+    names = []
+    for name, value in {"WORLD_SIZE": "2", "RANK": "3", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(runs.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(runs, "pick_device", lambda name: names.append(name) or torch.device("cpu"))
+    monkeypatch.setattr(runs.Group, "meet", lambda group, backend: None)
+    runs.Group(given)
+    assert names == [taken]
+
+
 def test_torchrun_takes_none_of_our_options_for_its_own():
     from torch.distributed.run import get_args_parser
     for word in ("--run-dir", "--data", "--model", "--out", "--iters", "--r1", "--r2", "--lr", "--resolution", "--device"):

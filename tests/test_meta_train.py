@@ -902,10 +902,8 @@ def test_rows_wait_in_a_file_for_each_pass(tmp_path):
     waiting = WaitingRows(tmp_path, buckets=2)
     rows = [random_rows((3, 2)[number % 2], 11, seed=number) for number in range(4)]
     for number in range(4):
-        found = waiting.load(number, "cpu")
-        if number < 2:
-            assert found is None                                         # these people have never trained
-        else:
+        if number >= 2:                                                  # before, these people have never trained
+            found = waiting.load(number, "cpu")
             assert same(found, rows[number - 2]) and found["steps"].dtype == torch.long
             found["weight"].zero_()                                      # a copy, not the file
             assert same(waiting.load(number, "cpu"), rows[number - 2])
@@ -1226,6 +1224,32 @@ def test_a_run_without_its_checkpoints_begins_again(begun, recorded, left):
     assert begun()[0] == 0
     again, expected = load_lomd("lomd.safetensors")[0], load_lomd(recorded.folder / "out.safetensors")[0]
     assert all(torch.equal(again[k], expected[k]) for k in expected)
+    assert_same_waiting(Path(), recorded.folder)
+
+
+def test_what_breaks_while_a_run_reads_it(run, recorded, monkeypatch):
+    """One line, and the state before it is there: a latent at its first use, rows at the start of a pass."""
+    shutil.copytree(recorded.folder / "run" / "cache", "run/cache")
+    options = dict(data=recorded.folder / "data", iters=24, bucket_iters=6)
+    load, calls = Cache.load, []
+
+    def torn(cache, path):
+        calls.append(path)
+        if len(calls) == 10:                                           # in the third batch of two pictures
+            path.write_bytes(path.read_bytes()[:50])
+        return load(cache, path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Cache, "load", torn)
+        assert refused(run(*OPTIONS, **options), calls[-1], "is damaged", "the state before it is saved in run")
+    assert [path.name for path in Path("run/rank0").iterdir()] == ["00000002-00000000.safetensors"]
+    shutil.copy(recorded.folder / "run" / "cache" / calls[-1].name, calls[-1])
+
+    def gone(waiting, number, device):
+        raise OSError("the disk is gone")
+    with monkeypatch.context() as patch:
+        patch.setattr(WaitingRows, "load", gone)
+        assert refused(run(*OPTIONS, **options), "the disk is gone; the state before it is saved in run")
+    assert run(*OPTIONS, **options)[0] == 0
     assert_same_waiting(Path(), recorded.folder)
 
 
