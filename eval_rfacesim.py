@@ -22,7 +22,6 @@ import importlib.metadata
 import json
 import statistics
 import sys
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -36,7 +35,7 @@ from support import photos
 from support.common import (JsonFile, Parser, check_writable, digest, expand, note, pick_device,
                             run_script, write_whole)
 from support.judges import (META_PHD, Judges, Picture, add_options, find_missing, find_pictures,
-                            own_folder, prompts_for)
+                            own_file, prompts_for)
 from support.people import Person, complain, read_people, tell
 from support.sheets import PROMPTS, write_report
 
@@ -55,11 +54,11 @@ def face_scores(generated: Tensor, reference: Tensor, tests: Tensor) -> dict[str
     return scores
 
 
-def mean_by_key(keys: Iterable, values: Iterable[float]) -> dict:
-    """{key: mean of its values}, for keys and values in parallel."""
+def mean_over_last(values: dict[tuple, float]) -> dict[tuple, float]:
+    """{(a, .., y, z): value} -> {(a, .., y): the mean over all z}."""
     groups = {}
-    for key, value in zip(keys, values):
-        groups.setdefault(key, []).append(value)
+    for key, value in values.items():
+        groups.setdefault(key[:-1], []).append(value)
     return {key: statistics.fmean(group) for key, group in groups.items()}
 
 
@@ -79,17 +78,16 @@ def summarise(
     if not counted:
         return None
 
-    # 1. over the seeds of a prompt
-    keys = [(row["identity"], row["number"]) for row in counted]
-    values = [row[metric] or 0.0 for row in counted]
-    by_prompt = mean_by_key(keys, values)
-    # 2. over the prompts of a reference; with --reference all, each reference is a Person
-    keys = [person for person, _ in by_prompt]
-    by_reference = mean_by_key(keys, by_prompt.values())
-    # 3. over the references of an identity
     identities = {person.name: person.identity for person in people}
-    keys = [identities[person] for person in by_reference]
-    means = [*mean_by_key(keys, by_reference.values()).values()]
+    values = {}
+    for row in counted:
+        key = identities[row["identity"]], row["identity"], row["number"], row["seed"]
+        values[key] = row[metric] or 0.0
+    by_prompt = mean_over_last(values)           # 1. over the seeds of a prompt
+    # 2. over the prompts of a reference; with --reference all, each reference is a Person
+    by_reference = mean_over_last(by_prompt)
+    by_identity = mean_over_last(by_reference)   # 3. over the references of an identity
+    means = [*by_identity.values()]
     n = len(means)
     return {
         "mean": statistics.fmean(means),
@@ -130,14 +128,13 @@ def summarise_methods(
 def embed_real(judges: Judges, people: list[Person]) -> dict[str, Tensor]:
     """{person: embeddings (1 + n, E)} of the reference and the n test pictures of all who have any,
     or of the only person. ValueError: no face."""
-    paths = set()
     judged = [person for person in people if person.tests or len(people) == 1]
-    for person in judged:
-        paths.update([person.reference, *person.tests])
-
     faces = {}
+    for person in judged:
+        faces |= dict.fromkeys([person.reference, *person.tests])
+
     several, problems = [], []
-    for path in tqdm(sorted(paths), "real pictures", leave=False, disable=None):
+    for path in tqdm(faces, "real pictures", leave=False, disable=None):
         image = photos.read_photo(path)
         faces[path] = judges.embed(image)
         if faces[path] is None:
@@ -150,8 +147,7 @@ def embed_real(judges: Judges, people: list[Person]) -> dict[str, Tensor]:
 
     real = {}
     for person in judged:
-        tests = [faces[path] for path in person.tests]
-        real[person.name] = torch.stack([faces[person.reference], *tests])
+        real[person.name] = torch.stack([faces[path] for path in (person.reference, *person.tests)])
     return real
 
 
@@ -161,8 +157,8 @@ def judge(judges: Judges, real: Tensor | None, images: dict[Picture, Image.Image
     clip_t: cosine with the prompt. facesim: with the reference. r_facesim: mean over the test
     pictures. The face scores are None where no face was found, and absent without real pictures
     to compare with."""
-    texts = [picture.text for picture in images]
-    matches = judges.match([*images.values()], texts)
+    prompts = [picture.prompt for picture in images]
+    matches = judges.match([*images.values()], prompts)
     scores = [{"clip_t": value} for value in matches.tolist()]
     if real is None:
         return scores
@@ -183,7 +179,7 @@ def score(
     """`judge`, cached in the folder `kept` by everything that the scores depend on: the judges, the
     real faces, the bytes of all pictures, and the prompts."""
     faces = "" if real is None else digest(real.numpy().tobytes())
-    files = [(picture.text, digest(picture.path.read_bytes())) for picture in images]
+    files = [(picture.prompt, digest(picture.path.read_bytes())) for picture in images]
     key = json.dumps([judges.names, faces, files])
     path = kept / f"{digest(key.encode())}.json"
     if not path.is_file():
@@ -201,9 +197,9 @@ def score_all(
     """A dict for each picture, with its scores, and a line for each that cannot be read."""
     groups = {}
     for picture in pictures:
-        groups.setdefault((picture.label, picture.person), []).append(picture)
+        groups.setdefault(picture[:2], []).append(picture)
     rows, problems = [], []
-    for (label, person), group in tqdm(groups.items(), "scoring", unit="person", disable=None):
+    for (_, person), group in tqdm(groups.items(), "scoring", unit="person", disable=None):
         images = {}
         for picture in group:
             try:
@@ -213,14 +209,9 @@ def score_all(
         if not images:
             continue
         for picture, numbers in zip(images, score(judges, real.get(person), images, kept)):
-            row = {
-                "method": label,
-                "identity": person,
-                "prompt": picture.text,
-                "number": picture.prompt,
-                "seed": picture.seed,
-            }
-            rows.append(row | numbers)
+            row = picture._asdict() | numbers
+            del row["path"]
+            rows.append(row)
     return rows, problems
 
 
@@ -233,16 +224,19 @@ def collect(
     judges: Judges,
     people: list[Person],
     real: dict[str, Tensor],
-    rows: list[dict],
+    pictures: list[Picture],
     problems: list[str],
 ) -> dict:
-    """What scores.json holds."""
+    """Scores the pictures -> what scores.json holds. problems: those of --images."""
+    rows, unread = score_all(judges, real, pictures, args.out / "parts")
+    problems = problems + unread
+    tell(problems)
     if not rows:
         raise ValueError("none of the pictures can be read")
     photos_as_rows = []
     for person, faces in real.items():
         numbers = face_scores(faces[0], faces[0], faces[1:])
-        photos_as_rows.append({"identity": person, "number": 0} | numbers)
+        photos_as_rows.append({"identity": person, "number": 0, "seed": 0} | numbers)
     packages = "torch", "transformers", "facenet-pytorch"
     return {
         "settings": {"reference": args.reference, "no_face_as_zero": args.no_face_as_zero},
@@ -277,30 +271,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def evaluate(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    if not args.images.is_dir():
-        raise ValueError(f"no such folder: {args.images}")
     args.data = [Path(name) for name in expand(args.data)]
     check_writable(args.out, "--out", args.data)
 
     # what there is to score, before any network is loaded
     people = read_people(args.data, args.reference, args.gender)
-    prompt_file = args.prompts
-    beside_images = args.images / PROMPTS
-    if prompt_file is None and beside_images.is_file():
-        prompt_file = beside_images
-    prompts = prompts_for(people, prompt_file, own_folder(args.model))
+    prompt_file = args.prompts or own_file(args.images, PROMPTS)
+    prompts = prompts_for(people, prompt_file, args.model)
     pictures, problems = find_pictures(args.images, prompts)
-    problems += find_missing(pictures, people, prompts)
+    problems += find_missing(pictures, prompts)
     if not pictures:
         problems.append(f"--images {args.images} holds no picture of anybody in --data")
         complain(problems, "eval_rfacesim.py")
 
     judges = Judges(args.model, args.face_weights, args.clip, pick_device(args.device))
     real = embed_real(judges, people)
-    rows, unread = score_all(judges, real, pictures, args.out / "parts")
-    problems += unread
-    tell(problems)
-    scores = collect(args, judges, people, real, rows, problems)
+    scores = collect(args, judges, people, real, pictures, problems)
     print(write_report(args.out, scores))
     print(f"{args.out}: scores.json, tables.md")
 

@@ -14,7 +14,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from itertools import chain, groupby, islice, product
 from pathlib import Path
@@ -25,23 +25,23 @@ from torch import Tensor
 from tqdm import tqdm
 
 import personalize
-from eval_rfacesim import Judges, add_options, collect, embed_real, score_all, write_report
+from eval_rfacesim import Judges, add_options, collect, embed_real, write_report
 from flux_model import flow_matching_loss
 from metalora import IdentityBank, MetaLoRA, apply_loras, random_lomd
-from paper.report import METHODS, Line, draw_scores, draw_sheet
+from paper.report import METHODS, Lines, draw_scores, draw_sheet
 from sample import STEPS, decode_latent, sample_latents
 from support import photos
-from support.checkpoints import (add_speed_options, check_training_memory,
+from support.checkpoints import (LONG_RUN, add_speed_options, check_training_memory,
                                  encode_prompts, fingerprint, flux_fingerprint, is_small,
                                  load_autoencoder, model_defaults, open_flux, take_model)
 from support.common import (Interruption, JsonFile, Parser, check_writable, count, free, note,
                             pick_device, positive, positive_number, resolution, run_script,
                             save_png, side, write_whole)
-from support.judges import Picture, own_folder, prompts_for
+from support.judges import Picture, prompts_for
 from support.lora_files import load_lora, read_lomd, save_lora
 from support.memory import fit_training
 from support.names import find_targets
-from support.people import captions_beside, fill, read_people, read_state, save_state, tell
+from support.people import captions_beside, fill, read_people, read_state, save_state
 
 SAVE_EVERY = 30                                  # seconds between two saved states of a training
 
@@ -84,62 +84,40 @@ def lora_path(args: argparse.Namespace, label: str, person: str) -> Path:
 Crops = tuple[list[Tensor], list[Tensor], list[tuple[Tensor, Tensor]]]
 
 
-def batches_of(crops: Crops, seed: int) -> Iterator[list[Tensor]]:
-    """`personalize.batches` with the caption of the crop: latent, noise, weight, t, txt, y."""
-    latents, weights, texts = crops
-    for crop, *tensors in personalize.batches(latents, weights, seed):
-        yield [*tensors, *texts[crop]]
-
-
 def train_together(
     adapter: MetaLoRA,
     people: list[Crops],
     iters: int,
     lr: float,
     seed: int,
-    on_step: Callable[[list[int]], object],
-) -> None:
+) -> Iterator[list[int]]:
     """personalize.train for many people: each trains as if alone, up to step `iters` of its row.
 
     people: one for each row of the adapter's bank. A row that has trained before skips the batches
-    that it has seen. on_step(those who took a step) is called after each step."""
+    that it has seen. Yields after each step those who took it."""
     streams = []
-    for crops, done in zip(people, adapter.bank.steps.tolist()):
-        streams.append(islice(batches_of(crops, seed), done, iters))
-    waiting = {}                                 # {person: the next batch}
-    group = range(len(people))
-    while True:
-        for person in group:
-            batch = next(streams[person], None)
-            if batch:
-                waiting[person] = batch
-        if not waiting:
-            return
+    for (latents, weights, _), done in zip(people, adapter.bank.steps.tolist()):
+        stream = personalize.batches(latents, weights, seed)
+        streams.append(islice(stream, done, iters))
+    for _ in range(iters):
+        # everybody's next batch, if there is one; those of one shape can be trained together
+        by_shape = collections.defaultdict(dict)     # {shape: {person: batch}}
+        for person, stream in enumerate(streams):
+            for crop, latent, *others in islice(stream, 1):
+                text = people[person][2][crop]
+                by_shape[latent.shape][person] = latent, *others, *text
 
-        # people whose next batches have the same shape: the most frequent one
-        by_shape = collections.defaultdict(list)
-        steps = adapter.bank.steps.tolist()
-        for person in sorted(waiting, key=steps.__getitem__):        # whoever is behind goes first
-            latent = waiting[person][0]
-            by_shape[latent.shape].append(person)
-        group = max(by_shape.values(), key=len)[:adapter.slots]
-
-        batch = zip(*(waiting.pop(person) for person in group))
-        latent, noise, weight, t, txt, y = (torch.cat(parts).to(adapter.device) for parts in batch)
-        adapter.assign(torch.tensor(group))
-        loss = flow_matching_loss(
-            adapter.flux,
-            latent,
-            noise,
-            t,
-            txt,
-            y,
-            guidance=1.0,
-            weight=weight,
-        )
-        loss.sum().backward()
-        adapter.step(lr)
-        on_step(group)
+        for batches in by_shape.values():
+            for start in range(0, len(batches), adapter.slots):
+                group = [*batches][start:start + adapter.slots]
+                parts = zip(*map(batches.get, group))
+                batch = [torch.cat(tensors).to(adapter.device) for tensors in parts]
+                latent, noise, weight, t, txt, y = batch
+                adapter.assign(torch.tensor(group))
+                loss = flow_matching_loss(adapter.flux, latent, noise, t, txt, y, weight=weight)
+                loss.sum().backward()
+                adapter.step(lr)
+                yield group
 
 
 # --------------------------------------------------------------------------------------------------
@@ -153,11 +131,12 @@ class Run:
         """Encodes all texts, then loads the autoencoder and the transformer."""
         self.args = args
         self.interruption = interruption
-        texts = chain(*args.prompts.values(), *args.settings["captions"].values())
-        texts = [text for text in texts if text]
+        texts = []
+        for own in (*args.prompts.values(), *args.captions.values()):
+            texts += own.values()
         self.texts = encode_prompts(args.folder, texts, args.text_device, args.dtype)
         self.autoencoder = load_autoencoder(args.folder, args.device, args.dtype)
-        self.flux = open_flux(args, args.device, max(args.iters or [0]) + args.steps)
+        self.flux = open_flux(args, args.device, LONG_RUN)
 
     def encode(self, augment: bool) -> list[Crops]:
         """Everybody's crops, on the CPU."""
@@ -214,27 +193,23 @@ class Run:
         txt, _ = next(iter(self.texts.values()))
         fit_training(adapter, largest, txt.shape[1], args.recompute)
         steps = adapter.bank.steps
-        saved = time.monotonic()
-
-        def on_step(group: list[int]) -> None:
-            nonlocal saved
-            bar.update(len(group))
-            for person in group:
-                label = missing.get((person, steps[person].item()))
-                if label:
-                    self.save_lora(adapter, label, person)
-            if self.interruption.asked or time.monotonic() - saved > SAVE_EVERY:
-                save_state(state, vars(adapter.bank))
-                saved = time.monotonic()
-            self.interruption.raise_if_asked()
-
         last = max(count for _, count in missing)
         left = (last - steps).clamp(min=0).sum().item()
         name = f"{method}, rank {rank}"
         lr = args.rates[method]
+        saved = time.monotonic()
         try:
             with tqdm(total=left, desc=f"training {name}", disable=None) as bar:
-                train_together(adapter, people, last, lr, args.seed, on_step)
+                for group in train_together(adapter, people, last, lr, args.seed):
+                    bar.update(len(group))
+                    for person in group:
+                        label = missing.get((person, steps[person].item()))
+                        if label:
+                            self.save_lora(adapter, label, person)
+                    if self.interruption.asked or time.monotonic() - saved > SAVE_EVERY:
+                        save_state(state, vars(adapter.bank))
+                        saved = time.monotonic()
+                    self.interruption.raise_if_asked()
         except FloatingPointError:
             finite = adapter.rows.grad.isfinite().all(dim=1)
             person = adapter.present[finite.int().argmin()]
@@ -251,8 +226,8 @@ class Run:
         captions = args.captions[name]
         path = lora_path(args, label, name)
         save_lora(path, adapter.collapse(person), metadata={
-            **{field: str(value) for field, value in row.items()},
-            "seed": str(args.seed),
+            **row,
+            "seed": args.seed,
             "learning_rate": f"{args.rates[row['method']]:g}",
             "prompt": " | ".join(dict.fromkeys(captions.values())),
             "model": Path(args.model).name,
@@ -260,53 +235,54 @@ class Run:
             **photos.fingerprints([*captions]),
         })
 
-    def sample(self, batches: list[list[Picture]]) -> None:
+    def sample(self, pictures: list[Picture]) -> None:
         args = self.args
-        with tqdm(total=sum(map(len, batches)), desc="sampling", unit="image", disable=None) as bar:
-            for (label, person), group in groupby(batches, key=lambda batch: batch[0][:2]):
-                row = args.rows[label]
+        size = 16 if is_small(args.folder) else 1
+        applied = None
+        bar = tqdm(pictures, "sampling", unit="image", disable=None)
+        # images share a batch whether they exist or not, since rounding depends on the batch
+        together = groupby(bar, lambda it: (*it[:2], it.seed, it.number // size))
+        for (label, person, *_), group in together:
+            batch = [*group]
+            if all(picture.path.is_file() for picture in batch):
+                continue
+            row = args.rows[label]
+            if applied != (label, person):
                 loras = []
                 if row["rank"]:
                     path = lora_path(args, label, person)
                     loras.append((load_lora(path, self.flux.config), 1.0))
                 apply_loras(self.flux, loras)
-                for batch in group:
-                    latents = sample_latents(
-                        self.flux,
-                        self.texts,
-                        jobs=[(picture.text, picture.seed) for picture in batch],
-                        width=args.size,
-                        height=args.size,
-                        steps=args.steps,
-                        guidance=args.guidance,
-                        batch_size=len(batch),
-                        on_step=self.interruption.raise_if_asked,
-                    )
-                    for picture, latent in zip(batch, latents):
-                        save_png(decode_latent(self.autoencoder, latent), picture.path, {
-                            "prompt_text": picture.text,
-                            "seed": picture.seed,
-                            "identity": person,
-                            "method": row["title"],
-                        })
-                        bar.update()
+                applied = label, person
+            latents = sample_latents(
+                self.flux,
+                self.texts,
+                jobs=[(picture.prompt, picture.seed) for picture in batch],
+                width=args.size,
+                height=args.size,
+                steps=args.steps,
+                guidance=args.guidance,
+                batch_size=len(batch),
+                on_step=self.interruption.raise_if_asked,
+            )
+            for picture, latent in zip(batch, latents):
+                save_png(decode_latent(self.autoencoder, latent), picture.path, {
+                    "prompt_text": picture.prompt,
+                    "seed": picture.seed,
+                    "identity": person,
+                    "method": row["title"],
+                })
 
 
-def plan_pictures(args: argparse.Namespace) -> list[list[Picture]]:
-    """All images in batches, whether they exist or not. How images are grouped does not depend on
-    what exists, since rounding depends on the batch."""
-    size = 16 if is_small(args.folder) else 1
-    batches = []
+def plan_pictures(args: argparse.Namespace) -> list[Picture]:
+    """All images, whether they exist or not."""
+    pictures = []
     for label, person, seed in product(args.rows, args.prompts, range(args.seeds)):
         folder = args.out / "images" / label / person
-        pictures = []
-        for i, text in enumerate(args.prompts[person]):
-            if text is not None:
-                path = folder / f"{i}_{seed}.png"
-                pictures.append(Picture(label, person, i, seed, path, text))
-        for start in range(0, len(pictures), size):
-            batches.append(pictures[start:start + size])
-    return batches
+        for number, text in args.prompts[person].items():
+            path = folder / f"{number}_{seed}.png"
+            pictures.append(Picture(label, person, number, seed, text, path))
+    return pictures
 
 
 def produce(args: argparse.Namespace) -> list[Picture]:
@@ -316,20 +292,16 @@ def produce(args: argparse.Namespace) -> list[Picture]:
         if row["rank"] and not lora_path(args, label, person.name).is_file():
             training = row["method"], row["rank"]
             loras.setdefault(training, {})[i, row["iterations"]] = label
-    every = plan_pictures(args)
-    batches = []
-    for batch in every:
-        if not all(picture.path.is_file() for picture in batch):
-            batches.append(batch)
-    if loras or batches:
+    pictures = plan_pictures(args)
+    if loras or not all(picture.path.is_file() for picture in pictures):
         with Interruption() as interruption:
             run = Run(args, interruption)
             for (method, rank), missing in loras.items():
                 run.train(method, rank, missing)
-            run.sample(batches)
+            run.sample(pictures)
         del run
         free(args.device)
-    return [*chain.from_iterable(every)]
+    return pictures
 
 
 # --------------------------------------------------------------------------------------------------
@@ -409,7 +381,7 @@ def take_defaults(args: argparse.Namespace) -> None:
         "dtype": f"{args.dtype} fp8" if args.fp8 else str(args.dtype),
         "people and their references": references,
         "captions": {name: [*captions.values()] for name, captions in args.captions.items()},
-        "prompts": args.prompts,
+        "prompts": {name: [*texts.values()] for name, texts in args.prompts.items()},
     }
     for name in ("resolution", "size", "steps", "guidance", "seed", "aspects", "scales",
                  "background", "mirror"):
@@ -431,19 +403,18 @@ def check_settings(out: Path, now: dict) -> None:
     write_whole(path, json.dumps(now, indent=1))
 
 
-def lines_of(methods: list[dict]) -> list[Line]:
-    """The summaries of `report` as one line for each method and rank that has both scores."""
-    lines = {}
+def lines_of(methods: list[dict]) -> Lines:
+    """The summaries of scores.json that have both scores, a line for each method and rank."""
+    lines = collections.defaultdict(dict)
     for row in methods:
         likeness = row["r_facesim"]
         text = row["clip_t"]
         if likeness and text:
-            new = Line(row["method"], f"rank {row['rank']}", [], {"likeness": [], "text": []})
-            line = lines.setdefault(new[:2], new)
-            line.steps.append(row["iterations"])
-            line.points["likeness"].append((likeness["mean"], likeness["error"] or 0))
-            line.points["text"].append((text["mean"], text["error"] or 0))
-    return [*lines.values()]
+            lines[row["method"], f"rank {row['rank']}"][row["iterations"]] = {
+                "likeness": (likeness["mean"], likeness["error"] or 0),
+                "text": (text["mean"], text["error"] or 0),
+            }
+    return lines
 
 
 def compare(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
@@ -454,7 +425,7 @@ def compare(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
     args.rates = dict(args.lr)
     args.rows = rows_of(args)
     args.people = read_people(args.data, args.reference, args.gender, args.photos)
-    args.prompts = prompts_for(args.people, args.prompts, own_folder(args.model))
+    args.prompts = prompts_for(args.people, args.prompts, args.model)
     judges = Judges(args.model, args.face_weights, args.clip, args.device)
     real = embed_real(judges, args.people)
     take_defaults(args)
@@ -464,9 +435,7 @@ def compare(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
     check_settings(args.out, args.settings)
 
     pictures = produce(args)
-    rows, problems = score_all(judges, real, pictures, args.out / "parts")
-    tell(problems)
-    scores = collect(args, judges, args.people, real, rows, problems)
+    scores = collect(args, judges, args.people, real, pictures, problems=[])
     scores["settings"] |= args.settings
     for method in scores["methods"]:
         method |= args.rows[method["label"]]
@@ -478,18 +447,16 @@ def command(argv: list[str] | None) -> None:
     args, scores = compare(argv)
     lines = lines_of(scores["methods"])
     if lines:
-        draw_scores(args.out / "scores.png", lines, lines)
-    folders = {}
-    for label, row in args.rows.items():
-        folders[row["title"]] = args.out / "images" / label
+        draw_scores(args.out / "scores.png", ("likeness", "text"), lines, lines)
+    folders = {row["title"]: args.out / "images" / label for label, row in args.rows.items()}
     draw_sheet(args.out / "sheet.png", args.people, args.prompts, folders)
     print((args.out / "tables.md").read_text("utf-8"))
-    images = sorted(path.name for path in args.out.glob("*.png"))
-    print(f"{args.out}: scores.json, tables.md, {', '.join(images)}")
+    print(f"{args.out}: scores.json, tables.md, figures")
 
 
 # Exit code: 0 done, 1 training diverged or out of memory, 2 bad input, 130 Ctrl-C.
 main = partial(run_script, "paper.compare", command)
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -36,8 +36,8 @@ from baby import faces
 from sample import draw_all
 from support.checkpoints import (add_speed_options, check_sampling_memory, choose_model,
                                  compiling_pays, encode_prompts, is_small, model_defaults)
-from support.common import (Parser, check_out, count, note, pick_device, positive, run_script,
-                            save_png, side, use_threads, write_whole)
+from support.common import (Parser, at_least, check_out, count, note, pick_device, positive,
+                            run_script, save_png, side, use_threads, write_whole)
 from support.finding import tokenizers_of
 from support.judges import FaceNetwork
 from support.photos import read_photo
@@ -156,7 +156,7 @@ def face_network(args: argparse.Namespace) -> Callable | None:
     if args.no_filter:
         return None
     try:
-        network = FaceNetwork(args.baby, args.face_weights, args.device)
+        network = FaceNetwork(tokenizers_of(args.folder), args.face_weights, args.device)
     except ValueError as error:
         if args.face_weights:
             raise
@@ -236,8 +236,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                     "model invents, a folder for stage 1: <out>/<person>/<pictures, captions>.")
     add = parser.add_argument
     add("--out", type=Path, default="faces", help="folder for the people (default: faces/)")
-    add("--people", type=positive, default=50, help="how many (default: 50)")
-    add("--pictures", type=positive, default=10, help="of each person (default: 10)")
+    add("--people", type=at_least(2), default=50, help="how many (default: 50)")
+    add("--pictures", type=at_least(2), default=10, help="of each person (default: 10)")
     add("--size", type=side, help="pixels on a side (default: 512; baby: 128)")
     add("--steps", type=positive, default=20, help="Euler steps (default: 20)")
     add("--seed", type=count, default=0, help="another seed gives other people (default: 0)")
@@ -247,15 +247,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
            "(default: facenet-pytorch's, downloaded; the baby has its own)")
     add_speed_options(add, training=False)
     args = parser.parse_args(argv)
-    if min(args.people, args.pictures) < 2:
-        raise ValueError("--people and --pictures must be 2 or more")
     check_out(args.out)
 
     args.device = pick_device(args.device)
     choose_model(args, args.device)
     use_threads(args.dtype == torch.float32)                 # a small model on a CPU
-    own = tokenizers_of(args.folder)
-    args.baby = own if (own / "face_embedder.safetensors").is_file() else None
+    args.baby = (tokenizers_of(args.folder) / "face_embedder.safetensors").is_file()
     defaults = model_defaults(args.folder)
     args.size = args.size or min(512, defaults["resolution"])
     args.guidance = defaults["guidance"]
@@ -288,7 +285,7 @@ def invent(argv: list[str] | None) -> None:
             part.unlink()
 
     print(f"{settings}, on {args.device}")
-    everyone = invent_people(people, pictures, args.seed, baby=args.baby is not None)
+    everyone = invent_people(people, pictures, args.seed, args.baby)
     draw_pictures(args, sum(everyone, []), folder)
     if embed:
         everyone = choose(embed, everyone, folder, args)

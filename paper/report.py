@@ -2,6 +2,8 @@
 
 Source: "Meta-LoRA" (Topal et al. 2025), Figures 3, 4, and 6 to 8.
 """
+from collections.abc import Collection, Iterable
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,45 +16,41 @@ from support.sheets import sheet, table
 METHODS = {"meta-lora": "Meta-LoRA", "lora": "LoRA", "lora-crops": "LoRA + augmented inputs",
            "random-lomd": "Meta-LoRA, random LoMD", "none": "no LoRA"}
 AXES = {"likeness": "R-FaceSim (%)", "text": "CLIP-T (%)", "sum": "R-FaceSim + CLIP-T (%)"}
-METRICS = "likeness", "text", "sum", "found", "background", "move"
 LEVELS = 0.60, 0.65, 0.70                        # likeness at which CLIP-T is compared
 RESAMPLES = 2000                                 # of the bootstrap over people
 
-
-class Line(NamedTuple):
-    """The scores of a method after several step counts."""
-    method: str
-    name: str                                    # what tells it from the method's other lines
-    steps: list[int]                             # [0] without a LoRA
-    points: dict[str, list]                      # {metric: (mean, standard error) at each count}
+# {(method, what tells a line from the method's others): {step count: {metric: mean, error}}}
+Lines = dict[tuple[str, str], dict[int, dict[str, tuple[float, float]]]]
+# {step count, ascending: {metric: values of each person (P,)}}
+Curve = dict[int, dict[str, np.ndarray]]
+Table = tuple[list[str], list[list[object]]]     # header, rows
 
 
-def draw_scores(path: Path, all_lines: list[Line], lines: list[Line]) -> None:
+def draw_scores(path: Path, metrics: Collection[str], lines: Lines, all_lines: Lines) -> None:
     """R-FaceSim against CLIP-T of `all_lines`, with their names at the ends; then each metric of
     `lines` against the number of steps, with error bars."""
     from matplotlib.figure import Figure
-    metrics = list(lines[0].points)
     figure = Figure(figsize=(5 + 4.5 * len(metrics), 5), layout="constrained")
     plane, *panels = figure.subplots(1, 1 + len(metrics))
     colors = {method: f"C{i}" for i, method in enumerate(METHODS)}
-    for line in all_lines:
-        text = 100 * np.array(line.points["text"])[:, 0]
-        likeness = 100 * np.array(line.points["likeness"])[:, 0]
-        plane.plot(text, likeness, marker="o", color=colors[line.method])
-        plane.annotate(line.name, (text[-1], likeness[-1]), fontsize=7)
+    for (method, name), points in all_lines.items():
+        text = [100 * point["text"][0] for point in points.values()]
+        likeness = [100 * point["likeness"][0] for point in points.values()]
+        plane.plot(text, likeness, marker="o", color=colors[method])
+        plane.annotate(name, (text[-1], likeness[-1]), fontsize=7)
     plane.set(xlabel=AXES["text"], ylabel=AXES["likeness"])
 
     for axes, metric in zip(panels, metrics):
-        for line in lines:
-            means, errors = 100 * np.array(line.points[metric]).T
+        for (method, name), points in lines.items():
+            means, errors = 100 * np.array([point[metric] for point in points.values()]).T
             axes.errorbar(
-                line.steps,
+                [*points],
                 means,
                 errors,
                 marker="o",
                 capsize=3,
-                color=colors[line.method],
-                label=f"{METHODS[line.method]} {line.name}",
+                color=colors[method],
+                label=f"{METHODS[method]} {name}",
             )
         axes.set(xlabel="steps", ylabel=AXES[metric])
     handles = panels[0].get_legend_handles_labels()
@@ -63,7 +61,7 @@ def draw_scores(path: Path, all_lines: list[Line], lines: list[Line]) -> None:
 def draw_sheet(
     path: Path,
     people: list[Person],
-    prompts: dict[str, list[str | None]],
+    prompts: dict[str, dict[int, str]],
     folders: dict[str, Path],
 ) -> None:
     """A contact sheet: eight people across, each with another prompt; the photo and rows of images
@@ -75,7 +73,7 @@ def draw_sheet(
         # fewer people take several prompts each
         turn, at = divmod(i, len(people))
         person = people[at]
-        numbers = [k for k, text in enumerate(prompts[person.name]) if text]
+        numbers = [*prompts[person.name]]
         number = numbers[(turn + at) % len(numbers)]
         columns.append(prompts[person.name][number])
         photos.append(person.reference)
@@ -89,35 +87,25 @@ def draw_sheet(
 
 
 class Found(NamedTuple):
-    """All scores at one rank. Scores of a step count are {person: {metric: value}}."""
+    """All scores at one rank."""
     steps: list[int]
     rates: dict[str, dict[int, float]]           # {method: {step count: the rate chosen for it}}
-    tried: dict[str, dict[float, dict]]          # {method: {rate: {step count: scores}}}, of the
-                                                 # people on whom the rates were chosen
-    scores: dict[str, dict[int, list[dict]]]     # {method: {step count: scores of each training}},
-                                                 # of other people; {} if there are none yet
-
-    def values(self, method: str, count: int, metric: str) -> np.ndarray:
-        """A metric of each person (P,) at the chosen rate, averaged over training seeds."""
-        return np.mean([people_values(scores, metric) for scores in self.scores[method][count]],
-                       axis=0)
-
-    def curve(self, method: str, metric: str) -> np.ndarray:
-        """A metric per step count and person (S, P), each at the rate chosen for it."""
-        return np.stack([self.values(method, count, metric) for count in self.steps])
+    tried: dict[str, dict[float, Curve]]         # {method: {rate: scores of the people on whom the
+                                                 # rates were chosen}}
+    trainings: int                               # of which the following are the mean
+    scores: dict[str, Curve]                     # {method: scores of other people at the chosen
+                                                 # rates}; {} if there are none yet
 
 
-def people_values(scores: dict[str, dict], metric: str) -> np.ndarray:
-    """A metric of each person (P,), in the order of their names."""
-    return np.array([scores[name][metric] for name in sorted(scores)])
+def stacked(curve: Curve, metric: str) -> np.ndarray:
+    """A metric per step count and person (S, P)."""
+    return np.stack([scores[metric] for scores in curve.values()])
 
 
-def mean_error(values: list[float] | np.ndarray) -> list[float]:
+def mean_error(values: np.ndarray) -> tuple[float, float]:
     """Mean and standard error over the people who have a value."""
-    values = np.asarray(values, dtype=float)
-    values = values[np.isfinite(values)]
-    error = values.std(ddof=1) / len(values) ** 0.5
-    return [float(values.mean()), float(error)]
+    count = np.isfinite(values).sum()
+    return np.nanmean(values), np.nanstd(values, ddof=1) / count ** 0.5
 
 
 def resampled(values: np.ndarray) -> np.ndarray:
@@ -152,70 +140,68 @@ def text_at(level: float, lines: list[np.ndarray]) -> np.ndarray:
     return np.fmax.reduce(np.concatenate([crossings(level, *line) for line in lines]))
 
 
-def percent(values: np.ndarray, sign: str = "") -> str:
-    """Mean over people, in percent, with its standard error in parentheses."""
-    mean, error = mean_error(values)
+def percent(mean: float, error: float, sign: str = "") -> str:
+    """In percent, with the error in parentheses."""
     return f"{100 * mean:{sign}.1f} ({100 * error:.1f})"
-
-
-def percent_resampled(values: np.ndarray, sign: str = "") -> str:
-    """The value of everybody, in percent, with the standard deviation of all resamples; a dash for
-    a missing value."""
-    if np.isnan(values[0]):
-        return "–"
-    return f"{100 * values[0]:{sign}.1f} ({100 * np.nanstd(values):.1f})"
 
 
 def write_report(found: Found) -> str:
     """The tables of a rank, as Markdown: mean over people (standard error)."""
-    parts = [rate_table, front_of_all_rates]
+    every = {method: curves.values() for method, curves in found.tried.items()}
+    tables = [
+        rate_table(found),
+        front_table("CLIP-T, best of all rates, at a likeness of", every),
+    ]
     if found.scores:
-        parts += [score_table, lead_table, front_table]
-    texts = []
-    for part in parts:
-        header, *rows = part(found)
-        texts.append(table(header, rows))
-    return "\n".join(texts)
+        chosen = {method: [found.scores[method]] for method in found.rates}
+        tables += [
+            score_table(found),
+            lead_table(found),
+            front_table("CLIP-T, at the chosen rates, at a likeness of", chosen),
+        ]
+    return "\n".join(table(header, rows) for header, rows in tables)
 
 
-def rate_table(found: Found) -> list[list[str]]:
+def rate_table(found: Found) -> Table:
     """R-FaceSim / CLIP-T (sum) of every rate that was tried, the chosen one in bold, and its lead
     in the sum over the second best."""
-    first = found.rates["meta-lora"][found.steps[0]]
-    people = len(found.tried["meta-lora"][first][found.steps[0]])
-    columns = [f"{count} steps" for count in found.steps]
-    rows = [[f"rates, chosen on {people} people", "rate", *columns]]
-    for method, rates in found.tried.items():
-        leads = {}
+    rows = []
+    for method, curves in found.tried.items():
+        chosen = found.rates[method]
+        leads = []
         for count in found.steps:
-            sums = {}
-            for rate, by_count in rates.items():
-                if count in by_count:
-                    sums[rate] = people_values(by_count[count], "sum")
-            mine = sums.pop(found.rates[method][count])
+            sums = {rate: own[count]["sum"] for rate, own in curves.items() if count in own}
+            best = sums.pop(chosen[count])
             second = max(sums.values(), key=np.mean)
-            leads[count] = percent(mine - second, "+")
-        for rate in sorted(rates):
+            leads.append(percent(*mean_error(best - second), "+"))
+        for rate, curve in sorted(curves.items()):
             cells = []
             for count in found.steps:
                 cell = ""
-                if count in rates[rate]:
-                    likeness, text, total = (
-                        100 * people_values(rates[rate][count], metric).mean() for metric in AXES)
+                if count in curve:
+                    likeness, text, total = (100 * curve[count][metric].mean() for metric in AXES)
                     cell = f"{likeness:.1f} / {text:.1f} ({total:.1f})"
-                if rate == found.rates[method][count]:
+                if rate == chosen[count]:
                     cell = f"**{cell}**"
                 cells.append(cell)
             rows.append([METHODS[method], f"{rate:g}", *cells])
-        rows.append([METHODS[method], "lead", *leads.values()])
-    return rows
+        rows.append([METHODS[method], "lead", *leads])
+    columns = [f"{count} steps" for count in found.steps]
+    return [f"rates, chosen on {len(best)} people", "rate", *columns], rows
 
 
-def score_table(found: Found) -> list[list[str]]:
-    people = len(found.values("none", 0, "text"))
-    trainings = len(found.scores["meta-lora"][found.steps[0]])
-    rows = [[
-        f"people: {people}, trainings of each: {trainings}",
+def score_table(found: Found) -> Table:
+    floor = found.scores["none"][0]["background"]
+    rows = []
+    for method, count in [("none", 0), *product(found.rates, found.steps)]:
+        scores = found.scores[method][count]
+        rate = found.rates[method][count] if count else ""
+        shown = [scores[metric] for metric in (*AXES, "found")]
+        copied = 1 - scores["background"] / floor
+        cells = [percent(*mean_error(values)) for values in (*shown, copied, scores["move"])]
+        rows.append([METHODS[method], count, rate, *cells])
+    header = [
+        f"people: {len(floor)}, trainings of each: {found.trainings}",
         "steps",
         "rate",
         "R-FaceSim",
@@ -224,26 +210,15 @@ def score_table(found: Found) -> list[list[str]]:
         "faces found",
         "background copied",
         "head moves",
-    ]]
-    shown = "likeness", "text", "sum", "found"
-    scores = [percent(found.values("none", 0, metric)) for metric in shown]
-    moves = percent(found.values("none", 0, "move"))
-    rows.append([METHODS["none"], "", "", *scores, "", moves])
-    floor = found.values("none", 0, "background")
-    for method, rates in found.rates.items():
-        for count in found.steps:
-            scores = [percent(found.values(method, count, metric)) for metric in shown]
-            copied = percent(1 - found.values(method, count, "background") / floor)
-            moves = percent(found.values(method, count, "move"))
-            rows.append([METHODS[method], count, rates[count], *scores, copied, moves])
-    return rows
+    ]
+    return header, rows
 
 
-def lead_table(found: Found) -> list[list[str]]:
+def lead_table(found: Found) -> Table:
     """Meta-LoRA's lead over each other method at the same number of steps, and how many steps it
     needs for the mean sum of the other. The quantiles are over resamples of people, and so is the
     share in which it gets there at all."""
-    rows = [[
+    header = [
         "Meta-LoRA less",
         "steps",
         "R-FaceSim",
@@ -253,85 +228,64 @@ def lead_table(found: Found) -> list[list[str]]:
         "16 % quantile",
         "84 %",
         "reached in",
-    ]]
-    metrics = "likeness", "text", "sum"
-    ours = np.stack([found.curve("meta-lora", metric) for metric in metrics])
-    sums = resampled(ours[-1])
-    for other in found.rates:
+    ]
+    ours = found.scores["meta-lora"]
+    sums = resampled(stacked(ours, "sum"))
+    rows = []
+    for other, count in product(found.rates, found.steps):
         if other == "meta-lora":
             continue
-        theirs = np.stack([found.curve(other, metric) for metric in metrics])
-        for i, count in enumerate(found.steps):
-            leads = [percent(lead, "+") for lead in (ours - theirs)[:, i]]
-            everybody, *draws = steps_to_reach(resampled(theirs[-1, i]), found.steps, sums)
-            quantiles = np.quantile(draws, [0.16, 0.84], method="nearest")
-            needs = []
-            for needed in (everybody, *quantiles):
-                needs.append(f"{needed:.0f}" if np.isfinite(needed) else "more")
-            share = f"{np.isfinite(draws).mean():.0%}"
-            rows.append([METHODS[other], count, *leads, *needs, share])
-    return rows
+        theirs = found.scores[other][count]
+        leads = [percent(*mean_error(ours[count][m] - theirs[m]), "+") for m in AXES]
+        everybody, *draws = steps_to_reach(resampled(theirs["sum"]), found.steps, sums)
+        quantiles = np.quantile(draws, [0.16, 0.84], method="nearest")
+        needs = []
+        for needed in (everybody, *quantiles):
+            needs.append(f"{needed:.0f}" if np.isfinite(needed) else "more")
+        share = f"{np.isfinite(draws).mean():.0%}"
+        rows.append([METHODS[other], count, *leads, *needs, share])
+    return header, rows
 
 
-def front_of_all_rates(found: Found) -> list[list[str]]:
-    """`front_rows` over all rates and step counts, on the people on whom rates were chosen."""
-    lines = {}
-    for method, rates in found.tried.items():
-        lines[method] = []
-        for by_count in rates.values():
-            likeness, text = [], []
-            for count in sorted(by_count):
-                likeness.append(people_values(by_count[count], "likeness"))
-                text.append(people_values(by_count[count], "text"))
-            lines[method].append(np.array([likeness, text]))
-    return front_rows("CLIP-T, best of all rates, at a likeness of", lines)
-
-
-def front_table(found: Found) -> list[list[str]]:
-    """`front_rows` along the chosen rates."""
-    lines = {}
-    for method in found.rates:
-        curves = [found.curve(method, metric) for metric in ("likeness", "text")]
-        lines[method] = [np.stack(curves)]
-    return front_rows("CLIP-T, at the chosen rates, at a likeness of", lines)
-
-
-def front_rows(title: str, lines: dict[str, list[np.ndarray]]) -> list[list[str]]:
-    """CLIP-T at equal likeness. lines: of each method, likeness and text (2, S, P)."""
-    head = [title]
+def front_table(title: str, curves: dict[str, Iterable[Curve]]) -> Table:
+    """CLIP-T at equal likeness, the best on any curve of a method."""
+    header = [title]
     for level in LEVELS:
-        head += [f"{100 * level:.0f}", "Meta-LoRA's lead"]
-    texts = {}                                   # (levels, 1 + RESAMPLES)
-    for method, of_method in lines.items():
-        means = [resampled(line) for line in of_method]
-        texts[method] = np.stack([text_at(level, means) for level in LEVELS])
-    rows = [head]
+        header += [f"{100 * level:.0f}", "Meta-LoRA's lead"]
+    texts = {}                                   # {method: (levels, 1 + RESAMPLES)}
+    for method, of_method in curves.items():
+        lines = []
+        for curve in of_method:
+            lines.append([resampled(stacked(curve, metric)) for metric in ("likeness", "text")])
+        texts[method] = np.stack([text_at(level, lines) for level in LEVELS])
+    rows = []
     for method, of_method in texts.items():
         cells = []
         for text, best in zip(of_method, texts["meta-lora"]):
-            cells += [percent_resampled(text), percent_resampled(best - text, "+")]
+            for values, sign in ((text, ""), (best - text, "+")):
+                cell = "–"
+                if np.isfinite(values[0]):
+                    cell = percent(values[0], np.nanstd(values), sign)
+                cells.append(cell)
         rows.append([METHODS[method], *cells])
-    return rows
+    return header, rows
 
 
 def draw_found(path: Path, found: Found) -> None:
     """`draw_scores` with a line for each rate that was tried, and each method at its best rates."""
-    all_lines, lines = [], []
-    for method, rates in found.tried.items():
-        for rate, by_count in rates.items():
-            steps = sorted(by_count)
-            points = {}
-            for metric in AXES:
-                points[metric] = [mean_error(people_values(by_count[n], metric)) for n in steps]
-            all_lines.append(Line(method, f"{rate:g}", steps, points))
+    all_lines, lines = {}, {}
+    for method, curves in found.tried.items():
+        for rate, curve in curves.items():
+            all_lines[method, f"{rate:g}"] = points_of(curve)
+        rates = found.rates[method]
+        best = {count: curves[rates[count]][count] for count in found.steps}
+        lines[method, ""] = points_of(found.scores.get(method, best))
+    draw_scores(path, AXES, lines, all_lines)
 
-        points = {metric: [] for metric in AXES}
-        for count in found.steps:
-            for metric in AXES:
-                if found.scores:
-                    values = found.values(method, count, metric)
-                else:
-                    values = people_values(rates[found.rates[method][count]][count], metric)
-                points[metric].append(mean_error(values))
-        lines.append(Line(method, "", found.steps, points))
-    draw_scores(path, all_lines, lines)
+
+def points_of(curve: Curve) -> dict[int, dict[str, tuple[float, float]]]:
+    """What a figure shows of a curve."""
+    points = {}
+    for count, scores in curve.items():
+        points[count] = {metric: mean_error(scores[metric]) for metric in AXES}
+    return points

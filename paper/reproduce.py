@@ -19,6 +19,7 @@ An image without a face counts with a likeness of 0.
 Source: "Meta-LoRA" (Topal et al. 2025), section 4 and appendices D, F, and I.
 """
 import argparse
+import collections
 import concurrent.futures
 import itertools
 import json
@@ -38,7 +39,7 @@ from tqdm import tqdm
 import eval_rfacesim as evaluation
 from baby import faces
 from paper import compare
-from paper.report import (METHODS, Found, draw_found, draw_sheet, mean_error, people_values,
+from paper.report import (METHODS, Curve, Found, draw_found, draw_sheet, mean_error,
                           write_report)
 from support import photos
 from support.common import (JsonFile, Parser, note, pick_device, positive, run_script, save_png,
@@ -65,9 +66,9 @@ class Trial(NamedTuple):
     """One training run for everybody in a folder of people."""
     people: str                                  # their folder in --run
     method: str
-    rank: int
-    rate: float
-    seed: int
+    rank: int = 0
+    rate: float = 0.0
+    seed: int = 0
 
     @property
     def name(self) -> str:
@@ -86,12 +87,11 @@ def draw_people(judges: evaluation.Judges, folder: Path, first: int, count: int)
     seeds = range(first, first + count)
     for seed in tqdm(seeds, f"people in {folder.name}", disable=None, leave=False):
         person = folder / faces.identity(seed)["gender"] / f"{seed}"
-        rng = np.random.default_rng([seed, 8])
-        frontal = {"yaw": float(rng.uniform(-8, 8))}
+        yaw = np.random.default_rng([seed, 8]).uniform(-8, 8)
         index = 0
         for i in range(PHOTOS):
             path = person / f"{i}.png"
-            pose = frontal if i == 0 else {}
+            pose = {"yaw": yaw} if i == 0 else {}
             while not path.is_file():
                 pixels, _ = faces.sample(seed, 1000 * i + index, SIDE, SIDE, style="photo", **pose)
                 index += 1
@@ -138,22 +138,29 @@ def side_by_side(
 # One trial
 
 
-def measure(args: argparse.Namespace, trial: Trial, steps: list[int]) -> dict[str, dict]:
-    """{step count: {person: {metric: value}}} of a trial; computes only the missing step counts."""
+def measure(args: argparse.Namespace, trial: Trial, steps: list[int]) -> Curve:
+    """The scores of a trial, people in the order of their names; computes only the missing step
+    counts."""
     path = args.run / "scores" / trial.people / f"{trial.name}.json"
     known = dict(JsonFile(path)) if path.is_file() else {}
     missing = [count for count in steps if str(count) not in known]
-    if missing and args.report:
-        raise Missing(f"{path} does not hold {missing[0]} steps yet")
     if missing:
+        if args.report:
+            raise Missing(f"{path} does not hold {missing[0]} steps yet")
         known |= run_trial(args, trial, missing)
         write_whole(path, json.dumps(known))
-    return {str(count): known[str(count)] for count in steps}
+    curve = {}
+    for count in steps:
+        people = [scores for _, scores in sorted(known[str(count)].items())]
+        curve[count] = {}
+        for metric in people[0]:
+            curve[count][metric] = np.array([scores[metric] for scores in people])
+    return curve
 
 
 def run_trial(args: argparse.Namespace, trial: Trial, steps: list[int]) -> dict[str, dict]:
-    """Trains, samples, and scores. The people on whom rates are chosen have one image per prompt,
-    and no scores by `copy_of`."""
+    """Trains, samples, and scores -> {step count: {person: {metric: value}}}. The people on whom
+    rates are chosen have one image per prompt, and no scores by `copy_of`."""
     choosing = trial.people == "choose"
     words = [
         "--data", args.run / trial.people,
@@ -174,24 +181,22 @@ def run_trial(args: argparse.Namespace, trial: Trial, steps: list[int]) -> dict[
         words += ["--device", args.device]
     settings, scores = compare.compare([str(word) for word in words])
 
-    found = {}
-    for count in steps:
-        label = compare.label_of(trial.method, trial.rank, count)
-        found[str(count)] = of_people = {}
-        for person in settings.people:
-            key = label, person.name
-            rows = scores["pictures"]
-            own = [row for row in rows if (row["method"], row["identity"]) == key]
-            of_people[person.name] = scores_of(own, person)
+    found = {str(count): {} for count in steps}
+    for person in settings.people:
+        rows = [row for row in scores["pictures"] if row["identity"] == person.name]
+        for summary in evaluation.summarise_methods(rows, [person], no_face_as_zero=True):
+            label = summary["label"]
+            values = scores_of(summary)
             if not choosing:
                 images = settings.out / "images" / label / person.name
-                of_people[person.name] |= copy_of(settings, images, person)
+                values |= copy_of(settings, images, person)
+            count = settings.rows[label]["iterations"]
+            found[str(count)][person.name] = values
     return found
 
 
-def scores_of(rows: list[dict], person: evaluation.Person) -> dict[str, float]:
+def scores_of(summary: dict) -> dict[str, float]:
     """The likeness (R-FaceSim), CLIP-T, and their sum; the share of images with a face."""
-    summary, = evaluation.summarise_methods(rows, [person], no_face_as_zero=True)
     likeness = summary["r_facesim"]
     text = summary["clip_t"]["mean"]
     return {
@@ -263,9 +268,8 @@ def choose_rates(
     method: str,
     rank: int,
     steps: tuple[int, ...],
-) -> tuple[dict[int, float], dict[float, dict[int, dict]]]:
-    """{step count: the best rate}, and the scores {rate: {step count: {person: {metric: value}}}}
-    of all rates that were tried.
+) -> tuple[dict[int, float], dict[float, Curve]]:
+    """{step count: the best rate}, and {rate: scores} of all rates that were tried.
 
     A longer run passes through the smaller step counts, so the search begins with the largest. The
     rate of a larger count is kept where the best is not ahead of it by more than the standard
@@ -279,10 +283,9 @@ def choose_rates(
             """Of each person, at a rate of the ladder."""
             rate = rate_at(method, rung)
             if count not in tried.get(rate, {}):
-                trial = Trial("choose", method, rank, rate, seed=0)
-                found = measure(args, trial, [n for n in steps if n <= count])
-                tried[rate] = {n: found[str(n)] for n in steps if n <= count}
-            return people_values(tried[rate][count], "sum")
+                trial = Trial("choose", method, rank, rate)
+                tried[rate] = measure(args, trial, [n for n in steps if n <= count])
+            return tried[rate][count]["sum"]
 
         start = best - best % 2                  # each search takes strides of two again
         best = climb(lambda rung: sums(rung).mean(), start)
@@ -309,25 +312,27 @@ def run_sweep(
     calls = [(args, method, rank, steps) for method in FIRST_RATES]
     results = side_by_side(args, choose_rates, calls, f"rates, rank {rank}")
     rates, tried = {}, {}
-    for method, (chosen, of_method) in zip(FIRST_RATES, results):
-        rates[method] = chosen
-        tried[method] = of_method
+    for method, result in zip(FIRST_RATES, results):
+        rates[method], tried[method] = result
     folder = f"people{people}"
-    report(args, folder, rank, Found(steps, rates, tried, {}))
+    report(args, folder, rank, Found(steps, rates, tried, 0, {}))
 
-    scores = {}                                  # {method: {step count: a result for each seed}}
+    trained = collections.defaultdict(list)      # {(method, step count, metric): of each training}
     for seed in range(args.trainings):
-        trials = {Trial(folder, "none", 0, 0.0, seed=0): [0]}
+        trials = {Trial(folder, "none"): [0]}
         for method, of_method in rates.items():
             for count, rate in of_method.items():
                 trials.setdefault(Trial(folder, method, rank, rate, seed), []).append(count)
         calls = [(args, trial, sorted(counts)) for trial, counts in trials.items()]
         results = side_by_side(args, measure, calls, f"people, rank {rank}, seed {seed}")
-        for trial, result in zip(trials, results):
-            of_method = scores.setdefault(trial.method, {})
-            for count, of_people in result.items():
-                of_method.setdefault(int(count), []).append(of_people)
-        report(args, folder, rank, Found(steps, rates, tried, scores))
+        for trial, curve in zip(trials, results):
+            for count, scores in curve.items():
+                for metric, values in scores.items():
+                    trained[trial.method, count, metric].append(values)
+        means = collections.defaultdict(lambda: collections.defaultdict(dict))
+        for (method, count, metric), values in sorted(trained.items()):
+            means[method][count][metric] = np.mean(values, axis=0)
+        report(args, folder, rank, Found(steps, rates, tried, seed + 1, means))
 
 
 def report(args: argparse.Namespace, folder: str, rank: int, found: Found) -> None:
@@ -338,15 +343,16 @@ def report(args: argparse.Namespace, folder: str, rank: int, found: Found) -> No
     draw_found(args.out / f"scores_r{rank}.png", found)
     if not found.scores:
         return
-    trials = {"none": Trial(folder, "none", 0, 0.0, seed=0)}
+    trials = [Trial(folder, "none")]
     for method, rates in found.rates.items():
-        trials[method] = Trial(folder, method, rank, rates[SHEET_STEPS], seed=0)
+        trials.append(Trial(folder, method, rank, rates[SHEET_STEPS]))
     rows = {}
-    for method, trial in trials.items():
-        label = compare.label_of(method, trial.rank, SHEET_STEPS)
-        rows[METHODS[method]] = args.run / "trials" / folder / trial.name / "images" / label
+    for trial in trials:
+        label = compare.label_of(trial.method, trial.rank, SHEET_STEPS)
+        images = args.run / "trials" / folder / trial.name / "images"
+        rows[METHODS[trial.method]] = images / label
     people = evaluation.read_people([args.run / folder])
-    prompts = evaluation.prompts_for(people, None, evaluation.own_folder(args.model))
+    prompts = evaluation.prompts_for(people, None, args.model)
     draw_sheet(args.out / f"sheet_r{rank}.png", people, prompts, rows)
 
 

@@ -105,14 +105,15 @@ def fill_embedder(model: nn.Module, path: Path) -> None:
 class FaceNetwork:
     """MTCNN with an embedder of the largest face that it finds: frozen, fp32, on `device`.
 
-    baby: folder of a model with its own embedder. weights: a state dict of InceptionResnetV1
-    instead of facenet-pytorch's own. ValueError if weights are missing or of another network."""
-    def __init__(self, baby: Path | None, weights: Path | None, device: torch.device) -> None:
+    folder: of a model that may have its own embedder. weights: a state dict of InceptionResnetV1
+    instead. Without either, facenet-pytorch's. ValueError if weights are missing or of another
+    network."""
+    def __init__(self, folder: Path | None, weights: Path | None, device: torch.device) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             from facenet_pytorch import MTCNN, InceptionResnetV1
-        if baby and not weights:
-            path = baby / "face_embedder.safetensors"
+        path = own_file(folder, "face_embedder.safetensors")
+        if path and not weights:
             side = FaceEmbedder.SIDE
             embedder = FaceEmbedder()
         else:
@@ -150,11 +151,9 @@ class Judges(FaceNetwork):
         device: str | torch.device = "cpu",
     ) -> None:
         from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
-        baby = own_folder(model)
-        if baby and not (baby / "face_embedder.safetensors").is_file():
-            baby = None
-        super().__init__(baby, face_weights, torch.device(device))
-        name = clip or (baby / "scorer" if baby else CLIP)
+        folder = own_folder(model)
+        super().__init__(folder, face_weights, torch.device(device))
+        name = clip or own_file(folder, "scorer") or CLIP
         try:
             with quiet_transformers():
                 self.tokenizer = CLIPTokenizer.from_pretrained(name)
@@ -229,12 +228,12 @@ def add_options(add: Callable[..., object]) -> None:
 
 
 class Picture(NamedTuple):
-    label: str                       # its method: a row of the tables
-    person: str
-    prompt: int                      # number among the person's prompts
+    method: str                      # a row of the tables
+    identity: str                    # name of a Person
+    number: int                      # of the prompt, among the person's prompts
     seed: int
+    prompt: str
     path: Path
-    text: str                        # the prompt
 
 
 def own_folder(model: str) -> Path | None:
@@ -246,30 +245,36 @@ def own_folder(model: str) -> Path | None:
     return Path(find_model(model))
 
 
+def own_file(folder: Path | None, name: str) -> Path | None:
+    """A file of a folder, which may lack it."""
+    path = folder and folder / name
+    return path if path and path.exists() else None
+
+
 def prompts_for(
     people: list[Person],
     prompt_file: Path | None,
-    model_folder: Path | None,
-) -> dict[str, list[str | None]]:
-    """{person: prompts, None for one that is for the other gender}.
+    model: str,
+) -> dict[str, dict[int, str]]:
+    """{person: {number: prompt}}, without those that are for the other gender.
 
     They come from `prompt_file`, or else from the model's prompts.txt, or else from Meta-PHD."""
-    if prompt_file is None and model_folder and (model_folder / "prompts.txt").is_file():
-        prompt_file = model_folder / "prompts.txt"
+    prompt_file = prompt_file or own_file(own_folder(model), PROMPTS)
     prompts = {}
     for person in people:
         path = prompt_file or META_PHD / ("unsplash.txt" if person.tests else "ffhq.txt")
-        prompts[person.name] = [fill(prompt, person.gender) for prompt in read_prompts([], path)]
+        texts = [fill(prompt, person.gender) for prompt in read_prompts([], path)]
+        prompts[person.name] = {i: text for i, text in enumerate(texts) if text}
     return prompts
 
 
 def find_pictures(
     root: Path,
-    prompts: dict[str, list[str | None]],
+    prompts: dict[str, dict[int, str]],
 ) -> tuple[list[Picture], list[str]]:
     """Pictures root/<method>/<identity>/<prompt>_<seed>.png, each prompt and seed once, and a line
     for each other thing."""
-    found, skipped = {}, {}          # {(label, person, prompt, seed): Picture}, {path: why}
+    found, skipped = {}, {}          # {(method, identity, number, seed): Picture}, {path: why}
     folders = []
     for path in visible(root):
         if path.is_dir():
@@ -281,18 +286,17 @@ def find_pictures(
         if folder.name not in prompts or not folder.is_dir():
             skipped[folder] = "no identity of that name in --data"
             continue
-        texts = dict(enumerate(prompts[folder.name]))
         for path in visible(folder):
             match = re.fullmatch(r"([0-9]+)_([0-9]+)", path.stem)
             if not match or path.suffix.lower() not in SUFFIXES:
                 skipped[path] = "its name is not <prompt>_<seed>.png"
                 continue
             number, seed = map(int, match.groups())
-            text = texts.get(number)
+            text = prompts[folder.name].get(number)
             if text is None:
                 skipped[path] = f"{number} is not a prompt of {folder.name}"
                 continue
-            picture = Picture(folder.parent.name, folder.name, number, seed, path, text)
+            picture = Picture(folder.parent.name, folder.name, number, seed, text, path)
             first = found.setdefault(picture[:4], picture)
             if first is not picture:
                 skipped[path] = f"{first.path.name} is the same prompt and seed"
@@ -300,25 +304,20 @@ def find_pictures(
     return [*found.values()], problems
 
 
-def find_missing(
-    pictures: list[Picture],
-    people: list[Person],
-    prompts: dict[str, list[str | None]],
-) -> list[str]:
+def find_missing(pictures: list[Picture], prompts: dict[str, dict[int, str]]) -> list[str]:
     """A line for each person's missing pictures.
 
     Expected is every seed that anybody has from any method."""
     there = {picture[:4] for picture in pictures}
-    labels = dict.fromkeys(picture.label for picture in pictures)
+    methods = dict.fromkeys(picture.method for picture in pictures)
     seeds = sorted({picture.seed for picture in pictures})
     problems = []
-    for label, person in itertools.product(labels, people):
-        numbers = [i for i, text in enumerate(prompts[person.name]) if text is not None]
-        cells = list(itertools.product(numbers, seeds))
-        missing = [cell for cell in cells if (label, person.name, *cell) not in there]
+    for method, person in itertools.product(methods, prompts):
+        cells = [*itertools.product([method], [person], prompts[person], seeds)]
+        missing = [cell for cell in cells if cell not in there]
         if missing:
-            number, seed = missing[0]
+            _, _, number, seed = missing[0]
             problems.append(
-                f"{label}: {len(missing)} of {len(cells)} pictures of {person.name} are missing, "
+                f"{method}: {len(missing)} of {len(cells)} pictures of {person} are missing, "
                 f"the first is prompt {number}, seed {seed}")
     return problems

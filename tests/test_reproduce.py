@@ -47,7 +47,7 @@ def fake_scores(sums, noise=0.0):
         values = {}
         for count in steps:
             mean = sums(trial.rate, count)
-            values[str(count)] = {"a": {"sum": mean + noise * trial.rate}, "b": {"sum": mean + 0.1 - noise * trial.rate}}
+            values[count] = {"sum": np.array([mean + noise * trial.rate, mean + 0.1 - noise * trial.rate])}
         return values
     return measure, asked
 
@@ -61,7 +61,7 @@ def test_each_number_of_steps_has_a_rate_of_its_own(monkeypatch):
     for count, rate in chosen.items():                       # the ladder goes on beyond the best on either side
         rates = [rate for rate in tried if count in tried[rate]]
         assert min(rates) < rate < max(rates)
-        assert tried[rate][count]["a"]["sum"] == max(tried[rate][count]["a"]["sum"] for rate in rates) == pytest.approx(1)
+        assert tried[rate][count]["sum"][0] == max(tried[rate][count]["sum"][0] for rate in rates) == pytest.approx(1)
     assert len(asked) == len(set(asked))
     assert not [rate for rate, longest in asked if rate > 5e-3 and longest == 625]   # a hot rate is not trained to the end
 
@@ -75,34 +75,65 @@ def test_a_rate_serves_smaller_numbers_while_it_is_level(monkeypatch):
         assert reproduce.choose_rates(None, "lora", 1, (100, 250, 625))[0] == expected
 
 
-def person(likeness, text, background=0.2):
-    return {"likeness": likeness, "text": text, "sum": likeness + text, "found": 1.0, "background": background, "move": 0.01}
+def values(likeness, text, background=0.2):
+    """Scores of people, one for each likeness."""
+    likeness = np.array(likeness)
+    same = np.ones(len(likeness))
+    return {"likeness": likeness, "text": text * same, "sum": likeness + text, "found": same, "background": background * same,
+            "move": 0.01 * same}
 
 
 def scores(gap=0.0):
-    """Likeness 0.5 and 0.7 at 100 and 400 steps for the others, `gap` more for Meta-LoRA; two people, two seeds of training.
+    """Likeness 0.5 and 0.7 at 100 and 400 steps for the others, `gap` more for Meta-LoRA; two people, two trainings.
     The rates were chosen on three others, for whom a second one is worse."""
-    nobody = {"a": person(0, 0.7, 0.4), "b": person(0, 0.7, 0.4)}
-    found = {"none": {0: [nobody, nobody]}}
+    found = {"none": {0: values([0, 0], 0.7, 0.4)}}
     tried = {}
     for method in reproduce.FIRST_RATES:
         more = gap if method == "meta-lora" else 0.0
-        found[method] = {100: [], 400: []}
+        found[method] = {}
         tried[method] = {1e-3: {}, 2e-3: {}}
         for count, likeness, text in ((100, 0.5 + more, 0.72), (400, 0.7 + more, 0.68)):
-            for seed in (-0.01, 0.01):
-                found[method][count].append({"a": person(likeness + seed - 0.05, text), "b": person(likeness + seed + 0.05, text)})
+            found[method][count] = values([likeness - 0.05, likeness + 0.05], text)
             for rate, worse in ((1e-3, 0), (2e-3, 0.1)):
-                tried[method][rate][count] = dict.fromkeys("cde", person(likeness - worse, text))
+                tried[method][rate][count] = values([likeness - worse] * 3, text)
     rates = {method: {100: 1e-3, 400: 1e-3} for method in reproduce.FIRST_RATES}
-    return report.Found([100, 400], rates, tried, found)
+    return report.Found([100, 400], rates, tried, 2, found)
 
 
-def test_seeds_of_training_are_averaged_before_people_are():
-    found = scores()
-    assert found.values("lora", 100, "likeness") == pytest.approx([0.45, 0.55])
-    assert report.mean_error([0.45, 0.55, np.nan]) == pytest.approx([0.5, 0.05])
-    assert found.curve("lora", "likeness").shape == (2, 2)
+def test_errors_are_over_people_who_have_a_value():
+    assert report.mean_error(np.array([0.45, 0.55, np.nan])) == pytest.approx([0.5, 0.05])
+    assert report.stacked(scores().scores["lora"], "likeness") == pytest.approx(np.array([[0.45, 0.55], [0.65, 0.75]]))
+
+
+def test_scores_are_read_as_they_are_kept(tmp_path):
+    """People in the order of their names, whatever that of the file."""
+    args = SimpleNamespace(run=tmp_path, report=True)
+    trial = reproduce.Trial("choose", "lora", 1, 1e-3)
+    folder = tmp_path / "scores/choose"
+    folder.mkdir(parents=True)
+    (folder / "lora_r1_s0_0.001.json").write_text('{"100": {"b": {"sum": 2, "move": NaN}, "a": {"sum": 1, "move": 0.5}}}')
+    curve = reproduce.measure(args, trial, [100])
+    assert curve[100]["sum"].tolist() == [1, 2] and np.isnan(curve[100]["move"]).tolist() == [False, True]
+    with pytest.raises(reproduce.Missing, match="does not hold 250 steps"):
+        reproduce.measure(args, trial, [100, 250])
+
+
+def test_seeds_of_training_are_averaged_before_people_are(tmp_path, monkeypatch):
+    """Each report has the mean of the trainings so far, by person, the step counts in their order."""
+    found = []
+    monkeypatch.setattr(reproduce, "report", lambda args, folder, rank, so_far: found.append(so_far))
+    monkeypatch.setattr(reproduce, "choose_rates", lambda args, method, rank, steps: ({400: 2e-3, 100: 1e-3}, {}))
+
+    def measure(args, trial, steps):
+        return {count: values([count + trial.seed, 2 * count + 3 * trial.seed], 0.7) for count in steps}
+    monkeypatch.setattr(reproduce, "measure", measure)
+    args = SimpleNamespace(jobs=1, out=tmp_path, trainings=2)
+    reproduce.run_sweep(args, 1, (100, 400), 2)
+    first, one, two = found
+    assert first.scores == {} and (first.trainings, one.trainings, two.trainings) == (0, 1, 2)
+    assert [*two.scores["lora"]] == [100, 400] and two.scores["none"][0]["likeness"].tolist() == [0, 0]
+    assert one.scores["lora"][400]["likeness"].tolist() == [400, 800]
+    assert two.scores["lora"][400]["likeness"].tolist() == [400.5, 801.5]
 
 
 def test_steps_to_draw_level():
@@ -118,12 +149,12 @@ def test_steps_to_draw_level():
 
 def test_steps_needed_are_in_the_table():
     """1.38 of a curve from 1.30 to 1.46, all people alike: half-way in the logarithm, and in all resamples."""
-    header, *rows = report.lead_table(scores(gap=0.08))
+    header, rows = report.lead_table(scores(gap=0.08))
     needs = header.index("Meta-LoRA needs")
     assert header[needs:] == ["Meta-LoRA needs", "16 % quantile", "84 %", "reached in"]
     for row in rows:
         assert row[needs:] == (["100", "100", "100", "100%"] if row[1] == 100 else ["200", "200", "200", "100%"])
-    _, *rows = report.lead_table(scores(gap=-0.2))
+    _, rows = report.lead_table(scores(gap=-0.2))
     assert [row[needs:] for row in rows if row[1] == 400] == [["more", "more", "more", "0%"]] * 3
 
 
@@ -134,14 +165,15 @@ def test_text_at_equal_likeness_is_the_best_of_all_rates():
     assert np.isnan(report.text_at(0.8, lines))
     found = scores(gap=0.05)
     for method, expected in (("lora", [0.70, 0.69, 0.68]), ("meta-lora", [0.71, 0.70, 0.69])):
-        line = report.resampled(np.stack([found.curve(method, "likeness"), found.curve(method, "text")]))
+        curve = found.scores[method]
+        line = report.resampled(np.stack([report.stacked(curve, "likeness"), report.stacked(curve, "text")]))
         assert line.shape == (2, 2, 1 + report.RESAMPLES)
         assert [report.text_at(level, [line])[0] for level in report.LEVELS] == pytest.approx(expected)
-    _, *rows = report.front_table(found)
+    _, rows = report.front_table("title", {method: [found.scores[method]] for method in found.rates})
     cells = {row[0]: row[1:] for row in rows}
     assert [cell.split()[0] for cell in cells["LoRA"]] == ["70.0", "+1.0", "69.0", "+1.0", "68.0", "+1.0"]
     assert [cell.split()[0] for cell in cells["Meta-LoRA"]] == ["71.0", "+0.0", "70.0", "+0.0", "69.0", "+0.0"]
-    _, *rows = report.front_of_all_rates(found)
+    _, rows = report.front_table("title", {method: curves.values() for method, curves in found.tried.items()})
     assert [cell.split()[0] for cell in rows[0][1:5]] == ["70.0", "+1.0", "69.0", "+1.0"]
 
 
@@ -155,6 +187,7 @@ def test_the_tables_and_figures(tmp_path):
     assert "| LoRA | 0.001 | **50.0 / 72.0 (122.0)** | **70.0 / 68.0 (138.0)** |" in text
     assert "| LoRA | 0.002 | 40.0 / 72.0 (112.0) | 60.0 / 68.0 (128.0) |" in text
     assert "| LoRA | lead | +10.0 (0.0) | +10.0 (0.0) |" in text
+    assert "| no LoRA | 0 |  | 0.0 (0.0) | 70.0 (0.0) | 70.0 (0.0) | 100.0 (0.0) | 0.0 (0.0) | 1.0 (0.0) |" in text
     first = report.write_report(found._replace(scores={}))                         # before the other people are measured
     assert text.startswith(first) and "trainings" not in first
     for name, some in (("scores", found), ("first", found._replace(scores={}))):
@@ -225,7 +258,7 @@ def test_the_command_in_small(tmp_path, monkeypatch, capsys, small):
     for someone in eval_rfacesim.read_people([run / "people2"]):
         own = [row for row in rows if (row["method"], row["identity"]) == ("meta-lora_r1_i3", someone.name)]
         assert kept[someone.name]["text"] == eval_rfacesim.summarise(own, [someone], "clip_t")["mean"]
-        assert set(kept[someone.name]) == {*report.METRICS, "facesim"}
+        assert set(kept[someone.name]) == {*report.AXES, "facesim", "found", "background", "move"}
 
     monkeypatch.setattr(compare, "compare", None)                                  # all is there: nothing is made again
     reproduce.reproduce(words)
