@@ -370,7 +370,10 @@ def take_defaults(args: argparse.Namespace) -> None:
     args.captions = {}                           # {person: {reference: its caption}}
     for person in args.people:
         paths = [person.reference, *person.more]
-        args.captions[person.name] = captions_beside(paths, fill(args.prompt, person.gender))
+        prompt = fill(args.prompt, person.gender)
+        if prompt is None:
+            raise ValueError(f"--prompt {args.prompt!r} is no caption for {person.name}")
+        args.captions[person.name] = captions_beside(paths, prompt)
         references.append(f"{person.name} {photos.fingerprints(paths)['photo_digests']}")
     args.settings = {
         "layout": "numbers of a row by width",

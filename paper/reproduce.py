@@ -159,7 +159,9 @@ def measure(args: argparse.Namespace, trial: Trial, steps: list[int]) -> Curve:
 
 
 def run_trial(args: argparse.Namespace, trial: Trial, steps: list[int]) -> dict[str, dict]:
-    """Trains, samples, and scores -> {step count: {person: {metric: value}}}. The people on whom
+    """Trains, samples, and scores -> {step count: {person: {metric: value}}}.
+
+    likeness is R-FaceSim, text is CLIP-T, found the share of images with a face. The people on whom
     rates are chosen have one image per prompt, and no scores by `copy_of`."""
     choosing = trial.people == "choose"
     words = [
@@ -186,26 +188,21 @@ def run_trial(args: argparse.Namespace, trial: Trial, steps: list[int]) -> dict[
         rows = [row for row in scores["pictures"] if row["identity"] == person.name]
         for summary in evaluation.summarise_methods(rows, [person], no_face_as_zero=True):
             label = summary["label"]
-            values = scores_of(summary)
+            likeness = summary["r_facesim"]
+            text = summary["clip_t"]["mean"]
+            values = {
+                "likeness": likeness["mean"],
+                "text": text,
+                "sum": likeness["mean"] + text,
+                "facesim": summary["facesim"]["mean"],
+                "found": likeness["found"],
+            }
             if not choosing:
                 images = settings.out / "images" / label / person.name
                 values |= copy_of(settings, images, person)
             count = settings.rows[label]["iterations"]
             found[str(count)][person.name] = values
     return found
-
-
-def scores_of(summary: dict) -> dict[str, float]:
-    """The likeness (R-FaceSim), CLIP-T, and their sum; the share of images with a face."""
-    likeness = summary["r_facesim"]
-    text = summary["clip_t"]["mean"]
-    return {
-        "likeness": likeness["mean"],
-        "text": text,
-        "sum": likeness["mean"] + text,
-        "facesim": summary["facesim"]["mean"],
-        "found": likeness["found"],
-    }
 
 
 def copy_of(
@@ -295,7 +292,7 @@ def choose_rates(
                 best = used
                 break
         chosen[count] = best
-    return {count: rate_at(method, rung) for count, rung in chosen.items()}, tried
+    return {count: rate_at(method, chosen[count]) for count in steps}, tried
 
 
 # --------------------------------------------------------------------------------------------------
@@ -319,11 +316,11 @@ def run_sweep(
 
     trained = collections.defaultdict(list)      # {(method, step count, metric): of each training}
     for seed in range(args.trainings):
-        trials = {Trial(folder, "none"): [0]}
-        for method, of_method in rates.items():
-            for count, rate in of_method.items():
-                trials.setdefault(Trial(folder, method, rank, rate, seed), []).append(count)
-        calls = [(args, trial, sorted(counts)) for trial, counts in trials.items()]
+        trials = collections.defaultdict(list)   # {trial: step counts}
+        trials[Trial(folder, "none")] = [0]
+        for method, count in itertools.product(FIRST_RATES, steps):
+            trials[Trial(folder, method, rank, rates[method][count], seed)].append(count)
+        calls = [(args, *call) for call in trials.items()]
         results = side_by_side(args, measure, calls, f"people, rank {rank}, seed {seed}")
         for trial, curve in zip(trials, results):
             for count, scores in curve.items():

@@ -3,6 +3,7 @@ import functools
 import json
 import os
 import shutil
+from argparse import Namespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from metalora import IdentityBank, MetaLoRA, apply_loras
 from baby import faces
 from paper import compare
 from support import photos
-from support.checkpoints import find_model, load_autoencoder, load_flux, load_text_encoders, model_defaults
+from support.checkpoints import LONG_RUN, find_model, load_autoencoder, load_flux, load_text_encoders, model_defaults
 from support.lora_files import load_lomd
 from test_eval_rfacesim import people  # noqa: F401  a fixture
 
@@ -226,6 +227,25 @@ def test_people_trained_together_equal_those_trained_one_by_one(people, method, 
     for person, update in enumerate(together):
         alone, = trained([person], 1)
         assert ((update - alone).norm() / alone.norm()).item() < 1e-5
+
+
+def test_a_caption_for_the_other_gender_ends_in_one_line(people, tmp_path, capsys):
+    words = [*BASE, "--gender", "woman", "--prompt", "man: a photo", "--methods", "lora", "--iters", "1", "--out", tmp_path / "r"]
+    shutil.copytree(people / "p0", tmp_path / "data" / "p0")
+    for caption in (tmp_path / "data").rglob("*.txt"):
+        caption.unlink()
+    assert run(*words, "--data", tmp_path / "data") == 2
+    assert "'man: a photo' is no caption for p0" in capsys.readouterr().err and not (tmp_path / "r").exists()
+
+
+def test_a_comparison_is_a_long_run_even_without_iters(monkeypatch):
+    """Whether a large model is compiled follows from the number of steps that open_flux is told."""
+    told = []
+    for name in ("encode_prompts", "load_autoencoder"):
+        monkeypatch.setattr(compare, name, lambda *words: None)
+    monkeypatch.setattr(compare, "open_flux", lambda args, device, steps: told.append(steps))
+    compare.Run(Namespace(prompts={}, captions={}, folder=BABY, device="cpu", dtype=None, iters=None, steps=10), None)
+    assert told[0] >= LONG_RUN
 
 
 @pytest.mark.parametrize("words, said", [
