@@ -21,7 +21,6 @@ from pathlib import Path
 
 import support  # before torch: how its threads wait
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 import personalize
@@ -80,21 +79,19 @@ def lora_path(args: argparse.Namespace, label: str, person: str) -> Path:
 # --------------------------------------------------------------------------------------------------
 # Many people in one batch
 
-# of a person: latents, loss weights, and (txt, y), one for each crop
-Crops = tuple[list[Tensor], list[Tensor], list[tuple[Tensor, Tensor]]]
-
 
 def train_together(
     adapter: MetaLoRA,
-    people: list[Crops],
+    people: list[tuple],
     iters: int,
     lr: float,
     seed: int,
 ) -> Iterator[list[int]]:
     """personalize.train for many people: each trains as if alone, up to step `iters` of its row.
 
-    people: one for each row of the adapter's bank. A row that has trained before skips the batches
-    that it has seen. Yields after each step those who took it."""
+    people: for each row of the adapter's bank the latents, loss weights, and (txt, y) of its crops.
+    A row that has trained before skips the batches that it has seen. Yields after each step those
+    who took it."""
     streams = []
     for (latents, weights, _), done in zip(people, adapter.bank.steps.tolist()):
         stream = personalize.batches(latents, weights, seed)
@@ -138,8 +135,8 @@ class Run:
         self.autoencoder = load_autoencoder(args.folder, args.device, args.dtype)
         self.flux = open_flux(args, args.device, LONG_RUN)
 
-    def encode(self, augment: bool) -> list[Crops]:
-        """Everybody's crops, on the CPU."""
+    def encode(self, augment: bool) -> list[tuple]:
+        """Everybody's crops, as `train_together` takes them, on the CPU."""
         args = self.args
         people = []
         for captions in tqdm(args.captions.values(), "crops", disable=None, leave=False):
@@ -321,7 +318,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                     description="Compares methods, ranks, and iteration counts as the paper does.")
     add = parser.add_argument
     add_options(add)
-    add("--methods", nargs="+", choices=tuple(METHODS), default=["meta-lora", "lora-crops", "lora"],
+    add("--methods", nargs="+", choices=METHODS, default=["meta-lora", "lora-crops", "lora"],
         help="methods to compare; random-lomd is Meta-LoRA over random weights, none is the model "
         "without a LoRA (default: meta-lora lora-crops lora)")
     add("--ranks", type=positive, nargs="+", default=[1], metavar="R",

@@ -36,8 +36,8 @@ from baby import faces
 from sample import draw_all
 from support.checkpoints import (add_speed_options, check_sampling_memory, choose_model,
                                  compiling_pays, encode_prompts, is_small, model_defaults)
-from support.common import (Parser, at_least, check_out, count, note, pick_device, positive,
-                            run_script, save_png, side, use_threads, write_whole)
+from support.common import (Parser, check_out, count, note, pick_device, positive, run_script,
+                            save_png, side, use_threads, whole_number, write_whole)
 from support.finding import tokenizers_of
 from support.judges import FaceNetwork
 from support.photos import read_photo
@@ -236,8 +236,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                     "model invents, a folder for stage 1: <out>/<person>/<pictures, captions>.")
     add = parser.add_argument
     add("--out", type=Path, default="faces", help="folder for the people (default: faces/)")
-    add("--people", type=at_least(2), default=50, help="how many (default: 50)")
-    add("--pictures", type=at_least(2), default=10, help="of each person (default: 10)")
+    add("--people", type=whole_number(2), default=50, help="how many (default: 50)")
+    add("--pictures", type=whole_number(2), default=10, help="of each person (default: 10)")
     add("--size", type=side, help="pixels on a side (default: 512; baby: 128)")
     add("--steps", type=positive, default=20, help="Euler steps (default: 20)")
     add("--seed", type=count, default=0, help="another seed gives other people (default: 0)")

@@ -5,7 +5,6 @@ InceptionResnetV1 of facenet-pytorch (VGGFace2) tells faces apart, or the baby's
 import itertools
 import re
 import textwrap
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -109,9 +108,7 @@ class FaceNetwork:
     instead. Without either, facenet-pytorch's. ValueError if weights are missing or of another
     network."""
     def __init__(self, folder: Path | None, weights: Path | None, device: torch.device) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            from facenet_pytorch import MTCNN, InceptionResnetV1
+        from facenet_pytorch import MTCNN, InceptionResnetV1
         path = own_file(folder, "face_embedder.safetensors")
         if path and not weights:
             side = FaceEmbedder.SIDE
