@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from support import photos
 from support.common import (JsonFile, Parser, check_writable, digest, expand, note, pick_device,
-                            run_script, write_whole)
+                            progress, run_script, write_whole)
 from support.judges import (META_PHD, Judges, Picture, add_options, find_missing, find_pictures,
                             own_file, prompts_for)
 from support.people import Person, complain, read_people, tell
@@ -134,7 +134,7 @@ def embed_real(judges: Judges, people: list[Person]) -> dict[str, Tensor]:
         faces |= dict.fromkeys([person.reference, *person.tests])
 
     several, problems = [], []
-    for path in tqdm(faces, "real pictures", leave=False, disable=None):
+    for path in progress(faces, "real pictures"):
         image = photos.read_photo(path)
         faces[path] = judges.embed(image)
         if faces[path] is None:

@@ -32,7 +32,8 @@ from support import photos
 from support.checkpoints import (add_speed_options, check_training_memory, encode_prompts,
                                  load_autoencoder, open_flux)
 from support.common import (Interruption, Parser, count, free, keep, note, peak_memory, positive,
-                            positive_number, reserved, resolution, run_script, to_device)
+                            positive_number, progress, reserved, resolution, run_script,
+                            to_device)
 from support.lora_files import read_lomd, save_lora
 from support.memory import blocks_of, fit_training
 from support.stage_2 import check_stage_2, lora_size, metadata, numbered, print_next_commands
@@ -241,7 +242,7 @@ def prepare(args: argparse.Namespace) -> tuple:
     y = [pooled[0] for _, pooled in captions]
 
     autoencoder = load_autoencoder(args.folder, args.device, args.dtype)
-    bar = tqdm(crops, "encoding", disable=None, leave=False)
+    bar = progress(crops, "encoding")
     latents, weights = encode_crops(autoencoder, bar, args.background, args.mirror)
     del autoencoder
     free(args.device)

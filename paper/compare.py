@@ -34,8 +34,8 @@ from support.checkpoints import (LONG_RUN, add_speed_options, check_training_mem
                                  encode_prompts, fingerprint, flux_fingerprint, is_small,
                                  load_autoencoder, model_defaults, open_flux, take_model)
 from support.common import (Interruption, JsonFile, Parser, check_writable, count, free, note,
-                            pick_device, positive, positive_number, resolution, run_script,
-                            save_png, side, write_whole)
+                            pick_device, positive, positive_number, progress, resolution,
+                            run_script, save_png, side, write_whole)
 from support.judges import Picture, prompts_for
 from support.lora_files import load_lora, read_lomd, save_lora
 from support.memory import fit_training
@@ -139,7 +139,7 @@ class Run:
         """Everybody's crops, as `train_together` takes them, on the CPU."""
         args = self.args
         people = []
-        for captions in tqdm(args.captions.values(), "crops", disable=None, leave=False):
+        for captions in progress(args.captions.values(), "crops"):
             crops = photos.load_crops(
                 [*captions],
                 args.resolution,
@@ -389,7 +389,7 @@ def take_defaults(args: argparse.Namespace) -> None:
 
 
 def check_settings(out: Path, now: dict) -> None:
-    """Writes settings.json; raises ValueError if --out was made with other settings."""
+    """Writes settings.json; ValueError if the folder was made with other settings."""
     path = out / "settings.json"
     if path.exists():
         before = JsonFile(path)
@@ -398,7 +398,7 @@ def check_settings(out: Path, now: dict) -> None:
         for name, value in now.items():
             was = before.get(name, "not written down")
             if was != value:
-                raise ValueError(f"--out {out} was made with another setting of {name}: it was "
+                raise ValueError(f"{out} was made with another setting of {name}: it was "
                                  f"{was!s:.80} and is {value!s:.80}; choose a new folder")
     write_whole(path, json.dumps(now, indent=1))
 

@@ -34,7 +34,6 @@ import support  # before torch: how its threads wait
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 import eval_rfacesim as evaluation
 from baby import faces
@@ -42,8 +41,11 @@ from paper import compare
 from paper.report import (METHODS, Curve, Found, draw_found, draw_sheet, mean_error,
                           write_report)
 from support import photos
-from support.common import (JsonFile, Parser, note, pick_device, positive, run_script, save_png,
-                            write_whole)
+from support.checkpoints import flux_fingerprint
+from support.common import (JsonFile, Parser, note, pick_device, positive, progress, run_script,
+                            save_png, write_whole)
+from support.finding import find_model
+from support.lora_files import read_lomd
 
 FIRST_RATES = {"lora": 1.2e-3, "lora-crops": 1.2e-3, "random-lomd": 9.6e-3, "meta-lora": 1.2e-3}
 GUIDANCE = 3.5                                   # guidance input of sampling, as in the paper
@@ -85,7 +87,7 @@ def draw_people(judges: evaluation.Judges, folder: Path, first: int, count: int)
     The first picture is nearly frontal, as a user would choose a reference. A picture in which the
     judges find no face is drawn again."""
     seeds = range(first, first + count)
-    for seed in tqdm(seeds, f"people in {folder.name}", disable=None, leave=False):
+    for seed in progress(seeds, f"people in {folder.name}"):
         person = folder / faces.identity(seed)["gender"] / f"{seed}"
         yaw = np.random.default_rng([seed, 8]).uniform(-8, 8)
         index = 0
@@ -131,7 +133,7 @@ def side_by_side(
     with concurrent.futures.ProcessPoolExecutor(args.jobs, context, set_up, (threads,)) as pool:
         # an error cancels the calls after it
         results = pool.map(work, itertools.repeat(function), *zip(*calls))
-        return [*tqdm(results, name, total=len(calls), disable=None, leave=False)]
+        return [*progress(results, name, total=len(calls))]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -381,6 +383,10 @@ def reproduce(argv: list[str] | None = None) -> None:
     if args.jobs is None:
         on_cpu = pick_device(args.device).type == "cpu"
         args.jobs = min(8, os.cpu_count()) if on_cpu and not args.report else 1
+    folder = find_model(args.model)
+    _, lomd, _ = read_lomd(folder, args.lomd)
+    settings = {"model": flux_fingerprint(folder), "lomd": lomd}
+    compare.check_settings(args.run / "scores", settings)
     judges = evaluation.Judges(args.model)
     draw_people(judges, args.run / "choose", faces.CHOOSE.start + 500, args.choose)
     for sweep in args.sweeps:

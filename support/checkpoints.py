@@ -8,7 +8,6 @@ knows where the files are, tensors.py how tensors are stored in them.
 import gc
 import json
 import math
-import os
 import re
 import shlex
 from argparse import BooleanOptionalAction, Namespace
@@ -21,10 +20,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from flux_model import AutoEncoder, Flux, FluxConfig, TextEncoders
-from support.common import JsonFile, count, digest, free
+from support.common import JsonFile, count, digest, free, progress
 from support.finding import (FOLDERS, Place, add_model_options, autoencoder_files,
                              check_tokenizers, find_model, flux_files, named_parts, open_part,
                              tokenizers_of)
@@ -87,11 +85,6 @@ def targets_of(config: FluxConfig, outside: bool = False) -> list[Target]:
 # Loading -----------------------------------------------------------------------------------------
 
 
-def bar_off() -> bool | None:
-    """For tqdm's `disable`: one bar for all of torchrun's processes, and only on a terminal."""
-    return None if os.environ.get("RANK", "0") == "0" else True
-
-
 def load_weights(model: nn.Module, plan: dict[str, list[str]], files: TensorFiles, device: Device,
                  dtype: torch.dtype, away: set[nn.Module], fp8: bool = False) -> nn.Module:
     """Fills what `bare_model` gave. Peak memory is the model and its largest tensor.
@@ -102,7 +95,7 @@ def load_weights(model: nn.Module, plan: dict[str, list[str]], files: TensorFile
         if isinstance(layer, nn.Linear) and "_blocks." in name:
             Fp8Linear.convert(layer, dtype, "cpu" if layer in away else device)
 
-    bar = tqdm(plan, f"loading {type(model).__name__}", disable=bar_off(), leave=False)
+    bar = progress(plan, f"loading {type(model).__name__}")
     for name in bar:
         module, _, attribute = name.rpartition(".")
         layer = model.get_submodule(module)
@@ -203,7 +196,7 @@ def load_text_encoder(kind: type, folder: Place, part: str, dtype: torch.dtype) 
     if config is None:
         config = JsonFile(tokenizers_of(folder) / FOLDERS[part] / "config.json")
     names = [name for name in files.names if not NEUTRAL.fullmatch(name)]
-    bar = tqdm(names, f"loading {kind.__name__}", disable=bar_off(), leave=False)
+    bar = progress(names, f"loading {kind.__name__}")
     state = {name: files[name].to(dtype) for name in bar}
     tied = "encoder.embed_tokens.weight"
     if tied in files.names and "shared.weight" not in files.names:

@@ -22,6 +22,7 @@ from typing import TextIO
 
 from PIL import Image, PngImagePlugin
 from safetensors import SafetensorError
+from tqdm import tqdm
 
 from support import SIGNALS
 from support.devices import (free, is_out_of_memory, peak_memory, pick_device,  # noqa: F401
@@ -255,13 +256,23 @@ def expand(names: Iterable[str | Path]) -> list[str]:
     return found
 
 
+def read_text(path: Path) -> str:
+    """ValueError if the file is not UTF-8 text."""
+    try:
+        text = path.read_text("utf-8-sig")
+    except UnicodeDecodeError:
+        text = "\0"                              # refused below, as UTF-16 without its mark is
+    if "\0" in text:
+        raise ValueError(f"{path} is not text in UTF-8: save it as UTF-8")
+    return text
+
+
 def read_prompts(words: list[str], path: Path | None) -> list[str]:
     """Prompts from the command line, then from the file, without duplicates."""
     prompts = list(words)
     if path:
-        # bytes that are not UTF-8 become what is refused below
-        lines = path.read_text("utf-8-sig", "surrogateescape").splitlines()
-        prompts += [line for line in map(str.strip, lines) if line and line[0] != "#"]
+        lines = map(str.strip, read_text(path).splitlines())
+        prompts += [line for line in lines if line and line[0] != "#"]
     if not prompts:
         none = f"{path} holds no prompt" if path else "no prompt: give one, or --prompts FILE"
         raise ValueError(none)
@@ -271,6 +282,12 @@ def read_prompts(words: list[str], path: Path | None) -> list[str]:
         if prompt != encodable(prompt):
             raise ValueError(f"a prompt is not text in UTF-8: {shorten(prompt)}")
     return list(dict.fromkeys(prompts))
+
+
+def progress(things: Iterable, name: str, **options: object) -> tqdm:
+    """A passing bar, on a terminal, and one for all of torchrun's processes."""
+    first = os.environ.get("RANK", "0") == "0"
+    return tqdm(things, name, disable=None if first else True, leave=False, **options)
 
 
 def note(text: object) -> None:

@@ -30,10 +30,10 @@ from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
-from support.checkpoints import bar_off, fingerprint, load_autoencoder, load_text_encoders
-from support.common import JsonFile, check_readable, digest, expand, free, note, whole, write_whole
+from support.checkpoints import fingerprint, load_autoencoder, load_text_encoders
+from support.common import (JsonFile, check_readable, digest, expand, free, note, progress,
+                            read_text, whole, write_whole)
 from support.names import first_match
 from support.photos import (SUFFIXES, grid_size, image_files, read_photo, subfolders,
                             to_tensor, visible)
@@ -53,17 +53,6 @@ MIN_PICTURES = 2                                 # from one, M and U would learn
 
 # --------------------------------------------------------------------------------------------------
 # Captions
-
-
-def read_text(path: Path) -> str:
-    """ValueError if the file is not UTF-8 text."""
-    try:
-        text = path.read_text("utf-8-sig")
-    except UnicodeDecodeError:
-        text = "\0"                              # refused below, as UTF-16 without its mark is
-    if "\0" in text:
-        raise ValueError(f"{path} is not text in UTF-8: save it as UTF-8")
-    return text
 
 
 class Captions:
@@ -431,7 +420,7 @@ def check_people(
     paths = []
     for folder in folders:
         paths += image_files(folder)
-    bar = tqdm(paths, "checking pictures", disable=None, leave=False)
+    bar = progress(paths, "checking pictures")
     photos, wrong = check_photos(bar, captions, known, smallest)
     problems += wrong
 
@@ -592,7 +581,7 @@ class Cache:
         if captions:
             encoders = load_text_encoders(self.model, self.device, self.dtype)
             check_prompts(encoders, captions)
-            for caption in tqdm(captions, "encoding text", disable=bar_off(), leave=False):
+            for caption in progress(captions, "encoding text"):
                 txt, y = encoders.encode([caption])
                 save_state(self.text_path(caption), {"txt": txt[0], "y": y[0]})
                 stop()
@@ -601,7 +590,7 @@ class Cache:
             free(self.device)
         if pictures:
             autoencoder = load_autoencoder(self.model, self.device, self.dtype)
-            for picture in tqdm(pictures, "encoding pictures", disable=bar_off(), leave=False):
+            for picture in progress(pictures, "encoding pictures"):
                 if hashlib.sha256(picture.path.read_bytes()).hexdigest() != picture.digest:
                     raise ValueError(f"{picture.path} has changed since it was checked")
                 photo = read_photo(picture.path)

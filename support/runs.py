@@ -20,8 +20,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flux_model import denoise, get_noise
-from support.checkpoints import (bar_off, flux_files, flux_fingerprint, load_autoencoder,
-                                 take_model, targets_of, text_length)
+from support.checkpoints import (flux_files, flux_fingerprint, load_autoencoder, take_model,
+                                 targets_of, text_length)
 from support.common import (JsonFile, check_out, check_writable, is_out_of_memory, naming, note,
                             pick_device, save_figure, save_png, write_whole)
 from support.people import (Buckets, Photo, State, data_fingerprint, open_state, read_state,
@@ -352,7 +352,7 @@ class Log:
             initial=iteration,
             desc="meta-training",
             smoothing=0.02,
-            disable=bar_off(),
+            disable=True if group.rank else None,
         )
         peak_memory(self.device)                 # begins a new peak: loading is not of interest
         if group.rank == 0:

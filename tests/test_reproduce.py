@@ -15,6 +15,8 @@ sys.path.insert(0, str(ROOT / "baby"))
 import eval_rfacesim  # noqa: E402
 import faces  # noqa: E402
 from paper import compare, report, reproduce  # noqa: E402
+from support.checkpoints import flux_fingerprint  # noqa: E402
+from support.finding import find_model  # noqa: E402
 
 
 def test_nobody_is_in_two_roles():
@@ -215,6 +217,14 @@ def test_what_the_scores_do_not_see(tmp_path, monkeypatch):
     assert found["background"] == 0 and found["move"] == pytest.approx(np.std([8 / 32, 12 / 32], ddof=1))
     Image.new("RGB", (32, 32), (151, 151, 151)).save(tmp_path / "5_0.png")  # of a later prompt: no face is looked for
     assert reproduce.copy_of(args, tmp_path, someone)["background"] == pytest.approx(51 / 255 / 3)
+
+
+def test_scores_of_another_lomd_are_not_taken_for_these(tmp_path):
+    (tmp_path / "scores").mkdir()
+    other = {"model": flux_fingerprint(find_model("baby")), "lomd": "sha256 of another"}
+    (tmp_path / "scores/settings.json").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match="scores was made with another setting of lomd"):
+        reproduce.reproduce(["--run", str(tmp_path), "--report"])
 
 
 def test_an_error_in_a_worker_is_the_commands(tmp_path):
