@@ -401,7 +401,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def meta_train(argv: list[str] | None) -> None:
+def meta_train(argv: list[str] | None):
     args = parse(argv)
     group = Group(args.device)
     try:

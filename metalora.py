@@ -133,7 +133,7 @@ class AdaptedLinear(nn.Module):
         if widen and getattr(base, "widen", True):
             self.move_weight_into_S()
 
-    def move_weight_into_S(self) -> None:
+    def move_weight_into_S(self):
         spare = math.ceil(self.R / 8) * 8        # multiples of 8 suit tensor cores
         weight = self.base.weight.detach()
         bias = self.base.bias
@@ -195,7 +195,7 @@ def adapt(flux: nn.Module, targets: list[Target], ranks: list[int]) -> list[Adap
 
 @torch.no_grad()
 def set_update(layers: list[AdaptedLinear], Cs: list[Tensor], Us: list[Tensor],
-               mask: Tensor | None = None) -> None:
+               mask: Tensor | None = None):
     """Gives each layer its C and its parts of U, and copies one of the two into each S.
 
     Cs: one (R, d_in) for each layer; Us: one (rows, rank) for each target, layer by layer. mask (B,
@@ -222,7 +222,7 @@ def set_update(layers: list[AdaptedLinear], Cs: list[Tensor], Us: list[Tensor],
 
 
 @torch.no_grad()
-def apply_loras(flux: nn.Module, loras: list[tuple[LoRA, float]]) -> None:
+def apply_loras(flux: nn.Module, loras: list[tuple[LoRA, float]]):
     """Replaces all LoRAs in the model by these, unmerged; an empty list removes them.
 
     loras: pairs of a LoRA, {diffusers path: (A (r, d_in), B (d_out, r))}, and its strength.
@@ -272,7 +272,7 @@ class IdentityBank:
             steps = torch.zeros(len(weight), dtype=torch.long)
         self.steps = steps.cpu()
 
-    def make_moments(self) -> None:
+    def make_moments(self):
         """Creates AdamW's moments if there are none: a LoMD that is never trained needs none."""
         if self.exp_avg is None:
             self.exp_avg = torch.zeros_like(self.weight)
@@ -280,7 +280,7 @@ class IdentityBank:
 
     @torch.no_grad()
     def step(self, ids: Tensor, grad: Tensor, lr: float, eps: float = 1e-6,
-             weight_decay: float = 0.01) -> None:
+             weight_decay: float = 0.01):
         """AdamW on the rows `ids` (n,) with grad (n, P); eps as in ai-toolkit."""
         self.make_moments()
         rows = ids.tolist()
@@ -375,7 +375,7 @@ class MetaLoRA:
         zeros = self.size - len(Ms)
         return F.pad(Ms, (0, zeros))
 
-    def assign(self, ids: Tensor) -> None:
+    def assign(self, ids: Tensor):
         """Says whose images the next batch holds, ids (B,). Call it before every forward pass."""
         self.present, slot, self.counts = torch.unique(
             ids.cpu(),

@@ -117,7 +117,7 @@ def train(
     lr: float,
     seed: int = 0,
     on_step: Callable[[int, float], object] | None = None,
-) -> None:
+):
     """Algorithm 2: `iters` steps of flow matching on one person's crops; flux itself stays frozen.
 
     flux: with `adapter` in it. latents, weights: from `encode_crops`. txt, y: a (T, context_in_dim)
@@ -255,18 +255,18 @@ def prepare(args: argparse.Namespace) -> tuple:
     return flux, adapter, crops, (latents, weights, txt, y), lomd_name
 
 
-def personalize(argv: list[str] | None) -> None:
+def personalize(argv: list[str] | None):
     args = parse(argv)
     check_stage_2(args, ITERATIONS)
     start = time.perf_counter()
     flux, adapter, crops, data, lomd = prepare(args)
     smooth = math.nan                            # running mean of the loss
 
-    def save(path: Path) -> None:
+    def save(path: Path):
         done = adapter.bank.steps.item()
         save_lora(path, adapter.collapse(), args.format, metadata(args, done, lomd))
 
-    def on_step(iteration: int, loss: float) -> None:
+    def on_step(iteration: int, loss: float):
         nonlocal smooth
         smooth = loss if iteration == 1 else 0.95 * smooth + 0.05 * loss
         bar.set_postfix_str(f"loss {smooth:.4f}{peak_memory(args.device)}", refresh=False)

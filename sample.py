@@ -190,7 +190,7 @@ def draw_all(
     jobs: list[tuple[str, int]],
     save: Callable[[int, Image.Image], object],
     **settings,
-) -> None:
+):
     """Calls save(number, picture) for all jobs with each set of LoRAs in `rows`.
 
     Whatever stops the run early (a signal, a lack of memory, a value that is not finite) is raised
@@ -202,7 +202,7 @@ def draw_all(
         Interruption() as interruption,
         tqdm(total=total * settings["steps"], desc="denoising", unit="step", disable=None) as bar,
     ):
-        def on_step() -> None:
+        def on_step():
             bar.update()
             interruption.raise_if_asked()
 
@@ -259,7 +259,7 @@ def sampling_settings(args: argparse.Namespace, config: FluxConfig) -> dict[str,
     }
 
 
-def draw(argv: list[str] | None) -> None:
+def draw(argv: list[str] | None):
     """From the command line to the files: cheap checks first, then one model after the other."""
     args = parse(argv)
     prompts = read_prompts(args.words, args.prompts)
@@ -288,7 +288,7 @@ def draw(argv: list[str] | None) -> None:
         row, job = divmod(number, len(jobs))
         return picture_fields(*jobs[job], settings, Path(args.model).name, lora_files[row])
 
-    def save(number: int, picture: Image.Image) -> None:
+    def save(number: int, picture: Image.Image):
         keep(files[number], lambda path: save_png(picture, path, fields(number)))
         tqdm.write(f"saved {files[number]}")
 

@@ -137,7 +137,7 @@ class Peer:
             return_dict=False,
         )[0]
 
-    def training_step(self, *inputs: Tensor) -> None:
+    def training_step(self, *inputs: Tensor):
         flow_matching_loss(self, *inputs).sum().backward()
         nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
@@ -155,14 +155,14 @@ def random_inputs(flux: Flux, batch: int, px: int, text_tokens: int) -> tuple[Te
     return latent, torch.randn_like(latent), t.sigmoid(), txt, y
 
 
-def training_step(flux: Flux, adapter: MetaLoRA, *inputs: Tensor) -> None:
+def training_step(flux: Flux, adapter: MetaLoRA, *inputs: Tensor):
     """Each picture is of another person."""
     adapter.assign(torch.arange(adapter.slots))
     flow_matching_loss(flux, *inputs).sum().backward()
     adapter.step(1e-4)
 
 
-def base_training_step(flux: Flux, *inputs: Tensor) -> None:
+def base_training_step(flux: Flux, *inputs: Tensor):
     """Forward, and backward to the latent and the text."""
     inputs = [part.clone().requires_grad_(part.dim() > 2) for part in inputs]
     flow_matching_loss(flux, *inputs).sum().backward()
@@ -172,7 +172,7 @@ def base_alone(flux: Flux, step: Callable) -> Callable:
     """The step without the adapter's update: each adapted Linear runs the frozen one alone."""
     layers = [layer for layer in flux.modules() if isinstance(layer, AdaptedLinear)]
 
-    def run() -> None:
+    def run():
         updates = [layer.C for layer in layers]
         for layer in layers:
             vars(layer)["C"] = None            # a module's own setattr would take a while
@@ -310,7 +310,7 @@ def options() -> Parser:
     return parser
 
 
-def bench(argv: list[str] | None) -> None:
+def bench(argv: list[str] | None):
     args = options().parse_args(argv)
     device = pick_device(args.device)
     cuda = device.type == "cuda"

@@ -124,7 +124,7 @@ def train_together(
 class Run:
     """Trains and samples what is missing in --out. Results do not depend on interruptions: people
     train as if alone, and a batch of images is always sampled as a whole."""
-    def __init__(self, args: argparse.Namespace, interruption: Interruption) -> None:
+    def __init__(self, args: argparse.Namespace, interruption: Interruption):
         """Encodes all texts, then loads the autoencoder and the transformer."""
         self.args = args
         self.interruption = interruption
@@ -173,7 +173,7 @@ class Run:
         adapter.bank = IdentityBank(adapter.bank.weight.repeat(count, 1))
         return adapter
 
-    def train(self, method: str, rank: int, missing: dict[tuple[int, int], str]) -> None:
+    def train(self, method: str, rank: int, missing: dict[tuple[int, int], str]):
         """Trains the LoRAs of one method and rank. missing: {(person, iterations): label}."""
         args = self.args
         people = self.encode(augment=method != "lora")
@@ -216,7 +216,7 @@ class Run:
             ) from None
         save_state(state, vars(adapter.bank))
 
-    def save_lora(self, adapter: MetaLoRA, label: str, person: int) -> None:
+    def save_lora(self, adapter: MetaLoRA, label: str, person: int):
         args = self.args
         row = args.rows[label]
         name = args.people[person].name
@@ -232,7 +232,7 @@ class Run:
             **photos.fingerprints([*captions]),
         })
 
-    def sample(self, pictures: list[Picture]) -> None:
+    def sample(self, pictures: list[Picture]):
         args = self.args
         size = 16 if is_small(args.folder) else 1
         applied = None
@@ -345,7 +345,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def take_defaults(args: argparse.Namespace) -> None:
+def take_defaults(args: argparse.Namespace):
     """Finds the model (may download it), its LoMD, and the captions, and collects in args.settings
     all that decides about results."""
     take_model(args, args.device, "lora")
@@ -388,7 +388,7 @@ def take_defaults(args: argparse.Namespace) -> None:
         args.settings[name] = getattr(args, name)
 
 
-def check_settings(out: Path, now: dict) -> None:
+def check_settings(out: Path, now: dict):
     """Writes settings.json; ValueError if the folder was made with other settings."""
     path = out / "settings.json"
     if path.exists():
@@ -443,7 +443,7 @@ def compare(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
     return args, scores
 
 
-def command(argv: list[str] | None) -> None:
+def command(argv: list[str] | None):
     args, scores = compare(argv)
     lines = lines_of(scores["methods"])
     if lines:

@@ -123,7 +123,7 @@ def invent_people(people: int, pictures: int, seed: int, baby: bool) -> list[lis
     return everyone
 
 
-def draw_pictures(args: argparse.Namespace, shots: list[Shot], folder: Path) -> None:
+def draw_pictures(args: argparse.Namespace, shots: list[Shot], folder: Path):
     """Draws the batches of which a picture is not there yet: rounding depends on the batch."""
     if args.compile is None:                 # however many are left, so that the bytes stay the same
         args.compile = compiling_pays(args, args.device, len(shots) * args.steps)
@@ -136,7 +136,7 @@ def draw_pictures(args: argparse.Namespace, shots: list[Shot], folder: Path) -> 
     for start in range(0, len(left), ROUND):
         batch = left[start:start + ROUND]
 
-        def save(number: int, picture: Image.Image) -> None:
+        def save(number: int, picture: Image.Image):
             shot = batch[number]
             save_png(picture, folder / shot.path, {"prompt_text": shot.prompt, "seed": shot.seed})
 
@@ -260,7 +260,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def invent(argv: list[str] | None) -> None:
+def invent(argv: list[str] | None):
     """From the command line to the folder: cheap checks first, then one model after the other."""
     args = parse(argv)
     embed = face_network(args)

@@ -26,7 +26,7 @@ Curve = dict[int, dict[str, np.ndarray]]
 Table = tuple[list[str], list[list[object]]]     # header, rows
 
 
-def draw_scores(path: Path, metrics: Collection[str], lines: Lines, all_lines: Lines) -> None:
+def draw_scores(path: Path, metrics: Collection[str], lines: Lines, all_lines: Lines):
     """R-FaceSim against CLIP-T of `all_lines`, with their names at the ends; then each metric of
     `lines` against the number of steps, with error bars."""
     from matplotlib.figure import Figure
@@ -63,7 +63,7 @@ def draw_sheet(
     people: list[Person],
     prompts: dict[str, dict[int, str]],
     folders: dict[str, Path],
-) -> None:
+):
     """A contact sheet: eight people across, each with another prompt; the photo and rows of images
     down. folders: {name of a row: folder that holds <person>/<number of the prompt>_0.png}."""
     people = people[::max(1, len(people) // 8)]
@@ -271,7 +271,7 @@ def front_table(title: str, curves: dict[str, Iterable[Curve]]) -> Table:
     return header, rows
 
 
-def draw_found(path: Path, found: Found) -> None:
+def draw_found(path: Path, found: Found):
     """`draw_scores` with a line for each rate that was tried, and each method at its best rates."""
     all_lines, lines = {}, {}
     for method, curves in found.tried.items():

@@ -81,7 +81,7 @@ class Trial(NamedTuple):
 # People
 
 
-def draw_people(judges: evaluation.Judges, folder: Path, first: int, count: int) -> None:
+def draw_people(judges: evaluation.Judges, folder: Path, first: int, count: int):
     """Draws `count` identities, from seed `first` on, in the style of a photo.
 
     The first picture is nearly frontal, as a user would choose a reference. A picture in which the
@@ -106,7 +106,7 @@ def draw_people(judges: evaluation.Judges, folder: Path, first: int, count: int)
 # Processes side by side
 
 
-def set_up(threads: int) -> None:
+def set_up(threads: int):
     """Gives a worker its share of the cores and silences it: progress bars would overlap."""
     torch.set_num_threads(threads)
     sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
@@ -306,7 +306,7 @@ def run_sweep(
     rank: int,
     steps: tuple[int, ...],
     people: int,
-) -> None:
+):
     """Chooses rates, measures, and writes the report each time more of it is known, at one rank."""
     calls = [(args, method, rank, steps) for method in FIRST_RATES]
     results = side_by_side(args, choose_rates, calls, f"rates, rank {rank}")
@@ -334,7 +334,7 @@ def run_sweep(
         report(args, folder, rank, Found(steps, rates, tried, seed + 1, means))
 
 
-def report(args: argparse.Namespace, folder: str, rank: int, found: Found) -> None:
+def report(args: argparse.Namespace, folder: str, rank: int, found: Found):
     """Writes tables, figure, and, once there are images, the contact sheet."""
     text = write_report(found)
     print(text)
@@ -374,7 +374,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def reproduce(argv: list[str] | None = None) -> None:
+def reproduce(argv: list[str] | None = None):
     args = parse(argv)
     vars(args).update(SUBSET if args.subset else FULL)
     name = "reproduce-subset" if args.subset else "reproduce"

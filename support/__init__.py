@@ -22,7 +22,7 @@ if SIGHUP and signal.getsignal(SIGHUP) is not signal.SIG_IGN:    # nohup ignores
     SIGNALS.add(SIGHUP)
 
 
-def end(number: int, frame: object) -> None:
+def end(number: int, frame: object):
     """A line instead of a traceback while a script is still importing: nothing to save yet."""
     try:
         os.write(2, f"{running.name}: interrupted\n".encode())

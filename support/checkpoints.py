@@ -322,7 +322,7 @@ def is_small(folder: Place) -> bool:
     return sum(math.prod(files.shape(name)) for name in files.names) < 1e9
 
 
-def add_speed_options(add: Callable[..., object], training: bool, model: bool = True) -> None:
+def add_speed_options(add: Callable[..., object], training: bool, model: bool = True):
     """The switches for large models, and with `model` those that choose it and the device."""
     if model:
         add_model_options(add)
@@ -363,7 +363,7 @@ def bare_flux(args: Namespace) -> Flux:
 
 
 def check_training_memory(args: Namespace, device: torch.device, size: tuple[int, int], rank: int,
-                          r1: int, slots: int = 1, people: int = 1, joint: bool = False) -> None:
+                          r1: int, slots: int = 1, people: int = 1, joint: bool = False):
     """`check_memory` for `slots` pictures of `size` latent pixels, and an adapter as in
     `adapter_bytes`; all blocks may run twice."""
     flux = bare_flux(args)
@@ -374,7 +374,7 @@ def check_training_memory(args: Namespace, device: torch.device, size: tuple[int
 
 
 def check_sampling_memory(args: Namespace, device: torch.device, size: tuple[int, int],
-                          sets: list[list[tuple[dict, float]]]) -> None:
+                          sets: list[list[tuple[dict, float]]]):
     """`check_memory` for a picture of `size` latent pixels, with any one of these sets of LoRAs
     from `load_loras`."""
     flux = bare_flux(args)
@@ -404,7 +404,7 @@ def open_flux(args: Namespace, device: torch.device, steps: int) -> Flux:
     return flux
 
 
-def choose_model(args: Namespace, device: torch.device) -> None:
+def choose_model(args: Namespace, device: torch.device):
     """args.model -> args.folder (may download), args.dtype: fp32 for small models on a CPU, and
     args.text_device: where text is encoded."""
     args.folder = find_model(args.model, args)
@@ -414,7 +414,7 @@ def choose_model(args: Namespace, device: torch.device) -> None:
     args.text_device = "cpu" if args.offload and memory_left(device) < 11 * GIB else device
 
 
-def take_model(args: Namespace, device: torch.device, use: str) -> None:
+def take_model(args: Namespace, device: torch.device, use: str):
     """`choose_model`; options that are not given become the model's defaults. ValueError if the
     device cannot even hold the weights."""
     choose_model(args, device)

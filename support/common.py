@@ -87,7 +87,7 @@ def whole(path: str | Path) -> Iterator[Path]:
                 part.unlink(missing_ok=True)
 
 
-def sync(descriptor: int) -> None:
+def sync(descriptor: int):
     """fsync, where the file system supports it; CIFS and FUSE may not for folders."""
     try:
         os.fsync(descriptor)
@@ -112,7 +112,7 @@ def reserved(paths: Iterable[Path], size: int) -> Iterator[None]:
         yield
 
 
-def keep(path: Path, save: Callable[[Path], object]) -> None:
+def keep(path: Path, save: Callable[[Path], object]):
     """save(path); if that fails, saves elsewhere and raises an OSError that says where."""
     try:
         save(path)
@@ -136,7 +136,7 @@ def naming(path: str | Path) -> Iterator[None]:
         raise OSError(f"{path} cannot be written: {reason}") from None
 
 
-def write_whole(path: str | Path, data: bytes | str) -> None:
+def write_whole(path: str | Path, data: bytes | str):
     """Writes a complete file; text in UTF-8."""
     with whole(path) as part, open(part, "rb+") as file:
         file.write(data if isinstance(data, bytes) else encodable(data).encode())
@@ -148,7 +148,7 @@ def encodable(text: object) -> str:
     return str(text).encode("utf-8", "backslashreplace").decode()
 
 
-def save_png(image: Image.Image, path: Path, fields: dict | None = None) -> None:
+def save_png(image: Image.Image, path: Path, fields: dict | None = None):
     """Saves a PNG with text fields {name: value}."""
     text = PngImagePlugin.PngInfo()
     for name, value in (fields or {}).items():
@@ -157,7 +157,7 @@ def save_png(image: Image.Image, path: Path, fields: dict | None = None) -> None
         image.save(part, format="PNG", pnginfo=text)
 
 
-def save_figure(figure: object, path: Path) -> None:
+def save_figure(figure: object, path: Path):
     """Saves a matplotlib figure as PNG."""
     with whole(path) as part:
         figure.savefig(part, format="png", dpi=120)
@@ -188,13 +188,13 @@ def not_content(path: str | Path) -> str | None:
     return None
 
 
-def check_readable(path: Path) -> None:
+def check_readable(path: Path):
     """PermissionError for a file without read permission, which safe_open reports as missing."""
     if path.exists() and not os.access(path, os.R_OK):
         raise PermissionError(f"{path} {NOT_YOURS}")
 
 
-def check_file(path: str | Path, what: str) -> None:
+def check_file(path: str | Path, what: str):
     """ValueError unless the file exists; says so if it is a folder."""
     if not Path(path).is_file():
         why = not_content(path)
@@ -203,7 +203,7 @@ def check_file(path: str | Path, what: str) -> None:
 
 class JsonFile(dict):
     """A JSON object on disk. ValueError, in one line: unreadable, or file[field] is missing."""
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path):
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(found, dict):
@@ -214,11 +214,11 @@ class JsonFile(dict):
         super().__init__(found)
         self.path = path
 
-    def __missing__(self, field: str) -> None:
+    def __missing__(self, field: str):
         raise ValueError(f"{self.path} lacks the field {field!r}")
 
 
-def check_writable(path: Path, option: str, data: Iterable[Path] = ()) -> None:
+def check_writable(path: Path, option: str, data: Iterable[Path] = ()):
     """ValueError unless the folder `path` exists or can be created, with its missing parents, and
     is outside of the data, where it would be read later."""
     base = next(p for p in (path, *path.absolute().parents) if p.exists())
@@ -234,7 +234,7 @@ def check_writable(path: Path, option: str, data: Iterable[Path] = ()) -> None:
                              "name a folder outside of it")
 
 
-def check_out(path: Path, suffix: str = "", option: str = "--out") -> None:
+def check_out(path: Path, suffix: str = "", option: str = "--out"):
     """ValueError unless a file whose name ends in `suffix`, or without one a folder, can be written
     in a folder that exists."""
     if suffix and (path.suffix != suffix or path.is_dir()):
@@ -290,7 +290,7 @@ def progress(things: Iterable, name: str, **options: object) -> tqdm:
     return tqdm(things, name, disable=None if first else True, leave=False, **options)
 
 
-def note(text: object) -> None:
+def note(text: object):
     print(f"note: {text}", file=sys.stderr)
 
 
@@ -312,7 +312,7 @@ def positive_number(text: str) -> float:
 
 class Parser(argparse.ArgumentParser):
     """Raises ValueError for bad arguments; argparse would print its usage and exit."""
-    def error(self, message: str) -> None:
+    def error(self, message: str):
         raise ValueError(f"{message} (--help lists all options)")
 
 
@@ -343,7 +343,7 @@ def side(text: str) -> int:
 
 class Console:
     """Standard output or error that never fails: not without a reader, nor over a character."""
-    def __init__(self, stream: TextIO | None) -> None:
+    def __init__(self, stream: TextIO | None):
         self.stream = stream or open(os.devnull, "w", encoding="utf-8")
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -351,13 +351,13 @@ class Console:
     def __getattr__(self, name: str) -> object:
         return getattr(self.stream, name)
 
-    def write(self, text: str) -> None:
+    def write(self, text: str):
         self.attempt(self.stream.write, text)
 
-    def flush(self) -> None:
+    def flush(self):
         self.attempt(self.stream.flush)
 
-    def attempt(self, act: Callable[..., object], *words: str) -> None:
+    def attempt(self, act: Callable[..., object], *words: str):
         try:
             act(*words)
         except (OSError, ValueError):            # a closed pipe or terminal, a full disk
@@ -379,7 +379,7 @@ def on_signals(act: Callable[[int, object], object]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def stop(number: int, frame: object = None) -> None:
+def stop(number: int, frame: object = None):
     raise KeyboardInterrupt(number)
 
 
@@ -413,7 +413,7 @@ class Interruption(ExitStack):
         self.enter_context(on_signals(self.ask))
         return self
 
-    def ask(self, number: int, frame: object) -> None:
+    def ask(self, number: int, frame: object):
         if not self.asked:
             self.time = time.monotonic()
             self.asked = number
@@ -421,6 +421,6 @@ class Interruption(ExitStack):
         elif time.monotonic() - self.time > 3:
             stop(number)
 
-    def raise_if_asked(self) -> None:
+    def raise_if_asked(self):
         if self.asked:
             stop(self.asked)

@@ -20,7 +20,7 @@ def pick_device(name: str | None = None) -> torch.device:
     return torch.device(name)
 
 
-def use_threads(small: bool) -> None:
+def use_threads(small: bool):
     """One thread for a small model on a CPU: on small tensors, threads wait more than they work."""
     if small and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
@@ -33,7 +33,7 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def free(device: str | torch.device) -> None:
+def free(device: str | torch.device):
     """Returns the memory of models that were just dropped to the device."""
     kind = torch.device(device).type
     if kind != "cpu":

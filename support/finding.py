@@ -96,7 +96,7 @@ Place = str | Path | Model
 
 # The parts of a folder --------------------------------------------------------------------------
 
-def name_formats(folder: Path) -> None:
+def name_formats(folder: Path):
     """ValueError if a folder without usable weights holds pickles, or a format that is not read."""
     for path in files_in(folder):
         TensorFiles([path])
@@ -261,7 +261,7 @@ def widths_in(files: TensorFiles, part: str) -> list[int]:
     return [files.shape(name)[:2][-1] for name in SIGNS[part] if name in files.names]
 
 
-def check_make(files: TensorFiles) -> None:
+def check_make(files: TensorFiles):
     """ValueError, by name, if a file is of another model than FLUX.1."""
     # an autoencoder in the same file has names of its own, as Stable Diffusion has them
     names = [name for name in files.names if not name.startswith(("encoder.", "decoder."))]
@@ -405,7 +405,7 @@ def find_transformer(folder: Path) -> Path:
 
 # A name -----------------------------------------------------------------------------------------
 
-def add_model_options(add: Callable[..., object]) -> None:
+def add_model_options(add: Callable[..., object]):
     """--model, and what a model of single files may lack, for the parser of a script."""
     add("--model", type=model_name, default="flux-dev",
         help="flux-dev (default), flux-schnell, baby, a folder or a file")

@@ -34,7 +34,7 @@ class FaceEmbedder(nn.Module):
     DIM = 128
     WIDTHS = 24, 48, 96, 160
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.blocks = nn.ModuleList()
         # each block halves the sides: 32, 16, 8, 4
@@ -79,7 +79,7 @@ def find_inception() -> Path:
     return path
 
 
-def fill_embedder(model: nn.Module, path: Path) -> None:
+def fill_embedder(model: nn.Module, path: Path):
     """Weights from a .safetensors file, or a .pt of tensors only. ValueError for any other pickle,
     which is never run, and for the weights of another network."""
     check_file(path, "file of weights")
@@ -107,7 +107,7 @@ class FaceNetwork:
     folder: of a model that may have its own embedder. weights: a state dict of InceptionResnetV1
     instead. Without either, facenet-pytorch's. ValueError if weights are missing or of another
     network."""
-    def __init__(self, folder: Path | None, weights: Path | None, device: torch.device) -> None:
+    def __init__(self, folder: Path | None, weights: Path | None, device: torch.device):
         from facenet_pytorch import MTCNN, InceptionResnetV1
         path = own_file(folder, "face_embedder.safetensors")
         if path and not weights:
@@ -146,7 +146,7 @@ class Judges(FaceNetwork):
         face_weights: Path | None = None,
         clip: str | None = None,
         device: str | torch.device = "cpu",
-    ) -> None:
+    ):
         from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
         folder = own_folder(model)
         super().__init__(folder, face_weights, torch.device(device))
@@ -195,7 +195,7 @@ class Judges(FaceNetwork):
 # The pictures to judge
 
 
-def add_options(add: Callable[..., object]) -> None:
+def add_options(add: Callable[..., object]):
     """Options of eval_rfacesim.py that paper/compare.py has too; add: a parser's add_argument."""
     add("--data", type=Path, nargs="+", required=True, metavar="DIR",
         help="real pictures: DIR/[man|woman/]<identity>/<pictures>; or DIR/[man|woman/]<pictures>, "

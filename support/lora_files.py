@@ -210,7 +210,7 @@ def read_metadata(path: Place) -> dict[str, str]:
     return open_tensors(path).metadata() or {}
 
 
-def tell_replaced(path: Path, photo_digests: str) -> None:
+def tell_replaced(path: Path, photo_digests: str):
     """Notes that the file in the place of a new LoRA is of other photos, or by other programs."""
     if path.is_file():
         try:
@@ -295,7 +295,7 @@ def read_one(path: Place, file: Any, keys: list[str]) -> Tensor:
     return first
 
 
-def check_pair(where: str, A: Tensor, B: Tensor) -> None:
+def check_pair(where: str, A: Tensor, B: Tensor):
     if not (A.dim() == B.dim() == 2 and len(A) == B.shape[1] > 0):
         raise ValueError(f"{where}: A {list(A.shape)} and B {list(B.shape)} are not (r, in) and "
                          "(out, r)")
@@ -347,7 +347,7 @@ def same_update(one: Pair, other: Pair) -> bool:
     return a.shape == b.shape and bool((a - b).norm() <= 1e-5 * a.norm())
 
 
-def check_shapes(what: object, found: dict[str, object], wanted: dict[str, list[int]]) -> None:
+def check_shapes(what: object, found: dict[str, object], wanted: dict[str, list[int]]):
     """ValueError unless a model has all these matrices, with these shapes."""
     for name, shape in found.items():
         expected = wanted.get(name, "absent")
@@ -441,7 +441,7 @@ def save_lora(
     metadata: dict[str, Any] | None = None,
     dtype: torch.dtype = torch.float16,
     mlp_ratio: float = FluxConfig.mlp_ratio,
-) -> None:
+):
     """Writes {diffusers module path: (A (r, in), B (out, r))} in one of FORMATS.
 
     The file is whole or absent. mlp_ratio gives the rows of an MLP without a LoRA. ValueError or
@@ -474,7 +474,7 @@ def save_lora(
 
 # LoMD -------------------------------------------------------------------------------------------
 
-def check_lomd(lomd: dict[str, Tensor], targets: list[Target], what: str = "this LoMD") -> None:
+def check_lomd(lomd: dict[str, Tensor], targets: list[Target], what: str = "this LoMD"):
     """ValueError, naming the first difference, if a LoMD does not fit a model."""
     first = next(iter(lomd.values()))
     r1 = max([1, *first.shape[:1]])
@@ -483,7 +483,7 @@ def check_lomd(lomd: dict[str, Tensor], targets: list[Target], what: str = "this
     check_shapes(what, found, wanted)
 
 
-def save_lomd(path: Place, lomd: dict[str, Tensor], metadata: dict[str, object]) -> None:
+def save_lomd(path: Place, lomd: dict[str, Tensor], metadata: dict[str, object]):
     """Writes {diffusers path: (r1, d_in)} as <path>.lomd, in fp32; the file is whole or absent."""
     tensors = {}
     for name, A in lomd.items():

@@ -109,14 +109,14 @@ class Fp8Linear(nn.Linear):
     widen = False                     # for metalora.py: the weight cannot move into S
 
     @staticmethod
-    def convert(layer: nn.Linear, dtype: torch.dtype, device: torch.device | str) -> None:
+    def convert(layer: nn.Linear, dtype: torch.dtype, device: torch.device | str):
         """Makes a Linear an Fp8Linear in place, with room for its weight; the bias stays."""
         layer.__class__ = Fp8Linear
         layer.dtype = dtype
         weight = torch.empty(layer.weight.shape, dtype=E4M3, device=device)
         layer.weight = nn.Parameter(weight, requires_grad=False)
 
-    def fill(self, weight: Tensor, scale: Tensor) -> None:
+    def fill(self, weight: Tensor, scale: Tensor):
         """Copies values that are on the device the layer runs on, even if its weight is stored
         elsewhere."""
         self.weight.data.copy_(weight)
@@ -173,14 +173,14 @@ def managed_class(kind: type) -> type:
     return type(f"Managed{kind.__name__}", (Managed, kind), {})
 
 
-def recompute_blocks(flux: nn.Module, count: int) -> None:
+def recompute_blocks(flux: nn.Module, count: int):
     """Gradient checkpointing in the first `count` blocks: they keep only their inputs and run again
     in the backward pass."""
     for block in blocks_of(flux):
         block.recompute = block.index < count
 
 
-def compile_blocks(flux: nn.Module) -> None:
+def compile_blocks(flux: nn.Module):
     """Compiles the two classes of blocks and nothing around them: two pieces of code for 57 blocks,
     for any number of tokens. Call it before an adapter is put in."""
     # variants: one person or several, with gradients or without, widths of the adapter; dynamo's
@@ -217,7 +217,7 @@ class Offload:
         self.homes = {}                          # {block: flat CPU memory: one copy moves a block}
         self.after = {}                          # {(block before, block): the block that followed}
 
-    def keep(self, stay: int) -> None:
+    def keep(self, stay: int):
         """Offloads all blocks from `stay` on; those that were offloaded before stay so."""
         if self.stream:
             torch.cuda.synchronize(self.device)
@@ -237,7 +237,7 @@ class Offload:
         self.recent = None, None                 # the last two blocks
 
     @staticmethod
-    def place(tensors: list[Tensor], flat: Tensor, fill: bool = False) -> None:
+    def place(tensors: list[Tensor], flat: Tensor, fill: bool = False):
         """Makes each tensor a view of its part of `flat`; fill=True copies its values there
         first."""
         start = 0
@@ -248,7 +248,7 @@ class Offload:
             start += padded(tensor.nbytes)
             tensor.data = view
 
-    def fetch(self, index: int) -> None:
+    def fetch(self, index: int):
         """Starts copying a block to the buffer that is not in use, once all work queued so far has
         read from it."""
         place = 1 - self.current
@@ -280,7 +280,7 @@ class Offload:
         return forward(*inputs)
 
 
-def check_host(size: int) -> None:
+def check_host(size: int):
     if size > host_memory():
         raise ValueError(f"--offload puts {size / GIB:.1f} GiB of weights into the CPU's memory, "
                          f"of which {host_memory() / GIB:.1f} are free")
@@ -385,7 +385,7 @@ def step_bytes(flux: Flux, batch: int, size: tuple[int, int], text_tokens: int, 
     return (inputs * (BLOCK * once + twice) + widened) * dtype.itemsize
 
 
-def check_memory(args: Namespace, device: torch.device, flux: Flux, beside: int = 0) -> None:
+def check_memory(args: Namespace, device: torch.device, flux: Flux, beside: int = 0):
     """Prints the memory that a run needs, with `beside` bytes of adapter and step next to the
     weights of `flux`, which is on meta. ValueError if that is more than is free; it names the
     switch that would make it fit. args.stay: how many blocks stay on the device, counted from the
@@ -426,7 +426,7 @@ def check_memory(args: Namespace, device: torch.device, flux: Flux, beside: int 
 # The rest is tried --------------------------------------------------------------------------------
 
 def fit(flux: Flux, device: torch.device, step: Callable[[], object], training: bool,
-        recompute: int | None = None) -> None:
+        recompute: int | None = None):
     """Runs `step`, the largest of the run, with everything else in memory. While that does not fit
     with RESERVE bytes left, more blocks run twice (training only; `recompute` fixes their number),
     then, if blocks are offloaded, fewer stay on the device. ValueError if nothing more can be
@@ -489,7 +489,7 @@ def fit_training(adapter: object, size: tuple[int, int], text_tokens: int,
         if adapter.train_lomd:
             adapter.shared.make_moments()
 
-        def step() -> None:
+        def step():
             adapter.assign(torch.arange(slots) % len(adapter.bank.weight))
             flow_matching_loss(flux, latent, latent, t, txt, y).sum().backward()
         fit(flux, adapter.device, step, training=True, recompute=recompute)
@@ -498,7 +498,7 @@ def fit_training(adapter: object, size: tuple[int, int], text_tokens: int,
 
 
 @torch.no_grad()
-def fit_sampling(flux: Flux, size: tuple[int, int], text_tokens: int, batch: int = 1) -> None:
+def fit_sampling(flux: Flux, size: tuple[int, int], text_tokens: int, batch: int = 1):
     """`fit` for a batch of pictures of `size` latent pixels, with all LoRAs applied. Nothing is
     tried where nothing can be saved: without offloaded blocks, and on a CPU."""
     device = flux.img_in.weight.device

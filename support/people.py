@@ -59,7 +59,7 @@ class Captions:
     """The captions of the pictures in `folders`, inner folders last; `used` are the files read.
 
     ValueError if a table of METADATA cannot be used."""
-    def __init__(self, folders: Iterable[Path]) -> None:
+    def __init__(self, folders: Iterable[Path]):
         self.used = set()
         self.files = {}                          # {a picture, or its path without suffix: a file}
         self.tables = {}                         # {a picture: (its text, the table)}
@@ -223,13 +223,13 @@ def tell_unused(folder: Path, captions: Captions, inside: Collection[Path]) -> l
     return dead
 
 
-def tell(problems: list[str], start: str = "note: ") -> None:
+def tell(problems: list[str], start: str = "note: "):
     """A line for each problem."""
     for problem in problems:
         print(start + " ".join(problem.split()), file=sys.stderr)
 
 
-def complain(problems: list[str], script: str) -> None:
+def complain(problems: list[str], script: str):
     """Prints all problems but the last, which becomes a ValueError."""
     tell(problems[:-1], f"{script}: ")
     if problems:
@@ -498,7 +498,7 @@ def read_buckets(args: Namespace) -> Buckets:
 State = dict[str, Tensor]
 
 
-def save_state(path: Path, tensors: State, metadata: dict[str, str] | None = None) -> None:
+def save_state(path: Path, tensors: State, metadata: dict[str, str] | None = None):
     """Writes a safetensors file, from any device."""
     on_cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     with whole(path) as part:
@@ -532,7 +532,7 @@ class Cache:
     dtype: torch.dtype
     resolutions: list[int]
 
-    def __post_init__(self) -> None:
+    def __post_init__(self):
         parts = [fingerprint(self.model, part) for part in ("autoencoder", "clip", "t5")]
         self.key = digest(" ".join([*parts, str(self.dtype)]).encode())[:12]
 
@@ -576,7 +576,7 @@ class Cache:
         pictures: list[Photo],
         captions: list[str],
         stop: Callable[[], object] = lambda: None,
-    ) -> None:
+    ):
         """Encodes what is `missing`, one model in memory at a time. `stop()` may raise."""
         if captions:
             encoders = load_text_encoders(self.model, self.device, self.dtype)

@@ -169,7 +169,7 @@ def mend_jpeg(path: Path) -> Image.Image:
 
 
 @functools.cache                                 # one note a file
-def note_mended(path: Path) -> None:
+def note_mended(path: Path):
     note(f"{path} lacks its last bytes; the rest is used")
 
 
@@ -463,7 +463,7 @@ def head_weights(crop: Crop, background: float) -> Tensor:
     return weights / weights.mean()
 
 
-def save_crops(crops: list[Crop], folder: Path) -> None:
+def save_crops(crops: list[Crop], folder: Path):
     """One PNG for each crop, numbered, and named by its size and photo."""
     for i, (picture, photo, *_) in enumerate(crops):
         save_png(picture, folder / f"{i:02d}-{picture.width}x{picture.height}-{photo.stem}.png")

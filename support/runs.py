@@ -41,7 +41,7 @@ DATA = "data (pictures, captions, buckets)"      # the name of this setting in s
 # Before a run: options, settings, lock
 
 
-def check_stage_1(args: Namespace, device: torch.device) -> None:
+def check_stage_1(args: Namespace, device: torch.device):
     """Fills in the model's defaults. ValueError for what is refused before loading."""
     if not args.data.is_dir():
         raise ValueError(f"--data: no such folder: {args.data}")
@@ -62,7 +62,7 @@ def check_stage_1(args: Namespace, device: torch.device) -> None:
         raise ValueError("--resolution takes multiples of 16")
 
 
-def check_settings(args: Namespace, buckets: Buckets, group: "Group") -> None:
+def check_settings(args: Namespace, buckets: Buckets, group: "Group"):
     """Sets args.settings, which may not change when a run resumes. ValueError if they did."""
     for bucket, members in buckets.items():
         if len(members) < group.size:
@@ -94,7 +94,7 @@ def check_settings(args: Namespace, buckets: Buckets, group: "Group") -> None:
                          "resume it with its settings, or name a new --run")
 
 
-def announce(run: Any, buckets: Buckets) -> None:
+def announce(run: Any, buckets: Buckets):
     """The first process prints what a meta_train.Run is about to do."""
     if run.group.rank:
         return
@@ -157,7 +157,7 @@ class Group:
         if self.size > 1:
             self.meet(backend)
 
-    def meet(self, backend: str) -> None:
+    def meet(self, backend: str):
         """Waits for the other processes. ValueError if they do not come."""
         others = (f"WORLD_SIZE is {self.size}, from the environment: {self.size - 1} other "
                   "processes are")
@@ -203,7 +203,7 @@ class Group:
             dist.all_gather_object(things, thing)
         return things
 
-    def close(self) -> None:
+    def close(self):
         if self.size > 1:
             dist.destroy_process_group()
 
@@ -221,7 +221,7 @@ class WaitingRows(NamedTuple):
     def path(self, number: int) -> Path:
         return self.folder / f"pass{number:04d}.safetensors"
 
-    def save(self, number: int, tensors: State) -> None:
+    def save(self, number: int, tensors: State):
         """Writes the rows at the end of a pass.
 
         By now every process has a checkpoint of the end of the pass before it, so that none resumes
@@ -233,7 +233,7 @@ class WaitingRows(NamedTuple):
         """The rows that a pass starts from, unless it is the first over its bucket."""
         return read_state(self.path(number - self.buckets), device)
 
-    def check(self, open_pass: int, passes: int) -> None:
+    def check(self, open_pass: int, passes: int):
         """ValueError unless the files are there from which the passes after the open one start."""
         first = max(0, open_pass + 1 - self.buckets)
         for number in range(first, min(open_pass, passes - self.buckets)):
@@ -242,7 +242,7 @@ class WaitingRows(NamedTuple):
                 pass
 
 
-def check_room(run: Any, photos: list[Photo], captions: list[str]) -> None:
+def check_room(run: Any, photos: list[Photo], captions: list[str]):
     """ValueError if the disk lacks room for what all processes together will keep on it: rows of
     people, checkpoints, and the latents and text of what is not encoded yet."""
     args = run.args
@@ -283,7 +283,7 @@ class Checkpoints:
         """All of them, the newest last."""
         return sorted(self.folder.glob("*-*.safetensors"))
 
-    def save(self, iteration: int, open_pass: int, tensors: State) -> None:
+    def save(self, iteration: int, open_pass: int, tensors: State):
         """Writes a checkpoint and keeps the last two. With several processes it keeps also the last
         from before LoMD's latest step: another may not have saved since."""
         steps = f"{tensors['lomd.steps'].item():08d}"
@@ -371,7 +371,7 @@ class Log:
         t: Tensor,
         norms: Tensor,
         lomd_norm: Tensor,
-    ) -> None:
+    ):
         """Completes and writes the line of an iteration.
 
         losses and t (B,), gradient norms of the rows (n,) and of LoMD ()."""
@@ -397,7 +397,7 @@ class Log:
 
 
 @only_to_be_seen("loss.png")
-def plot(log: Path, path: Path) -> None:
+def plot(log: Path, path: Path):
     """loss.png: the loss of both phases over the run, and the loss by time, early and late."""
     from matplotlib.figure import Figure
     lines = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
@@ -426,7 +426,7 @@ def plot(log: Path, path: Path) -> None:
 
 @only_to_be_seen("a preview")
 @torch.no_grad()
-def draw_preview(run: Any) -> None:
+def draw_preview(run: Any):
     """Two people of a meta_train.Run's open bucket: a photo, and a sample with their row."""
     args = run.args
     device = run.group.device

@@ -106,7 +106,7 @@ def write_report(out: Path, scores: dict, base: str = "–") -> str:
     return text
 
 
-def write(draw: ImageDraw.ImageDraw, text: str, x: int, y: int, width: int, height: int) -> None:
+def write(draw: ImageDraw.ImageDraw, text: str, x: int, y: int, width: int, height: int):
     """Text into a box of a sheet, as many lines as fit."""
     lines = textwrap.wrap(text, width // 7)[:height // 14]
     draw.text((x + 4, y + 2), "\n".join(lines), "black", ImageFont.load_default(12), spacing=2)
@@ -117,7 +117,7 @@ def sheet(
     columns: list[str],
     rows: list[tuple[str, list[Path]]],
     side: int = 144,
-) -> None:
+):
     """A contact sheet: text above each column and to the left of each row of pictures.
 
     side: pixels of each picture's side. A picture that cannot be read stays white."""

@@ -14,7 +14,7 @@ from support.lora_files import find_lomd, tell_replaced
 from support.people import captions_beside, named_photos
 
 
-def check_stage_2(args: Namespace, iterations: dict[str, int]) -> None:
+def check_stage_2(args: Namespace, iterations: dict[str, int]):
     """ValueError for bad input, before anything large is read. Fills in the model's defaults.
 
     iterations: {method: number}, where the model has no others."""
@@ -43,14 +43,14 @@ def check_stage_2(args: Namespace, iterations: dict[str, int]) -> None:
     args.mirror = args.mirror and not args.no_augment
 
 
-def take_iterations(args: Namespace, default: int) -> None:
+def take_iterations(args: Namespace, default: int):
     args.iters = args.iters or default
     last = max(args.save_at, default=0)
     if last > args.iters:
         raise ValueError(f"--save-at {last} is beyond the last of {args.iters} iterations")
 
 
-def check_lomd_options(args: Namespace) -> None:
+def check_lomd_options(args: Namespace):
     if args.lomd and args.method == "lora":
         raise ValueError("--method lora trains its own A and takes no --lomd")
     # a missing LoMD is an error before the model is downloaded
@@ -60,7 +60,7 @@ def check_lomd_options(args: Namespace) -> None:
         raise ValueError(f"--out would overwrite the LoMD {args.lomd}")
 
 
-def check_pictures(args: Namespace) -> None:
+def check_pictures(args: Namespace):
     """args.photos: files, folders, patterns -> files that can be read, without masks of others."""
     named = named_photos(args.photos)
     args.photos = photos.without_masks(named)
@@ -115,7 +115,7 @@ def lora_size(adapter: Any, format: str) -> int:
     return numbers * (2 if format == "diffusers" else 8) + 2 ** 18
 
 
-def print_next_commands(args: Namespace) -> None:
+def print_next_commands(args: Namespace):
     """How to sample with the LoRA and, after --save-at, how to compare all that were saved."""
     model = args.switches
     prompt = shlex.quote(args.prompt)

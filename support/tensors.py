@@ -71,7 +71,7 @@ USUAL_NAMES = {
 
 class GgufFile:
     """A GGUF file with the methods of safe_open; the gguf package dequantizes each tensor."""
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path):
         if not find_spec("gguf"):
             raise ValueError(f"{path} is a GGUF file, which needs: pip install gguf")
         from gguf import GGUFReader
@@ -124,7 +124,7 @@ class TensorFiles:
     part: a key of PREFIXES. check: raise ValueError for an unsupported quantization. `names`: the
     tensors of the part; scales and other notes on quantized weights are in `places` only.
     """
-    def __init__(self, files: list[Path], part: str = "transformer", check: bool = True) -> None:
+    def __init__(self, files: list[Path], part: str = "transformer", check: bool = True):
         self.path, *others = files
         if others:
             self.path = self.path.parent

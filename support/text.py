@@ -11,7 +11,7 @@ COMMAND = re.compile(
     r"|\bBREAK\b|\bembedding:\S+|(?<!\S)--\w+(?: [\d.]+)?")
 
 
-def check_prompts(encoders: TextEncoders, prompts: list[str]) -> None:
+def check_prompts(encoders: TextEncoders, prompts: list[str]):
     """Notes words that T5 cuts off or does not know, and commands of other programs: of each kind
     the first prompt that has such words, and how many do."""
     kinds = {
