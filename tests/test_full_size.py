@@ -114,6 +114,7 @@ def stage_1(card, size=(512, 512), folks=4, r2=1, px=512, batch=4, new=False, **
     patch(people.Cache, "fill", fill)
     patch(people.Cache, "missing", lambda cache, found, captions: ([], []) if there else (found, captions))
     patch(meta_train, "check_room", lambda *words: None)
+    patch(meta_train, "text_length", lambda folder: 512)
 
     def load(cache, path):
         with _disable_current_modes():
