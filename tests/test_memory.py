@@ -594,4 +594,4 @@ def test_compiled_blocks(fp8, rounding):
     assert counters["stats"]["unique_graphs"] <= 4 and not counters["graph_break"]
     for fast, slow, true in zip(compiled, plain, exact):
         assert relative(fast[0], slow[0]) < rounding
-        assert relative(fast[1], true[1]) < 1.1 * relative(slow[1], true[1])
+        assert relative(fast[1], true[1]) < 1.2 * relative(slow[1], true[1])
