@@ -27,17 +27,20 @@ Table = tuple[list[str], list[list[object]]]     # header, rows
 
 
 def draw_scores(path: Path, metrics: Collection[str], lines: Lines, all_lines: Lines):
-    """R-FaceSim against CLIP-T of `all_lines`, with their names at the ends; then each metric of
-    `lines` against the number of steps, with error bars."""
+    """R-FaceSim against CLIP-T of `all_lines`, with their names at the ends and stars on `lines`;
+    then each metric of `lines` against the number of steps, with error bars."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(5 + 4.5 * len(metrics), 5), layout="constrained")
     plane, *panels = figure.subplots(1, 1 + len(metrics))
     colors = {method: f"C{i}" for i, method in enumerate(METHODS)}
+    for (method, _), points in lines.items():
+        plane.scatter(*text_and_likeness(points), s=100, marker="*", color=colors[method])
+    plane.margins(0.2)
+    plane.axis(plane.axis())                     # keeps these limits: others may lie far outside
     for (method, name), points in all_lines.items():
-        text = [100 * point["text"][0] for point in points.values()]
-        likeness = [100 * point["likeness"][0] for point in points.values()]
-        plane.plot(text, likeness, marker="o", color=colors[method])
-        plane.annotate(name, (text[-1], likeness[-1]), fontsize=7)
+        text, likeness = text_and_likeness(points)
+        plane.plot(text, likeness, marker=".", linewidth=0.8, color=colors[method])
+        plane.annotate(name, (text[-1], likeness[-1]), fontsize=7, annotation_clip=True)
     plane.set(xlabel=AXES["text"], ylabel=AXES["likeness"])
 
     for axes, metric in zip(panels, metrics):
@@ -56,6 +59,14 @@ def draw_scores(path: Path, metrics: Collection[str], lines: Lines, all_lines: L
     handles = panels[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=4, fontsize=8)
     save_figure(figure, path)
+
+
+def text_and_likeness(points: dict[int, dict]) -> list[list[float]]:
+    """CLIP-T and R-FaceSim of a line of a figure, in percent."""
+    coordinates = []
+    for metric in ("text", "likeness"):
+        coordinates.append([100 * point[metric][0] for point in points.values()])
+    return coordinates
 
 
 def draw_sheet(
