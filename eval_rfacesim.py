@@ -143,7 +143,7 @@ def embed_real(judges: Judges, people: list[Person]) -> dict[str, Tensor]:
             several.append(str(path))
     if several:
         note(f"several faces in real pictures, of which the largest counts: {', '.join(several)}")
-    complain(problems, "eval_rfacesim.py")
+    complain(problems)
 
     real = {}
     for person in judged:
@@ -282,7 +282,7 @@ def evaluate(argv: list[str] | None = None):
     problems += find_missing(pictures, prompts)
     if not pictures:
         problems.append(f"--images {args.images} holds no picture of anybody in --data")
-        complain(problems, "eval_rfacesim.py")
+        complain(problems)
 
     judges = Judges(args.model, args.face_weights, args.clip, pick_device(args.device))
     real = embed_real(judges, people)

@@ -42,6 +42,7 @@ from support.memory import fit_training
 from support.names import find_targets
 from support.people import captions_beside, fill, read_people, read_state, save_state
 
+WITH_LOMD = {"meta-lora", "random-lomd"}
 SAVE_EVERY = 30                                  # seconds between two saved states of a training
 
 
@@ -358,10 +359,12 @@ def take_defaults(args: argparse.Namespace):
     args.size = args.size or model_defaults(args.folder)["resolution"]
 
     lomd = "none"
-    if {"meta-lora", "random-lomd"} & set(args.methods):
+    if WITH_LOMD & set(args.methods):
         args.learned_lomd, lomd, untrained = read_lomd(args.folder, args.lomd)
         if untrained and "meta-lora" in args.methods:
             note("this LoMD is random and was never trained")
+    elif args.lomd:
+        raise ValueError("--lomd is for meta-lora and random-lomd, and --methods has neither")
 
     references = []
     args.captions = {}                           # {person: {reference: its caption}}

@@ -179,7 +179,7 @@ def run_trial(args: argparse.Namespace, trial: Trial, steps: list[int]) -> dict[
     ]
     if trial.rank:
         words += ["--ranks", trial.rank, "--lr", trial.rate, "--iters", *steps]
-    if args.lomd:
+    if args.lomd and trial.method in compare.WITH_LOMD:
         words += ["--lomd", args.lomd]
     if args.device:
         words += ["--device", args.device]

@@ -383,9 +383,13 @@ def stop(number: int, frame: object = None):
     raise KeyboardInterrupt(number)
 
 
+class Problems(ValueError):
+    """Problems(*lines): bad input, with a line for each problem."""
+
+
 def run_script(name: str, script: Callable[[list[str] | None], object],
                argv: list[str] | None = None) -> int:
-    """Runs script(argv) -> exit code: 0, or with a line on stderr 1 failed while computing, 2 bad
+    """Runs script(argv) -> exit code: 0, or with lines on stderr 1 failed while computing, 2 bad
     input, 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP."""
     out = Console(sys.stdout)
     err = Console(sys.stderr)
@@ -398,7 +402,9 @@ def run_script(name: str, script: Callable[[list[str] | None], object],
         except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not is_out_of_memory(error):
                 raise
-            print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+            lines = error.args if isinstance(error, Problems) else [error]
+            for line in lines:
+                print(f"{name}: {' '.join(str(line).split())}", file=sys.stderr)
             return 2 if isinstance(error, (ValueError, OSError)) else 1
         finally:
             out.flush()

@@ -32,8 +32,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from support.checkpoints import fingerprint, load_autoencoder, load_text_encoders
-from support.common import (JsonFile, check_readable, digest, expand, free, note, progress,
-                            read_text, whole, write_whole)
+from support.common import (JsonFile, Problems, check_readable, digest, expand, free, note,
+                            progress, read_text, whole, write_whole)
 from support.names import first_match
 from support.photos import (SUFFIXES, grid_size, image_files, read_photo, subfolders,
                             to_tensor, visible)
@@ -229,11 +229,10 @@ def tell(problems: list[str], start: str = "note: "):
         print(start + " ".join(problem.split()), file=sys.stderr)
 
 
-def complain(problems: list[str], script: str):
-    """Prints all problems but the last, which becomes a ValueError."""
-    tell(problems[:-1], f"{script}: ")
+def complain(problems: list[str]):
+    """Raises Problems, if there are any."""
     if problems:
-        raise ValueError(problems[-1])
+        raise Problems(*problems)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -315,7 +314,7 @@ def read_people(
         persons += persons_of(name, sex, paths, reference, count)
     for folder in places:
         problems += tell_unused(folder, captions, places)
-    complain(problems, "eval_rfacesim.py")
+    complain(problems)
     return persons
 
 
@@ -472,8 +471,7 @@ def read_buckets(args: Namespace) -> Buckets:
     """Checks --data -> its buckets. pictures.json of the run remembers what was decoded, however
     this ends.
 
-    ValueError after a line for each problem; with --skip-bad they are notes, and the rest is
-    used."""
+    Problems lists what is wrong; with --skip-bad it is notes, and the rest is used."""
     listing = args.run / "pictures.json"
     known = JsonFile(listing) if listing.exists() else {}
     before = len(known)
@@ -484,7 +482,7 @@ def read_buckets(args: Namespace) -> Buckets:
         if len(known) > before:
             write_whole(listing, json.dumps(known))
     if not args.skip_bad:
-        complain(problems, "meta_train.py")
+        complain(problems)
     tell(problems, "note: skipped: ")
     if not people:
         raise ValueError(f"{args.data} holds no people with pictures")

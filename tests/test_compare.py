@@ -238,6 +238,16 @@ def test_a_caption_for_the_other_gender_ends_in_one_line(people, tmp_path, capsy
     assert "'man: a photo' is no caption for p0" in capsys.readouterr().err and not (tmp_path / "r").exists()
 
 
+def test_each_problem_is_a_line_that_names_this_program(people, tmp_path, capsys):
+    for name in ("p0", "p1"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        picture = next((people / name).glob("*.png"))
+        shutil.copy(picture, tmp_path / "data" / name)
+    assert run(*BASE, "--gender", "woman", "--data", tmp_path / "data", "--out", tmp_path / "r") == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(" has ")[0] for line in lines] == [f"paper.compare: {tmp_path}/data/{name}" for name in ("p0", "p1")]
+
+
 def test_a_comparison_is_a_long_run_even_without_iters(monkeypatch):
     """Whether a large model is compiled follows from the number of steps that open_flux is told."""
     told = []
@@ -250,7 +260,8 @@ def test_a_comparison_is_a_long_run_even_without_iters(monkeypatch):
 
 @pytest.mark.parametrize("words, said", [
     (["--lr", "lora2=1"], "no method 'lora2'"), (["--lr", "x"], "argument --lr: invalid rate value: 'x'"), (["--lr", "-1"], "positive"), (["--size", "100"], "a multiple of 16"),
-    (["--methods", "dreambooth"], "invalid choice"), (["--prompts", "nowhere"], "No such file")])
+    (["--methods", "dreambooth"], "invalid choice"), (["--prompts", "nowhere"], "No such file"),
+    (["--methods", "lora", "none", "--lomd", BABY / "lomd.safetensors"], "--lomd is for meta-lora and random-lomd")])
 def test_bad_words_end_in_one_line(people, tmp_path, capsys, words, said):
     assert run("--data", people, "--model", "baby", "--out", tmp_path / "r", *words) == 2
     err = capsys.readouterr().err.strip()
