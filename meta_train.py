@@ -131,8 +131,8 @@ class Run:
             for _, photos in self.members[-1]:
                 self.photos += photos
 
-        self.cache = Cache(args.run / "cache", args.folder, group.device, args.dtype,
-                           args.resolution)
+        self.cache = Cache(args.run / "cache", args.folder, group.device, args.text_device,
+                           args.dtype, args.resolution)
         sizes = set()
         for photo in self.photos:
             sizes.update(self.cache.sizes(photo))

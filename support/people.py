@@ -527,6 +527,7 @@ class Cache:
     folder: Path
     model: Path
     device: torch.device
+    text_device: torch.device
     dtype: torch.dtype
     resolutions: list[int]
 
@@ -577,7 +578,7 @@ class Cache:
     ):
         """Encodes what is `missing`, one model in memory at a time. `stop()` may raise."""
         if captions:
-            encoders = load_text_encoders(self.model, self.device, self.dtype)
+            encoders = load_text_encoders(self.model, self.text_device, self.dtype)
             check_prompts(encoders, captions)
             for caption in progress(captions, "encoding text"):
                 txt, y = encoders.encode([caption])
@@ -585,7 +586,7 @@ class Cache:
                 stop()
             del encoders
             gc.collect()                         # transformers' models hold reference cycles
-            free(self.device)
+            free(self.text_device)
         if pictures:
             autoencoder = load_autoencoder(self.model, self.device, self.dtype)
             for picture in progress(pictures, "encoding pictures"):

@@ -599,7 +599,7 @@ def weak_copy(folder, name="double_blocks.1.img_attn.norm.key_norm.scale"):
 
 
 def cache_of(folder, resolutions=(64,), model=MODEL, dtype=torch.float32):
-    return Cache(folder, model, torch.device("cpu"), dtype, list(resolutions))
+    return Cache(folder, model, torch.device("cpu"), torch.device("cpu"), dtype, list(resolutions))
 
 
 def test_cache_names_depend_on_picture_size_and_model_not_on_paths(tmp_path):
@@ -679,6 +679,17 @@ def test_the_cache_holds_what_the_models_give(filled):
         expected.add(cache.text_path(caption))
     assert set(cache.folder.iterdir()) == expected
     assert cache.missing(pictures, ["a man", "a boy"]) == ([], ["a boy"])
+
+
+def test_text_is_encoded_on_a_device_of_its_own(tmp_path, monkeypatch):
+    """With --offload, where T5 does not fit on the GPU, on the CPU."""
+    load = people_files.load_text_encoders
+    asked = []
+    monkeypatch.setattr(people_files, "load_text_encoders", lambda model, device, dtype: asked.append(device) or load(model, "cpu", dtype))
+    cache = cache_of(tmp_path)
+    cache.text_device = torch.device("cuda")          # free() passes over a GPU that was never used
+    cache.fill([], ["a man"])
+    assert asked == [torch.device("cuda")] and cache.missing([], ["a man"]) == ([], [])
 
 
 def test_nothing_is_encoded_twice(filled, monkeypatch):
