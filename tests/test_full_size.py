@@ -161,7 +161,7 @@ def waits_of_stage_1(card, folder, iterations):
             return {"txt": torch.randn(512, 4096).bfloat16(), "y": torch.randn(768).bfloat16()}
 
     group = SimpleNamespace(rank=0, size=1, device=card.device, sum=lambda tensor: tensor, gather=lambda thing: [thing])
-    args = Namespace(run=folder, folder=folder, dtype=BF16, resolution=[512], iters=iterations + 1, batch_size=4, warmup=0.5,
+    args = Namespace(run=folder, folder=folder, text_device=card.device, dtype=BF16, resolution=[512], iters=iterations + 1, batch_size=4, warmup=0.5,
                      seed=0, lr=4e-4, r1=16, r2=1, prompt="a person", save_every=10 ** 6, preview_every=0)
     people = {f"p{i}": [Photo(folder / f"{i}{j}.png", f"{i}{j}", 512, 512, None) for j in range(2)] for i in range(4)}
     with mock.patch.object(meta_train, "Cache", Encoded), \
