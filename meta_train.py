@@ -7,13 +7,14 @@
 The data are buckets/<bucket>/<person>/<pictures and captions>; a flat faces/<person>/ is split into
 buckets. Rerun the command to resume, however the last run ended: --run holds its checkpoints and
 everybody's M and U. All random numbers follow from the seed and the iteration, so a resumed run is
-bit-identical.
+bit-identical (on a GPU with --deterministic).
 
 Source: Meta-LoRA, Algorithm 1, and the settings of its trainer, ai-toolkit.
-Deviations: the run ends at --iters (N), where the algorithm as printed continues to the last
-bucket. A person's M and U wait for the next pass, where the paper draws new ones. The gradients of
-LoMD and of each person are clipped separately, and a person's is the mean over their own pictures,
-so that it does not depend on who shares the batch; the paper's trainer clips them all by one norm.
+Deviations: the run ends at --iters (q_total), where the algorithm as printed continues to the last
+bucket. A person's M and U wait for the next pass; the paper does not say where the next bucket's
+people start. The gradients of LoMD and of each person are clipped separately, and a person's is the
+mean over their own pictures, so that it does not depend on who shares the batch; the paper's
+trainer clips them all by one norm.
 With several resolutions, each use of a picture takes one at random.
 """
 import argparse
@@ -64,7 +65,7 @@ class BucketPass(NamedTuple):
 
 def schedule(pictures: list[int], iters: int, batch_size: int, warmup: float,
              bucket_iters: int | None = None) -> list[BucketPass]:
-    """Passes over one bucket after the other, again and again, until `iters` (the paper's N).
+    """Passes over one bucket after the other, again and again, until `iters` (q_total).
 
     pictures: how many each bucket has. batch_size: bs, over all GPUs. warmup: q_warm-up / q_bucket.
     bucket_iters: q_bucket; by default as many iterations as show each picture 10 times."""
@@ -295,7 +296,8 @@ class Run:
                               slots=args.batch_size, people=self.most_people, joint=True)
 
     def load(self):
-        """Encodes all pictures and captions, then loads the model and the newest checkpoint."""
+        """Encodes the pictures and captions that the run reaches, then loads the model and the
+        newest checkpoint."""
         device = self.group.device
         self.checkpoints = Checkpoints(self.folder, self.group)
         self.waiting = WaitingRows(self.folder, len(self.members))

@@ -14,8 +14,8 @@ with quartiles in parentheses.
 
 The bound is the FLOPs of the base's blocks divided by the rate of a large matrix product in the same
 dtype, which runs in turn with the others. The adapter, gradient checkpointing and elementwise work do
-not count, which lowers the share; 8-bit weights can push it above 100 %. Peak memory includes the 0.4
-GiB of that product.
+not count, which lowers the share; 8-bit weights can push it above 100 %. Peak memory includes the
+0.1 GiB of that product's matrix.
 """
 import sys
 import time

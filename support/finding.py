@@ -410,8 +410,9 @@ def add_model_options(add: Callable[..., object]):
     add("--model", type=model_name, default="flux-dev",
         help="flux-dev (default), flux-schnell, baby, a folder or a file")
     for part, word in OPTION.items():
+        kind = "folder" if part == "tokenizers" else "file or folder"
         add(f"--{word}", dest=f"model_{word}", metavar="PATH",
-            help=f"file or folder of the model's {part} (default: found near it, or the hub's)")
+            help=f"{kind} of the model's {part} (default: found near it, or the hub's)")
 
 
 def named_parts(args: Namespace | None) -> dict[str, str | None]:

@@ -320,10 +320,9 @@ def face_crops(
 
     For each aspect the shorter side is the face's longer side x 1.5, 2, 2.5, 3.5 and 4.5, the face
     centered.
-      - A size that does not fit into the picture is replaced by the largest of that aspect, once. -
-      A crop that reaches over a border is moved inside, not shrunk: faces are mostly near the top,
-      and
-        shrinking would leave one size of the five.
+      - A size that does not fit into the picture is replaced by the largest of that aspect, once.
+      - A crop that reaches over a border is moved inside, not shrunk: faces are mostly near the
+        top, and shrinking would leave one size of the five.
       - A crop within 2 pixels of an earlier one on all four edges is left out.
     aspects: as in ASPECTS; scales: of the face's longer side; None: all of the paper's.
     ValueError if `box` (x0, y0, x1, y1, ...) has no area inside the picture. """

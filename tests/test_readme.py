@@ -1,4 +1,6 @@
 """The README's commands, taken from it and run as a newcomer would."""
+import fnmatch
+import json
 import re
 import shlex
 import subprocess
@@ -17,9 +19,11 @@ import sample
 from flux_model import flow_matching_loss
 from metalora import MetaLoRA
 from support.checkpoints import encode_prompts, load_autoencoder, load_flux
+from support.common import read_prompts
 from support.finding import find_model
 from support.lora_files import load_lora, read_lomd, read_metadata
 from support.photos import load_crops
+from support.stage_2 import numbered
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -77,6 +81,29 @@ def test_commands_name_files_and_options_that_exist(command):
         source = (ROOT / script).read_text()                                 # to ask each for its --help takes 10 s
         for option in re.findall(r"--[a-z-]+", command):
             assert f'"{option}"' in source, option
+
+
+def test_compare_finds_what_the_commands_before_it_wrote():
+    """The LoRAs on the way and the last one: out-*.safetensors would leave that one out."""
+    written, asked = [], []
+    for command in COMMANDS:
+        words = shlex.split(command)
+        if words[1] == "personalize.py":
+            args = personalize.parse(words[2:])
+            written = [args.out.name, *(numbered(args.out, count).name for count in args.save_at)]
+        elif "--compare" in words:
+            asked.append(words[-1])
+            assert len(written) > 1 and fnmatch.filter(written, words[-1]) == written, command
+    assert asked
+
+
+def test_what_the_results_say_of_the_papers_prompts_and_scores():
+    page = " ".join((ROOT / "docs/RESULTS.md").read_text().split())
+    path, = re.findall(r"the ten prompts of `(\S+)`", page)
+    assert len(read_prompts([], ROOT / path)) == 10 and "<prompt, counted from 0>_<seed>.png" in page
+    methods = json.loads((ROOT / "paper/meta_phd/published.json").read_text())["table 4"]
+    lora, crops, ours = (f"{-method['difference']:.0f} %" for method in methods[-3:])
+    assert f"(in the paper {lora} for LoRA, {crops} with its crops, {ours} for Meta-LoRA)" in page
 
 
 def test_files_and_pictures_that_the_readme_and_the_docs_name_exist():
