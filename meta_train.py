@@ -45,7 +45,7 @@ from support.memory import fit_training
 from support.names import find_targets
 from support.people import Buckets, Cache, Photo, read_buckets
 from support.runs import (DATA, Checkpoints, Group, Log, WaitingRows, announce, check_room,
-                          check_settings, check_stage_1, draw_preview, locked, plot)
+                          check_stage_1, draw_preview, locked, plot, take_settings)
 
 USES = 10                                        # of each picture in one pass over its bucket
 ROWS, ORDER, DRAW = 1, 2, 3                      # keys of the streams of random numbers
@@ -87,9 +87,11 @@ def draw_order(shapes: list[list], count: int, batch_size: int,
     """`count` batches: a shape, and the indices of the pictures that have it.
 
     shapes: of each picture, at each of its resolutions. Pictures come in random order, every one
-    before any comes again; each time one of its resolutions is drawn."""
+    before any comes again; each time one of its resolutions is drawn. A shape that has not filled a
+    batch after USES rounds gets one that repeats its pictures."""
     waiting = collections.defaultdict(list)      # {shape: the batch that is being filled}
     batches = []
+    rounds = 0
     while len(batches) < count:
         for picture in torch.randperm(len(shapes), generator=rng).tolist():
             resolution = torch.randint(len(shapes[picture]), (), generator=rng).item()
@@ -97,6 +99,13 @@ def draw_order(shapes: list[list], count: int, batch_size: int,
             waiting[shape].append(picture)
             if len(waiting[shape]) == batch_size:
                 batches.append((shape, waiting.pop(shape)))
+        rounds += 1
+        if rounds == USES:
+            drawn = [shape for shape, _ in batches]
+            for shape, pictures in waiting.items():
+                if shape not in drawn:
+                    repeated = pictures * batch_size
+                    batches.append((shape, repeated[:batch_size]))
     return batches[:count]
 
 
@@ -409,7 +418,7 @@ def meta_train(argv: list[str] | None):
     try:
         check_stage_1(args, group.device)
         buckets = group.first(lambda: read_buckets(args))
-        check_settings(args, buckets, group)
+        take_settings(args, buckets, group)
         run = Run(args, buckets, group)
         if all(now.joint == now.stop for now in run.passes):
             raise ValueError(f"--iters {args.iters} is all warm-up: LoMD would not learn; "

@@ -33,8 +33,8 @@ from support import photos
 from support.checkpoints import (LONG_RUN, add_speed_options, check_training_memory,
                                  encode_prompts, fingerprint, flux_fingerprint, is_small,
                                  load_autoencoder, model_defaults, open_flux, take_model)
-from support.common import (Interruption, JsonFile, Parser, check_writable, count, free, note,
-                            pick_device, positive, positive_number, progress, resolution,
+from support.common import (Interruption, Parser, check_settings, check_writable, count, free,
+                            note, pick_device, positive, positive_number, progress, resolution,
                             run_script, save_png, side, write_whole)
 from support.judges import Picture, prompts_for
 from support.lora_files import load_lora, read_lomd, save_lora
@@ -373,12 +373,14 @@ def take_defaults(args: argparse.Namespace):
         prompt = fill(args.prompt, person.gender)
         if prompt is None:
             raise ValueError(f"--prompt {args.prompt!r} is no caption for {person.name}")
-        args.captions[person.name] = captions_beside(paths, prompt)
+        above = [folder for folder in args.data if folder.is_dir()]
+        if above:                                # of a folder of people, man/ or woman/ as well
+            above.append(person.reference.parent.parent)
+        args.captions[person.name] = captions_beside(paths, prompt, above)
         references.append(f"{person.name} {photos.fingerprints(paths)['photo_digests']}")
     args.settings = {
         "layout": "numbers of a row by width",
         "model": flux_fingerprint(args.folder),
-        "autoencoder": fingerprint(args.folder, "autoencoder"),
         "lomd": lomd,
         "learning rates": args.rates,
         "dtype": f"{args.dtype} fp8" if args.fp8 else str(args.dtype),
@@ -386,24 +388,11 @@ def take_defaults(args: argparse.Namespace):
         "captions": {name: [*captions.values()] for name, captions in args.captions.items()},
         "prompts": {name: [*texts.values()] for name, texts in args.prompts.items()},
     }
+    for part in ("autoencoder", "clip", "t5"):
+        args.settings[part] = fingerprint(args.folder, part)
     for name in ("resolution", "size", "steps", "guidance", "seed", "aspects", "scales",
                  "background", "mirror"):
         args.settings[name] = getattr(args, name)
-
-
-def check_settings(out: Path, now: dict):
-    """Writes settings.json; ValueError if the folder was made with other settings."""
-    path = out / "settings.json"
-    if path.exists():
-        before = JsonFile(path)
-        if "none" in (now["lomd"], before["lomd"]):      # a LoMD may come in with a later command
-            now["lomd"] = before["lomd"] = max(now["lomd"], before["lomd"])
-        for name, value in now.items():
-            was = before.get(name, "not written down")
-            if was != value:
-                raise ValueError(f"{out} was made with another setting of {name}: it was "
-                                 f"{was!s:.80} and is {value!s:.80}; choose a new folder")
-    write_whole(path, json.dumps(now, indent=1))
 
 
 def lines_of(methods: list[dict]) -> Lines:
@@ -435,7 +424,11 @@ def compare(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
     largest = max(args.size, *args.resolution) // 8
     check_training_memory(args, args.device, (largest, largest), max(args.ranks), r1=16,
                           people=len(args.people))
-    check_settings(args.out, args.settings)
+    path = args.out / "settings.json"
+    before = check_settings(path, args.settings)
+    if args.settings["lomd"] == "none":          # one that this command does not need
+        args.settings["lomd"] = before["lomd"]
+    write_whole(path, json.dumps(args.settings, indent=1))
 
     pictures = produce(args)
     scores = collect(args, judges, args.people, real, pictures, problems=[])

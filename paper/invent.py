@@ -18,6 +18,7 @@ Everything that is drawn is in <out>-drawn/, with a contact sheet. Rerun the com
 resulting folder is identical to the byte.
 """
 import argparse
+import json
 import math
 import sys
 from collections.abc import Callable
@@ -36,8 +37,8 @@ from baby import faces
 from sample import draw_all
 from support.checkpoints import (add_speed_options, check_sampling_memory, choose_model,
                                  compiling_pays, encode_prompts, is_small, model_defaults)
-from support.common import (Parser, check_out, count, note, pick_device, positive, run_script,
-                            save_png, side, use_threads, whole_number, write_whole)
+from support.common import (Parser, check_out, check_settings, count, note, pick_device, positive,
+                            run_script, save_png, side, use_threads, whole_number, write_whole)
 from support.finding import tokenizers_of
 from support.judges import FaceNetwork
 from support.photos import read_photo
@@ -267,24 +268,21 @@ def invent(argv: list[str] | None):
     more = MORE if embed else 1
     people = math.ceil(more * args.people)
     pictures = math.ceil(more * args.pictures)
-    settings = (f"{people} people, {pictures} pictures, {args.size} pixels, {args.steps} steps, "
-                f"seed {args.seed}, model {args.model}")
+    deciding = "people", "pictures", "size", "steps", "seed", "model"
+    settings = {name: getattr(args, name) for name in deciding}
+    settings["filter"] = str(args.face_weights) if embed else "off"
 
     folder = Path(f"{args.out}-drawn")
-    kept = folder / "settings.txt"
-    if kept.is_file():
-        before = kept.read_text("utf-8")
-        if before != settings:
-            raise ValueError(f"{folder} was drawn with {before}, not {settings}: delete it and "
-                             f"{args.out}, or choose another --out")
-    elif any(args.out.glob("*")):
+    kept = folder / "settings.json"
+    check_settings(kept, settings)
+    if not kept.is_file() and any(args.out.glob("*")):
         raise ValueError(f"--out {args.out} is not empty, and was not made by this command")
-    write_whole(kept, settings)
+    write_whole(kept, json.dumps(settings, indent=1))
     for parent in (folder, args.out):        # left by a process that was killed
         for part in parent.rglob("*.part"):
             part.unlink()
 
-    print(f"{settings}, on {args.device}")
+    print(f"{people} people, {pictures} pictures of each, on {args.device}")
     everyone = invent_people(people, pictures, args.seed, args.baby)
     draw_pictures(args, sum(everyone, []), folder)
     if embed:

@@ -42,8 +42,8 @@ from paper.report import (METHODS, Curve, Found, draw_found, draw_sheet, mean_er
                           write_report)
 from support import photos
 from support.checkpoints import flux_fingerprint
-from support.common import (JsonFile, Parser, note, pick_device, positive, progress, run_script,
-                            save_png, write_whole)
+from support.common import (JsonFile, Parser, check_settings, note, pick_device, positive,
+                            progress, run_script, save_png, write_whole)
 from support.finding import find_model
 from support.lora_files import read_lomd
 
@@ -90,16 +90,18 @@ def draw_people(judges: evaluation.Judges, folder: Path, first: int, count: int)
     for seed in progress(seeds, f"people in {folder.name}"):
         person = folder / faces.identity(seed)["gender"] / f"{seed}"
         yaw = np.random.default_rng([seed, 8]).uniform(-8, 8)
-        index = 0
+        if (person / f"{PHOTOS - 1}.png").is_file():
+            continue
+        index = 0                                # of all draws of a person
         for i in range(PHOTOS):
-            path = person / f"{i}.png"
             pose = {"yaw": yaw} if i == 0 else {}
-            while not path.is_file():
+            found = False
+            while not found:
                 pixels, _ = faces.sample(seed, 1000 * i + index, SIDE, SIDE, style="photo", **pose)
                 index += 1
                 image = Image.fromarray(pixels)
-                if judges.embed(image) is not None:
-                    save_png(image, path)
+                found = judges.embed(image) is not None
+            save_png(image, person / f"{i}.png")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -386,7 +388,9 @@ def reproduce(argv: list[str] | None = None):
     folder = find_model(args.model)
     _, lomd, _ = read_lomd(folder, args.lomd)
     settings = {"model": flux_fingerprint(folder), "lomd": lomd}
-    compare.check_settings(args.run / "scores", settings)
+    path = args.run / "scores" / "settings.json"
+    check_settings(path, settings)
+    write_whole(path, json.dumps(settings, indent=1))
     judges = evaluation.Judges(args.model)
     draw_people(judges, args.run / "choose", faces.CHOOSE.start + 500, args.choose)
     for sweep in args.sweeps:

@@ -218,6 +218,21 @@ class JsonFile(dict):
         raise ValueError(f"{self.path} lacks the field {field!r}")
 
 
+def check_settings(path: Path, now: dict) -> dict:
+    """The settings at `path`, if there are any. ValueError, naming what differs, if they are not
+    those of `now`; what is "none" in one of the two may differ."""
+    changed = []
+    before = JsonFile(path) if path.exists() else now
+    for name, value in now.items():
+        was = before.get(name, "not written down")
+        if was != value and "none" not in (was, value):
+            changed.append(f"{name} was {was!s:.80} and is {value!s:.80}")
+    if changed:
+        raise ValueError(f"{path.parent} was made with other settings: {', '.join(changed)}; "
+                         "use those, or name a new folder")
+    return before
+
+
 def check_writable(path: Path, option: str, data: Iterable[Path] = ()):
     """ValueError unless the folder `path` exists or can be created, with its missing parents, and
     is outside of the data, where it would be read later."""

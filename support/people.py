@@ -32,8 +32,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from support.checkpoints import fingerprint, load_autoencoder, load_text_encoders
-from support.common import (JsonFile, Problems, check_readable, digest, expand, free, note,
-                            progress, read_text, whole, write_whole)
+from support.common import (JsonFile, Problems, check_readable, digest, encodable, expand, free,
+                            note, progress, read_text, whole, write_whole)
 from support.names import first_match
 from support.photos import (SUFFIXES, grid_size, image_files, read_photo, subfolders,
                             to_tensor, visible)
@@ -84,6 +84,8 @@ class Captions:
         caption = " ".join(text.split())
         if not caption:
             raise ValueError(f"{source} is empty for {picture.name}")
+        if caption != encodable(caption):
+            raise ValueError(f"{source}: the caption of {picture.name} is not text in UTF-8")
         return caption
 
 
@@ -94,7 +96,11 @@ def read_metadata(path: Path) -> dict[Path, str]:
     content = read_text(path)
     lines = content.split("\n")
     if path.suffix == ".csv":                    # as lines of JSON; "" stands for the header
-        lines = ["", *map(json.dumps, csv.DictReader(io.StringIO(content)))]
+        reader = csv.DictReader(io.StringIO(content), strict=True)
+        try:
+            lines = ["", *map(json.dumps, reader)]
+        except csv.Error as error:
+            raise ValueError(f"{path} is not CSV: {error}") from None
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
@@ -132,9 +138,14 @@ def named_photos(names: list[str]) -> list[Path]:
     return found
 
 
-def captions_beside(pictures: list[Path], prompt: str) -> dict[Path, str]:
-    """The caption beside each picture, else `prompt`. ValueError as in Captions."""
-    captions = Captions(sorted({path.parent for path in pictures}))
+def captions_beside(
+    pictures: list[Path],
+    prompt: str,
+    above: Iterable[Path] = (),
+) -> dict[Path, str]:
+    """The caption beside each picture, or in a table of the folders `above`, else `prompt`.
+    ValueError as in Captions."""
+    captions = Captions([*above, *sorted({path.parent for path in pictures})])
     return {path: captions.of(path) or prompt for path in pictures}
 
 

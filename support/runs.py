@@ -20,10 +20,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flux_model import denoise, get_noise
-from support.checkpoints import (flux_files, flux_fingerprint, load_autoencoder, take_model,
-                                 targets_of, text_length)
-from support.common import (JsonFile, check_out, check_writable, is_out_of_memory, naming, note,
-                            pick_device, save_figure, save_png, write_whole)
+from support.checkpoints import (fingerprint, flux_files, flux_fingerprint, load_autoencoder,
+                                 take_model, targets_of, text_length)
+from support.common import (check_out, check_settings, check_writable, is_out_of_memory, naming,
+                            note, pick_device, save_figure, save_png, write_whole)
 from support.people import (Buckets, Photo, State, data_fingerprint, open_state, read_state,
                             save_state)
 from support.photos import read_photo, to_image, visible
@@ -48,7 +48,8 @@ def check_stage_1(args: Namespace, device: torch.device):
     check_out(args.out, ".safetensors")
     check_writable(args.run, "--run", [args.data])
     if args.run.exists() and not (args.run / "settings.json").exists():
-        early = "pictures.json", "settings.json", "lock", "cache"        # of a run killed early
+        # of a run killed early; another process may be trying to write
+        early = "pictures.json", "settings.json", "lock", "cache", "try."
         if not all(path.name.startswith(early) for path in visible(args.run)):
             raise ValueError(f"--run {args.run} holds other files: name a new folder")
     if args.warmup is not None and not 0 <= args.warmup < 1:
@@ -62,7 +63,7 @@ def check_stage_1(args: Namespace, device: torch.device):
         raise ValueError("--resolution takes multiples of 16")
 
 
-def check_settings(args: Namespace, buckets: Buckets, group: "Group"):
+def take_settings(args: Namespace, buckets: Buckets, group: "Group"):
     """Sets args.settings, which may not change when a run resumes. ValueError if they did."""
     for bucket, members in buckets.items():
         if len(members) < group.size:
@@ -85,13 +86,9 @@ def check_settings(args: Namespace, buckets: Buckets, group: "Group"):
         "resolution": args.resolution,
         "seed": args.seed,
     }
-    path = args.run / "settings.json"
-    before = JsonFile(path) if path.exists() else args.settings
-    changed = [f"{name} was {before[name]} and is {value}"
-               for name, value in args.settings.items() if before[name] != value]
-    if changed:
-        raise ValueError(f"{args.run} is another run: {', '.join(changed)}; "
-                         "resume it with its settings, or name a new --run")
+    for part in ("autoencoder", "clip", "t5"):
+        args.settings[part] = fingerprint(args.folder, part)
+    check_settings(args.run / "settings.json", args.settings)
 
 
 def announce(run: Any, buckets: Buckets):

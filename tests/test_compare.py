@@ -96,8 +96,12 @@ def test_captions_beside_photos_are_used_as_personalize_uses_them(people, prompt
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*(load_file(f).values() for f in (own, theirs))))
     with safe_open(own, "pt") as file:
         assert file.metadata()["prompt"] == "a photo of a man in a red shirt | a photo of a person"
+    first.with_suffix(".txt").unlink()                     # the same caption in a table above the people
+    row = {"file_name": f"p0/{first.name}", "text": "a photo of a man in a red shirt"}
+    (tmp_path / "data" / "metadata.jsonl").write_text(json.dumps(row))
+    assert run(*words) == 0
     second.with_suffix(".txt").write_text("a photo of a man on a beach")
-    assert run(*words) == 2 and "another setting of captions" in capsys.readouterr().err
+    assert run(*words) == 2 and "other settings: captions was" in capsys.readouterr().err
 
 
 def same_tensors(a, b):
@@ -177,20 +181,20 @@ def test_more_is_added_and_other_settings_are_refused(whole, monkeypatch, tmp_pa
     assert len(scores["pictures"]) == 3 * 2 * 2 * 2 and {m["iterations"] for m in scores["methods"]} == {0, 2, 4}
     assert all(path.stat().st_mtime_ns == time for path, time in before.items()) and len(before) == 36
     capsys.readouterr()
-    for option, value, said in (("--steps", "3", "steps: it was 2 and is 3"), ("--seed", "1", "seed"), ("--resolution", "96", "resolution")):
+    for option, value, said in (("--steps", "3", "steps was 2 and is 3"), ("--seed", "1", "seed"), ("--resolution", "96", "resolution")):
         assert run(*words, option, value, "--out", tmp_path / "r") == 2
         assert said in capsys.readouterr().err
     settings = json.loads((tmp_path / "r/settings.json").read_text())
     (tmp_path / "r/settings.json").write_text(json.dumps({k: v for k, v in settings.items() if k != "layout"}))
     assert run(*words, "--out", tmp_path / "r") == 2                      # of before the order of a row's numbers changed
-    assert "another setting of layout: it was not written down" in capsys.readouterr().err
+    assert "other settings: layout was not written down" in capsys.readouterr().err
     (tmp_path / "r/settings.json").write_text(json.dumps(settings))
     shutil.copytree(BABY, tmp_path / "model")                             # another decoder: other pictures
     weights = load_file(BABY / "ae.safetensors")
     with safe_open(BABY / "ae.safetensors", "pt") as file:
         save_file(weights | {"decoder.conv_in.bias": weights["decoder.conv_in.bias"] + 1}, tmp_path / "model/ae.safetensors", file.metadata())
     assert run(*words, "--model", tmp_path / "model", "--out", tmp_path / "r") == 2
-    assert "another setting of autoencoder" in capsys.readouterr().err
+    assert "other settings: autoencoder was" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", ["meta-lora", pytest.param("lora", marks=pytest.mark.slow)])

@@ -9,6 +9,7 @@ import collections
 import copy
 import functools
 import json
+import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +28,7 @@ from metalora import IdentityBank, MetaLoRA, plain_meta_lora, random_lomd, views
 from support import checkpoints, people as people_files, photos, runs
 from support.lora_files import load_lomd, read_lomd
 from support.names import find_targets
-from support.people import Cache, Photo, check_people, data_fingerprint, find_people, make_buckets
+from support.people import Cache, Captions, Photo, check_people, data_fingerprint, find_people, make_buckets
 from support.runs import WaitingRows
 from test_metalora import parts_of
 
@@ -179,6 +180,15 @@ def test_generators_are_set_apart_by_their_keys():
     draws = [torch.rand(4, generator=generator(*key)).tolist() for key in keys]
     assert draws == [torch.rand(4, generator=generator(*key)).tolist() for key in keys]
     assert len({tuple(d) for d in draws}) == len(keys)
+
+
+@pytest.mark.parametrize("batch_size", [4, 12, 16, 32])
+def test_a_shape_of_its_own_is_drawn_at_any_batch_size(batch_size):
+    """Its picture fills a batch alone where ten rounds do not bring enough of it."""
+    batches = draw_order([["common"]] * 199 + [["rare"]], math.ceil(2000 / batch_size), batch_size, generator(0))
+    assert all(len(batch) == batch_size for batch in batches)
+    rare = [batch for batch in batches if (199, "rare") in batch]
+    assert rare and all(set(batch) == {(199, "rare")} for batch in rare)
 
 
 def test_batches_have_one_shape_use_every_view_and_mix_people():
@@ -382,6 +392,13 @@ def test_dead_links_are_named(run):
         "meta_train.py: no such picture: data/a/ann/gone.jpg, it is a dead link"]
 
 
+@pytest.mark.parametrize("text", ['"an open quote', "word " * 40_000], ids=["quote", "long"])
+def test_a_damaged_table_is_named(tmp_path, text):
+    (tmp_path / "metadata.csv").write_text(f"file_name,text\n0.png,{text}\n1.png,b\n")
+    with pytest.raises(ValueError, match="metadata.csv is not CSV"):
+        Captions([tmp_path])
+
+
 def found_problems(tmp_path, make, smallest=16):
     """What is said of ann, who has two good pictures, after make(her folder); and names of what is left."""
     make_people(tmp_path, {"ann": 2, "bob": 2})
@@ -396,12 +413,13 @@ def found_problems(tmp_path, make, smallest=16):
     ("phone.HEIC", b"\0\0\0 ftypheic", "cannot be read"), ("phone.heif", b"\0\0\0 ftypheic", "cannot be read"),
     ("0.txt", b"", "is empty"), ("0.txt", b"\xef\xbb\xbf \n", "is empty"),
     ("1.txt", "größer".encode("latin-1"), "UTF-8"), ("1.txt", "from Windows".encode("utf-16"), "UTF-8"),
+    ("metadata.jsonl", b'{"file_name": "1.png", "text": "half an emoji \\ud83d"}', "UTF-8"),
 ])
 def test_a_bad_file_is_named(tmp_path, name, content, words):
     problems, left = found_problems(tmp_path, lambda ann: (picture(ann / "2.png", 7),
                                                            (ann / name).write_bytes(content)))
     assert len(problems) == 1 and str(tmp_path / "ann" / name) in problems[0] and words in problems[0]
-    out = f"{name[0]}.png" if name.endswith(".txt") else None                # a picture goes with its caption
+    out = {"0.txt": "0.png", "1.txt": "1.png", "metadata.jsonl": "1.png"}.get(name)         # a picture goes with its caption
     assert left[""]["ann"] == [n for n in ("0.png", "1.png", "2.png") if n != out]
     assert left[""]["bob"] == ["0.png", "1.png"]
 
@@ -1120,13 +1138,18 @@ def test_a_changed_setting_is_refused_with_both_values(begun, tmp_path):
             (("--warmup", 0.4), "warmup was 0.5 and is 0.4"),
             (("--seed", 6), "seed was 5 and is 6"),
             (("--prompt", "her"), "prompt was a photo of a person and is her")):
-        assert refused(begun(*args), "run is another run: " + words + ";"), args
+        assert refused(begun(*args), "run was made with other settings: " + words + ";"), args
     assert refused(begun(resolution="80 64 80"), "resolution was [64] and is [64, 80];")
     assert refused(begun("--r1", 4, "--seed", 9), "r1 was 3 and is 4, seed was 5 and is 9;")
     other = weak_copy(tmp_path / "other")
     old, new = checkpoints.flux_fingerprint(MODEL), checkpoints.flux_fingerprint(other)
     assert refused(begun(model=other), f"model was {old} and is {new};")
-    assert {p: t for p, t in listing().items() if p.parts[0] != "other"} == before
+    ae = hub_copy(tmp_path / "ae", "ae.safetensors", "encoder.conv_in.bias")
+    t5 = hub_copy(tmp_path / "t5", "text_encoder_2/model.safetensors", "encoder.final_layer_norm.weight")
+    for part, model in (("autoencoder", ae), ("t5", t5)):
+        old, new = (checkpoints.fingerprint(folder, part) for folder in (MODEL, model))
+        assert refused(begun(model=model), f"settings: {part} was {old} and is {new};")
+    assert {p: t for p, t in listing().items() if p.parts[0] not in ("other", "ae", "t5")} == before
 
 
 def test_changed_people_are_another_run(begun, recorded, tmp_path):
@@ -1143,14 +1166,14 @@ def test_precision_and_number_of_processes_belong_to_a_run(recorded, name, value
     settings = json.loads((recorded.folder / "run" / "settings.json").read_text())
     args, group = copy.copy(recorded.run.args), SimpleNamespace(size=1)
     buckets = make_buckets(read(recorded.folder / "data")[0], 50, 5)
-    meta_train.check_settings(args, buckets, group)
+    meta_train.take_settings(args, buckets, group)
     assert args.settings == settings
     if name == "dtype":
         args.dtype = value
     else:
         group.size = value
-    message = one_line(meta_train.check_settings, args, buckets, group)
-    assert f"another run: {name} was {settings[name]} and is {value};" in message
+    message = one_line(meta_train.take_settings, args, buckets, group)
+    assert f"was made with other settings: {name} was {settings[name]} and is {value};" in message
 
 
 def test_foreign_and_damaged_run_folders(run, begun):
@@ -1159,7 +1182,10 @@ def test_foreign_and_damaged_run_folders(run, begun):
     assert refused(run("--run", "holiday"), "--run holiday holds other files")
     assert refused(run("--run", "data"), "--run data")
     assert sorted(p.name for p in Path("holiday").iterdir()) == ["beach.png"]
-    for content, words in (("{", "JSON"), ("[1]", "JSON"), ('{"model": "x"}', "lacks the field")):
+    Path("new").mkdir()
+    Path("new/try.0123abcd.part").touch()                  # of another process that starts at the same time
+    assert begun("--run", "new")[0] == 0
+    for content, words in (("{", "JSON"), ("[1]", "JSON"), ('{"model": "x"}', "model was x and is")):
         Path("run/settings.json").write_text(content)
         assert refused(begun(), "run/settings.json", words)
         assert Path("run/settings.json").read_text() == content
@@ -1176,7 +1202,7 @@ def test_a_run_of_an_earlier_version_is_refused_by_name(begun):
     settings = json.loads(Path("run/settings.json").read_text())
     del settings["order of a row's numbers"]
     Path("run/settings.json").write_text(json.dumps(settings | {"bucket-iters": None}))
-    assert refused(begun(), "settings.json lacks the field \"order of a row's numbers\"")
+    assert refused(begun(), "order of a row's numbers was not written down and is by width")
 
 
 @pytest.mark.parametrize("iters", [24, 10])

@@ -298,7 +298,7 @@ def doubled(argv):
     meta_train.check_stage_1(args, group.device)
     people, _ = check_people(args.data, 16, {})
     pair = [SimpleNamespace(rank=rank, size=2, device=group.device) for rank in range(2)]
-    meta_train.check_settings(args, people, pair[0])
+    meta_train.take_settings(args, people, pair[0])
     runs, flux = [meta_train.Run(args, people, each) for each in pair], load_flux(MODEL, "cpu", torch.float32)
     adapter = MetaLoRA(flux, args.r2, lomd=metalora.random_lomd(find_targets(flux), args.r1, args.seed),
                        num_identities=0, slots=2 * args.batch_size)

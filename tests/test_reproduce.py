@@ -1,4 +1,5 @@
 """paper/reproduce.py: rates are climbed to on other people, what follows from scores, and the whole command in small."""
+import itertools
 import json
 import shutil
 import sys
@@ -223,7 +224,7 @@ def test_scores_of_another_lomd_are_not_taken_for_these(tmp_path):
     (tmp_path / "scores").mkdir()
     other = {"model": flux_fingerprint(find_model("baby")), "lomd": "sha256 of another"}
     (tmp_path / "scores/settings.json").write_text(json.dumps(other))
-    with pytest.raises(ValueError, match="scores was made with another setting of lomd"):
+    with pytest.raises(ValueError, match="scores was made with other settings: lomd was"):
         reproduce.reproduce(["--run", str(tmp_path), "--report"])
 
 
@@ -283,3 +284,25 @@ def test_the_command_in_small(tmp_path, monkeypatch, capsys, small):
     assert printed == out[:out.rindex("| rates, chosen on")] and f"{trial.name}.json does not hold 2 steps yet" in said
     with pytest.raises(TypeError):                                                 # without --report it would train
         reproduce.reproduce(["--subset", "--jobs", "1", "--run", str(again)])
+
+
+def test_people_are_the_same_after_an_interruption(tmp_path, monkeypatch):
+    """Also where a picture in which no face was found was drawn again."""
+    turns = itertools.cycle([False, True, True])
+    judges = SimpleNamespace(embed=lambda image: next(turns) or None)
+    reproduce.draw_people(judges, tmp_path / "whole", 110500, 1)
+    save = reproduce.save_png
+
+    def dies(image, path):
+        if path.name == "2.png":
+            raise KeyboardInterrupt
+        save(image, path)
+    monkeypatch.setattr(reproduce, "save_png", dies)
+    turns = itertools.cycle([False, True, True])
+    with pytest.raises(KeyboardInterrupt):
+        reproduce.draw_people(judges, tmp_path / "hit", 110500, 1)
+    monkeypatch.setattr(reproduce, "save_png", save)
+    turns = itertools.cycle([False, True, True])
+    reproduce.draw_people(judges, tmp_path / "hit", 110500, 1)
+    whole, hit = ({path.name: path.read_bytes() for path in (tmp_path / name).rglob("*.png")} for name in ("whole", "hit"))
+    assert whole == hit and len(whole) == 6
