@@ -1184,10 +1184,11 @@ def test_foreign_and_damaged_run_folders(run, begun):
     assert sorted(p.name for p in Path("holiday").iterdir()) == ["beach.png"]
     Path("new").mkdir()
     Path("new/try.0123abcd.part").touch()                  # of another process that starts at the same time
-    assert begun("--run", "new")[0] == 0
-    for content, words in (("{", "JSON"), ("[1]", "JSON"), ('{"model": "x"}', "model was x and is")):
+    done = begun("--run", "new")
+    assert done[0] == 0, done
+    for content, words in (("{", "settings.json cannot be read as JSON"), ("[1]", "JSON"), ('{"model": "x"}', "run was made with other settings: model was x and is")):
         Path("run/settings.json").write_text(content)
-        assert refused(begun(), "run/settings.json", words)
+        assert refused(begun(), words)
         assert Path("run/settings.json").read_text() == content
 
 
