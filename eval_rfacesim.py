@@ -22,6 +22,7 @@ import importlib.metadata
 import json
 import statistics
 import sys
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -136,9 +137,11 @@ def embed_real(judges: Judges, people: list[Person]) -> dict[str, Tensor]:
     several, problems = [], []
     for path in progress(faces, "real pictures"):
         image = photos.read_photo(path)
+        with suppress(ValueError):               # no face: said below
+            image, _ = photos.find_anywhere(image, path)     # turned as personalize.py turns it
         faces[path] = judges.embed(image)
         if faces[path] is None:
-            problems.append(f"no face found in the real picture {path}: take it out of the folder")
+            problems.append(f"no face found in the real picture {path}: leave it out")
         if judges.count(image) > 1:
             several.append(str(path))
     if several:
@@ -275,6 +278,7 @@ def evaluate(argv: list[str] | None = None):
     check_writable(args.out, "--out", args.data)
 
     # what there is to score, before any network is loaded
+    photos.visible(args.images)                  # ValueError: no such folder
     people = read_people(args.data, args.reference, args.gender)
     prompt_file = args.prompts or own_file(args.images, PROMPTS)
     prompts = prompts_for(people, prompt_file, args.model)

@@ -396,7 +396,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--people", type=positive, metavar="N",
         help="train on N people, drawn by the seed (default: all)")
     add("--prompt", help='caption of pictures without one (default: "a photo of a person")')
-    add("--resolution", type=resolution, nargs="+", metavar="PIXELS",
+    add("--resolution", type=resolution, nargs="+", action="extend", metavar="PIXELS",
         help="train at the area of a square with this side; with several, each use of a picture "
              "takes one at random (default: 1024 for FLUX.1, 128 for the baby)")
     add("--seed", type=count, default=0, help="seed of all random numbers (default: 0)")

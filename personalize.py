@@ -183,7 +183,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "baby: 250)")
     add("--lr", type=positive_number,
         help="learning rate (default: the model's. FLUX.1: 4e-4; baby: 2.4e-3)")
-    add("--resolution", type=resolution, nargs="+", metavar="PIXELS",
+    add("--resolution", type=resolution, nargs="+", action="extend", metavar="PIXELS",
         help="train at the area of a square with this side; with several, use every crop at each "
         "(default: the model's. FLUX.1: 1024; baby: 128)")
     add("--prompt", help="caption of photos without one beside them, as a.txt is beside a.jpg "
@@ -194,7 +194,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="where the subject is, in pixels, if it is not a face (default: the largest face)")
     add("--seed", type=count, default=0,
         help="seed of every random draw; repeats to the bit on the same CPU (default: 0)")
-    add("--save-at", type=positive, nargs="+", default=[], metavar="N",
+    add("--save-at", type=positive, nargs="+", action="extend", default=[], metavar="N",
         help="also save the LoRA after N steps, as out-00000N.safetensors")
     add("--save-crops", type=Path, metavar="DIR", help="save the training pictures as PNG files")
     add_speed_options(add, training=True)

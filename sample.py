@@ -154,7 +154,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="text file with one prompt per line; # starts a comment")
     add("--lora", metavar="FILE[:STRENGTH]", action="append", default=[],
         help="LoRA file in any common format (default strength: 1); may be repeated")
-    add("--compare", metavar="FILE[:STRENGTH]", nargs="+", default=[],
+    add("--compare", metavar="FILE[:STRENGTH]", nargs="+", action="extend", default=[],
         help="sample every prompt without these LoRAs and with each of them; prompts come first. "
         "Writes a sheet with one row per LoRA, and a folder for eval_rfacesim.py --images")
     add("--person", default="person", metavar="NAME",
@@ -268,7 +268,8 @@ def draw(argv: list[str] | None):
     compared = [split_lora(text, "--compare") for text in expand(args.compare)]
     if compared:
         out = args.out or Path("compare")
-        files = plan_comparison(out, args.person, compared, prompts, seeds)
+        base = "none of these" if named else "no LoRA"
+        files = plan_comparison(out, args.person, compared, prompts, seeds, base)
     else:
         files = plan_files(args.out, len(prompts), seeds)
     device = args.device = pick_device(args.device)

@@ -284,7 +284,10 @@ def read_text(path: Path) -> str:
 
 def read_prompts(words: list[str], path: Path | None) -> list[str]:
     """Prompts from the command line, then from the file, without duplicates."""
-    prompts = list(words)
+    prompts = [word.strip() for word in words]
+    for prompt in prompts:
+        if re.search(r"\.safetensors(:\S*)?$", prompt):
+            raise ValueError(f"{prompt} is a LoRA file and not a prompt: write --lora before each")
     if path:
         lines = map(str.strip, read_text(path).splitlines())
         prompts += [line for line in lines if line and line[0] != "#"]
@@ -292,7 +295,7 @@ def read_prompts(words: list[str], path: Path | None) -> list[str]:
         none = f"{path} holds no prompt" if path else "no prompt: give one, or --prompts FILE"
         raise ValueError(none)
     for prompt in prompts:
-        if not prompt.strip():
+        if not prompt:
             raise ValueError("a prompt is empty")
         if prompt != encodable(prompt):
             raise ValueError(f"a prompt is not text in UTF-8: {shorten(prompt)}")

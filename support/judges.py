@@ -197,7 +197,7 @@ class Judges(FaceNetwork):
 
 def add_options(add: Callable[..., object]):
     """Options of eval_rfacesim.py that paper/compare.py has too; add: a parser's add_argument."""
-    add("--data", type=Path, nargs="+", required=True, metavar="DIR",
+    add("--data", type=Path, nargs="+", action="extend", required=True, metavar="DIR",
         help="real pictures: DIR/[man|woman/]<identity>/<pictures>; or DIR/[man|woman/]<pictures>, "
         "one per person, for CLIP-T only; or photo files of one person, who is called `person`")
     add("--out", type=Path, default="report", help="folder of all results (default: report)")

@@ -42,6 +42,7 @@ MIN_SIDE = 16                                    # pixels; one image token
 MIN_RESOLUTION = 512                             # pixels; FLUX.1 was not made for less
 ASPECTS = "16:9 4:3 1:1 3:4 9:16".split()        # width and height of crops
 FACE_SCALES = (1.5, 2, 2.5, 3.5, 4.5)            # shorter side of a crop / longer side of the face
+PREVIEW = 254                                    # tag of TIFF: odd for a preview
 Face = tuple[float, ...]                         # x0, y0, x1, y1, probability
 Box = tuple[int, ...]                            # x0, y0, x1, y1
 
@@ -142,11 +143,24 @@ def can_read_heif() -> bool:
     return False
 
 
+def upright(image: Image.Image) -> Image.Image:
+    """Turned by its EXIF orientation; EXIF data that cannot be read count as none."""
+    try:
+        image.getexif()                          # the image remembers it
+    except Exception:                            # readers of EXIF raise all sorts of things
+        return image
+    # or exif_transpose writes it anew, which fails for odd values of what nobody reads
+    image.info.pop("exif", None)
+    return ImageOps.exif_transpose(image)
+
+
 def decode(source: Path | BytesIO) -> Image.Image:
     """An image file -> RGB, upright."""
     with Image.open(source) as image:
+        if image.format == "TIFF" and image.tag_v2.get(PREVIEW, 0) % 2:
+            raise Image.UnidentifiedImageError   # a camera's raw file begins with a thumbnail
         image.load()
-        image = to_rgb(ImageOps.exif_transpose(image))
+        image = to_rgb(upright(image))
     image.info = {}                              # drops the profile: the colors are sRGB now
     return image
 

@@ -13,7 +13,6 @@ from support import photos
 from support.common import check_writable, save_png, write_whole
 from support.people import fill
 
-BASE = "no LoRA"                                 # row of the pictures without a LoRA
 PROMPTS = "prompts.txt"                          # both written by sample.py --compare
 SHEET = "compare.png"
 
@@ -149,11 +148,11 @@ def tile(files: list[Path], columns: int) -> Image.Image:
 # LoRAs side by side
 
 
-def row_names(loras: list[tuple[str, float]]) -> list[str]:
-    """BASE, and a distinct name for each (file, strength): the file's, with as many folders as it
+def row_names(loras: list[tuple[str, float]], base: str) -> list[str]:
+    """`base`, and a distinct name for each (file, strength): the file's, with as many folders as it
     takes."""
     for depth in range(1, 20):
-        rows = [BASE]
+        rows = [base]
         for path, strength in loras:
             name = "_".join(Path(path).absolute().with_suffix("").parts[1:][-depth:])
             rows.append(name if strength == 1 else f"{name}@{strength:g}")
@@ -169,8 +168,10 @@ def plan_comparison(
     loras: list[tuple[str, float]],
     prompts: list[str],
     seeds: range,
+    base: str,
 ) -> list[Path]:
-    """The picture of each prompt at each seed without a LoRA, then with each. Writes nothing.
+    """The picture of each prompt at each seed without these LoRAs, in the row `base`, then with
+    each. Writes nothing.
 
     ValueError if the folder could not hold them, or eval_rfacesim.py would take one for another."""
     if out.suffix.lower() in photos.SUFFIXES and not out.is_dir():
@@ -186,7 +187,7 @@ def plan_comparison(
     check_writable(out, "--out")
 
     files = []
-    for row, i, seed in itertools.product(row_names(loras), range(len(prompts)), seeds):
+    for row, i, seed in itertools.product(row_names(loras, base), range(len(prompts)), seeds):
         files.append(out / row / person / f"{i}_{seed}.png")
 
     # pictures or prompts of another comparison would be scored together with these

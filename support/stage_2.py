@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from support import photos
-from support.checkpoints import model_words, take_model
-from support.common import check_out, note, pick_device, use_threads
+from support.checkpoints import DEFAULTS, model_words, take_model
+from support.common import check_out, expand, note, pick_device, use_threads
 from support.finding import HUB, home_of
 from support.lora_files import find_lomd, tell_replaced
 from support.people import captions_beside, named_photos
@@ -58,10 +58,16 @@ def check_lomd_options(args: Namespace):
         find_lomd(home_of(args.model), args.lomd)
     if args.lomd and args.out.exists() and args.out.samefile(args.lomd):
         raise ValueError(f"--out would overwrite the LoMD {args.lomd}")
+    if args.out.name == "lomd.safetensors":      # by which a LoMD is found
+        raise ValueError(f"--out {args.out} is the name of a LoMD: name the LoRA otherwise")
 
 
 def check_pictures(args: Namespace):
     """args.photos: files, folders, patterns -> files that can be read, without masks of others."""
+    for folder in map(Path, expand(args.photos)):
+        if args.save_crops and folder.resolve() == args.save_crops.resolve():
+            raise ValueError(f"--save-crops {folder} is the folder of the photos: name another, or "
+                             "the next run would train on crops of crops")
     named = named_photos(args.photos)
     args.photos = photos.without_masks(named)
     for mask in sorted(set(named) - set(args.photos)):
@@ -118,7 +124,8 @@ def lora_size(adapter: Any, format: str) -> int:
 def print_next_commands(args: Namespace):
     """How to sample with the LoRA and, after --save-at, how to compare all that were saved."""
     model = args.switches
-    prompt = shlex.quote(args.prompt)
+    # sample.py takes no empty prompt, and --compare none of several lines
+    prompt = shlex.quote(" ".join(args.prompt.split()) or DEFAULTS["prompt"][0])
     print(f"try it:  python sample.py {model}--lora {shlex.quote(str(args.out))} {prompt}")
     if args.save_at:
         files = [str(numbered(args.out, iteration)) for iteration in sorted({*args.save_at})]

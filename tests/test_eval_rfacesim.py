@@ -4,7 +4,9 @@ import math
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -13,6 +15,8 @@ import eval_rfacesim as ev
 from support import judges as judges_files, people as people_files
 from support.common import read_prompts
 from support.checkpoints import find_model
+from support.people import Person
+from support.photos import read_photo
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -455,6 +459,19 @@ def test_real_pictures_without_a_face_are_an_error_that_names_each(people, tmp_p
     assert run("--data", tmp_path / "people", "--images", tmp_path / "results", "--model", "baby", "--out", tmp_path / "r") == 2
     err = capsys.readouterr().err
     assert "p0/empty.png" in err and "p1/empty.png" in err and "Traceback" not in err and not (tmp_path / "r").exists()
+
+
+def test_a_lying_photo_is_turned_as_stage_2_turns_it(tmp_path, capsys):
+    """Its own picture, upright, has a likeness of 1 to it."""
+    image = read_photo(ROOT / "tests/photos/astronaut.png")
+    judges = SimpleNamespace(embed=lambda image: torch.from_numpy(np.array(image.resize((16, 16)), dtype=np.float32)).flatten(), count=lambda image: 1)
+    upright = judges.embed(image)
+    for angle in (0, 90, 180, 270):
+        path = tmp_path / f"{angle}.png"
+        image.rotate(angle, expand=True).save(path)
+        person = Person("a", "a", None, path, ())
+        found = ev.embed_real(judges, [person])["a"][0]
+        assert torch.equal(found, upright), angle
 
 
 @pytest.mark.parametrize("words, said", [

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import math
+import re
 import shlex
 import shutil
 import subprocess
@@ -144,6 +145,9 @@ def test_save_at_equals_a_shorter_run(run, head, method):
     assert sorted(p.name for p in Path().iterdir()) == [
         "out-000002.safetensors", "out-000004.safetensors", "out.safetensors"]
     assert same("out-000004", "out")
+    for prompt, shown in (("", "a photo of a person"), (" a\nb ", "a b")):
+        _, out, _ = run(head, "--save-at", 1, "--prompt", prompt, "--out", "p.safetensors", method=method, iters=2)
+        assert [sample.parse(shlex.split(line)[2:]).words for line in re.findall("python sample.py .*", out)] == [[shown]] * 2
     code, out, _ = run(head, "--out", "short.safetensors", method=method, iters=2)
     assert code == 0 and "which one?" not in out
     assert same("out-000002", "short")
@@ -549,6 +553,8 @@ def make_bad_photos():
     drawing = Image.new("RGB", (200, 200), "white")
     ImageDraw.Draw(drawing).rectangle((40, 40, 160, 160), fill="red")
     drawing.save("drawing.png")
+    Path("photos").mkdir()
+    shutil.copy(ASTRONAUT, "photos")
 
 
 @pytest.mark.parametrize("args, word", [
@@ -563,6 +569,8 @@ def make_bad_photos():
     ([ASTRONAUT, "--out", "no/where/o.safetensors"], "no/where"), ([ASTRONAUT, "--out", "out.pt"], "out.pt"),
     ([ASTRONAUT, "--out", "folder.png"], "folder.png"), ([ASTRONAUT, "--save-crops", "text.jpg"], "text.jpg"),
     ([ASTRONAUT, "--save-crops", "no/where"], "--save-crops"),
+    (["photos", "--save-crops", "photos/../photos"], "--save-crops"),
+    ([ASTRONAUT, "--out", "lomd.safetensors"], "is the name of a LoMD"),
     ([ASTRONAUT, "--format", "pickle"], "--format"),
     ([ASTRONAUT, "--lomd", "nowhere.safetensors"], "nowhere.safetensors"),
     ([ASTRONAUT, "--lomd", "text.jpg"], "text.jpg"), ([ASTRONAUT, "--raank", 2], "--raank"),
@@ -572,6 +580,11 @@ def test_malformed_input(run, args, word):
     before = sorted(Path().rglob("*"))
     assert refused(run(*args), word)
     assert sorted(Path().rglob("*")) == before
+
+
+def test_a_prompt_that_is_no_text(run, head):
+    code, _, err = run(head, "--prompt", "a \udcff b")
+    assert code == 2 and err.endswith("personalize.py: a prompt is not valid UTF-8 text\n") and not Path("out.safetensors").exists()
 
 
 def test_malformed_model_resolution_and_lomd(run):

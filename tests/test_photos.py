@@ -120,6 +120,41 @@ def test_all_exif_orientations(tmp_path, orientation, suffix):
     assert np.abs(np.array(image).astype(int) - upright).max() <= 4
 
 
+@pytest.mark.parametrize("tag, value", [(296, "2"), (531, "1"), (256, 3.5)])       # ResolutionUnit, YCbCrPositioning, ImageWidth
+def test_a_turned_photo_with_an_odd_tag_is_read(tmp_path, tag, value):
+    """As phones and programs leave them: to write such EXIF data anew, as Pillow's own turning does, fails."""
+    scene = np.zeros((32, 48, 3), np.uint8)
+    scene[:16] = 240
+    entries = [(274, 3, 1, (6).to_bytes(4, "little"))]
+    if isinstance(value, str):
+        entries.append((tag, 2, 2, value.encode() + bytes(3)))                        # ASCII
+    else:
+        entries.append((tag, 5, 1, (38).to_bytes(4, "little")))                       # RATIONAL, behind the entries
+    entries.sort()
+    tiff = b"II*\0" + (8).to_bytes(4, "little") + len(entries).to_bytes(2, "little")
+    for number, kind, size, content in entries:
+        tiff += number.to_bytes(2, "little") + kind.to_bytes(2, "little") + size.to_bytes(4, "little") + content
+    tiff += bytes(4) + (7).to_bytes(4, "little") + (2).to_bytes(4, "little")
+    image = read_back(Image.fromarray(scene), tmp_path / "phone.jpg", exif=b"Exif\0\0" + tiff, quality=100)
+    assert image.size == (32, 48) and np.asarray(image)[:, 16:].mean() > 200 and np.asarray(image)[:, :16].mean() < 40
+
+
+def test_exif_data_that_are_none_count_as_none(tmp_path):
+    image = read_back(Image.new("RGB", (48, 32), "red"), tmp_path / "a.png", exif=b"Exif\0\0garbage!")
+    assert image.size == (48, 32)
+
+
+def test_the_preview_of_a_raw_file_is_refused(tmp_path):
+    for number, refused in ((1, True), (0, False)):
+        path = tmp_path / f"{number}.NEF"
+        Image.new("RGB", (160, 120)).save(path, "TIFF", tiffinfo={254: number})
+        if refused:
+            with pytest.raises(ValueError, match="known format"):
+                photos.read_photo(path)
+        else:
+            assert photos.read_photo(path).size == (160, 120)
+
+
 def test_animation_gives_its_first_frame(tmp_path):
     frames = [Image.new("RGB", (20, 20), c) for c in ((255, 0, 0), (0, 255, 0))]
     for name in ("a.gif", "a.webp", "a.png"):

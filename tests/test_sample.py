@@ -14,6 +14,9 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import eval_rfacesim
+import meta_train
+import personalize
 import sample
 from flux_model import Flux, FluxConfig, denoise, get_noise
 from support import checkpoints
@@ -275,6 +278,7 @@ BAD = {
     "no LoRA, strength": ["a", "--lora", "absent.safetensors:0.5"],
     "LoRA is a folder": ["a", "--lora", "."],
     "no LoRA name": ["a", "--lora", ""],
+    "LoRA among the prompts": ["a", "--lora", "good.safetensors", "good.safetensors:0.5"],
     "strength": ["a", "--lora", "good.safetensors:strong"],
     "no strength": ["a", "--lora", "good.safetensors:"],
     "infinite strength": ["a", "--lora", "good.safetensors:inf"],
@@ -531,7 +535,7 @@ def test_a_comparison_is_added_to_what_lora_names_and_made_again():
     first = {path: path.read_bytes() for path in Path("sheet").rglob("*.png")}
     assert compare("--lora", "style.safetensors", "--out", "style") == 0
     assert compare("--lora", "style.safetensors", "--lora", "who.safetensors", "--out", "both") == 0
-    for row, alone in (("no LoRA", "style"), ("who", "both")):
+    for row, alone in (("none of these", "style"), ("who", "both")):
         assert np.array_equal(pixels(f"sheet/{row}/anna/1_0.png"), pixels(f"{alone}/1_0.png"))
     assert compare(*words) == 0 and {path: path.read_bytes() for path in Path("sheet").rglob("*.png")} == first
 
@@ -550,6 +554,19 @@ def test_what_cannot_be_compared_is_said_in_one_line(prompts, words, said, capsy
     assert compare(*prompts, *([] if "--compare" in words else ["--compare", "who.safetensors"]), *words) == 2
     err = capsys.readouterr().err.strip()
     assert said in err and "\n" not in err
+
+
+def test_a_list_given_twice_is_one_list():
+    assert sample.parse(["a", "--compare", "a", "b", "--compare", "c"]).compare == ["a", "b", "c"]
+    assert personalize.parse(["a.png", "--save-at", "1", "--save-at", "2"]).save_at == [1, 2]
+    assert personalize.parse(["a.png", "--resolution", "64", "--resolution", "128"]).resolution == [64, 128]
+    assert meta_train.parse(["--data", "d", "--resolution", "64", "--resolution", "128"]).resolution == [64, 128]
+    assert eval_rfacesim.parse(["--images", "i", "--data", "a", "--data", "b"]).data == [Path("a"), Path("b")]
+
+
+def test_a_blank_behind_a_prompt_does_not_keep_it_from_a_comparison():
+    make_lora("who.safetensors")
+    assert run("a cat ", "--compare", "who.safetensors") == 0 and Path("compare/prompts.txt").read_text() == "a cat\n"
 
 
 def test_a_person_without_a_comparison_is_refused():
