@@ -149,7 +149,7 @@ class Group:
         self.device = pick_device(device_name)
         backend = "gloo"
         if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
+            torch.cuda.set_device(self.device.index or 0)       # it takes no "cuda" alone
             backend = "cpu:gloo,cuda:nccl"       # a flag on the CPU does not wait for the GPU
         if self.size > 1:
             self.meet(backend)

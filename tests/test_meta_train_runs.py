@@ -761,3 +761,14 @@ def test_torchrun_is_stopped_and_loses_a_process(squares, pair, warm_pair):
             assert err.count("rerun the command to resume") == 2
         assert all(iteration <= int(name[:8]) or hit == signal.SIGKILL for name in checkpoints(warm_pair))
     assert_same_end(warm_pair, pair, ranks=2)
+
+
+@pytest.mark.parametrize("name, index", [(None, 0), ("cuda", 0), ("cuda:1", 1)])
+def test_a_group_of_one_takes_the_gpu_by_its_number(name, index, monkeypatch):
+    """torch.cuda.set_device refuses a device without one, and "cuda" has none."""
+    for variable in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(variable, raising=False)
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append, raising=False)
+    assert meta_train.Group(name).device.type == "cuda" and chosen == [index]
