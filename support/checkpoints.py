@@ -195,6 +195,7 @@ def load_text_encoder(kind: type, folder: Place, part: str, dtype: torch.dtype) 
     files, config = open_part(folder, part)
     if config is None:
         config = JsonFile(tokenizers_of(folder) / FOLDERS[part] / "config.json")
+    config = config.get("text_config") or config         # in CLIP's own, beside that for images
     names = [name for name in files.names if not NEUTRAL.fullmatch(name)]
     bar = progress(names, f"loading {kind.__name__}")
     state = {name: files[name].to(dtype) for name in bar}

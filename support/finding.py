@@ -394,7 +394,10 @@ def find_transformer(folder: Path) -> Path:
     files = files_in(folder)
     for _, more in comfy_folders(folder):
         files += more
-    found = [path for path in files if holds(path, "transformer")]
+    once = {}
+    for path in files:                           # models/unet may be a link to diffusion_models
+        once.setdefault(path.resolve(), path)
+    found = [path for path in once.values() if holds(path, "transformer")]
     if len(found) > 1:
         names = ", ".join(str(path.relative_to(folder)) for path in found)
         raise ValueError(f"{folder} holds {len(found)} transformers ({names}): name one of the "

@@ -415,7 +415,7 @@ def standard_metadata(rank: int, metadata: dict[str, object]) -> dict[str, objec
     No title from the path and no date: equal runs give equal bytes.
     """
     words = metadata.get("prompt")
-    kind = "schnell" if "schnell" in metadata.get("model", "") else "dev"
+    kind = "schnell" if "schnell" in metadata.get("model", "").lower() else "dev"
     facts = {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"flux-1-{kind}/lora",

@@ -242,6 +242,22 @@ def test_a_comfyui_installation_personalises_and_draws(tmp_path, monkeypatch, ca
     assert Image.open("out.png").size == (64, 64)
 
 
+def test_a_folder_and_a_link_to_it_hold_one_transformer(tmp_path):
+    models = comfy(tmp_path, "diffusion_models/krea.safetensors", HUB)
+    tokenizers(models.parent, HUB)
+    (models / "unet").symlink_to("diffusion_models")
+    assert find_model(str(models.parent)) == find_model(str(models / "diffusion_models/krea.safetensors"))
+
+
+def test_the_configuration_of_all_of_clip_is_one_of_its_text_encoder(tmp_path):
+    """As the folder of openai/clip-vit-large-patch14 has it."""
+    models = comfy(tmp_path, "unet/krea.safetensors", HUB)
+    path = tokenizers(models.parent, HUB) / "text_encoder" / "config.json"
+    path.write_text(json.dumps({"model_type": "clip", "text_config": json.loads(path.read_text()), "vision_config": {}}))
+    found, expected = (load_text_encoders(find_model(str(m)), dtype=torch.float32).encode(PROMPTS) for m in (models.parent, HUB))
+    assert torch.equal(found[1], expected[1])
+
+
 def test_the_parts_of_a_comfyui_installation_are_the_right_ones(tmp_path):
     models = comfy(tmp_path, "diffusion_models/flux/krea.safetensors", HUB)
     tokenizers(models.parent, HUB)
