@@ -33,9 +33,9 @@ from support import photos
 from support.checkpoints import (LONG_RUN, add_speed_options, check_training_memory,
                                  encode_prompts, fingerprint, flux_fingerprint, is_small,
                                  load_autoencoder, model_defaults, open_flux, take_model)
-from support.common import (Interruption, Parser, check_settings, check_writable, count, free,
-                            note, pick_device, positive, positive_number, progress, resolution,
-                            run_script, save_png, side, write_whole)
+from support.common import (Interruption, Parser, check_settings, check_writable, count,
+                            finite_number, free, note, pick_device, positive, positive_number,
+                            progress, resolution, run_script, save_png, side, write_whole)
 from support.judges import Picture, prompts_for
 from support.lora_files import load_lora, read_lomd, save_lora
 from support.memory import fit_training
@@ -340,7 +340,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--size", type=side,
         help="width and height of generated images (default: the model's; 1024 for FLUX.1)")
     add("--steps", type=positive, default=STEPS, help=f"Euler steps (default: {STEPS})")
-    add("--guidance", type=float, help="guidance input (default: the model's; 3.5 for FLUX.1)")
+    add("--guidance", type=finite_number,
+        help="guidance input (default: the model's; 3.5 for FLUX.1)")
     add("--seed", type=count, default=0, help="seed of the training (default: 0)")
     add_speed_options(add, training=True, model=False)
     return parser.parse_args(argv)
@@ -374,7 +375,8 @@ def take_defaults(args: argparse.Namespace):
         if prompt is None:
             raise ValueError(f"--prompt {args.prompt!r} is no caption for {person.name}")
         above = [folder for folder in args.data if folder.is_dir()]
-        if above:                                # of a folder of people, man/ or woman/ as well
+        # of a folder of people, man/ or woman/ as well
+        if above and person.reference.parent not in above:
             above.append(person.reference.parent.parent)
         args.captions[person.name] = captions_beside(paths, prompt, above)
         references.append(f"{person.name} {photos.fingerprints(paths)['photo_digests']}")
@@ -402,7 +404,8 @@ def lines_of(methods: list[dict]) -> Lines:
         likeness = row["r_facesim"]
         text = row["clip_t"]
         if likeness and text:
-            lines[row["method"], f"rank {row['rank']}"][row["iterations"]] = {
+            name = f"rank {row['rank']}" if row["rank"] else ""
+            lines[row["method"], name][row["iterations"]] = {
                 "likeness": (likeness["mean"], likeness["error"] or 0),
                 "text": (text["mean"], text["error"] or 0),
             }

@@ -270,7 +270,7 @@ def invent(argv: list[str] | None):
     pictures = math.ceil(more * args.pictures)
     deciding = "people", "pictures", "size", "steps", "seed", "model"
     settings = {name: getattr(args, name) for name in deciding}
-    settings["filter"] = str(args.face_weights) if embed else "off"
+    settings["filter"] = str(args.face_weights or "on") if embed else "off"
 
     folder = Path(f"{args.out}-drawn")
     kept = folder / "settings.json"

@@ -77,6 +77,7 @@ def draw_sheet(
 ):
     """A contact sheet: eight people across, each with another prompt; the photo and rows of images
     down. folders: {name of a row: folder that holds <person>/<number of the prompt>_0.png}."""
+    people = [person for person in people if prompts[person.name]]   # all are for the other gender
     people = people[::max(1, len(people) // 8)]
     columns, photos = [], []
     rows = {name: [] for name in folders}

@@ -127,11 +127,15 @@ class FaceNetwork:
     @torch.no_grad()
     def embed(self, image: Image.Image) -> Tensor | None:
         """The largest face (E,), of norm 1, on the CPU; None without one."""
+        if min(image.size) < self.detector.min_face_size:
+            return None                                      # MTCNN fails on these
         face = self.detector(image)                          # (3, side, side), about [-1, 1]
         return None if face is None else self.embedder(face[None].to(self.device))[0].cpu()
 
     def count(self, image: Image.Image) -> int:
         """How many faces MTCNN is sure of."""
+        if min(image.size) < self.detector.min_face_size:
+            return 0
         _, probabilities = self.detector.detect(image)       # [None] without a face
         return sum((value or 0) > 0.9 for value in probabilities)
 

@@ -136,7 +136,7 @@ OTHER_MODELS = {
     "Qwen-Image": r"(img|txt)_mlp[._]net[._]|(img|txt)_mod[._]1\b|qwen",
     "HunyuanVideo": r"\.(img|txt)_attn_(qkv|proj|q|k|v)\b|(img|txt)_mlp[._]fc[12]"
                     r"|(img|txt)_mod[._]linear|modulation[._]linear|token_refiner|hunyuan",
-    "Chroma": r"distilled_guidance_layer",
+    "Chroma": r"distilled_guidance_layer|chroma",
     "AuraFlow": r"joint_transformer_blocks|(double|single)_layers[._]",
     "SD3 or SD3.5": r"joint_blocks|context_block|x_block|sd[-_]?3|stable-diffusion-3",
     "Stable Diffusion 1.5 or 2": r"down_blocks[._]0[._]att|up_blocks[._]3[._]att",

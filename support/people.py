@@ -339,12 +339,14 @@ def persons_of(
     """An identity, once for each of its references."""
     named = [path for path in paths if path.stem == "reference"]
     references = paths if reference == "all" else [*named, *paths][:1]
+    stems = [path.stem for path in paths]
     persons = []
     for path in references:
         at = paths.index(path)
         others = paths[at + 1:] + paths[:at]
+        own = path.stem if stems.count(path.stem) == 1 else path.name    # a.jpg and a.png
         persons.append(Person(
-            name=f"{name}@{path.stem}" if len(references) > 1 else name,
+            name=f"{name}@{own}" if len(references) > 1 else name,
             identity=name,
             gender=gender,
             reference=path,

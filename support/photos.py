@@ -291,8 +291,8 @@ def find_anywhere(image: Image.Image, path: Path) -> tuple[Image.Image, list[Fac
 
     for angles, number in searches:
         best = []
-        # many parts, so many chances for a false alarm: ask for more
-        threshold = 0.9 if number == 1 else 0.99
+        # many angles or parts, so many chances for a false alarm: ask for more
+        threshold = 0.9 if (angles, number) == ([0], 1) else 0.99
         for angle in angles:
             turned = image.rotate(angle, expand=True) if angle else image
             for box in overlapping_boxes(turned, number):

@@ -129,7 +129,7 @@ def test_a_folder_of_people(monkeypatch, capsys):
     before = content("faces", "faces-drawn")
     assert run("--seed", 4) == 0 and content("faces", "faces-drawn") == before
     assert run("--seed", 5) == 2 and "seed was 4 and is 5" in capsys.readouterr().err
-    assert run("--seed", 4, "--face-weights", "others.pt") == 2 and "filter was None and is" in capsys.readouterr().err
+    assert run("--seed", 4, "--face-weights", "others.pt") == 2 and "filter was on and is" in capsys.readouterr().err
     assert content("faces", "faces-drawn") == before
     assert run("--seed", 5, "--out", "others") == 0
     assert not set(content("others").values()) & set(content("faces").values())

@@ -653,7 +653,8 @@ def test_other_models_with_the_names_of_flux_are_refused(tmp_path, tensors, mode
 
 
 @pytest.mark.parametrize("metadata, model", [({"modelspec.architecture": "flux-2-dev/lora"}, r"FLUX\.2"),
-                                             ({"ss_base_model_version": "qwen_image"}, "Qwen-Image")])
+                                             ({"ss_base_model_version": "qwen_image"}, "Qwen-Image"),
+                                             ({"ss_base_model_version": "chroma"}, "Chroma"), ({"modelspec.architecture": "chroma/lora"}, "Chroma")])
 def test_metadata_that_name_another_model(tmp_path, metadata, model):
     path = write(tmp_path / "foreign.safetensors", pair(), metadata)
     with pytest.raises(ValueError, match=f"{path} is a LoRA of {model} .*: only plain LoRAs of FLUX.1 are"):
