@@ -41,8 +41,10 @@ def free(device: str | torch.device):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """What PyTorch says on the various devices; it has a type for CUDA alone."""
-    messages = "out of memory", "can't allocate memory", "not enough memory"
+    """What PyTorch says on the various devices; it has a type for CUDA alone. The last two: without
+    memory for their workspace, no convolution of cuDNN runs and cuBLAS does not start."""
+    messages = ("out of memory", "can't allocate memory", "not enough memory",
+                "unable to find an engine", "STATUS_ALLOC_FAILED")
     return any(message in str(error) for message in messages)
 
 

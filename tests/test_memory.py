@@ -23,6 +23,7 @@ from sample import main as sample
 from support import checkpoints, memory
 from support.checkpoints import TensorFiles, find_model, load_autoencoder, load_flux, open_flux
 from support.common import run_script
+from support.devices import is_out_of_memory
 from support.memory import (E4M3, GIB, Fp8Linear, Offload, adapter_bytes, blocks_of, check_memory, fit, fit_training, quantize,
                             recompute_blocks, update_bytes, weight_bytes)
 from support.names import find_targets
@@ -595,3 +596,9 @@ def test_compiled_blocks(fp8, rounding):
     for fast, slow, true in zip(compiled, plain, exact):
         assert relative(fast[0], slow[0]) < rounding
         assert relative(fast[1], true[1]) < 1.2 * relative(slow[1], true[1])
+
+
+@pytest.mark.parametrize("text", ["CUDA out of memory. Tried to allocate 2 GiB", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+                                  "GET was unable to find an engine to execute this computation"])
+def test_what_torch_says_without_memory(text):
+    assert is_out_of_memory(RuntimeError(text)) and not is_out_of_memory(RuntimeError("shapes do not fit"))
