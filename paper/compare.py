@@ -40,7 +40,7 @@ from support.judges import Picture, prompts_for
 from support.lora_files import load_lora, read_lomd, save_lora
 from support.memory import fit_training
 from support.names import find_targets
-from support.people import captions_beside, fill, read_people, read_state, save_state
+from support.people import fill, read_people, read_state, save_state
 
 WITH_LOMD = {"meta-lora", "random-lomd"}
 SAVE_EVERY = 30                                  # seconds between two saved states of a training
@@ -374,11 +374,8 @@ def take_defaults(args: argparse.Namespace):
         prompt = fill(args.prompt, person.gender)
         if prompt is None:
             raise ValueError(f"--prompt {args.prompt!r} is no caption for {person.name}")
-        above = [folder for folder in args.data if folder.is_dir()]
-        # of a folder of people, man/ or woman/ as well
-        if above and person.reference.parent not in above:
-            above.append(person.reference.parent.parent)
-        args.captions[person.name] = captions_beside(paths, prompt, above)
+        texts = [caption or prompt for caption in person.captions]
+        args.captions[person.name] = dict(zip(paths, texts))
         references.append(f"{person.name} {photos.fingerprints(paths)['photo_digests']}")
     args.settings = {
         "layout": "numbers of a row by width",
@@ -428,7 +425,7 @@ def compare(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
     check_training_memory(args, args.device, (largest, largest), max(args.ranks), r1=16,
                           people=len(args.people))
     path = args.out / "settings.json"
-    before = check_settings(path, args.settings)
+    before = check_settings(path, args.settings, later="lomd")
     if args.settings["lomd"] == "none":          # one that this command does not need
         args.settings["lomd"] = before["lomd"]
     write_whole(path, json.dumps(args.settings, indent=1))

@@ -218,14 +218,15 @@ class JsonFile(dict):
         raise ValueError(f"{self.path} lacks the field {field!r}")
 
 
-def check_settings(path: Path, now: dict) -> dict:
-    """The settings at `path`, if there are any. ValueError, naming what differs, if they are not
-    those of `now`; what is "none" in one of the two may differ."""
+def check_settings(path: Path, now: dict, later: str = "") -> dict:
+    """The settings at `path`, else `now`. ValueError, naming what differs, if they are not those of
+    `now`. The setting `later` may be "none" in one of the two."""
     changed = []
     before = JsonFile(path) if path.exists() else now
     for name, value in now.items():
         was = before.get(name, "not written down")
-        if was != value and "none" not in (was, value):
+        unknown = name == later and "none" in (was, value)
+        if was != value and not unknown:
             changed.append(f"{name} was {was!s:.80} and is {value!s:.80}")
     if changed:
         raise ValueError(f"{path.parent} was made with other settings: {', '.join(changed)}; "

@@ -138,14 +138,9 @@ def named_photos(names: list[str]) -> list[Path]:
     return found
 
 
-def captions_beside(
-    pictures: list[Path],
-    prompt: str,
-    above: Iterable[Path] = (),
-) -> dict[Path, str]:
-    """The caption beside each picture, or in a table of the folders `above`, else `prompt`.
-    ValueError as in Captions."""
-    captions = Captions([*above, *sorted({path.parent for path in pictures})])
+def captions_beside(pictures: list[Path], prompt: str) -> dict[Path, str]:
+    """The caption beside each picture, else `prompt`. ValueError as in Captions."""
+    captions = Captions(sorted({path.parent for path in pictures}))
     return {path: captions.of(path) or prompt for path in pictures}
 
 
@@ -257,6 +252,7 @@ class Person(NamedTuple):
     reference: Path
     tests: tuple[Path, ...]                      # never the reference; empty: CLIP-T only
     more: tuple[Path, ...] = ()                  # further references: for the method, never a test
+    captions: tuple[str | None, ...] = ()        # of the reference and of `more`
 
 
 def find_identities(folder: Path) -> list[tuple[Path, str | None, list[Path]]]:
@@ -322,7 +318,8 @@ def read_people(
         sound, wrong = check_photos(paths, captions, {})
         problems += wrong
         sex = sex or gender_of(sound) or gender
-        persons += persons_of(name, sex, paths, reference, count)
+        texts = {photo.path: photo.caption for photo in sound}
+        persons += persons_of(name, sex, paths, texts, reference, count)
     for folder in places:
         problems += tell_unused(folder, captions, places)
     complain(problems)
@@ -333,6 +330,7 @@ def persons_of(
     name: str,
     gender: str | None,
     paths: list[Path],
+    captions: dict[Path, str | None],
     reference: str,
     count: int,
 ) -> list[Person]:
@@ -344,6 +342,7 @@ def persons_of(
     for path in references:
         at = paths.index(path)
         others = paths[at + 1:] + paths[:at]
+        more = tuple(others[:count - 1])
         own = path.stem if stems.count(path.stem) == 1 else path.name    # a.jpg and a.png
         persons.append(Person(
             name=f"{name}@{own}" if len(references) > 1 else name,
@@ -351,7 +350,8 @@ def persons_of(
             gender=gender,
             reference=path,
             tests=tuple(sorted(others[count - 1:])),
-            more=tuple(others[:count - 1]),
+            more=more,
+            captions=tuple(map(captions.get, (path, *more))),
         ))
     return persons
 

@@ -143,7 +143,7 @@ def can_read_heif() -> bool:
     return False
 
 
-def upright(image: Image.Image) -> Image.Image:
+def turn_upright(image: Image.Image) -> Image.Image:
     """Turned by its EXIF orientation; EXIF data that cannot be read count as none."""
     try:
         image.getexif()                          # the image remembers it
@@ -160,7 +160,7 @@ def decode(source: Path | BytesIO) -> Image.Image:
         if image.format == "TIFF" and image.tag_v2.get(PREVIEW, 0) % 2:
             raise Image.UnidentifiedImageError   # a camera's raw file begins with a thumbnail
         image.load()
-        image = to_rgb(upright(image))
+        image = to_rgb(turn_upright(image))
     image.info = {}                              # drops the profile: the colors are sRGB now
     return image
 

@@ -16,9 +16,11 @@ import personalize
 from metalora import IdentityBank, MetaLoRA, apply_loras
 from baby import faces
 from paper import compare
+from paper.report import draw_sheet
 from support import photos
 from support.checkpoints import LONG_RUN, find_model, load_autoencoder, load_flux, load_text_encoders, model_defaults
 from support.lora_files import load_lomd
+from support.people import Person
 from test_eval_rfacesim import people  # noqa: F401  a fixture
 
 BABY = find_model("baby")
@@ -250,6 +252,15 @@ def test_each_problem_is_a_line_that_names_this_program(people, tmp_path, capsys
     assert run(*BASE, "--gender", "woman", "--data", tmp_path / "data", "--out", tmp_path / "r") == 2
     lines = capsys.readouterr().err.splitlines()
     assert [line.partition(" has ")[0] for line in lines] == [f"paper.compare: {tmp_path}/data/{name}" for name in ("p0", "p1")]
+
+
+def test_a_person_without_a_prompt_is_not_on_the_sheet(tmp_path):
+    people = []
+    for name, gender in (("anna", "woman"), ("bert", "man")):
+        Image.new("RGB", (32, 32), "red").save(tmp_path / f"{name}.png")
+        people.append(Person(name, name, gender, tmp_path / f"{name}.png", ()))
+    draw_sheet(tmp_path / "sheet.png", people, {"anna": {}, "bert": {0: "a man"}}, {"none": tmp_path})
+    assert Image.open(tmp_path / "sheet.png").size == (130 + 8 * 144, 84 + 2 * 144)
 
 
 def test_a_comparison_is_a_long_run_even_without_iters(monkeypatch):

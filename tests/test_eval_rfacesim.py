@@ -474,6 +474,19 @@ def test_a_lying_photo_is_turned_as_stage_2_turns_it(tmp_path, capsys):
         assert torch.equal(found, upright), angle
 
 
+def test_two_references_of_one_stem_have_names_of_their_own(tmp_path):
+    for name, color in (("0.png", "red"), ("0.webp", "blue"), ("1.png", "green")):
+        paint(tmp_path / "anna" / name, color)
+    assert [person.name for person in ev.read_people([tmp_path], "all")] == ["anna@0.png", "anna@0.webp", "anna@1"]
+
+
+def test_a_picture_too_small_for_the_detector_has_no_face():
+    network = judges_files.FaceNetwork(find_model("baby"), None, torch.device("cpu"))
+    for size in ((16, 16), (18, 400)):
+        image = Image.new("RGB", size)
+        assert network.embed(image) is None and network.count(image) == 0
+
+
 @pytest.mark.parametrize("words, said", [
     (["--images", "nowhere"], "no such folder"), (["--prompts", "nowhere"], "No such file")])
 def test_bad_words_end_in_one_line(people, tmp_path, capsys, words, said):

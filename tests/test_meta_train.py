@@ -1137,7 +1137,8 @@ def test_a_changed_setting_is_refused_with_both_values(begun, tmp_path):
             (("--r2", 1), "r2 was 2 and is 1"), (("--lr", 2e-3), "lr was 0.001 and is 0.002"),
             (("--warmup", 0.4), "warmup was 0.5 and is 0.4"),
             (("--seed", 6), "seed was 5 and is 6"),
-            (("--prompt", "her"), "prompt was a photo of a person and is her")):
+            (("--prompt", "her"), "prompt was a photo of a person and is her"),
+            (("--prompt", "none"), "prompt was a photo of a person and is none")):
         assert refused(begun(*args), "run was made with other settings: " + words + ";"), args
     assert refused(begun(resolution="80 64 80"), "resolution was [64] and is [64, 80];")
     assert refused(begun("--r1", 4, "--seed", 9), "r1 was 3 and is 4, seed was 5 and is 9;")

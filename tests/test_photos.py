@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from baby import faces
 from support import photos
 
 ROOT = Path(__file__).parents[1]
@@ -454,6 +455,13 @@ def test_a_turned_photo_is_turned_back(capsys, way, angle):
     assert np.array_equal(np.asarray(found), np.asarray(image)) and faces == photos.find_faces(image)
     assert capsys.readouterr().err == f"note: no face in lying.jpg as it is; it is rotated {angle} degrees counterclockwise\n"
     assert photos.find_anywhere(image, Path("up.jpg"))[0] is image and capsys.readouterr().err == ""
+
+
+def test_a_false_alarm_in_a_turned_copy_turns_nothing():
+    """Upright, this drawn face has .77; turned, something that is none has .95."""
+    pixels, _ = faces.sample(111114, 2, 256, 256, style="photo")
+    with pytest.raises(ValueError, match="no face found"):
+        photos.find_anywhere(Image.fromarray(pixels), Path("drawn.png"))
 
 
 def test_a_small_face_is_found_in_a_part(capsys):
