@@ -415,34 +415,32 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def meta_train(argv: list[str] | None):
     args = parse(argv)
     group = Group(args.device)
-    try:
-        check_stage_1(args, group.device)
-        buckets = group.first(lambda: read_buckets(args))
-        take_settings(args, buckets, group)
-        run = Run(args, buckets, group)
-        if all(now.joint == now.stop for now in run.passes):
-            raise ValueError(f"--iters {args.iters} is all warm-up: LoMD would not learn; "
-                             "try --warmup 0")
-        run.check_memory()
-        if args.deterministic:
-            os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-            torch.use_deterministic_algorithms(True)
-        group.gather(None)                       # nothing is written before all have found it sound
+    check_stage_1(args, group.device)
+    buckets = group.first(lambda: read_buckets(args))
+    take_settings(args, buckets, group)
+    run = Run(args, buckets, group)
+    if all(now.joint == now.stop for now in run.passes):
+        raise ValueError(f"--iters {args.iters} is all warm-up: LoMD would not learn; "
+                         "try --warmup 0")
+    run.check_memory()
+    if args.deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.use_deterministic_algorithms(True)
+    group.gather(None)                           # nothing is written before all have found it sound
+    if group.rank == 0:
+        write_whole(args.run / "settings.json", json.dumps(args.settings, indent=1))
+    group.gather(None)
+    with locked(args.run / f"lock{group.rank}"):
+        run.load()
+        announce(run, buckets)
+        run.train()
         if group.rank == 0:
-            write_whole(args.run / "settings.json", json.dumps(args.settings, indent=1))
-        group.gather(None)
-        with locked(args.run / f"lock{group.rank}"):
-            run.load()
-            announce(run, buckets)
-            run.train()
-            if group.rank == 0:
-                with run.interruption as stop:
-                    keep(args.out, run.export)
-                    print(f"{args.out}: LoMD of r1 {args.r1} after {run.iteration} iterations")
-                    plot(args.run / "log.jsonl", args.run / "loss.png")
-                    stop.raise_if_asked()
-    finally:
-        group.close()
+            with run.interruption as stop:
+                keep(args.out, run.export)
+                print(f"{args.out}: LoMD of r1 {args.r1} after {run.iteration} iterations")
+                plot(args.run / "log.jsonl", args.run / "loss.png")
+                stop.raise_if_asked()
+    group.close()                                # not after an error: NCCL would wait for the others
 
 
 # Exit code: 0 done, 1 diverged or out of memory, 2 bad input, 130, 143 or 129 by a signal.

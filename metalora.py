@@ -80,7 +80,7 @@ def widen_output(x: Tensor, S: Tensor, U: Tensor, mask: Tensor | None,
     wide = F.linear(x, S, bias)
     y0, m, _ = wide.split((d_out, R, padding), dim=-1)
     m = m.contiguous() if mask is None else m * mask
-    y = torch.addmm(y0.flatten(0, -2), m.flatten(0, -2), U.T)        # y0 + U m in one kernel
+    y = torch.addmm(y0.flatten(0, -2), m.flatten(0, -2), U.T)        # y0 + U m
     return y.view_as(y0), m
 
 
@@ -200,7 +200,6 @@ def set_update(layers: list[AdaptedLinear], Cs: list[Tensor], Us: list[Tensor],
 
     Cs: one (R, d_in) for each layer; Us: one (rows, rank) for each target, layer by layer. mask (B,
     R) has room for the layer with the most parts."""
-    places, values = [], []
     first = 0                                                        # index of the layer's first U
     for layer, C in zip(layers, Cs):
         layer.C = C
@@ -211,14 +210,11 @@ def set_update(layers: list[AdaptedLinear], Cs: list[Tensor], Us: list[Tensor],
             continue
         if layer.widens_input:                                       # S = [W | U | 0]
             spare = layer.S[:, layer.base.in_features:]
-            places += [spare[part] for part in layer.parts]
-            values += layer.U
+            for part, U in zip(layer.parts, layer.U):
+                spare[part] = U
         else:                                                        # S = [W ; C ; 0]
             spare = layer.S[layer.base.out_features:]
-            places.append(spare[:layer.R])
-            values.append(C)
-    if places:
-        torch._foreach_copy_(places, values)                     # one kernel instead of hundreds
+            spare[:layer.R] = C
 
 
 @torch.no_grad()

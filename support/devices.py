@@ -17,7 +17,11 @@ def pick_device(name: str | None = None) -> torch.device:
     if name not in available and f"{name}:0" not in available:
         raise ValueError(f"--device {name} is not available here; available: "
                          f"{', '.join(available)}")
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "mps" and "PYTORCH_MPS_HIGH_WATERMARK_RATIO" not in os.environ:
+        # by itself it swaps, up to 1.7 times its memory, before it says that it is full
+        torch.mps.set_per_process_memory_fraction(1.0)
+    return device
 
 
 def use_threads(small: bool):

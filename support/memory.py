@@ -204,9 +204,12 @@ class Offload:
     `run(i, forward, *inputs)` runs block i, in any order. Only frozen weights move: adapters stay
     on the device.
     """
+    stream = None
+
     def __init__(self, flux: nn.Module, device: torch.device | str):
         self.device = torch.device(device)
-        self.stream = torch.cuda.Stream(device) if self.device.type == "cuda" else None
+        if self.device.type == "cuda":
+            self.stream = torch.cuda.Stream(device)
         self.tensors = []
         for block in blocks_of(flux):
             block.offload = self
@@ -216,6 +219,10 @@ class Offload:
         self.stay = len(self.tensors)
         self.homes = {}                          # {block: flat CPU memory: one copy moves a block}
         self.after = {}                          # {(block before, block): the block that followed}
+
+    def __del__(self):
+        if self.stream:                          # the last copy may still run
+            self.stream.synchronize()
 
     def keep(self, stay: int):
         """Offloads all blocks from `stay` on; those that were offloaded before stay so."""

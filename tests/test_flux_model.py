@@ -941,5 +941,17 @@ def test_a_device_that_is_not_there(name):
         pick_device(name)
 
 
+@pytest.mark.parametrize("own", [None, "1.4"])
+def test_the_gpu_of_a_mac_says_when_it_is_full(own, monkeypatch):
+    """By itself it swaps instead, and a step that does not fit is never taken for one. The variable is the user's own limit."""
+    limits = []
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.mps, "set_per_process_memory_fraction", limits.append)
+    monkeypatch.delenv("PYTORCH_MPS_HIGH_WATERMARK_RATIO", raising=False)
+    if own:
+        monkeypatch.setenv("PYTORCH_MPS_HIGH_WATERMARK_RATIO", own)
+    assert pick_device("mps").type == "mps" and limits == ([] if own else [1.0])
+
+
 def test_a_device_that_is_there():
     assert pick_device("cpu") == torch.device("cpu") and pick_device("cpu:0").type == "cpu"

@@ -212,14 +212,23 @@ def billions(card):
 
 
 @pytest.mark.parametrize("config, launches, least, most", [
-    (FEW, 880, 3.5, 4.8), pytest.param(None, 8500, 30, 35, marks=pytest.mark.slow)], ids=["a few blocks", "all blocks"])
+    (FEW, 920, 3.5, 4.8), pytest.param(None, 8000, 30, 35, marks=pytest.mark.slow)], ids=["a few blocks", "all blocks"])
 def test_a_step_of_stage_2(config, launches, least, most):
-    """bf16, 512 px, not compiled: 8,500 launches with all blocks, 2 waits; nothing is run twice where there is room."""
+    """bf16, 512 px, not compiled: 8,000 launches with all blocks, 2 waits; nothing is run twice where there is room."""
     with FakeCard(80) as card:
         flux = stage_2(card, config=config)
         assert not card.problems, card.problems
         assert sum(card.launches.values()) <= launches and sum(card.syncs.values()) <= 2, card.report()
-        assert card.launches["assign"] < 300 and run_twice(flux) == 0 and least < held(card) < most
+        assert card.launches["assign"] < 450 and run_twice(flux) == 0 and least < held(card) < most
+
+
+def test_a_dropped_model_waits_for_its_last_copy():
+    """--offload: until it is done, the copy writes into memory that is already free for others."""
+    with FakeCard(80) as card:
+        flux = full_size_flux(card, offload=True, config=FEW)
+        card.reset()
+        del flux
+        assert [what for _, what, _ in card.syncs] == ["stream.synchronize"]
 
 
 def test_waits_of_stage_1(tmp_path):

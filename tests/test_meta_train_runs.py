@@ -772,3 +772,10 @@ def test_a_group_of_one_takes_the_gpu_by_its_number(name, index, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append, raising=False)
     assert meta_train.Group(name).device.type == "cuda" and chosen == [index]
+
+
+def test_an_error_does_not_close_the_group(tmp_path, monkeypatch, capsys):
+    """With NCCL, closing waits for the other processes, and they wait for this one."""
+    closed = []
+    monkeypatch.setattr(meta_train.Group, "close", closed.append)
+    assert meta_train.main(["--data", str(tmp_path / "none"), "--device", "cpu"]) == 2 and not closed
