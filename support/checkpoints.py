@@ -262,10 +262,15 @@ def digest_of(files: TensorFiles, names: list[str], dtype: torch.dtype) -> str:
 
 
 def fingerprint(folder: Place, part: str) -> str:
-    """A hash of the small tensors of the "autoencoder", "clip", or "t5" of a model."""
+    """A hash of the small tensors of the "autoencoder", "clip", or "t5" of a model, after the types
+    that its weights are quantized to."""
     files, _ = open_part(folder, part)
-    names = [name for name in sorted(files.names) if math.prod(files.shape(name)) <= 4096]
-    return digest_of(files, names, BF16)
+    names = sorted(files.names)
+    if part != "autoencoder":
+        names = [name for name in names if not NEUTRAL.fullmatch(name)]
+    types = {files.slice(name).get_dtype() for name in names}
+    small = [name for name in names if math.prod(files.shape(name)) <= 4096]
+    return " ".join([*sorted(types - {"F32", "F16", "BF16"}), digest_of(files, small, BF16)])
 
 
 def flux_fingerprint(folder: Place) -> str:

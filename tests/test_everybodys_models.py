@@ -13,7 +13,7 @@ import personalize
 import sample
 from flux_model import FluxConfig
 from support import checkpoints, finding, tensors
-from support.checkpoints import find_model, flux_fingerprint, load_autoencoder, load_flux, load_text_encoders
+from support.checkpoints import find_model, fingerprint, flux_fingerprint, load_autoencoder, load_flux, load_text_encoders
 from support.finding import Model
 from support.lora_files import read_lomd
 from support.memory import E4M3
@@ -186,9 +186,19 @@ def test_a_tensor_of_a_text_encoder_that_is_not_used(tmp_path, part, key):
     model = Model(HUB / FLUX, HUB / "ae.safetensors", HUB / "text_encoder", HUB / "text_encoder_2", HUB)
     given = model._replace(**{part: write(tmp_path / "x.safetensors", own | harmless, {})})
     assert all(map(torch.equal, load_text_encoders(given, dtype=torch.float32).encode(PROMPTS), plain))
+    assert fingerprint(given, part) == fingerprint(model, part)                  # a run of stage 1 resumes with either
     write(tmp_path / "x.safetensors", own | {key: torch.zeros(2)}, {})
     found = message(load_text_encoders, given)
     assert "1 unexpected" in found and key.removeprefix("text_model.") in found
+
+
+def test_quantised_text_encoders_are_others(tmp_path):
+    """Their texts are other numbers: stage 1 does not resume with them. 32 and 16 bits are the same to it."""
+    model, found = Model(HUB / FLUX, HUB / "ae.safetensors", HUB / "text_encoder", HUB / "text_encoder_2", HUB), []
+    for i, dtype in enumerate((torch.float32, torch.bfloat16, E4M3)):
+        weights = {name: t.to(E4M3).to(dtype) if t.dim() > 1 else t for name, t in T5.items()}    # the same numbers
+        found.append(fingerprint(model._replace(t5=write(tmp_path / f"{i}.safetensors", weights, {})), "t5"))
+    assert found[0] == found[1] and found[2] == f"F8_E4M3 {found[0]}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
