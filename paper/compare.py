@@ -443,7 +443,7 @@ def command(argv: list[str] | None):
     args, scores = compare(argv)
     lines = lines_of(scores["methods"])
     if lines:
-        draw_scores(args.out / "scores.png", ("likeness", "text"), lines, lines)
+        draw_scores(args.out / "scores.png", ("likeness", "text"), lines)
     folders = {row["title"]: args.out / "images" / label for label, row in args.rows.items()}
     draw_sheet(args.out / "sheet.png", args.people, args.prompts, folders)
     print((args.out / "tables.md").read_text("utf-8"))

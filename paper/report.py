@@ -26,47 +26,36 @@ Curve = dict[int, dict[str, np.ndarray]]
 Table = tuple[list[str], list[list[object]]]     # header, rows
 
 
-def draw_scores(path: Path, metrics: Collection[str], lines: Lines, all_lines: Lines):
-    """R-FaceSim against CLIP-T of `all_lines`, with their names at the ends and stars on `lines`;
-    then each metric of `lines` against the number of steps, with error bars."""
+def draw_scores(path: Path, metrics: Collection[str], lines: Lines):
+    """R-FaceSim against CLIP-T, with step counts at the points; then each metric against the number
+    of steps, with error bars. A color for each method, a marker for each name."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(5 + 4.5 * len(metrics), 5), layout="constrained")
     plane, *panels = figure.subplots(1, 1 + len(metrics))
-    colors = {method: f"C{i}" for i, method in enumerate(METHODS)}
-    for (method, _), points in lines.items():
-        plane.scatter(*text_and_likeness(points), s=100, marker="*", color=colors[method])
-    plane.margins(0.2)
-    plane.axis(plane.axis())                     # keeps these limits: others may lie far outside
-    for (method, name), points in all_lines.items():
-        text, likeness = text_and_likeness(points)
-        plane.plot(text, likeness, marker=".", linewidth=0.8, color=colors[method])
-        plane.annotate(name, (text[-1], likeness[-1]), fontsize=7, annotation_clip=True)
-    plane.set(xlabel=AXES["text"], ylabel=AXES["likeness"])
+    methods = [*METHODS]
+    names = [*dict.fromkeys(name for _, name in lines)]
+    for (method, name), points in lines.items():
+        style = {
+            "color": f"C{methods.index(method)}",
+            "marker": "os^Dv"[names.index(name) % 5],
+        }
+        values = {}                              # {metric: means and errors, in percent}
+        for metric in {"text", "likeness", *metrics}:
+            values[metric] = 100 * np.array([point[metric] for point in points.values()]).T
+        x, y = values["text"][0], values["likeness"][0]
+        plane.plot(x, y, **style)
+        for at in zip(points, zip(x, y)):
+            plane.annotate(*at, xytext=(4, 4), textcoords="offset points", fontsize=8)
+        for axes, metric in zip(panels, metrics):
+            label = f"{METHODS[method]} {name}"
+            axes.errorbar([*points], *values[metric], capsize=3, label=label, **style)
 
+    plane.set(xlabel=AXES["text"], ylabel=AXES["likeness"])
     for axes, metric in zip(panels, metrics):
-        for (method, name), points in lines.items():
-            means, errors = 100 * np.array([point[metric] for point in points.values()]).T
-            axes.errorbar(
-                [*points],
-                means,
-                errors,
-                marker="o",
-                capsize=3,
-                color=colors[method],
-                label=f"{METHODS[method]} {name}",
-            )
         axes.set(xlabel="steps", ylabel=AXES[metric])
     handles = panels[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=4, fontsize=8)
     save_figure(figure, path)
-
-
-def text_and_likeness(points: dict[int, dict]) -> list[list[float]]:
-    """CLIP-T and R-FaceSim of a line of a figure, in percent."""
-    coordinates = []
-    for metric in ("text", "likeness"):
-        coordinates.append([100 * point[metric][0] for point in points.values()])
-    return coordinates
 
 
 def draw_sheet(
@@ -284,15 +273,13 @@ def front_table(title: str, curves: dict[str, Iterable[Curve]]) -> Table:
 
 
 def draw_found(path: Path, found: Found):
-    """`draw_scores` with a line for each rate that was tried, and each method at its best rates."""
-    all_lines, lines = {}, {}
-    for method, curves in found.tried.items():
-        for rate, curve in curves.items():
-            all_lines[method, f"{rate:g}"] = points_of(curve)
-        rates = found.rates[method]
+    """`draw_scores` of each method at its best rates."""
+    lines = {}
+    for method, rates in found.rates.items():
+        curves = found.tried[method]
         best = {count: curves[rates[count]][count] for count in found.steps}
         lines[method, ""] = points_of(found.scores.get(method, best))
-    draw_scores(path, AXES, lines, all_lines)
+    draw_scores(path, AXES, lines)
 
 
 def points_of(curve: Curve) -> dict[int, dict[str, tuple[float, float]]]:
