@@ -142,7 +142,7 @@ def embed_real(judges: Judges, people: list[Person]) -> dict[str, Tensor]:
         faces[path] = judges.embed(image)
         if faces[path] is None:
             problems.append(f"no face found in the real picture {path}: leave it out")
-        if judges.count(image) > 1:
+        elif judges.count(image) > 1:
             several.append(str(path))
     if several:
         note(f"several faces in real pictures, of which the largest counts: {', '.join(several)}")

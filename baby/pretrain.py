@@ -980,6 +980,9 @@ def parse() -> argparse.Namespace:
     shipped = Path(__file__).resolve().parent / "checkpoint"
     if args.recipe and args.out.resolve() == shipped:
         parser.error("--recipe would write into the shipped checkpoint: name another --out")
+    for name in ("width", "steps", "init", "framings", "threads"):
+        if args.recipe and getattr(args, name) != parser.get_default(name):
+            parser.error(f"--recipe gives each stage its own --{name}: leave it out")
     return args
 
 

@@ -227,7 +227,11 @@ def check_settings(path: Path, now: dict, later: str = "") -> dict:
         was = before.get(name, "not written down")
         unknown = name == later and "none" in (was, value)
         if was != value and not unknown:
-            changed.append(f"{name} was {was!s:.80} and is {value!s:.80}")
+            was, value = str(was), str(value)
+            # long values from shortly before their difference on
+            start = max(0, len(os.path.commonprefix([was, value])) - 40)
+            was, value = was[start:start + 80], value[start:start + 80]
+            changed.append(f"{name} was {was} and is {value}")
     if changed:
         raise ValueError(f"{path.parent} was made with other settings: {', '.join(changed)}; "
                          "use those, or name a new folder")

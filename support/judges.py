@@ -133,11 +133,9 @@ class FaceNetwork:
         return None if face is None else self.embedder(face[None].to(self.device))[0].cpu()
 
     def count(self, image: Image.Image) -> int:
-        """How many faces MTCNN is sure of."""
-        if min(image.size) < self.detector.min_face_size:
-            return 0
-        _, probabilities = self.detector.detect(image)       # [None] without a face
-        return sum((value or 0) > 0.9 for value in probabilities)
+        """How many faces MTCNN is sure of, in a picture in which `embed` finds one."""
+        _, probabilities = self.detector.detect(image)
+        return sum(value > 0.9 for value in probabilities)
 
 
 class Judges(FaceNetwork):
@@ -165,8 +163,9 @@ class Judges(FaceNetwork):
             raise ValueError(
                 f"CLIP cannot be loaded from {name} ({str(error).splitlines()[0]}): download "
                 f"{CLIP}, or name a folder with --clip; --model baby needs neither") from None
-        weights = self.clip.text_projection.weight.detach().cpu().numpy()
-        clip_name = f"{Path(name).name} {digest(weights.tobytes())}"
+        weights = torch.cat([each.flatten() for each in self.clip.state_dict().values()])
+        kind = digest(weights.cpu().numpy().tobytes()) + self.processor.to_json_string()
+        clip_name = f"{Path(name).name} {digest(kind.encode())}"
         self.names = {"face": self.face_name, "text": clip_name}
 
     @torch.no_grad()

@@ -26,6 +26,7 @@ import meta_train
 from meta_train import BucketPass, generator, schedule
 from metalora import IdentityBank, MetaLoRA, plain_meta_lora, random_lomd, views
 from support import checkpoints, people as people_files, photos, runs
+from support.common import check_settings
 from support.lora_files import load_lomd, read_lomd
 from support.names import find_targets
 from support.people import Cache, Captions, Photo, check_people, data_fingerprint, find_people, make_buckets
@@ -1151,6 +1152,13 @@ def test_a_changed_setting_is_refused_with_both_values(begun, tmp_path):
         old, new = (checkpoints.fingerprint(folder, part) for folder in (MODEL, model))
         assert refused(begun(model=model), f"settings: {part} was {old} and is {new};")
     assert {p: t for p, t in listing().items() if p.parts[0] not in ("other", "ae", "t5")} == before
+
+
+def test_a_long_setting_is_shown_where_it_differs(tmp_path):
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps({"prompt": "a" * 200 + "b"}))
+    with pytest.raises(ValueError, match="prompt was a{40}b and is a{40}c;"):
+        check_settings(path, {"prompt": "a" * 200 + "c"})
 
 
 def test_changed_people_are_another_run(begun, recorded, tmp_path):

@@ -298,7 +298,7 @@ def test_the_recipe_from_nothing(tiny, monkeypatch, tmp_path, capfd):
 
 
 @pytest.mark.parametrize("words, said", [
-    (["--recipe"], "shipped checkpoint"), (["--framings"], "name it with --init"),
+    (["--recipe"], "shipped checkpoint"), (["--recipe", "--out", "new", "--steps", "9"], "its own --steps: leave it out"), (["--framings"], "name it with --init"),
     (["--framings", "--init", str(Path(pretrain.__file__).parent / "checkpoint")], "would be written over --init")])
 def test_no_checkpoint_is_written_over(monkeypatch, capsys, words, said):
     monkeypatch.setattr(sys, "argv", ["pretrain.py", *words])
