@@ -301,8 +301,8 @@ class Run:
     def check_memory(self):
         """ValueError if the device is known to be too small, before anything large is read."""
         args = self.args
-        check_training_memory(args, self.group.device, self.largest, rank=args.r2, r1=args.r1,
-                              slots=args.batch_size, people=self.most_people, joint=True)
+        check_training_memory(args, self.largest, rank=args.r2, r1=args.r1, slots=args.batch_size,
+                              people=self.most_people, joint=True)
 
     def load(self):
         """Encodes the pictures and captions that the run reaches, then loads the model and the
@@ -326,7 +326,7 @@ class Run:
     def place(self):
         """The adapted transformer; tries a step at the largest size, with the most rows."""
         args = self.args
-        flux = open_flux(args, self.group.device, args.iters)
+        flux = open_flux(args, args.iters)
         lomd = random_lomd(find_targets(flux), args.r1, args.seed)
         self.adapter = MetaLoRA(flux, args.r2, lomd, num_identities=0, slots=args.batch_size)
         rows = torch.zeros(self.most_people, self.adapter.size, device=self.group.device)

@@ -232,7 +232,7 @@ def prepare(args: argparse.Namespace) -> tuple:
 
     width, height = max((crop.picture.size for crop in crops), key=math.prod)
     largest = height // 8, width // 8
-    check_training_memory(args, args.device, largest, args.rank, r1)
+    check_training_memory(args, largest, args.rank, r1)
 
     texts = encode_prompts(args.folder, [*args.captions.values()], args.text_device, args.dtype,
                            home=args.device)
@@ -247,7 +247,7 @@ def prepare(args: argparse.Namespace) -> tuple:
     del autoencoder
     free(args.device)
 
-    flux = open_flux(args, args.device, args.iters)
+    flux = open_flux(args, args.iters)
     adapter = MetaLoRA(flux, args.rank, lomd, seed=args.seed)
     blocks = fit_training(adapter, largest, len(txt[0]), args.recompute)
     if blocks:

@@ -117,7 +117,7 @@ def sample_rows(
     its picture unless the autoencoder does not fit beside the transformer."""
     size = settings["height"] // 8, settings["width"] // 8
     text_tokens = embeddings[jobs[0][0]][0].shape[1]
-    flux = open_flux(args, args.device, len(rows) * len(jobs) * settings["steps"])
+    flux = open_flux(args, len(rows) * len(jobs) * settings["steps"])
     autoencoder = None
     if memory_left(args.device) > DECODING * settings["height"] * settings["width"]:
         autoencoder = load_autoencoder(args.folder, args.device, args.dtype)
@@ -273,7 +273,7 @@ def draw(argv: list[str] | None):
     else:
         files = plan_files(args.out, len(prompts), seeds)
     device = args.device = pick_device(args.device)
-    choose_model(args, device)
+    choose_model(args)
     use_threads(args.dtype == torch.float32)                 # a small model on a CPU
     _, config = flux_files(args.folder)
     settings = sampling_settings(args, config)
@@ -282,7 +282,7 @@ def draw(argv: list[str] | None):
     lora_files = [named, *([*named, lora] for lora in compared)]
     loras = load_loras(named, config)
     rows = [loras, *([*loras, lora] for lora in load_loras(compared, config))]
-    check_sampling_memory(args, device, (height // 8, width // 8), rows)
+    check_sampling_memory(args, (height // 8, width // 8), rows)
     jobs = list(product(prompts, seeds))
 
     def fields(number: int) -> dict[str, object]:

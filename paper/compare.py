@@ -134,7 +134,7 @@ class Run:
             texts += own.values()
         self.texts = encode_prompts(args.folder, texts, args.text_device, args.dtype)
         self.autoencoder = load_autoencoder(args.folder, args.device, args.dtype)
-        self.flux = open_flux(args, args.device, LONG_RUN)
+        self.flux = open_flux(args, LONG_RUN)
 
     def encode(self, augment: bool) -> list[tuple]:
         """Everybody's crops, as `train_together` takes them, on the CPU."""
@@ -350,7 +350,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def take_defaults(args: argparse.Namespace):
     """Finds the model (may download it), its LoMD, and the captions, and collects in args.settings
     all that decides about results."""
-    take_model(args, args.device, "lora")
+    take_model(args, "lora")
     given = args.rates
     args.rates = {}
     for method in METHODS:
@@ -422,7 +422,7 @@ def compare(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
     real = embed_real(judges, args.people)
     take_defaults(args)
     largest = max(args.size, *args.resolution) // 8
-    check_training_memory(args, args.device, (largest, largest), max(args.ranks), r1=16,
+    check_training_memory(args, (largest, largest), max(args.ranks), r1=16,
                           people=len(args.people))
     path = args.out / "settings.json"
     before = check_settings(path, args.settings, later="lomd")

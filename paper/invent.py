@@ -127,7 +127,7 @@ def invent_people(people: int, pictures: int, seed: int, baby: bool) -> list[lis
 def draw_pictures(args: argparse.Namespace, shots: list[Shot], folder: Path):
     """Draws the batches of which a picture is not there yet: rounding depends on the batch."""
     if args.compile is None:                 # however many are left, so that the bytes stay the same
-        args.compile = compiling_pays(args, args.device, len(shots) * args.steps)
+        args.compile = compiling_pays(args, len(shots) * args.steps)
     batch_size = BATCH if is_small(args.folder) else 1
     left = []
     for start in range(0, len(shots), batch_size):
@@ -251,13 +251,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     check_out(args.out)
 
     args.device = pick_device(args.device)
-    choose_model(args, args.device)
+    choose_model(args)
     use_threads(args.dtype == torch.float32)                 # a small model on a CPU
     args.baby = (tokenizers_of(args.folder) / "face_embedder.safetensors").is_file()
     defaults = model_defaults(args.folder)
     args.size = args.size or min(512, defaults["resolution"])
     args.guidance = defaults["guidance"]
-    check_sampling_memory(args, args.device, (args.size // 8, args.size // 8), [[]])
+    check_sampling_memory(args, (args.size // 8, args.size // 8), [[]])
     return args
 
 

@@ -368,18 +368,18 @@ def bare_flux(args: Namespace) -> Flux:
     return flux
 
 
-def check_training_memory(args: Namespace, device: torch.device, size: tuple[int, int], rank: int,
-                          r1: int, slots: int = 1, people: int = 1, joint: bool = False):
+def check_training_memory(args: Namespace, size: tuple[int, int], rank: int, r1: int,
+                          slots: int = 1, people: int = 1, joint: bool = False):
     """`check_memory` for `slots` pictures of `size` latent pixels, and an adapter as in
     `adapter_bytes`; all blocks may run twice."""
     flux = bare_flux(args)
     step = step_bytes(flux, slots, size, text_length(args.folder), args.dtype,
                       twice=len(blocks_of(flux)))
     adapter = adapter_bytes(flux, args.dtype, rank, r1, slots, people, joint)
-    check_memory(args, device, flux, adapter + step)
+    check_memory(args, flux, adapter + step)
 
 
-def check_sampling_memory(args: Namespace, device: torch.device, size: tuple[int, int],
+def check_sampling_memory(args: Namespace, size: tuple[int, int],
                           sets: list[list[tuple[dict, float]]]):
     """`check_memory` for a picture of `size` latent pixels, with any one of these sets of LoRAs
     from `load_loras`."""
@@ -391,28 +391,29 @@ def check_sampling_memory(args: Namespace, device: torch.device, size: tuple[int
             columns.update({path: len(A) for path, (A, B) in lora.items()})
         updates.append(update_bytes(flux, columns, args.dtype))
     step = step_bytes(flux, 1, size, text_length(args.folder), args.dtype)
-    check_memory(args, device, flux, max(updates) + step)
+    check_memory(args, flux, max(updates) + step)
 
 
-def compiling_pays(args: Namespace, device: torch.device, steps: int) -> bool:
+def compiling_pays(args: Namespace, steps: int) -> bool:
     """Not in 8 bits on GPUs before 8.9: their Triton has no such type, and torch < 2.14 fails."""
-    able = device.type == "cuda" and find_spec("triton") is not None
-    able = able and (not args.fp8 or multiplies_fp8(device))
+    able = args.device.type == "cuda" and find_spec("triton") is not None
+    able = able and (not args.fp8 or multiplies_fp8(args.device))
     return able and steps >= LONG_RUN and not is_small(args.folder)
 
 
-def open_flux(args: Namespace, device: torch.device, steps: int) -> Flux:
+def open_flux(args: Namespace, steps: int) -> Flux:
     """The transformer as `args` wants it, for so many steps. After `check_memory`."""
-    flux = load_flux(args.folder, device, args.dtype, fp8=args.fp8, offload=args.offload,
+    flux = load_flux(args.folder, args.device, args.dtype, fp8=args.fp8, offload=args.offload,
                      stay=args.stay)
-    if compiling_pays(args, device, steps) if args.compile is None else args.compile:
+    if compiling_pays(args, steps) if args.compile is None else args.compile:
         compile_blocks(flux)
     return flux
 
 
-def choose_model(args: Namespace, device: torch.device):
+def choose_model(args: Namespace):
     """args.model -> args.folder (may download), args.dtype: fp32 for small models on a CPU, and
     args.text_device: where text is encoded."""
+    device = args.device
     args.folder = find_model(args.model, args)
     small = device.type == "cpu" and is_small(args.folder)
     args.dtype = torch.float32 if small else BF16
@@ -420,14 +421,14 @@ def choose_model(args: Namespace, device: torch.device):
     args.text_device = "cpu" if args.offload and memory_left(device) < 11 * GIB else device
 
 
-def take_model(args: Namespace, device: torch.device, use: str):
+def take_model(args: Namespace, use: str):
     """`choose_model`; options that are not given become the model's defaults. ValueError if the
     device cannot even hold the weights."""
-    choose_model(args, device)
+    choose_model(args)
     defaults = model_defaults(args.folder, use)
     args.lr = args.lr or defaults["learning_rate"]
     args.resolution = args.resolution or [defaults["resolution"]]
     for name, value in defaults.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
-    check_memory(args, device, bare_flux(args))
+    check_memory(args, bare_flux(args))

@@ -392,11 +392,12 @@ def step_bytes(flux: Flux, batch: int, size: tuple[int, int], text_tokens: int, 
     return (inputs * (BLOCK * once + twice) + widened) * dtype.itemsize
 
 
-def check_memory(args: Namespace, device: torch.device, flux: Flux, beside: int = 0):
+def check_memory(args: Namespace, flux: Flux, beside: int = 0):
     """Prints the memory that a run needs, with `beside` bytes of adapter and step next to the
     weights of `flux`, which is on meta. ValueError if that is more than is free; it names the
     switch that would make it fit. args.stay: how many blocks stay on the device, counted from the
     first, while --offload moves the others."""
+    device = args.device
     if args.fp8 and device.type == "mps":
         raise ValueError("--fp8 does not work on mps, which has no 8-bit floats: try --offload")
 

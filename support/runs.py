@@ -57,7 +57,8 @@ def check_stage_1(args: Namespace, device: torch.device):
     if args.r2 > args.r1:
         raise ValueError(f"--r2 {args.r2} is more than the --r1 {args.r1} rows of LoMD that it "
                          "combines")
-    take_model(args, device, "stage 1")
+    args.device = device
+    take_model(args, "stage 1")
     args.resolution = sorted(set(args.resolution))
     if any(resolution % 16 for resolution in args.resolution):
         raise ValueError("--resolution takes multiples of 16")

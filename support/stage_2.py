@@ -33,7 +33,7 @@ def check_stage_2(args: Namespace, iterations: dict[str, int]):
 
     args.switches = model_words(args)
     args.device = pick_device(args.device)
-    take_model(args, args.device, args.method)
+    take_model(args, args.method)
     take_iterations(args, args.iterations or iterations[args.method])
     use_threads(args.dtype == torch.float32)             # a small model on a CPU
     args.captions = captions_beside(args.photos, args.prompt)

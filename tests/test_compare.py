@@ -268,7 +268,7 @@ def test_a_comparison_is_a_long_run_even_without_iters(monkeypatch):
     told = []
     for name in ("encode_prompts", "load_autoencoder"):
         monkeypatch.setattr(compare, name, lambda *words: None)
-    monkeypatch.setattr(compare, "open_flux", lambda args, device, steps: told.append(steps))
+    monkeypatch.setattr(compare, "open_flux", lambda args, steps: told.append(steps))
     compare.Run(Namespace(prompts={}, captions={}, folder=BABY, device="cpu", text_device="cpu", dtype=None, iters=None, steps=10), None)
     assert told[0] >= LONG_RUN
 

@@ -189,7 +189,7 @@ def sampling(card, px=1024, rank=1, config=None, **switches):
     args.folder, args.dtype, args.device = Path("flux"), BF16, card.device
     targets = find_targets(bare(config))
     loras = [({t.path: (torch.zeros(rank, t.d_in), torch.zeros(t.rows, rank)) for t in targets}, 1.0)]
-    checkpoints.check_sampling_memory(args, card.device, (px // 8, px // 8), [loras])
+    checkpoints.check_sampling_memory(args, (px // 8, px // 8), [loras])
     card.reset()
     fit = sample.fit_sampling
     patch(sample, "fit_sampling", lambda *words: (fit(*words), card.reset()))

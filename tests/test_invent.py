@@ -210,7 +210,7 @@ invent.main({words!r})
 
 
 def test_a_name_of_the_hub(monkeypatch):
-    def stop(args, device):
+    def stop(args):
         raise ValueError(args.model)
     monkeypatch.setattr(invent, "choose_model", stop)
     with pytest.raises(ValueError, match="^flux-dev$"):

@@ -295,8 +295,8 @@ def test_recomputing_some_blocks_changes_nothing():
 
 def check(flux, device, fp8, offload, beside):
     """check_memory in bf16 -> how many blocks stay on the device."""
-    args = SimpleNamespace(dtype=torch.bfloat16, fp8=fp8, offload=offload)
-    check_memory(args, torch.device(device), flux, beside)
+    args = SimpleNamespace(dtype=torch.bfloat16, device=torch.device(device), fp8=fp8, offload=offload)
+    check_memory(args, flux, beside)
     return args.stay
 
 
@@ -555,16 +555,16 @@ def test_a_small_model_is_not_compiled_unless_asked(monkeypatch):
     asked = []
     monkeypatch.setattr("support.checkpoints.compile_blocks", asked.append)
     for wanted, steps, expected in ((None, 10_000, 0), (False, 10_000, 0), (True, 1, 1)):
-        args = SimpleNamespace(folder=HUB, dtype=torch.float32, fp8=False, offload=False, stay=0, compile=wanted)
-        open_flux(args, torch.device("cpu"), steps)
+        args = SimpleNamespace(folder=HUB, dtype=torch.float32, fp8=False, offload=False, stay=0, compile=wanted, device=torch.device("cpu"))
+        open_flux(args, steps)
         assert len(asked) == expected
 
 
 @pytest.mark.parametrize("offload, left, expected", [(True, 10, "cpu"), (True, 12, "cuda"), (False, 10, "cuda")])
 def test_text_is_encoded_on_the_cpu_where_t5_does_not_fit(offload, left, expected, monkeypatch):
     monkeypatch.setattr(checkpoints, "memory_left", lambda device: left * GIB)
-    args = SimpleNamespace(model=str(HUB), offload=offload)
-    checkpoints.choose_model(args, torch.device("cuda"))
+    args = SimpleNamespace(model=str(HUB), offload=offload, device=torch.device("cuda"))
+    checkpoints.choose_model(args)
     assert str(args.text_device) == expected and args.dtype == torch.bfloat16
 
 
@@ -574,9 +574,9 @@ def test_8_bits_are_not_compiled_where_the_compiler_has_none(fp8, capability, pa
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(checkpoints, "find_spec", lambda name: True)
     monkeypatch.setattr(checkpoints, "is_small", lambda folder: False)
-    args = SimpleNamespace(folder=HUB, fp8=fp8)
-    assert checkpoints.compiling_pays(args, torch.device("cuda"), 375) == pays
-    assert not checkpoints.compiling_pays(args, torch.device("cuda"), 10)
+    args = SimpleNamespace(folder=HUB, fp8=fp8, device=torch.device("cuda"))
+    assert checkpoints.compiling_pays(args, 375) == pays
+    assert not checkpoints.compiling_pays(args, 10)
 
 
 @pytest.mark.slow
