@@ -128,24 +128,27 @@ class QKNorm(nn.Module):
     """Norms for the queries and keys of each head, for stable training in bf16 (Esser et al.)."""
     def __init__(self, head_size: int):
         super().__init__()
+        self.head_size = head_size
         self.query_norm = RMSNorm(head_size)
         self.key_norm = RMSNorm(head_size)
+
+    def forward(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """qkv (B, L, 3C) -> normalized queries and keys, and values, each (B, H, L, D)."""
+        q, k, v = rearrange(qkv, "B L (qkv H D) -> qkv B H L D", qkv=3, D=self.head_size)
+        return self.query_norm(q), self.key_norm(k), v
 
 
 class SelfAttention(nn.Module):
     """The attention weights of one stream. DoubleStreamBlock joins the streams and attends."""
     def __init__(self, hidden_size: int, num_heads: int, qkv_bias: bool):
         super().__init__()
-        self.num_heads = num_heads
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=qkv_bias)
         self.norm = QKNorm(hidden_size // num_heads)
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, L, C) -> normalized queries and keys, and values, each (B, H, L, D)."""
-        qkv = self.qkv(x)                                                               # (B, L, 3C)
-        q, k, v = rearrange(qkv, "B L (qkv H D) -> qkv B H L D", qkv=3, H=self.num_heads)
-        return self.norm.query_norm(q), self.norm.key_norm(k), v
+        return self.norm(self.qkv(x))
 
 
 class Modulation(nn.Module):
@@ -217,7 +220,6 @@ class SingleStreamBlock(nn.Module):
     def __init__(self, config: FluxConfig):
         super().__init__()
         hidden = config.hidden_size
-        self.num_heads = config.num_heads
         self.mlp_dim = int(hidden * config.mlp_ratio)
         self.linear1 = nn.Linear(hidden, 3 * hidden + self.mlp_dim)
         self.linear2 = nn.Linear(hidden + self.mlp_dim, hidden)
@@ -228,8 +230,7 @@ class SingleStreamBlock(nn.Module):
         shift, scale, gate = self.modulation(vec)
         qkv_mlp = self.linear1(modulate(x, shift, scale))                     # (B, L, 3C + mlp_dim)
         qkv, mlp = qkv_mlp.split((3 * x.shape[-1], self.mlp_dim), dim=-1)
-        q, k, v = rearrange(qkv, "B L (qkv H D) -> qkv B H L D", qkv=3, H=self.num_heads)
-        attn = attention(self.norm.query_norm(q), self.norm.key_norm(k), v, rope)        # (B, L, C)
+        attn = attention(*self.norm(qkv), rope)                                          # (B, L, C)
         attn_mlp = torch.cat((attn, F.gelu(mlp, approximate="tanh")), dim=-1)  # (B, L, C + mlp_dim)
         return torch.addcmul(x, gate, self.linear2(attn_mlp))                            # (B, L, C)
 
