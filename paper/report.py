@@ -278,13 +278,8 @@ def draw_found(path: Path, found: Found):
     for method, rates in found.rates.items():
         curves = found.tried[method]
         best = {count: curves[rates[count]][count] for count in found.steps}
-        lines[method, ""] = points_of(found.scores.get(method, best))
+        points = {}
+        for count, scores in found.scores.get(method, best).items():
+            points[count] = {metric: mean_error(scores[metric]) for metric in AXES}
+        lines[method, ""] = points
     draw_scores(path, AXES, lines)
-
-
-def points_of(curve: Curve) -> dict[int, dict[str, tuple[float, float]]]:
-    """What a figure shows of a curve."""
-    points = {}
-    for count, scores in curve.items():
-        points[count] = {metric: mean_error(scores[metric]) for metric in AXES}
-    return points
