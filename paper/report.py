@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from support.common import save_figure
+from support.judges import Prompts
 from support.people import Person
 from support.sheets import sheet, table
 
@@ -61,7 +62,7 @@ def draw_scores(path: Path, metrics: Collection[str], lines: Lines):
 def draw_sheet(
     path: Path,
     people: list[Person],
-    prompts: dict[str, dict[int, str]],
+    prompts: Prompts,
     folders: dict[str, Path],
 ):
     """A contact sheet: eight people across, each with another prompt; the photo and rows of images

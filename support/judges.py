@@ -26,6 +26,7 @@ INCEPTION = ("https://github.com/timesler/facenet-pytorch/releases/download/v2.2
              "20180402-114759-vggface2.pt")
 CLIP = "openai/clip-vit-base-patch32"
 META_PHD = Path(__file__).resolve().parents[1] / "paper" / "meta_phd"
+Prompts = dict[str, dict[int, str]]              # {person: {number: prompt}}
 
 
 class FaceEmbedder(nn.Module):
@@ -255,8 +256,8 @@ def prompts_for(
     people: list[Person],
     prompt_file: Path | None,
     model: str,
-) -> dict[str, dict[int, str]]:
-    """{person: {number: prompt}}, without those that are for the other gender.
+) -> Prompts:
+    """Everybody's prompts, without those that are for the other gender.
 
     They come from `prompt_file`, or else from the model's prompts.txt, or else from Meta-PHD."""
     prompt_file = prompt_file or own_file(own_folder(model), PROMPTS)
@@ -268,10 +269,7 @@ def prompts_for(
     return prompts
 
 
-def find_pictures(
-    root: Path,
-    prompts: dict[str, dict[int, str]],
-) -> tuple[list[Picture], list[str]]:
+def find_pictures(root: Path, prompts: Prompts) -> tuple[list[Picture], list[str]]:
     """Pictures root/<method>/<identity>/<prompt>_<seed>.png, each prompt and seed once, and a line
     for each other thing."""
     found, skipped = {}, {}          # {(method, identity, number, seed): Picture}, {path: why}
@@ -304,7 +302,7 @@ def find_pictures(
     return [*found.values()], problems
 
 
-def find_missing(pictures: list[Picture], prompts: dict[str, dict[int, str]]) -> list[str]:
+def find_missing(pictures: list[Picture], prompts: Prompts) -> list[str]:
     """A line for each person's missing pictures.
 
     Expected is every seed that anybody has from any method."""
