@@ -350,8 +350,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def take_defaults(args: argparse.Namespace):
     """Finds the model (may download it), its LoMD, and the captions, and collects in args.settings
     all that decides about results."""
+    given = dict(args.lr)
     take_model(args, "lora")
-    given = args.rates
     args.rates = {}
     for method in METHODS:
         if method != "none":
@@ -414,7 +414,6 @@ def compare(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
     args = parse(argv)
     check_writable(args.out, "--out", args.data)
     args.device = pick_device(args.device)
-    args.rates = dict(args.lr)
     args.rows = rows_of(args)
     args.people = read_people(args.data, args.reference, args.gender, args.photos)
     args.prompts = prompts_for(args.people, args.prompts, args.model)
