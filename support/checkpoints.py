@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from flux_model import AutoEncoder, Flux, FluxConfig, TextEncoders
 from support.common import JsonFile, count, digest, free, progress
-from support.finding import (FOLDERS, Place, add_model_options, autoencoder_files,
-                             check_tokenizers, find_model, flux_files, named_parts, open_part,
+from support.finding import (FOLDERS, OPTION, Place, autoencoder_files, check_tokenizers,
+                             find_model, flux_files, model_name, named_parts, open_part,
                              tokenizers_of)
 from support.memory import (E4M3, GIB, Fp8Linear, Offload, TiledDecoder, adapter_bytes, blocks_of,
                             check_memory, compile_blocks, memory_left, multiplies_fp8, step_bytes,
@@ -331,7 +331,12 @@ def is_small(folder: Place) -> bool:
 def add_speed_options(add: Callable[..., object], training: bool, model: bool = True):
     """The switches for large models, and with `model` those that choose it and the device."""
     if model:
-        add_model_options(add)
+        add("--model", type=model_name, default="flux-dev",
+            help="flux-dev (default), flux-schnell, baby, a folder or a file")
+        for part, word in OPTION.items():
+            kind = "folder" if part == "tokenizers" else "file or folder"
+            add(f"--{word}", dest=f"model_{word}", metavar="PATH",
+                help=f"{kind} of the model's {part} (default: found near it, or the hub's)")
         add("--device", help="cuda, mps or cpu (default: the best available)")
     add("--fp8", action="store_true",
         help="8-bit weights in the blocks: half the memory, and often faster")

@@ -11,7 +11,7 @@ import os
 import re
 import textwrap
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from itertools import chain, product
 from pathlib import Path
@@ -408,18 +408,8 @@ def find_transformer(folder: Path) -> Path:
 
 # A name -----------------------------------------------------------------------------------------
 
-def add_model_options(add: Callable[..., object]):
-    """--model, and what a model of single files may lack, for the parser of a script."""
-    add("--model", type=model_name, default="flux-dev",
-        help="flux-dev (default), flux-schnell, baby, a folder or a file")
-    for part, word in OPTION.items():
-        kind = "folder" if part == "tokenizers" else "file or folder"
-        add(f"--{word}", dest=f"model_{word}", metavar="PATH",
-            help=f"{kind} of the model's {part} (default: found near it, or the hub's)")
-
-
 def named_parts(args: Namespace | None) -> dict[str, str | None]:
-    """{option of add_model_options: its value}; a judge of paper/ is called --clip too."""
+    """{option that names a part: its value}; a judge of paper/ is called --clip too."""
     return {word: getattr(args, f"model_{word}", None) for word in OPTION.values()}
 
 
