@@ -262,7 +262,6 @@ def collect(
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="eval_rfacesim.py",
-        allow_abbrev=False,
         description="Scores generated pictures: R-FaceSim, FaceSim, and CLIP-T.",
     )
     add = parser.add_argument

@@ -372,7 +372,7 @@ class Run:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="meta_train.py", allow_abbrev=False,
+    parser = Parser(prog="meta_train.py",
                     description="Learns LoMD, what all people share, from buckets of people.")
     add = parser.add_argument
     add("--data", type=Path, required=True, help="buckets/<bucket>/<person>/, or faces/<person>/")

@@ -164,7 +164,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         prog="personalize.py",
         usage="personalize.py photo [photo ...] [options]",
         description="Turn one or more photos of a person into a LoRA.",
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("photos", nargs="+", metavar="photo", help="photos of one person, or a folder of them")

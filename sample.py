@@ -146,7 +146,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description="Generate pictures from prompts, with any number of LoRAs.",
         epilog="Several prompts or seeds: every combination is saved in a folder, as "
         "<number of the prompt, from 0>_<seed>.png, together with grid.png",
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("words", metavar="prompt", nargs="*", help="what to generate")

@@ -295,7 +295,7 @@ ROWS = (
 
 
 def options() -> Parser:
-    parser = Parser(prog="bench.stages", allow_abbrev=False, description=__doc__.split("\n")[0])
+    parser = Parser(prog="bench.stages", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--model", choices=MODELS, nargs="+", default=["baby", "mid"],
         help="default: baby, then mid; all but the baby have random weights")

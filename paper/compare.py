@@ -315,7 +315,7 @@ def rate(text: str) -> tuple[str, float]:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="paper.compare", allow_abbrev=False,
+    parser = Parser(prog="paper.compare",
                     description="Compares methods, ranks, and iteration counts as the paper does.")
     add = parser.add_argument
     add_options(add)

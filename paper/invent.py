@@ -233,8 +233,8 @@ def choose(embed: Callable, everyone: list[list[Shot]], folder: Path,
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line, and what the model decides. ValueError if it does not fit into memory."""
-    parser = Parser(prog="paper.invent", allow_abbrev=False, description="People that the base "
-                    "model invents, a folder for stage 1: <out>/<person>/<pictures, captions>.")
+    parser = Parser(prog="paper.invent", description="People that the base model invents, a folder "
+                    "for stage 1: <out>/<person>/<pictures, captions>.")
     add = parser.add_argument
     add("--out", type=Path, default="faces", help="folder for the people (default: faces/)")
     add("--people", type=whole_number(2), default=50, help="how many (default: 50)")

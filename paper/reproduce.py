@@ -358,7 +358,7 @@ def report(args: argparse.Namespace, folder: str, rank: int, found: Found):
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="paper.reproduce", allow_abbrev=False,
+    parser = Parser(prog="paper.reproduce",
                     description="Compares the methods at their best learning rates, on new people.")
     add = parser.add_argument
     add("--subset", action="store_true",

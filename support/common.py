@@ -334,7 +334,11 @@ def positive_number(text: str) -> float:
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises ValueError for bad arguments; argparse would print its usage and exit."""
+    """Takes no abbreviations, and raises ValueError for bad arguments; argparse would print its
+    usage and exit."""
+    def __init__(self, **options: object):
+        super().__init__(allow_abbrev=False, **options)
+
     def error(self, message: str):
         raise ValueError(f"{message} (--help lists all options)")
 
