@@ -17,11 +17,11 @@ for MTCNN's crop (160 pixels, no margin) and InceptionResnetV1 (VGGFace2); CLIP 
 Deviation: Algorithm 3 does not say how to score a picture without a face. Here both face scores
 leave it out and the share of faces found is reported, or it counts as 0 (--no-face-as-zero).
 """
-import argparse
 import importlib.metadata
 import json
 import statistics
 import sys
+from argparse import Namespace
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -223,7 +223,7 @@ def score_all(
 
 
 def collect(
-    args: argparse.Namespace,
+    args: Namespace,
     judges: Judges,
     people: list[Person],
     real: dict[str, Tensor],
@@ -259,7 +259,7 @@ def collect(
 # The command
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parse(argv: list[str] | None) -> Namespace:
     parser = Parser(
         prog="eval_rfacesim.py",
         description="Scores generated pictures: R-FaceSim, FaceSim, and CLIP-T.",

@@ -17,13 +17,13 @@ mean over their own pictures, so that it does not depend on who shares the batch
 trainer clips them all by one norm.
 With several resolutions, each use of a picture takes one at random.
 """
-import argparse
 import collections
 import json
 import math
 import os
 import sys
 import time
+from argparse import Namespace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -117,7 +117,7 @@ def generator(*key: int) -> torch.Generator:
 
 class Run:
     """One process's part of a run: LoMD, every size-th person of each bucket, the iteration."""
-    def __init__(self, args: argparse.Namespace, buckets: Buckets, group: Group):
+    def __init__(self, args: Namespace, buckets: Buckets, group: Group):
         self.args = args
         self.group = group
         self.interruption = Interruption()
@@ -371,7 +371,7 @@ class Run:
 # The command
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parse(argv: list[str] | None) -> Namespace:
     parser = Parser(prog="meta_train.py",
                     description="Learns LoMD, what all people share, from buckets of people.")
     add = parser.add_argument

@@ -13,10 +13,10 @@ is used at one resolution unless --resolution names more. Small crops are enlarg
 photos.to_sizes. An iteration is one optimizer step, as in the paper's tables; its Algorithm 2, read
 literally, would count epochs.
 """
-import argparse
 import math
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -159,7 +159,7 @@ def train(
 # The command
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parse(argv: list[str] | None) -> Namespace:
     parser = Parser(
         prog="personalize.py",
         usage="personalize.py photo [photo ...] [options]",
@@ -200,7 +200,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def prepare(args: argparse.Namespace) -> tuple:
+def prepare(args: Namespace) -> tuple:
     """Photos -> flux, its adapter, the crops, their data for `train`, and the LoMD's hash.
 
     Text encoders, autoencoder and transformer are loaded one after another, and the first two are

@@ -13,9 +13,9 @@ of the frozen weights (metalora.py).
 Source: the defaults are Meta-LoRA's evaluation settings (30 steps, guidance 3.5, true CFG 1,
 strength 1). A model's defaults.json may name another size and guidance.
 """
-import argparse
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
@@ -105,7 +105,7 @@ def decode_latent(autoencoder: AutoEncoder, latent: Tensor) -> Image.Image:
 
 
 def sample_rows(
-    args: argparse.Namespace,
+    args: Namespace,
     rows: list[list],
     embeddings: dict,
     jobs: list[tuple[str, int]],
@@ -139,7 +139,7 @@ def sample_rows(
 # The command
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parse(argv: list[str] | None) -> Namespace:
     parser = Parser(
         prog="sample.py",
         usage="sample.py prompt [prompt ...] [options]",
@@ -183,7 +183,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def draw_all(
-    args: argparse.Namespace,
+    args: Namespace,
     rows: list[list],
     embeddings: dict,
     jobs: list[tuple[str, int]],
@@ -237,7 +237,7 @@ def draw_all(
         raise stopped
 
 
-def sampling_settings(args: argparse.Namespace, config: FluxConfig) -> dict[str, object]:
+def sampling_settings(args: Namespace, config: FluxConfig) -> dict[str, object]:
     """What `sample_latents` takes beside the jobs; names on stderr what has no effect."""
     if args.negative and args.true_cfg == 1.0:
         note("--negative does nothing without --true-cfg")

@@ -8,12 +8,12 @@ the command to resume; --methods, --ranks, --iters, and --seeds may then list mo
 
 Source: "Meta-LoRA" (Topal et al. 2025), section 4 and appendix F.
 """
-import argparse
 import collections
 import json
 import math
 import sys
 import time
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Iterator
 from functools import partial
 from itertools import chain, groupby, islice, product
@@ -56,7 +56,7 @@ def label_of(method: str, rank: int, iterations: int) -> str:
     return f"{method}_r{rank}_i{iterations}" if rank else method
 
 
-def rows_of(args: argparse.Namespace) -> dict[str, dict]:
+def rows_of(args: Namespace) -> dict[str, dict]:
     """{label: title, method, rank, and iterations} of all rows of the tables; rank 0: no LoRA."""
     rows = {}
     for method, rank in product(args.methods, args.ranks):
@@ -73,7 +73,7 @@ def rows_of(args: argparse.Namespace) -> dict[str, dict]:
     return rows
 
 
-def lora_path(args: argparse.Namespace, label: str, person: str) -> Path:
+def lora_path(args: Namespace, label: str, person: str) -> Path:
     return args.out / "loras" / label / f"{person}.safetensors"
 
 
@@ -125,7 +125,7 @@ def train_together(
 class Run:
     """Trains and samples what is missing in --out. Results do not depend on interruptions: people
     train as if alone, and a batch of images is always sampled as a whole."""
-    def __init__(self, args: argparse.Namespace, interruption: Interruption):
+    def __init__(self, args: Namespace, interruption: Interruption):
         """Encodes all texts, then loads the autoencoder and the transformer."""
         self.args = args
         self.interruption = interruption
@@ -272,7 +272,7 @@ class Run:
                 })
 
 
-def plan_pictures(args: argparse.Namespace) -> list[Picture]:
+def plan_pictures(args: Namespace) -> list[Picture]:
     """All images, whether they exist or not."""
     pictures = []
     for label, person, seed in product(args.rows, args.prompts, range(args.seeds)):
@@ -283,7 +283,7 @@ def plan_pictures(args: argparse.Namespace) -> list[Picture]:
     return pictures
 
 
-def produce(args: argparse.Namespace) -> list[Picture]:
+def produce(args: Namespace) -> list[Picture]:
     """Trains and samples all that is missing, and frees the models -> all images."""
     loras = {}                                   # {(method, rank): as Run.train takes the missing}
     for (label, row), (i, person) in product(args.rows.items(), enumerate(args.people)):
@@ -310,11 +310,11 @@ def rate(text: str) -> tuple[str, float]:
     """A word of --lr -> method and learning rate; "" stands for all other methods."""
     method, _, number = text.rpartition("=")
     if method and method not in METHODS:
-        raise argparse.ArgumentTypeError(f"no method {method!r}; there are {', '.join(METHODS)}")
+        raise ArgumentTypeError(f"no method {method!r}; there are {', '.join(METHODS)}")
     return method, positive_number(number)
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parse(argv: list[str] | None) -> Namespace:
     parser = Parser(prog="paper.compare",
                     description="Compares methods, ranks, and iteration counts as the paper does.")
     add = parser.add_argument
@@ -347,7 +347,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def take_defaults(args: argparse.Namespace):
+def take_defaults(args: Namespace):
     """Finds the model (may download it), its LoMD, and the captions, and collects in args.settings
     all that decides about results."""
     given = dict(args.lr)
@@ -409,7 +409,7 @@ def lines_of(methods: list[dict]) -> Lines:
     return lines
 
 
-def compare(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
+def compare(argv: list[str] | None) -> tuple[Namespace, dict]:
     """Writes scores.json and tables.md -> the settings, and what scores.json holds."""
     args = parse(argv)
     check_writable(args.out, "--out", args.data)

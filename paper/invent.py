@@ -17,10 +17,10 @@ without writing a folder: a LoMD trained on such people was no better than a ran
 Everything that is drawn is in <out>-drawn/, with a contact sheet. Rerun the command to resume; the
 resulting folder is identical to the byte.
 """
-import argparse
 import json
 import math
 import sys
+from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -124,7 +124,7 @@ def invent_people(people: int, pictures: int, seed: int, baby: bool) -> list[lis
     return everyone
 
 
-def draw_pictures(args: argparse.Namespace, shots: list[Shot], folder: Path):
+def draw_pictures(args: Namespace, shots: list[Shot], folder: Path):
     """Draws the batches of which a picture is not there yet: rounding depends on the batch."""
     if args.compile is None:                 # however many are left, so that the bytes stay the same
         args.compile = compiling_pays(args, len(shots) * args.steps)
@@ -151,7 +151,7 @@ def draw_pictures(args: argparse.Namespace, shots: list[Shot], folder: Path):
 # The filter ---------------------------------------------------------------------------------------
 
 
-def face_network(args: argparse.Namespace) -> Callable | None:
+def face_network(args: Namespace) -> Callable | None:
     """Picture -> embedding (E,), norm 1, of its largest face; None without a face. The network is
     the model's own, or else facenet-pytorch's. No network, after a note, without its weights."""
     if args.no_filter:
@@ -198,7 +198,7 @@ def choose_people(people: Tensor, number: int) -> list[int]:
 
 
 def choose(embed: Callable, everyone: list[list[Shot]], folder: Path,
-           args: argparse.Namespace) -> list[list[Shot]]:
+           args: Namespace) -> list[list[Shot]]:
     """The people and pictures that are kept. ValueError if the people cannot be told apart."""
     chosen, embeddings = [], []
     for shots in tqdm(everyone, "looking at faces", disable=None):
@@ -231,7 +231,7 @@ def choose(embed: Callable, everyone: list[list[Shot]], folder: Path,
 # The command --------------------------------------------------------------------------------------
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parse(argv: list[str] | None) -> Namespace:
     """The command line, and what the model decides. ValueError if it does not fit into memory."""
     parser = Parser(prog="paper.invent", description="People that the base model invents, a folder "
                     "for stage 1: <out>/<person>/<pictures, captions>.")

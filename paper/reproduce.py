@@ -18,7 +18,6 @@ An image without a face counts with a likeness of 0.
 
 Source: "Meta-LoRA" (Topal et al. 2025), section 4 and appendices D, F, and I.
 """
-import argparse
 import collections
 import concurrent.futures
 import itertools
@@ -26,6 +25,7 @@ import json
 import multiprocessing
 import os
 import sys
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -122,7 +122,7 @@ def work(function: Callable[..., object], *args: object) -> object:
 
 
 def side_by_side(
-    args: argparse.Namespace,
+    args: Namespace,
     function: Callable[..., object],
     calls: list[tuple],
     name: str,
@@ -142,7 +142,7 @@ def side_by_side(
 # One trial
 
 
-def measure(args: argparse.Namespace, trial: Trial, steps: list[int]) -> Curve:
+def measure(args: Namespace, trial: Trial, steps: list[int]) -> Curve:
     """The scores of a trial, people in the order of their names; computes only the missing step
     counts."""
     path = args.run / "scores" / trial.people / f"{trial.name}.json"
@@ -162,7 +162,7 @@ def measure(args: argparse.Namespace, trial: Trial, steps: list[int]) -> Curve:
     return curve
 
 
-def run_trial(args: argparse.Namespace, trial: Trial, steps: list[int]) -> dict[str, dict]:
+def run_trial(args: Namespace, trial: Trial, steps: list[int]) -> dict[str, dict]:
     """Trains, samples, and scores -> {step count: {person: {metric: value}}}.
 
     likeness is R-FaceSim, text is CLIP-T, found the share of images with a face. The people on whom
@@ -210,7 +210,7 @@ def run_trial(args: argparse.Namespace, trial: Trial, steps: list[int]) -> dict[
 
 
 def copy_of(
-    settings: argparse.Namespace,
+    settings: Namespace,
     images: Path,
     person: evaluation.Person,
 ) -> dict[str, float]:
@@ -265,7 +265,7 @@ def rate_at(method: str, rung: int) -> float:
 
 
 def choose_rates(
-    args: argparse.Namespace,
+    args: Namespace,
     method: str,
     rank: int,
     steps: tuple[int, ...],
@@ -304,7 +304,7 @@ def choose_rates(
 
 
 def run_sweep(
-    args: argparse.Namespace,
+    args: Namespace,
     rank: int,
     steps: tuple[int, ...],
     people: int,
@@ -336,7 +336,7 @@ def run_sweep(
         report(args, folder, rank, Found(steps, rates, tried, seed + 1, means))
 
 
-def report(args: argparse.Namespace, folder: str, rank: int, found: Found):
+def report(args: Namespace, folder: str, rank: int, found: Found):
     """Writes tables, figure, and, once there are images, the contact sheet."""
     text = write_report(found)
     print(text)
@@ -357,7 +357,7 @@ def report(args: argparse.Namespace, folder: str, rank: int, found: Found):
     draw_sheet(args.out / f"sheet_r{rank}.png", people, prompts, rows)
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parse(argv: list[str] | None) -> Namespace:
     parser = Parser(prog="paper.reproduce",
                     description="Compares the methods at their best learning rates, on new people.")
     add = parser.add_argument
