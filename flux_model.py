@@ -140,11 +140,12 @@ class QKNorm(nn.Module):
 
 class SelfAttention(nn.Module):
     """The attention weights of one stream. DoubleStreamBlock joins the streams and attends."""
-    def __init__(self, hidden_size: int, num_heads: int, qkv_bias: bool):
+    def __init__(self, config: FluxConfig):
         super().__init__()
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=qkv_bias)
-        self.norm = QKNorm(hidden_size // num_heads)
-        self.proj = nn.Linear(hidden_size, hidden_size)
+        hidden = config.hidden_size
+        self.qkv = nn.Linear(hidden, 3 * hidden, bias=config.qkv_bias)
+        self.norm = QKNorm(hidden // config.num_heads)
+        self.proj = nn.Linear(hidden, hidden)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, L, C) -> normalized queries and keys, and values, each (B, H, L, D)."""
@@ -184,10 +185,10 @@ class DoubleStreamBlock(nn.Module):
         hidden = config.hidden_size
         mlp_dim = int(hidden * config.mlp_ratio)
         self.img_mod = Modulation(hidden, multiplier=6)
-        self.img_attn = SelfAttention(hidden, config.num_heads, config.qkv_bias)
+        self.img_attn = SelfAttention(config)
         self.img_mlp = feed_forward(hidden, mlp_dim)
         self.txt_mod = Modulation(hidden, multiplier=6)
-        self.txt_attn = SelfAttention(hidden, config.num_heads, config.qkv_bias)
+        self.txt_attn = SelfAttention(config)
         self.txt_mlp = feed_forward(hidden, mlp_dim)
 
     def forward(self, img: Tensor, txt: Tensor, vec: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
