@@ -32,6 +32,7 @@ import support  # before torch: how its threads wait
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 
 import flux_model
 from metalora import IdentityBank, MetaLoRA, random_lomd
@@ -240,9 +241,8 @@ class Run:
         rows, shown = zip(*[self.pictures[index] for index in indices])
         latents = [cache.load(cache.latent_path(photo, size)) for photo in shown]
         texts = [cache.load(cache.text_path(photo.caption or self.args.prompt)) for photo in shown]
-        posteriors = torch.stack([latent["posterior"] for latent in latents])
-        txt = torch.stack([text["txt"] for text in texts])
-        y = torch.stack([text["y"] for text in texts])
+        posteriors = default_collate(latents)["posterior"]                       # (B, 2, 16, h, w)
+        text = default_collate(texts)                              # txt (B, T, _) and y (B, _)
 
         # a new sample of the autoencoder's posterior each time, as in the paper's trainer
         mean, std = posteriors.float().unbind(1)                                    # (B, 16, h, w)
@@ -250,7 +250,8 @@ class Run:
         noise = torch.randn(mean.shape, generator=rng)
         t = flux_model.sample_times(len(rows), rng)
         device = self.group.device
-        latent, noise, txt, y = [to_device(part, device) for part in (latent, noise, txt, y)]
+        parts = latent, noise, text["txt"], text["y"]
+        latent, noise, txt, y = [to_device(part, device) for part in parts]
         return shown, [torch.tensor(rows), latent, noise, t, txt, y]
 
     def what_is_not_finite(self, now: BucketPass, shown: list[Photo], losses: Tensor) -> str:
