@@ -273,7 +273,7 @@ def draw(argv: list[str] | None):
         files = plan_files(args.out, len(prompts), seeds)
     device = args.device = pick_device(args.device)
     choose_model(args)
-    use_threads(args.dtype == torch.float32)                 # a small model on a CPU
+    use_threads(args.dtype)
     _, config = flux_files(args.folder)
     settings = sampling_settings(args, config)
     width = settings["width"]

@@ -252,7 +252,7 @@ def parse(argv: list[str] | None) -> Namespace:
 
     args.device = pick_device(args.device)
     choose_model(args)
-    use_threads(args.dtype == torch.float32)                 # a small model on a CPU
+    use_threads(args.dtype)
     args.baby = (tokenizers_of(args.folder) / "face_embedder.safetensors").is_file()
     defaults = model_defaults(args.folder)
     args.size = args.size or min(512, defaults["resolution"])

@@ -24,9 +24,10 @@ def pick_device(name: str | None = None) -> torch.device:
     return device
 
 
-def use_threads(small: bool):
-    """One thread for a small model on a CPU: on small tensors, threads wait more than they work."""
-    if small and "OMP_NUM_THREADS" not in os.environ:
+def use_threads(dtype: torch.dtype):
+    """One thread for a small model on a CPU, which alone computes in fp32 (`choose_model`): on
+    small tensors, threads wait more than they work."""
+    if dtype == torch.float32 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
 
 

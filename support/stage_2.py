@@ -4,8 +4,6 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from support import photos
 from support.checkpoints import DEFAULTS, model_words, take_model
 from support.common import check_out, expand, note, pick_device, use_threads
@@ -35,7 +33,7 @@ def check_stage_2(args: Namespace, iterations: dict[str, int]):
     args.device = pick_device(args.device)
     take_model(args, args.method)
     take_iterations(args, args.iterations or iterations[args.method])
-    use_threads(args.dtype == torch.float32)             # a small model on a CPU
+    use_threads(args.dtype)
     args.captions = captions_beside(args.photos, args.prompt)
     for photo, caption in args.captions.items():
         if caption != args.prompt:
