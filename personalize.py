@@ -34,7 +34,7 @@ from support.checkpoints import (add_speed_options, check_training_memory, encod
 from support.common import (Interruption, Parser, count, free, keep, note, peak_memory, positive,
                             positive_number, progress, reserved, resolution, run_script,
                             to_device)
-from support.lora_files import read_lomd, save_lora
+from support.lora_files import FORMATS, read_lomd, save_lora
 from support.memory import blocks_of, fit_training
 from support.stage_2 import check_stage_2, lora_size, metadata, numbered, print_next_commands
 
@@ -169,10 +169,10 @@ def parse(argv: list[str] | None) -> Namespace:
     add("photos", nargs="+", metavar="photo", help="photos of one person, or a folder of them")
     add("--out", type=Path, default="out.safetensors",
         help="file to write (default: out.safetensors)")
-    add("--format", choices=("diffusers", "kohya", "original"), default="diffusers",
+    add("--format", choices=FORMATS, default="diffusers",
         help="layout of the LoRA file. diffusers (default): most programs read it; kohya: so does "
         "sd-scripts; original: ComfyUI, Forge and InvokeAI, but not diffusers (docs/LORAS.md)")
-    add("--method", choices=tuple(ITERATIONS), default="meta-lora",
+    add("--method", choices=ITERATIONS, default="meta-lora",
         help="meta-lora (default), or lora, the paper's baseline")
     add("--lomd", help="LoMD from stage 1 (default: lomd.safetensors in the model's folder, "
         "then in this one)")
