@@ -16,7 +16,6 @@ import io
 import json
 import math
 import re
-import sys
 from argparse import Namespace
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -229,10 +228,10 @@ def tell_unused(folder: Path, captions: Captions, inside: Collection[Path]) -> l
     return dead
 
 
-def tell(problems: list[str], start: str = "note: "):
-    """A line for each problem."""
+def tell(problems: list[str], start: str = ""):
+    """A note for each problem."""
     for problem in problems:
-        print(start + " ".join(problem.split()), file=sys.stderr)
+        note(start + " ".join(problem.split()))
 
 
 def complain(problems: list[str]):
@@ -496,7 +495,7 @@ def read_buckets(args: Namespace) -> Buckets:
             write_whole(listing, json.dumps(known))
     if not args.skip_bad:
         complain(problems)
-    tell(problems, "note: skipped: ")
+    tell(problems, "skipped: ")
     if not people:
         raise ValueError(f"{args.data} holds no people with pictures")
     return make_buckets(people, args.identities_per_bucket, args.seed)
