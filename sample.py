@@ -32,9 +32,10 @@ from metalora import apply_loras
 from support.checkpoints import (add_speed_options, check_sampling_memory, choose_model,
                                  encode_prompts, flux_files, load_autoencoder, model_defaults,
                                  open_flux)
-from support.common import (Interruption, Parser, count, expand, finite_number, free, keep, note,
-                            peak_memory, pick_device, positive, read_prompts, run_script, save_png,
-                            shorten, side, suppress_out_of_memory, use_threads, write_whole)
+from support.common import (Interruption, Parser, batched, count, expand, finite_number, free, keep,
+                            note, peak_memory, pick_device, positive, read_prompts, run_script,
+                            save_png, shorten, side, suppress_out_of_memory, use_threads,
+                            write_whole)
 from support.lora_files import load_loras, split_lora
 from support.memory import fit_sampling, memory_left
 from support.photos import picture_fields, plan_files, to_image
@@ -71,8 +72,7 @@ def sample_latents(
         txt, y = zip(*(embeddings[prompt] for prompt in prompts))
         return torch.cat(txt).to(device), torch.cat(y).to(device)             # (B, T, _), (B, _)
 
-    for start in range(0, len(jobs), batch_size):
-        batch = jobs[start:start + batch_size]
+    for batch in batched(jobs, batch_size):
         noise = torch.cat([get_noise(height, width, seed) for _, seed in batch])
         txt, y = embed([prompt for prompt, _ in batch])
         negatives = (None, None)

@@ -33,7 +33,7 @@ from support import photos
 from support.checkpoints import (LONG_RUN, add_speed_options, check_training_memory,
                                  encode_prompts, fingerprint, flux_fingerprint, is_small,
                                  load_autoencoder, model_defaults, open_flux, take_model)
-from support.common import (Interruption, Parser, check_settings, check_writable, count,
+from support.common import (Interruption, Parser, batched, check_settings, check_writable, count,
                             finite_number, free, note, pick_device, positive, positive_number,
                             progress, resolution, run_script, save_png, side, write_whole)
 from support.judges import Picture, prompts_for
@@ -106,8 +106,7 @@ def train_together(
                 by_shape[latent.shape][person] = latent, *others, *text
 
         for batches in by_shape.values():
-            for start in range(0, len(batches), adapter.slots):
-                group = [*batches][start:start + adapter.slots]
+            for group in batched([*batches], adapter.slots):
                 parts = zip(*map(batches.get, group))
                 batch = [torch.cat(tensors).to(adapter.device) for tensors in parts]
                 latent, noise, weight, t, txt, y = batch

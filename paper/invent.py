@@ -37,8 +37,9 @@ from baby import faces
 from sample import draw_all
 from support.checkpoints import (add_speed_options, check_sampling_memory, choose_model,
                                  compiling_pays, encode_prompts, is_small, model_defaults)
-from support.common import (Parser, check_out, check_settings, count, note, pick_device, positive,
-                            run_script, save_png, side, use_threads, whole_number, write_whole)
+from support.common import (Parser, batched, check_out, check_settings, count, note, pick_device,
+                            positive, run_script, save_png, side, use_threads, whole_number,
+                            write_whole)
 from support.finding import tokenizers_of
 from support.judges import FaceNetwork
 from support.photos import read_photo
@@ -130,12 +131,10 @@ def draw_pictures(args: Namespace, shots: list[Shot], folder: Path):
         args.compile = compiling_pays(args, len(shots) * args.steps)
     batch_size = BATCH if is_small(args.folder) else 1
     left = []
-    for start in range(0, len(shots), batch_size):
-        batch = shots[start:start + batch_size]
+    for batch in batched(shots, batch_size):
         if not all((folder / shot.path).is_file() for shot in batch):
             left += batch
-    for start in range(0, len(left), ROUND):
-        batch = left[start:start + ROUND]
+    for batch in batched(left, ROUND):
 
         def save(number: int, picture: Image.Image):
             shot = batch[number]

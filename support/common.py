@@ -313,6 +313,12 @@ def progress(things: Iterable, name: str, **options: object) -> tqdm:
     return tqdm(things, name, disable=None if first else True, leave=False, **options)
 
 
+def batched(things: list, size: int) -> Iterator[list]:
+    """Consecutive parts of `size` things; the last may be smaller. As Python 3.12's of itertools."""
+    for start in range(0, len(things), size):
+        yield things[start:start + size]
+
+
 def note(text: object):
     print(f"note: {text}", file=sys.stderr)
 
