@@ -31,8 +31,8 @@ from paper.report import METHODS, Lines, draw_scores, draw_sheet
 from sample import STEPS, decode_latent, sample_latents
 from support import photos
 from support.checkpoints import (LONG_RUN, add_speed_options, check_training_memory,
-                                 encode_prompts, fingerprint, flux_fingerprint, is_small,
-                                 load_autoencoder, model_defaults, open_flux, take_model)
+                                 encode_prompts, flux_fingerprint, is_small, load_autoencoder,
+                                 model_defaults, open_flux, part_fingerprints, take_model)
 from support.common import (Interruption, Parser, batched, check_settings, check_writable, count,
                             finite_number, free, note, pick_device, positive, positive_number,
                             progress, resolution, run_script, save_png, side, write_whole)
@@ -385,9 +385,8 @@ def take_defaults(args: Namespace):
         "people and their references": references,
         "captions": {name: [*captions.values()] for name, captions in args.captions.items()},
         "prompts": {name: [*texts.values()] for name, texts in args.prompts.items()},
+        **part_fingerprints(args.folder),
     }
-    for part in ("autoencoder", "clip", "t5"):
-        args.settings[part] = fingerprint(args.folder, part)
     for name in ("resolution", "size", "steps", "guidance", "seed", "aspects", "scales",
                  "background", "mirror"):
         args.settings[name] = getattr(args, name)

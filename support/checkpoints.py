@@ -273,6 +273,11 @@ def fingerprint(folder: Place, part: str) -> str:
     return " ".join([*sorted(types - {"F32", "F16", "BF16"}), digest_of(files, small, BF16)])
 
 
+def part_fingerprints(folder: Place) -> dict[str, str]:
+    """`fingerprint` of each part of a model beside its transformer."""
+    return {part: fingerprint(folder, part) for part in ("autoencoder", "clip", "t5")}
+
+
 def flux_fingerprint(folder: Place) -> str:
     """A hash of a model's transformer, the same for every copy: in either layout and any precision
     down to e4m3. That of a coarser copy begins with e5m2, and says little."""

@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from support.checkpoints import fingerprint, load_autoencoder, load_text_encoders
+from support.checkpoints import load_autoencoder, load_text_encoders, part_fingerprints
 from support.common import (JsonFile, Problems, check_readable, digest, encodable, expand, free,
                             note, progress, read_text, whole, write_whole)
 from support.names import first_match
@@ -544,7 +544,7 @@ class Cache:
     resolutions: list[int]
 
     def __post_init__(self):
-        parts = [fingerprint(self.model, part) for part in ("autoencoder", "clip", "t5")]
+        parts = part_fingerprints(self.model).values()
         self.key = digest(" ".join([*parts, str(self.dtype)]).encode())[:12]
 
     @staticmethod

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flux_model import denoise, get_noise
-from support.checkpoints import (fingerprint, flux_files, flux_fingerprint, load_autoencoder,
+from support.checkpoints import (flux_files, flux_fingerprint, load_autoencoder, part_fingerprints,
                                  take_model, targets_of, text_length)
 from support.common import (check_out, check_settings, check_writable, is_out_of_memory, naming,
                             note, pick_device, save_figure, save_png, write_whole)
@@ -86,9 +86,8 @@ def take_settings(args: Namespace, buckets: Buckets, group: "Group"):
         "prompt": args.prompt,
         "resolution": args.resolution,
         "seed": args.seed,
+        **part_fingerprints(args.folder),
     }
-    for part in ("autoencoder", "clip", "t5"):
-        args.settings[part] = fingerprint(args.folder, part)
     check_settings(args.run / "settings.json", args.settings)
 
 
