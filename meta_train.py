@@ -18,7 +18,6 @@ trainer clips them all by one norm.
 With several resolutions, each use of a picture takes one at random.
 """
 import collections
-import json
 import math
 import os
 import sys
@@ -39,8 +38,8 @@ from metalora import IdentityBank, MetaLoRA, random_lomd
 from support.checkpoints import (add_speed_options, check_training_memory, open_flux,
                                  text_length)
 from support.common import (Interruption, Parser, count, free, is_out_of_memory, keep, note,
-                            positive, positive_number, resolution, run_script, to_device,
-                            write_whole)
+                            positive, positive_number, resolution, run_script, save_settings,
+                            to_device)
 from support.lora_files import save_lomd
 from support.memory import fit_training
 from support.names import find_targets
@@ -429,7 +428,7 @@ def meta_train(argv: list[str] | None):
         torch.use_deterministic_algorithms(True)
     group.gather(None)                           # nothing is written before all have found it sound
     if group.rank == 0:
-        write_whole(args.run / "settings.json", json.dumps(args.settings, indent=1))
+        save_settings(args.run / "settings.json", args.settings)
     group.gather(None)
     with locked(args.run / f"lock{group.rank}"):
         run.load()

@@ -9,7 +9,6 @@ the command to resume; --methods, --ranks, --iters, and --seeds may then list mo
 Source: "Meta-LoRA" (Topal et al. 2025), section 4 and appendix F.
 """
 import collections
-import json
 import math
 import sys
 import time
@@ -35,7 +34,7 @@ from support.checkpoints import (LONG_RUN, add_speed_options, check_training_mem
                                  model_defaults, open_flux, part_fingerprints, take_model)
 from support.common import (Interruption, Parser, batched, check_settings, check_writable, count,
                             finite_number, free, note, pick_device, positive, positive_number,
-                            progress, resolution, run_script, save_png, side, write_whole)
+                            progress, resolution, run_script, save_png, save_settings, side)
 from support.judges import Picture, prompts_for
 from support.lora_files import load_lora, read_lomd, save_lora
 from support.memory import fit_training
@@ -425,7 +424,7 @@ def compare(argv: list[str] | None) -> tuple[Namespace, dict]:
     before = check_settings(path, args.settings, later="lomd")
     if args.settings["lomd"] == "none":          # one that this command does not need
         args.settings["lomd"] = before["lomd"]
-    write_whole(path, json.dumps(args.settings, indent=1))
+    save_settings(path, args.settings)
 
     pictures = produce(args)
     scores = collect(args, judges, args.people, real, pictures, problems=[])

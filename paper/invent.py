@@ -17,7 +17,6 @@ without writing a folder: a LoMD trained on such people was no better than a ran
 Everything that is drawn is in <out>-drawn/, with a contact sheet. Rerun the command to resume; the
 resulting folder is identical to the byte.
 """
-import json
 import math
 import sys
 from argparse import Namespace
@@ -38,8 +37,8 @@ from sample import draw_all
 from support.checkpoints import (add_speed_options, check_sampling_memory, choose_model,
                                  compiling_pays, encode_prompts, is_small, model_defaults)
 from support.common import (Parser, batched, check_out, check_settings, count, note, pick_device,
-                            positive, run_script, save_png, side, use_threads, whole_number,
-                            write_whole)
+                            positive, run_script, save_png, save_settings, side, use_threads,
+                            whole_number, write_whole)
 from support.finding import tokenizers_of
 from support.judges import FaceNetwork
 from support.photos import read_photo
@@ -276,7 +275,7 @@ def invent(argv: list[str] | None):
     check_settings(kept, settings)
     if not kept.is_file() and any(args.out.glob("*")):
         raise ValueError(f"--out {args.out} is not empty, and was not made by this command")
-    write_whole(kept, json.dumps(settings, indent=1))
+    save_settings(kept, settings)
     for parent in (folder, args.out):        # left by a process that was killed
         for part in parent.rglob("*.part"):
             part.unlink()

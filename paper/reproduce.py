@@ -43,7 +43,7 @@ from paper.report import (METHODS, Curve, Found, draw_found, draw_sheet, mean_er
 from support import photos
 from support.checkpoints import flux_fingerprint
 from support.common import (JsonFile, Parser, check_settings, note, pick_device, positive,
-                            progress, run_script, save_png, write_whole)
+                            progress, run_script, save_png, save_settings, write_whole)
 from support.finding import find_model
 from support.lora_files import read_lomd
 
@@ -390,7 +390,7 @@ def reproduce(argv: list[str] | None = None):
     settings = {"model": flux_fingerprint(folder), "lomd": lomd}
     path = args.run / "scores" / "settings.json"
     check_settings(path, settings)
-    write_whole(path, json.dumps(settings, indent=1))
+    save_settings(path, settings)
     judges = evaluation.Judges(args.model)
     draw_people(judges, args.run / "choose", faces.CHOOSE.start + 500, args.choose)
     for sweep in args.sweeps:

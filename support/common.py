@@ -238,6 +238,11 @@ def check_settings(path: Path, now: dict, later: str = "") -> dict:
     return before
 
 
+def save_settings(path: Path, settings: dict):
+    """Writes what `check_settings` reads."""
+    write_whole(path, json.dumps(settings, indent=1))
+
+
 def check_writable(path: Path, option: str, data: Iterable[Path] = ()):
     """ValueError unless the folder `path` exists or can be created, with its missing parents, and
     is outside of the data, where it would be read later."""
