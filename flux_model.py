@@ -648,6 +648,7 @@ def denoise(
 # Text
 
 
+@dataclass
 class TextEncoders:
     """CLIP's pooled output and T5's hidden states for prompts, as FLUX.1 uses them: padded to the
     maximum length, without a mask.
@@ -655,13 +656,11 @@ class TextEncoders:
     clip and t5 are transformers' CLIPTextModel and T5EncoderModel, with their tokenizers.
     max_length is the number of T5 tokens: 512 for FLUX.1-dev, 256 for schnell.
     """
-    def __init__(self, clip: nn.Module, clip_tokenizer, t5: nn.Module, t5_tokenizer,
-                 max_length: int = 512):
-        self.clip = clip
-        self.clip_tokenizer = clip_tokenizer
-        self.t5 = t5
-        self.t5_tokenizer = t5_tokenizer
-        self.max_length = max_length
+    clip: nn.Module
+    clip_tokenizer: object
+    t5: nn.Module
+    t5_tokenizer: object
+    max_length: int = 512
 
     def tokenize(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """Token ids for CLIP (B, 77) and T5 (B, max_length). Longer prompts are cut off."""

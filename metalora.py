@@ -30,6 +30,7 @@ Source: "Meta-LoRA" (Topal et al. 2025), equation 1 and Algorithms 1 and 2.
 import math
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -254,19 +255,20 @@ def apply_loras(flux: nn.Module, loras: list[tuple[LoRA, float]]):
 # Many people
 
 
+@dataclass
 class IdentityBank:
     """A row of fp32 weights for each identity (N, P), with its own AdamW moments and step count."""
     PARTS = "weight", "exp_avg", "exp_avg_sq", "steps"
+    weight: Tensor
+    exp_avg: Tensor | None = None
+    exp_avg_sq: Tensor | None = None
+    steps: Tensor | None = None
 
-    def __init__(self, weight: Tensor, exp_avg: Tensor | None = None,
-                 exp_avg_sq: Tensor | None = None, steps: Tensor | None = None):
-        self.weight = weight
-        self.exp_avg = exp_avg
-        self.exp_avg_sq = exp_avg_sq
+    def __post_init__(self):
+        if self.steps is None:
+            self.steps = torch.zeros(len(self.weight), dtype=torch.long)
         # on the CPU, so that reading a count never waits for the GPU
-        if steps is None:
-            steps = torch.zeros(len(weight), dtype=torch.long)
-        self.steps = steps.cpu()
+        self.steps = self.steps.cpu()
 
     def make_moments(self):
         """Creates AdamW's moments if there are none: a LoMD that is never trained needs none."""
