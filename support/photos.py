@@ -256,7 +256,7 @@ def find_faces(image: Image.Image, threshold: float = 0.9) -> list[Face]:
     return faces
 
 
-def head_box(face: tuple[float, ...]) -> Box:
+def head_box(face: Face) -> Box:
     """A face (x0, y0, x1, y1, ...) -> the box of the head, which may reach beyond the picture."""
     x0, y0, x1, y1 = face[:4]             # from mid-forehead to the chin, without hair and ears
     w = x1 - x0
