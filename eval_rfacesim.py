@@ -103,7 +103,7 @@ def summarise(
 def summarise_methods(
     rows: list[dict],
     people: list[Person],
-    no_face_as_zero: bool = False,
+    no_face_as_zero: bool,
 ) -> list[dict]:
     """All three metrics of each method."""
     # as in the paper, CLIP-T comes from the people with a single picture if there are any

@@ -547,7 +547,7 @@ def position_ids(batch: int, height: int, width: int, text_len: int,
     return img_ids, txt_ids
 
 
-def get_noise(height: int, width: int, seed: int, channels: int = 16) -> Tensor:
+def get_noise(height: int, width: int, seed: int) -> Tensor:
     """The reference's initial noise (1, 16, h, w) in bf16 for an image of height x width pixels.
 
     It is drawn on the CPU, so it does not depend on the device, and directly in bf16: in some
@@ -557,7 +557,7 @@ def get_noise(height: int, width: int, seed: int, channels: int = 16) -> Tensor:
     h = 2 * math.ceil(height / 16)
     w = 2 * math.ceil(width / 16)
     generator = torch.Generator("cpu").manual_seed(seed)
-    return torch.randn(1, channels, h, w, generator=generator, dtype=torch.bfloat16)
+    return torch.randn(1, 16, h, w, generator=generator, dtype=torch.bfloat16)
 
 
 def get_schedule(num_steps: int, image_seq_len: int, shift: bool = True) -> list[float]:

@@ -506,7 +506,7 @@ def load_lomd(path: Place) -> tuple[dict[str, Tensor], dict[str, str]]:
     return lomd, file.metadata() or {}
 
 
-def find_lomd(folder: Place | None, path: Place | None = None) -> Path:
+def find_lomd(folder: Place | None, path: Place | None) -> Path:
     """The LoMD's file: `path`, else in a model's folder (None: not there yet), else in this one."""
     if path:
         check_file(path, "LoMD")

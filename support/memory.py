@@ -506,7 +506,7 @@ def fit_training(adapter: object, size: tuple[int, int], text_tokens: int,
 
 
 @torch.no_grad()
-def fit_sampling(flux: Flux, size: tuple[int, int], text_tokens: int, batch: int = 1):
+def fit_sampling(flux: Flux, size: tuple[int, int], text_tokens: int, batch: int):
     """`fit` for a batch of pictures of `size` latent pixels, with all LoRAs applied. Nothing is
     tried where nothing can be saved: without offloaded blocks, and on a CPU."""
     device = flux.img_in.weight.device
