@@ -271,7 +271,7 @@ def parse(argv: list[str] | None) -> Namespace:
     return parser.parse_args(argv)
 
 
-def evaluate(argv: list[str] | None = None):
+def evaluate(argv: list[str] | None):
     args = parse(argv)
     args.data = [Path(name) for name in expand(args.data)]
     check_writable(args.out, "--out", args.data)

@@ -376,7 +376,7 @@ def parse(argv: list[str] | None) -> Namespace:
     return parser.parse_args(argv)
 
 
-def reproduce(argv: list[str] | None = None):
+def reproduce(argv: list[str] | None):
     args = parse(argv)
     vars(args).update(SUBSET if args.subset else FULL)
     name = "reproduce-subset" if args.subset else "reproduce"
