@@ -441,8 +441,9 @@ class MetaLoRA:
         scale = (clip / (norms + 1e-6)).clamp(max=1.0)
         self.bank.step(self.present, rows * scale[:, None], lr)
         if self.train_lomd:
-            scale = (clip / (lomd_norm + 1e-6)).clamp(max=1.0)
-            self.shared.step(torch.tensor([0]), flat[None] * scale, lr)
+            # in place: without memory, the rows would have stepped alone
+            flat *= (clip / (lomd_norm + 1e-6)).clamp(max=1.0)
+            self.shared.step(torch.tensor([0]), flat[None], lr)
         return norms, lomd_norm
 
     @property

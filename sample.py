@@ -228,8 +228,9 @@ def draw_all(
             for number, latent in waiting.items():
                 try:
                     save(number, decode_latent(autoencoder, latent))
-                except OSError as error:
+                except (OSError, RuntimeError) as error:
                     stopped = error
+                    done -= 1
         if interruption.asked:
             stopped = stopped or KeyboardInterrupt(interruption.asked)
     if stopped:

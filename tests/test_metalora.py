@@ -18,6 +18,7 @@ from flux_model import Flux, FluxConfig, flow_matching_loss, velocity
 from metalora import AdaptedLinear, IdentityBank, MetaLoRA, apply_loras, plain_meta_lora, random_lomd, set_update, views
 from support.lora_files import FORMATS, check_lomd, load_lomd, load_lora, save_lomd, save_lora
 from support.names import find_targets
+from torch.utils._python_dispatch import TorchDispatchMode
 
 CONFIG = FluxConfig(vec_in_dim=24, context_in_dim=40, hidden_size=64, num_heads=2, depth=1,
                     depth_single_blocks=2, axes_dim=(4, 14, 14))
@@ -402,6 +403,36 @@ def test_rows_stepped_now_and_then_are_adamws_of_their_own():
             optimizers[i].step()
     assert torch.allclose(bank.weight, torch.stack(rows).detach(), rtol=1e-6, atol=1e-6)
     assert bank.steps.tolist() == [40, 20, 14, 0, 8] and torch.equal(bank.weight[3], weight[3])
+
+
+class FullCard(TorchDispatchMode):
+    """No memory is left for a tensor of `size` numbers or more."""
+    def __init__(self, size):
+        super().__init__()
+        self.size = size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        places = [given.untyped_storage().data_ptr() for given in args if isinstance(given, torch.Tensor)]
+        if isinstance(out, torch.Tensor) and out.numel() >= self.size and out.untyped_storage().data_ptr() not in places:
+            raise torch.OutOfMemoryError
+        return out
+
+
+def test_lomd_steps_without_further_memory(monkeypatch):
+    """Else the rows would have stepped alone, and a checkpoint of that be resumed as the state before the step."""
+    adapter = adapter_of(tiny_flux())
+    adapter.train_lomd = True
+    adapter.shared.make_moments()
+    adapter.assign(torch.tensor([0]))
+    adapter.rows.grad, adapter.flat.grad = torch.randn(adapter.rows.shape), torch.randn(adapter.flat.shape)
+    full, real = FullCard(adapter.flat.numel()), adapter.bank.step
+    monkeypatch.setattr(adapter.bank, "step", lambda *args: real(*args) or full.__enter__())
+    try:
+        adapter.step(1e-3)
+    finally:
+        full.__exit__(None, None, None)
+    assert adapter.bank.steps.tolist() == adapter.shared.steps.tolist() == [1]
 
 
 def test_each_row_is_clipped_by_its_own_norm():
