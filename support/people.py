@@ -16,6 +16,7 @@ import io
 import json
 import math
 import re
+import unicodedata
 from argparse import Namespace
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -308,7 +309,7 @@ def read_people(
     persons = []
     problems = []
     for place, sex, paths in identities:
-        name = place.name
+        name = unicodedata.normalize("NFC", place.name)      # macOS may spell it NFD
         if name in [person.identity for person in persons]:
             problems.append(f"{place}: another identity has the name {name} already")
         if place in own and len(paths) <= count:
@@ -440,7 +441,7 @@ def check_people(
         note(f"{data}: {len(attributes)} .json files are not read, such as {min(attributes)}")
     captions.used.update(attributes)
     for place in places:
-        problems += tell_unused(place, captions, subfolders(place))
+        problems += tell_unused(place, captions, set(subfolders(place)))
 
     photos_in = collections.defaultdict(list)
     for photo in photos:

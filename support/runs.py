@@ -102,7 +102,8 @@ def announce(run: Any, buckets: Buckets):
     missing = captions.count(None)
     resuming = f"; resuming from iteration {run.iteration}" if run.iteration else ""
     print(f"{run.args.people} people, {len(captions)} pictures, {len(buckets)} buckets; "
-          f"{run.args.iters} iterations, {len(run.passes)} passes over a bucket{resuming}")
+          f"{run.args.iters} iterations of {run.batch_size} pictures, {len(run.passes)} passes "
+          f"over a bucket{resuming}")
     if 0 < missing < len(captions):
         print(f"{missing} of {len(captions)} pictures have no caption of their own, and take that "
               "of --prompt")
@@ -169,7 +170,7 @@ class Group:
             reason = str(error).partition("\n")[0]
             raise ValueError(f"{others} missing ({reason}): unset it, or start with "
                              "torchrun") from None
-        timeout = timedelta(hours=2)             # a bucket may take long to encode
+        timeout = timedelta(hours=12)            # the first may read 100,000 pictures meanwhile
         store.set_timeout(timeout)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
@@ -274,11 +275,11 @@ class Checkpoints:
         self.group = group
         folder.mkdir(exist_ok=True)
         for part in folder.glob("*.part"):       # of a process that was killed while writing
-            part.unlink()
+            part.unlink(missing_ok=True)
 
     def found(self) -> list[Path]:
         """All of them, the newest last."""
-        return sorted(self.folder.glob("*-*.safetensors"))
+        return sorted(self.folder.glob("[!.]*-*.safetensors"))
 
     def save(self, iteration: int, open_pass: int, tensors: State):
         """Writes a checkpoint and keeps the last two. With several processes it keeps also the last
@@ -304,10 +305,17 @@ class Checkpoints:
                     readable[path.stem[9:]] = path, file.metadata()
             except ValueError as error:
                 note(error)
-        common = set.intersection(*self.group.gather(set(readable)))
+        everyones = self.group.gather(set(readable))
+        common = set.intersection(*everyones)
         if not common:
+            if max(map(len, everyones)) > 1:     # not only just begun: a folder is missing
+                raise ValueError(f"{self.folder.parent}: no checkpoint in common to all processes; "
+                                 "bring back the folders rank0, rank1, ..., or name a new --run")
             return None
         path, metadata = readable[max(common)]
+        for newer in self.found():
+            if newer > path:                     # a GPU may take another course from here on
+                newer.unlink()
         return int(path.stem[:8]), int(metadata["pass"]), read_state(path, device)
 
 
@@ -322,7 +330,7 @@ def peak_memory(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     peak = 0.0
-    with suppress(OSError):
+    with suppress(OSError, ValueError):          # gVisor's lacks these fields
         words = Path("/proc/self/status").read_text("utf-8").split()
         resident, mapped = (int(words[words.index(name) + 1]) for name in ("VmHWM:", "RssFile:"))
         peak = 1024 * (resident - mapped) / 1e9

@@ -5,11 +5,13 @@
 One run on the small model of golden/hub, 24 iterations over two buckets, is recorded step by step, and many
 tests look at the recording. Kills, torchrun and previews are in test_meta_train_runs.py.
 """
+import bisect
 import collections
 import copy
 import functools
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -529,6 +531,21 @@ def test_the_fingerprint_of_the_data(tmp_path):
     assert len(set(seen)) == len(seen)
 
 
+def test_the_seed_draws_some_of_the_people(tmp_path, capsys):
+    make_people(tmp_path / "data", {f"p{i}": 2 for i in range(8)})
+
+    def drawn(number, seed):
+        people, problems = check_people(tmp_path / "data", 16, {}, number, seed)
+        assert not problems
+        return list(people[""])
+    assert len(drawn(3, 0)) == 3 and drawn(3, 0) == drawn(3, 0) == sorted(drawn(3, 0))
+    assert len({tuple(drawn(3, seed)) for seed in range(4)}) > 1
+    args = SimpleNamespace(run=tmp_path / "run", data=tmp_path / "data", resolution=[64], people=3, seed=2, skip_bad=False,
+                           identities_per_bucket=50)
+    assert list(people_files.read_buckets(args)["0000"]) == drawn(3, 2)
+    assert len(drawn(9, 0)) == 8 and "--people 9: there are 8" in capsys.readouterr().err
+
+
 def make_bad_data(root):
     """Buckets with one of each fault, and the words that its line must hold."""
     make_people(root, {"a/ann": 4, "a/bob": 4, "b/cy": 4, "b/few": 1})
@@ -859,6 +876,21 @@ def test_lomd_and_rows_start_as_the_seed_says(recorded):
         assert not opened["steps"].any() and not opened["exp_avg"].any() and not opened["exp_avg_sq"].any()
 
 
+def test_every_seed_pass_and_process_draws_its_own(recorded):
+    """The batches of a pass; the noise of an iteration."""
+    run, orders, noises = copy.copy(recorded.run), set(), set()
+    run.args, run.iteration = copy.copy(run.args), 12
+    for run.args.seed in (5, 6):
+        for rank in (0, 1):
+            run.group = SimpleNamespace(rank=rank, device=torch.device("cpu"))
+            for run.open in (0, 2):                                                       # both over bucket a
+                run.open_bucket(run.open)
+                orders.add(str(run.order))
+            _, (_, _, noise, *_) = run.draw(0)
+            noises.add(tuple(noise[0, 0, 0].tolist()))
+    assert len(orders) == 8 and len(noises) == 4
+
+
 def waiting_files(folder):
     return sorted(path.name for path in (folder / "run/rank0").glob("pass*"))
 
@@ -955,6 +987,49 @@ def test_rows_that_a_later_pass_lacks_are_refused_at_the_start(tmp_path):
     assert str(waiting.path(1)) in one_line(waiting.check, 2, 4)
     waiting.check(open_pass=2, passes=3)                                 # a run that ends with pass 2 needs none
     waiting.check(open_pass=0, passes=4)                                 # and after pass 0 nobody has trained
+
+
+def test_what_the_disk_must_hold_is_all_that_is_missing(tmp_path, monkeypatch):
+    """The smallest disk that is not refused, with text and latents to encode and with files that are there already."""
+    people = [[(0, []), (1, [])], [(2, [])]]
+    run = SimpleNamespace(args=SimpleNamespace(folder=MODEL, r1=3, r2=2, dtype=torch.float32, run=tmp_path), members=people,
+                          group=SimpleNamespace(size=1, gather=lambda mine: [mine]), cache=cache_of(tmp_path), folder=tmp_path)
+
+    files = checkpoints.flux_files(MODEL)
+    targets = checkpoints.targets_of(files[1])
+    for name, known in (("flux_files", files), ("targets_of", targets), ("text_length", 512)):          # slow to ask
+        monkeypatch.setattr(runs, name, lambda _, known=known: known)
+    disk = SimpleNamespace()
+    monkeypatch.setattr(runs.shutil, "disk_usage", lambda path: disk)
+
+    def needed(photos, captions):
+        def fits(free):
+            disk.free = free
+            try:
+                runs.check_room(run, photos, captions)
+            except ValueError:
+                return False
+            return True
+        return bisect.bisect_left(range(10 ** 9), True, key=fits)
+    row, lomd = 12 * 2 * sum(3 + t.rows for t in targets), 12 * 3 * sum(t.d_in for t in targets)
+    rows = needed([], [])
+    assert rows == (3 + 2) * row + 3 * (2 * row + lomd)              # everybody's, a file that is replaced, three checkpoints
+    assert needed([], ["a", "b"]) == rows + 2 * 512 * 40 * 4
+    assert needed([Photo(None, "", 128, 64, None)], []) == rows + math.prod(run.cache.sizes(Photo(None, "", 128, 64, None))[0])
+    (tmp_path / "pass0000.safetensors").write_bytes(bytes(1000))
+    assert needed([], []) == rows - 1000
+
+
+def test_of_two_processes_each_keeps_a_checkpoint_that_the_other_has(tmp_path):
+    """In a joint phase they step together: beside the last two, the last from before LoMD's latest step."""
+    group = SimpleNamespace(size=2, gather=lambda mine: [mine, theirs])
+    own = runs.Checkpoints(tmp_path / "rank0", group)
+    for iteration, steps in ((3, 2), (4, 2), (6, 4), (8, 4), (9, 4)):
+        own.save(iteration, 1, {"lomd.steps": torch.tensor([steps])})
+    assert [path.stem for path in own.found()] == ["00000004-00000002", "00000008-00000004", "00000009-00000004"]
+    for theirs, expected in (({"00000002", "00000004"}, 9), ({"00000002"}, 4), ({"00000003"}, None)):
+        found = own.newest(torch.device("cpu"))
+        assert (found and found[0]) == expected
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1154,6 +1229,16 @@ def test_a_changed_setting_is_refused_with_both_values(begun, tmp_path):
     assert {p: t for p, t in listing().items() if p.parts[0] not in ("other", "ae", "t5")} == before
 
 
+def test_many_people_are_not_compared_each_with_each(tmp_path, monkeypatch):
+    """FLUXSynID has 14,889 folders."""
+    for number in range(100):
+        (tmp_path / f"{number:03d}").mkdir()
+    compared, equal = [], Path.__eq__
+    monkeypatch.setattr(type(tmp_path), "__eq__", lambda one, other: compared.append(1) or equal(one, other), raising=False)
+    check_people(tmp_path, 64, {})
+    assert len(compared) < 20 * 100
+
+
 def test_a_long_setting_is_shown_where_it_differs(tmp_path):
     path = tmp_path / "settings.json"
     path.write_text(json.dumps({"prompt": "a" * 200 + "b"}))
@@ -1183,6 +1268,17 @@ def test_precision_and_number_of_processes_belong_to_a_run(recorded, name, value
         group.size = value
     message = one_line(meta_train.take_settings, args, buckets, group)
     assert f"was made with other settings: {name} was {settings[name]} and is {value};" in message
+
+
+def test_a_bucket_with_fewer_people_than_processes_is_refused(recorded):
+    args, buckets = copy.copy(recorded.run.args), make_buckets(read(recorded.folder / "data")[0], 50, 5)
+    assert "bucket b has 2 people for 3 processes" in one_line(meta_train.take_settings, args, buckets, SimpleNamespace(size=3))
+
+
+def test_another_clip_is_another_run(recorded, tmp_path):
+    args, buckets = copy.copy(recorded.run.args), make_buckets(read(recorded.folder / "data")[0], 50, 5)
+    args.folder = hub_copy(tmp_path / "clip", "text_encoder/model.safetensors", "encoder.layers.0.layer_norm1.bias")
+    assert "settings: clip was " in one_line(meta_train.take_settings, args, buckets, SimpleNamespace(size=1))
 
 
 def test_foreign_and_damaged_run_folders(run, begun):
@@ -1340,6 +1436,43 @@ def test_the_log_names_phase_and_bucket(recorded):
         assert any(value is not None for value in line["loss_by_t"])
 
 
+def test_the_log_sorts_losses_by_their_time(tmp_path):
+    log = runs.Log(SimpleNamespace(run=tmp_path, iters=1), 0, SimpleNamespace(rank=0, device=torch.device("cpu")))
+    log.write({"iteration": 1, "phase": "joint"}, losses=torch.tensor([1.0, 4.0, 10.0]), t=torch.tensor([0.05, 0.91, 0.99]),
+              norms=torch.tensor([2.0, 4.0]), lomd_norm=torch.tensor(6.0))
+    line = json.loads((tmp_path / "log.jsonl").read_text())
+    assert line["loss_by_t"] == [1.0, *[None] * 8, 7.0]
+    assert (line["loss"], line["gradient_rows"], line["gradient_lomd"]) == (5.0, 3.0, 6.0)
+
+
+def test_a_preview_has_each_persons_photo_beside_a_sample_with_their_row(recorded, monkeypatch):
+    run, drawn, sheets = recorded.run, [], []
+    run.open = None
+    run.open_bucket(3)                                                                    # dan and eve
+
+    def denoise(flux, noise, txt, y, steps, guidance):
+        drawn.append((run.adapter.present.tolist(), noise))
+        return noise.float()
+    monkeypatch.setattr(runs, "denoise", denoise)
+    monkeypatch.setattr(runs, "save_png", lambda sheet, path: sheets.append((np.asarray(sheet), path)))
+    runs.draw_preview(run)
+    assert [rows for rows, _ in drawn] == [[0], [1]]
+    assert all(torch.equal(noise, flux_model.get_noise(64, 64, row)) for row, (_, noise) in enumerate(drawn))
+    (sheet, path), = sheets
+    assert sheet.shape == (128, 128, 3) and path == run.args.run / "previews" / f"{run.iteration:08d}.png"
+    for row, (_, own) in enumerate(run.members[1]):
+        assert np.array_equal(sheet[64 * row:64 * row + 64, :64], np.asarray(photos.read_photo(own[0].path)))
+
+
+def test_previews_come_when_they_are_due(run, monkeypatch):
+    make_people(Path("data"), {"ann": 2, "bob": 2})
+    drawn = []
+    monkeypatch.setattr(meta_train, "draw_preview", lambda run: drawn.append(run.iteration))
+    assert meta_train.main(["--data", "data", "--model", str(MODEL), "--device", "cpu", "--resolution", "64", "--iters", "3",
+                            "--warmup", "0", "--batch-size", "2", "--preview-every", "2"]) == 0
+    assert drawn == [2]
+
+
 def test_stage_2_takes_it_for_its_model_alone(recorded, tmp_path):
     path = recorded.folder / "out.safetensors"
     lomd, name, untrained = read_lomd(MODEL, path)
@@ -1408,6 +1541,32 @@ def test_a_run_in_which_lomd_learns_nothing(run):
     assert refused(run(*options, iters=40), "--iters 40 is all warm-up", "--warmup 0")
     assert [path.name for path in Path("run").iterdir()] == ["pictures.json"]
     assert run(*options, iters=41)[0] == 0
+
+
+def test_defaults_are_the_papers_and_the_models(run):
+    make_people(Path("data"), {"ann": 2})
+    for model, own in ((MODEL, (4e-4, 0.4, [1024])), ("baby", (4e-3, 0, [128]))):
+        args = meta_train.parse(["--data", "data", "--model", str(model)])
+        runs.check_stage_1(args, torch.device("cpu"))
+        assert (args.iters, args.batch_size, args.r1, args.r2, args.identities_per_bucket) == (50_000, 4, 16, 1, 50)
+        assert (args.lr, args.warmup, args.resolution) == own and args.prompt == "a photo of a person"
+        assert (args.people, args.seed, args.save_every, args.preview_every, args.deterministic) == (None, 0, 500, 1000, False)
+
+
+def test_deterministic_is_asked_of_torch(run, monkeypatch):
+    make_people(Path("data"), {"ann": 2, "bob": 2})
+    asked = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", asked.append)
+
+    def load(run):
+        asked.append("load")
+        raise ValueError("far enough")
+    monkeypatch.setattr(meta_train.Run, "load", load)
+    for words, expected in (((), ["load"]), (("--deterministic",), [True, "load"])):
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+        asked.clear()
+        assert refused(run("--warmup", 0, *words), "enough") and asked == expected
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == (":4096:8" if words else "")
 
 
 def test_data_must_be_given(run, capsys):

@@ -31,7 +31,8 @@ import meta_train
 import metalora
 from metalora import IdentityBank, MetaLoRA
 from support.people import check_people
-from support.runs import WaitingRows
+from support import runs
+from support.runs import Checkpoints, WaitingRows
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "tests" / "golden" / "hub"
@@ -779,3 +780,57 @@ def test_an_error_does_not_close_the_group(tmp_path, monkeypatch, capsys):
     closed = []
     monkeypatch.setattr(meta_train.Group, "close", closed.append)
     assert meta_train.main(["--data", str(tmp_path / "none"), "--device", "cpu"]) == 2 and not closed
+
+
+def checkpoint(steps, value=0.0):
+    return {"lomd.steps": torch.tensor([steps]), "lomd.weight": torch.tensor([value])}
+
+
+@pytest.fixture
+def one_of_two(tmp_path):
+    """The checkpoints of one of two processes, after iterations 1500 and 2000; `other`: which the second has."""
+    group = SimpleNamespace(size=2, rank=0, other=set(), gather=lambda mine: [mine, group.other])
+    found = Checkpoints(tmp_path / "rank0", group)
+    found.save(1500, 3, checkpoint(900, value=1.0))
+    found.save(2000, 3, checkpoint(1400, value=2.0))
+    return found
+
+
+def test_a_run_that_lost_a_folder_does_not_begin_again(one_of_two):
+    with pytest.raises(ValueError, match="no checkpoint in common"):
+        one_of_two.newest(torch.device("cpu"))
+
+
+def test_a_run_that_was_killed_at_its_first_checkpoint_begins_again(tmp_path):
+    found = Checkpoints(tmp_path / "rank0", SimpleNamespace(size=2, rank=0, gather=lambda mine: [mine, set()]))
+    for iteration in (500, 1000):                                        # a warm-up, in which the other may be behind
+        found.save(iteration, 0, checkpoint(0))
+    assert found.newest(torch.device("cpu")) is None
+
+
+def test_what_one_process_alone_saved_is_not_resumed_later(one_of_two):
+    """From 1500 on a GPU may take another course; then the other process saves its 2000, and this one is killed before."""
+    for other in ({"00000900"}, {"00000900", "00001400"}):
+        one_of_two.group.other = other
+        iteration, _, tensors = one_of_two.newest(torch.device("cpu"))
+        assert iteration == 1500 and tensors["lomd.weight"].item() == 1.0
+    assert [path.stem for path in one_of_two.found()] == ["00001500-00000900"]
+
+
+def test_others_wait_while_the_first_reads_the_pictures(monkeypatch):
+    """30,000 pictures of 24 megapixels take it 3 hours."""
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "TORCHELASTIC_RUN_ID": "none"}.items():
+        monkeypatch.setenv(name, value)
+    waits = []
+    store = SimpleNamespace(set_timeout=waits.append)
+    monkeypatch.setattr(runs.dist, "rendezvous", lambda url, timeout: iter([(store, 1, 2)]))
+    monkeypatch.setattr(runs.dist, "init_process_group", lambda backend, timeout, **others: waits.append(timeout))
+    meta_train.Group("cpu")
+    assert len(waits) == 2 and min(waits).total_seconds() > 10 * 3600
+
+
+def test_the_first_line_says_how_many_pictures_an_iteration_takes(capsys):
+    args = SimpleNamespace(people=50, iters=1000)
+    run = SimpleNamespace(args=args, group=SimpleNamespace(rank=0), iteration=0, passes=[0], batch_size=32)
+    runs.announce(run, {"0": {"ann": [SimpleNamespace(caption=None)]}})
+    assert "1000 iterations of 32 pictures" in capsys.readouterr().out
