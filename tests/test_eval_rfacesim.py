@@ -163,6 +163,35 @@ def test_with_every_reference_an_identity_still_counts_once():
         "mean": 0.5, "error": pytest.approx(0.3), "identities": 2, "pictures": 4, "of": 4, "found": 1.0}
 
 
+def test_clip_t_is_of_the_people_with_a_single_picture_if_there_are_any():
+    """As in the paper; and a face that was not found counts as 0 where that is asked for, but never in CLIP-T."""
+    people = [ev.Person("anna", "anna", None, Path("0"), (Path("1"),)), ev.Person("solo", "solo", None, Path("2"), ())]
+    rows = [{"method": "m", "number": 0, "seed": 0, "identity": name, "clip_t": clip, "facesim": None, "r_facesim": None}
+            for name, clip in (("anna", 0.25), ("solo", 0.75))]
+    both, = ev.summarise_methods(rows, people)
+    assert (both["clip_t"]["mean"], both["clip_t"]["identities"]) == (0.75, 1) and both["facesim"] is both["r_facesim"] is None
+    alone, = ev.summarise_methods(rows[:1], people, no_face_as_zero=True)
+    assert [alone[metric]["mean"] for metric in ("clip_t", "facesim", "r_facesim")] == [0.25, 0, 0]
+
+
+def test_scores_are_kept_by_all_that_they_depend_on(by_hand, monkeypatch):
+    """What is the same is not judged again; what another picture, face, prompt or judge changes is."""
+    monkeypatch.setattr(ev.photos, "find_anywhere", lambda image, path: (image, []))              # slow, and not of interest
+    def judged():
+        before = len([*by_hand.glob("parts/*")])
+        evaluated(by_hand)
+        return len([*by_hand.glob("parts/*")]) - before
+    assert (judged(), judged()) == (3, 0)                                                # one file for each person
+    paint(by_hand / "results/mine/cleo/0_0.png", (10, 100, 50))
+    assert judged() == 1
+    paint(by_hand / "people/anna/2.png", (45, 2, 0))
+    assert judged() == 1
+    (by_hand / "prompts.txt").write_text("one\nother\n")
+    assert judged() == 3
+    monkeypatch.setattr(GivenEmbeddings, "names", {"face": "another", "text": "given"})
+    assert judged() == 3
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Folders and prompts
 
@@ -263,6 +292,12 @@ def test_captions_tell_the_gender_and_a_slot_without_one_is_refused(tmp_path):
     assert ev.read_people([tmp_path], gender="man")[0].gender == "woman"              # what the caption says is nearer
     assert people_files.fill("man: a man", "woman") is None and people_files.fill("woman: a [b/c]", "woman") == "a c"
     assert people_files.fill("5:00 in the morning", None) == "5:00 in the morning"
+
+
+def test_a_caption_of_a_man_and_a_woman_tells_no_gender():
+    captions = ("a man and a woman", None, "a photo of a woman", "a man")
+    photos = [people_files.Photo(Path("x"), "", 1, 1, caption) for caption in captions]
+    assert people_files.gender_of(photos) == "woman" and people_files.gender_of(photos[:2]) is None
 
 
 @pytest.mark.parametrize("damage, message", [
@@ -537,6 +572,8 @@ def test_a_single_photo_has_facesim_and_clip_t(tmp_path, monkeypatch, capsys):
     assert own["facesim"]["mean"] == pytest.approx((0.8660254 + 0.6427876) / 2, abs=1e-6)
     assert own["clip_t"]["mean"] == pytest.approx(0.4) and own["r_facesim"] is None
     assert "| out | – | 75.44 | – | – | 100.0% | 1, 2 of 2 |" in out and "| no LoRA | – | 17.36 | – | – | 50.0% | 1, 1 of 2 |" in out
+    assert run("--data", photo, "--images", tmp_path / "compare", "--out", tmp_path / "r", "--no-face-as-zero") == 0
+    assert "| no LoRA | – | 8.68 | – | – | 50.0% | 1, 2 of 2 |" in capsys.readouterr().out
 
 
 def test_several_photos_are_of_one_person(tmp_path, monkeypatch, capsys):
@@ -549,6 +586,8 @@ def test_several_photos_are_of_one_person(tmp_path, monkeypatch, capsys):
     assert run("--data", *files, "--images", tmp_path / "compare", "--out", tmp_path / "r") == 0
     out = json.loads((tmp_path / "r/scores.json").read_text())["methods"][1]                    # cos 30, cos 60; cos 10, cos 40
     assert out["r_facesim"]["mean"] == pytest.approx((0.8660254 + 0.5 + 0.9848078 + 0.7660444) / 4, abs=1e-6)
+    copied = json.loads((tmp_path / "r/scores.json").read_text())["reference"]                  # the first photo: cos 60, cos 90
+    assert copied["mean"] == pytest.approx(0.5 / 2, abs=1e-6) and copied["identities"] == 1
     shutil.copy(files[0], tmp_path / "copy.png")
     assert run("--data", *files, tmp_path / "copy.png", tmp_path / "none.png", "--images", tmp_path / "compare", "--out", tmp_path / "r") == 2
     err = capsys.readouterr().err

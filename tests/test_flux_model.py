@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from flux_model import (AutoEncoder, AutoEncoderConfig, DoubleStreamBlock, Flux, FluxConfig, SingleStreamBlock, denoise,
+from flux_model import (AutoEncoder, AutoEncoderConfig, DoubleStreamBlock, Flux, FluxConfig, SingleStreamBlock, apply_rope, denoise,
                         flow_matching_loss, get_noise, get_schedule, pack, position_ids, rotary_embedding, sample_times, unpack)
 from metalora import MetaLoRA
 from support import memory
@@ -213,6 +213,16 @@ def test_posterior_samples_have_the_posteriors_spread(models):
     assert abs(deviates.mean()) < 0.15 and abs(deviates.std() - 1) < 0.1               # 768 values
 
 
+def test_a_posterior_is_in_fp32_over_bf16_weights(folders):
+    """Rounded once, in the encoder, and not again by the shift and the scale."""
+    autoencoder, image = load_autoencoder(folders["original"], dtype=torch.bfloat16), torch.rand(1, 3, 32, 32) * 2 - 1
+    mean, logvar = autoencoder.moments(image).double().chunk(2, dim=1)
+    config, posterior = autoencoder.config, autoencoder.posterior(image)
+    assert posterior.dtype == torch.float32
+    assert relative(posterior[:, 0], config.scale_factor * (mean - config.shift_factor)) < 1e-6
+    assert relative(posterior[:, 1], config.scale_factor * (0.5 * logvar).exp()) < 1e-6
+
+
 def test_schedules():
     golden = json.loads((GOLDEN / "schedules.json").read_text())
     assert golden
@@ -220,6 +230,15 @@ def test_schedules():
         times = get_schedule(case["num_steps"], case["image_seq_len"])
         assert times == pytest.approx(case["timesteps"], abs=1e-6)
     assert get_schedule(4, 4096, shift=False) == [1.0, 0.75, 0.5, 0.25, 0.0]
+
+
+def test_a_compiler_sees_the_same_rotation(monkeypatch):
+    """It gets the complex product written out."""
+    rope = rotary_embedding(torch.randint(0, 40, (2, 6, 3)), (4, 6, 6), 10_000)
+    x = torch.randn(2, 3, 6, 16)
+    expected = apply_rope(x, rope)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert torch.allclose(apply_rope(x, rope), expected, atol=1e-6) and relative(expected, x) > 0.1
 
 
 def test_packing_order_and_positions(pipeline):
@@ -261,6 +280,14 @@ def test_text_encoders_of_the_snapshot(text_encoders, pipeline):
     assert torch.equal(clip_ids, pipeline["out.clip_ids"]) and torch.equal(t5_ids, pipeline["out.t5_ids"])
     txt, y = text_encoders.encode(pipeline["prompts"])
     assert relative(txt, pipeline["out.t5"]) < 1e-5 and relative(y, pipeline["out.clip_pooled"]) < 1e-5
+
+
+def test_clip_takes_77_tokens_whatever_its_tokenizer_says(text_encoders, monkeypatch):
+    """Without a tokenizer_config.json, transformers takes its length for unlimited."""
+    expected = text_encoders.tokenize(["a face"])[0]
+    monkeypatch.setattr(text_encoders.clip_tokenizer, "model_max_length", 10 ** 30)
+    assert torch.equal(text_encoders.tokenize(["a face"])[0], expected) and expected.shape == (1, 77)
+    assert text_encoders.tokenize(["a face " * 100])[0].shape == (1, 77)
 
 
 def test_snapshot_end_to_end(models, text_encoders, pipeline):
@@ -338,6 +365,13 @@ def test_the_oracles_velocity_recovers_the_picture(steps, guidance_embed):
     schedule = get_schedule(steps, 6, shift=guidance_embed)
     assert oracle.times == [pytest.approx([t, t]) for t in schedule[:-1]]               # each step at its own start
     assert oracle.guidance == [[3.5, 3.5]] * steps
+
+
+def test_sampling_keeps_no_graph():
+    """Of 30 steps, also where the model's weights are not frozen."""
+    picture = torch.randn(1, 16, 4, 4, requires_grad=True)
+    latent = denoise(Oracle(picture), torch.randn(1, 16, 4, 4), torch.zeros(1, 3, 8), torch.zeros(1, 8), 2, 3.5)
+    assert not latent.requires_grad
 
 
 def test_flow_matching_loss():

@@ -10,6 +10,7 @@ import mmap
 import os
 import subprocess
 import sys
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -420,6 +421,23 @@ def test_more_blocks_are_run_twice_until_a_step_fits(needed):
     step, calls = run_out(lambda: run_twice(flux) >= needed)
     fit(flux, CPU, step, training=True)
     assert run_twice(flux) == needed and len(calls) <= (5 if needed else 1)
+
+
+def test_a_step_fits_only_beside_the_reserve(monkeypatch):
+    """What libraries and fragmentation take later is held while the step is tried, and given back."""
+    held, empty = [], torch.empty
+    monkeypatch.setattr(memory, "RESERVE", 12_345)
+
+    def watched(*size, **options):
+        made = empty(*size, **options)
+        if size == (12_345,):
+            assert made.dtype == torch.uint8
+            held.append(weakref.ref(made))
+        return made
+    monkeypatch.setattr(torch, "empty", watched)
+    there = []
+    fit(load_flux(BABY, dtype=torch.bfloat16), CPU, lambda: there.append([ref() is not None for ref in held]), training=True)
+    assert there == [[True]] and held[0]() is None
 
 
 def test_what_never_fits_is_one_line():

@@ -135,6 +135,17 @@ def test_a_seed_repeats_to_the_bit(run, head, method):
     assert not any(torch.equal(ours[path][1], other[path][1]) for path in ours if ours[path][1].any())
 
 
+def test_the_seed_is_of_the_row_and_of_the_draws(run, head, lomd, monkeypatch):
+    """Either alone would give another LoRA for another seed."""
+    seen = []
+    monkeypatch.setattr(personalize, "train", lambda flux, adapter, *rest: seen.append((adapter.bank.weight.clone(), rest[6])))
+    assert run(head, "--seed", 7)[0] == 0
+    (row, seed), = seen
+    flux = load_flux(MODEL, "cpu", torch.float32)
+    own, other = (MetaLoRA(flux, 1, load_lomd(lomd)[0], seed=s).bank.weight for s in (7, 0))
+    assert seed == 7 and torch.equal(row, own) and not torch.equal(row, other)
+
+
 @pytest.mark.parametrize("method", ["meta-lora", "lora"])
 def test_save_at_equals_a_shorter_run(run, head, method):
     code, out, _ = run(head, "--save-at", 4, 2, method=method, iters=4)
@@ -408,6 +419,30 @@ def test_divergence_stops_the_run_and_keeps_the_old_file(run, head, monkeypatch)
     assert "iteration 3" in line and "head.png (" in err and len(calls) == 3
     assert [p.name for p in Path().iterdir()] == ["out.safetensors"]
     assert Path("out.safetensors").read_bytes() == b"precious"
+
+
+def test_the_crop_on_which_it_diverged_is_named(run, head, monkeypatch):
+    order = []
+    monkeypatch.setattr(personalize, "batches", lambda *args: (order.append(batch[0]) or batch for batch in real(*args)))
+    monkeypatch.setattr(personalize, "flow_matching_loss", lambda *args, **kwargs: flow_matching_loss(*args, **kwargs) * (
+        math.nan if order[-1] else 1))
+    code, _, err = run(head, iters=9, method="lora")
+    assert code == 1 and order[-1] > 0
+    assert f"on {head} {photos.load_crops([head], [64])[order[-1]].box}" in err
+
+
+def test_a_full_card_saves_what_there_is(run, head, monkeypatch):
+    calls = []
+
+    def full(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return flow_matching_loss(*args, **kwargs)
+    monkeypatch.setattr(personalize, "flow_matching_loss", full)
+    code, _, err = run(head, iters=5, method="lora")
+    assert code == 1 and "out-interrupted-000002.safetensors" in err and "Traceback" not in err
+    assert read_metadata("out-interrupted-000002.safetensors")["iterations"] == "2"
 
 
 def test_ctrl_c_saves_what_there_is(run, head, monkeypatch):

@@ -474,6 +474,21 @@ def test_a_small_face_is_found_in_a_part(capsys):
     assert capsys.readouterr().err.startswith("note: the face in far.jpg is small: 3")
 
 
+def test_parts_cover_the_picture_and_overlap_by_half():
+    image = Image.new("RGB", (400, 200))
+    assert photos.overlapping_boxes(image, 1) == [(0, 0, 400, 200)]
+    assert photos.overlapping_boxes(image, 2) == [(x, y, x + 200, y + 100) for y in (0, 50, 100) for x in (0, 100, 200)]
+    assert len(photos.overlapping_boxes(image, 4)) == 49 and photos.overlapping_boxes(image, 4)[-1] == (300, 150, 400, 200)
+
+
+def test_the_surest_face_of_all_turns_counts(monkeypatch):
+    seen = iter([[], [(1, 2, 30, 40, 0.992)], [(5, 6, 30, 40, 0.999)], [(9, 9, 30, 40, 0.995)]])
+    monkeypatch.setattr(photos, "find_faces", lambda image, threshold: next(seen))
+    image = texture(60, 90)
+    upright, found = photos.find_anywhere(image, Path("lying.jpg"))
+    assert np.array_equal(np.asarray(upright), np.asarray(image.rotate(180))) and found == [(5, 6, 30, 40, 0.999)]
+
+
 def test_importing_photos_does_not_import_the_detector():
     code = "import sys; from support import photos; sys.exit('facenet_pytorch' in sys.modules or 'torchvision' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
