@@ -278,7 +278,7 @@ def invent(argv: list[str] | None):
     save_settings(kept, settings)
     for parent in (folder, args.out):        # left by a process that was killed
         for part in parent.rglob("*.part"):
-            part.unlink()
+            part.unlink(missing_ok=True)
 
     print(f"{people} people, {pictures} pictures of each, on {args.device}")
     everyone = invent_people(people, pictures, args.seed, args.baby)

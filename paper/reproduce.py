@@ -229,7 +229,7 @@ def copy_of(
     photo = np.asarray(crop.picture, dtype=np.float32)
     outside = np.asarray(crop.head) < 128
     differences, centers = [], []
-    for path in sorted(images.glob("*.png")):
+    for path in sorted(images.glob("[!.]*.png")):
         picture = photos.read_photo(path)
         resized = picture.resize(crop.picture.size)
         difference = np.abs(np.asarray(resized, dtype=np.float32) - photo)

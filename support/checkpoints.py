@@ -9,7 +9,6 @@ import gc
 import json
 import math
 import re
-import shlex
 from argparse import BooleanOptionalAction, Namespace
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from flux_model import AutoEncoder, Flux, FluxConfig, TextEncoders
-from support.common import JsonFile, count, digest, free, progress
+from support.common import JsonFile, command_line, count, digest, free, progress
 from support.finding import (FOLDERS, OPTION, Place, autoencoder_files, check_tokenizers,
                              find_model, flux_files, model_name, named_parts, open_part,
                              tokenizers_of)
@@ -359,7 +358,7 @@ def model_words(args: Namespace) -> str:
     words = ""
     for option, value in {"model": args.model, **named_parts(args)}.items():
         if value not in (None, "flux-dev"):
-            words += f"--{option} {shlex.quote(value)} "
+            words += f"--{option} {command_line(value)} "
     flags = {
         "--fp8 ": args.fp8,
         "--offload ": args.offload,

@@ -8,8 +8,10 @@ import math
 import os
 import re
 import secrets
+import shlex
 import signal
 import stat
+import subprocess
 import sys
 import tempfile
 import threading
@@ -246,7 +248,7 @@ def save_settings(path: Path, settings: dict):
 def check_writable(path: Path, option: str, data: Iterable[Path] = ()):
     """ValueError unless the folder `path` exists or can be created, with its missing parents, and
     is outside of the data, where it would be read later."""
-    base = next(p for p in (path, *path.absolute().parents) if p.exists())
+    base = next((p for p in (path, *path.absolute().parents) if p.exists()), path)
     if not base.is_dir():
         raise ValueError(f"{option} {path}: {base} is not a folder")
     try:
@@ -322,6 +324,12 @@ def batched(things: list, size: int) -> Iterator[list]:
     """Consecutive parts of `size` things; the last may be smaller. As Python 3.12's of itertools."""
     for start in range(0, len(things), size):
         yield things[start:start + size]
+
+
+def command_line(*words: object) -> str:
+    """Words for the user's shell: cmd.exe has no single quotes."""
+    join = subprocess.list2cmdline if sys.platform == "win32" else shlex.join
+    return join([str(word) for word in words])
 
 
 def note(text: object):

@@ -186,7 +186,7 @@ def check_tokenizers(folder: Path) -> Path:
         path = folder / name
         if path.is_file() or not path.with_name("tokenizer.json").is_file():
             check_whole(path)
-    for path in folder.glob("tokenizer*/*.json"):
+    for path in folder.glob("tokenizer*/[!.]*.json"):
         JsonFile(path)                           # transformers would not name a torn one
     return folder
 
@@ -299,7 +299,7 @@ def files_in(folder: Path, deep: bool = False) -> list[Path]:
         real = os.path.realpath(place)
         if real in found or not deep:
             inner.clear()
-        found.setdefault(real, [Path(place, name) for name in names])
+        found.setdefault(real, [Path(place, name) for name in names if name[0] != "."])
     return sorted(path for path in chain(*found.values())
                   if path.suffix in SUFFIXES and path.is_file() and not SHARD.search(path.name))
 

@@ -5,6 +5,7 @@ InceptionResnetV1 of facenet-pytorch (VGGFace2) tells faces apart, or the baby's
 import itertools
 import re
 import textwrap
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -281,7 +282,8 @@ def find_pictures(root: Path, prompts: Prompts) -> tuple[list[Picture], list[str
             skipped[path] = "it is not in a method's folder"
 
     for folder in folders:
-        if folder.name not in prompts or not folder.is_dir():
+        person = unicodedata.normalize("NFC", folder.name)
+        if person not in prompts or not folder.is_dir():
             skipped[folder] = "no identity of that name in --data"
             continue
         for path in visible(folder):
@@ -290,11 +292,11 @@ def find_pictures(root: Path, prompts: Prompts) -> tuple[list[Picture], list[str
                 skipped[path] = "its name is not <prompt>_<seed>.png"
                 continue
             number, seed = map(int, match.groups())
-            text = prompts[folder.name].get(number)
+            text = prompts[person].get(number)
             if text is None:
-                skipped[path] = f"{number} is not a prompt of {folder.name}"
+                skipped[path] = f"{number} is not a prompt of {person}"
                 continue
-            picture = Picture(folder.parent.name, folder.name, number, seed, text, path)
+            picture = Picture(folder.parent.name, person, number, seed, text, path)
             first = found.setdefault(picture[:4], picture)
             if first is not picture:
                 skipped[path] = f"{first.path.name} is the same prompt and seed"

@@ -192,7 +192,7 @@ def plan_comparison(
 
     # pictures or prompts of another comparison would be scored together with these
     expected = {*files, out / SHEET}
-    others = [path for path in sorted(out.rglob("*.png")) if path not in expected]
+    others = [path for path in sorted(out.rglob("[!.]*.png")) if path not in expected]
     prompt_file = out / PROMPTS
     if prompt_file.is_file() and prompt_file.read_text("utf-8").splitlines() != prompts:
         others.append(prompt_file)

@@ -1,12 +1,11 @@
 """Around a run of personalize.py: checks before it, facts in its LoRA file, what it prints."""
-import shlex
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 from support import photos
 from support.checkpoints import DEFAULTS, model_words, take_model
-from support.common import check_out, expand, note, pick_device, use_threads
+from support.common import check_out, command_line, expand, note, pick_device, use_threads
 from support.finding import HUB, home_of
 from support.lora_files import find_lomd, tell_replaced
 from support.people import captions_beside, named_photos
@@ -123,10 +122,10 @@ def print_next_commands(args: Namespace):
     """How to sample with the LoRA and, after --save-at, how to compare all that were saved."""
     model = args.switches
     # sample.py takes no empty prompt, and --compare none of several lines
-    prompt = shlex.quote(" ".join(args.prompt.split()) or DEFAULTS["prompt"][0])
-    print(f"try it:  python sample.py {model}--lora {shlex.quote(str(args.out))} {prompt}")
+    prompt = command_line(" ".join(args.prompt.split()) or DEFAULTS["prompt"][0])
+    print(f"try it:  python sample.py {model}--lora {command_line(args.out)} {prompt}")
     if args.save_at:
         files = [str(numbered(args.out, iteration)) for iteration in sorted({*args.save_at})]
         if args.iters not in args.save_at:
             files.append(str(args.out))
-        print(f"which one?  python sample.py {model}{prompt} --compare {shlex.join(files)}")
+        print(f"which one?  python sample.py {model}{prompt} --compare {command_line(*files)}")

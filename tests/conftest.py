@@ -26,6 +26,7 @@ def seeded():
 def server():
     """A process that has imported everything and computed nothing: `server.Process` is forked from it, since a start of
     Python costs more than most runs of a script."""
+    pytest.importorskip("resource")                          # Windows, which has no forkserver either
     import multiprocessing
     import multiprocessing.forkserver
     context = multiprocessing.get_context("forkserver")

@@ -33,6 +33,13 @@ COMMANDS = [command for block in BLOCKS for command in block if command]
 QUICK = [command for command in BLOCKS[0] if command.startswith("python")]
 
 
+def test_the_oldest_packages_that_are_taken():
+    """They may be there already, and pip then leaves them: CLIP's layers lie in .text_model before transformers 5.6, and Pillow's
+    has_transparency_data came with 10.1."""
+    wanted = dict(re.findall(r"^(\w+)>=([\d.]+)", (ROOT / "requirements.txt").read_text("utf-8"), re.M))
+    assert wanted["transformers"] == "5.6" and wanted["pillow"] == "10.1"
+
+
 def test_quick_start(tmp_path):
     """A face that the baby has never seen becomes a LoRA and a picture, with the very words of the README, but for the number
     of iterations: 250 take a while."""
