@@ -168,7 +168,7 @@ def test_clip_t_is_of_the_people_with_a_single_picture_if_there_are_any():
     people = [ev.Person("anna", "anna", None, Path("0"), (Path("1"),)), ev.Person("solo", "solo", None, Path("2"), ())]
     rows = [{"method": "m", "number": 0, "seed": 0, "identity": name, "clip_t": clip, "facesim": None, "r_facesim": None}
             for name, clip in (("anna", 0.25), ("solo", 0.75))]
-    both, = ev.summarise_methods(rows, people)
+    both, = ev.summarise_methods(rows, people, no_face_as_zero=False)
     assert (both["clip_t"]["mean"], both["clip_t"]["identities"]) == (0.75, 1) and both["facesim"] is both["r_facesim"] is None
     alone, = ev.summarise_methods(rows[:1], people, no_face_as_zero=True)
     assert [alone[metric]["mean"] for metric in ("clip_t", "facesim", "r_facesim")] == [0.25, 0, 0]
