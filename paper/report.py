@@ -94,9 +94,21 @@ class Found(NamedTuple):
     rates: dict[str, dict[int, float]]           # {method: {step count: the rate chosen for it}}
     tried: dict[str, dict[float, Curve]]         # {method: {rate: scores of the people on whom the
                                                  # rates were chosen}}
-    trainings: int                               # of which the following are the mean
-    scores: dict[str, Curve]                     # {method: scores of other people at the chosen
-                                                 # rates}; {} if there are none yet
+    trainings: list[dict[str, Curve]]            # of each training seed so far {method: scores of
+                                                 # other people at the chosen rates}
+
+    @property
+    def scores(self) -> dict[str, Curve]:
+        """The mean of all trainings; {} if there are none yet."""
+        means = {}
+        for method, curve in (self.trainings[0] if self.trainings else {}).items():
+            means[method] = {}
+            for count, metrics in sorted(curve.items()):
+                means[method][count] = {}
+                for metric in metrics:
+                    values = [of_all[method][count][metric] for of_all in self.trainings]
+                    means[method][count][metric] = np.mean(values, axis=0)
+        return means
 
 
 def stacked(curve: Curve, metric: str) -> np.ndarray:
@@ -147,6 +159,12 @@ def percent(mean: float, error: float, sign: str = "") -> str:
     return f"{100 * mean:{sign}.1f} ({100 * error:.1f})"
 
 
+def in_short(scores: dict[str, np.ndarray]) -> str:
+    """R-FaceSim / CLIP-T (sum) in percent."""
+    likeness, text, total = (100 * scores[metric].mean() for metric in AXES)
+    return f"{likeness:.1f} / {text:.1f} ({total:.1f})"
+
+
 def write_report(found: Found) -> str:
     """The tables of a rank, as Markdown: mean over people (standard error)."""
     every = {method: curves.values() for method, curves in found.tried.items()}
@@ -181,8 +199,7 @@ def rate_table(found: Found) -> Table:
             for count in found.steps:
                 cell = ""
                 if count in curve:
-                    likeness, text, total = (100 * curve[count][metric].mean() for metric in AXES)
-                    cell = f"{likeness:.1f} / {text:.1f} ({total:.1f})"
+                    cell = in_short(curve[count])
                 if rate == chosen[count]:
                     cell = f"**{cell}**"
                 cells.append(cell)
@@ -201,9 +218,10 @@ def score_table(found: Found) -> Table:
         shown = [scores[metric] for metric in (*AXES, "found")]
         copied = 1 - scores["background"] / floor
         cells = [percent(*mean_error(values)) for values in (*shown, copied, scores["move"])]
-        rows.append([METHODS[method], count, rate, *cells])
+        each = "; ".join(in_short(of_all[method][count]) for of_all in found.trainings)
+        rows.append([METHODS[method], count, rate, *cells, each])
     header = [
-        f"people: {len(floor)}, trainings of each: {found.trainings}",
+        f"people: {len(floor)}, trainings of each: {len(found.trainings)}",
         "steps",
         "rate",
         "R-FaceSim",
@@ -212,6 +230,7 @@ def score_table(found: Found) -> Table:
         "faces found",
         "background copied",
         "head moves",
+        "each training",
     ]
     return header, rows
 

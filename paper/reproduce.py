@@ -316,9 +316,9 @@ def run_sweep(
     for method, result in zip(FIRST_RATES, results):
         rates[method], tried[method] = result
     folder = f"people{people}"
-    report(args, folder, rank, Found(steps, rates, tried, 0, {}))
+    trainings = []
+    report(args, folder, rank, Found(steps, rates, tried, trainings))
 
-    trained = collections.defaultdict(list)      # {(method, step count, metric): of each training}
     for seed in range(args.trainings):
         trials = collections.defaultdict(list)   # {trial: step counts}
         trials[Trial(folder, "none")] = [0]
@@ -326,14 +326,11 @@ def run_sweep(
             trials[Trial(folder, method, rank, rates[method][count], seed)].append(count)
         calls = [(args, *call) for call in trials.items()]
         results = side_by_side(args, measure, calls, f"people, rank {rank}, seed {seed}")
+        curves = collections.defaultdict(dict)
         for trial, curve in zip(trials, results):
-            for count, scores in curve.items():
-                for metric, values in scores.items():
-                    trained[trial.method, count, metric].append(values)
-        means = collections.defaultdict(lambda: collections.defaultdict(dict))
-        for (method, count, metric), values in sorted(trained.items()):
-            means[method][count][metric] = np.mean(values, axis=0)
-        report(args, folder, rank, Found(steps, rates, tried, seed + 1, means))
+            curves[trial.method] |= curve
+        trainings = [*trainings, curves]
+        report(args, folder, rank, Found(steps, rates, tried, trainings))
 
 
 def report(args: Namespace, folder: str, rank: int, found: Found):
