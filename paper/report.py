@@ -210,10 +210,11 @@ def rate_table(found: Found) -> Table:
 
 
 def score_table(found: Found) -> Table:
-    floor = found.scores["none"][0]["background"]
+    means = found.scores
+    floor = means["none"][0]["background"]
     rows = []
     for method, count in [("none", 0), *product(found.rates, found.steps)]:
-        scores = found.scores[method][count]
+        scores = means[method][count]
         rate = found.rates[method][count] if count else ""
         shown = [scores[metric] for metric in (*AXES, "found")]
         copied = 1 - scores["background"] / floor
@@ -250,13 +251,14 @@ def lead_table(found: Found) -> Table:
         "84 %",
         "reached in",
     ]
-    ours = found.scores["meta-lora"]
+    means = found.scores
+    ours = means["meta-lora"]
     sums = resampled(stacked(ours, "sum"))
     rows = []
     for other, count in product(found.rates, found.steps):
         if other == "meta-lora":
             continue
-        theirs = found.scores[other][count]
+        theirs = means[other][count]
         leads = [percent(*mean_error(ours[count][m] - theirs[m]), "+") for m in AXES]
         everybody, *draws = steps_to_reach(resampled(theirs["sum"]), found.steps, sums)
         quantiles = np.quantile(draws, [0.16, 0.84], method="nearest")

@@ -483,9 +483,8 @@ def test_pictures_that_wait_for_the_autoencoder_are_saved_a_few_at_a_time(monkey
         assert path.read_bytes() == Path("some", *path.parts[1:]).read_bytes()
 
 
-def test_a_waiting_picture_that_cannot_be_decoded_is_not_counted_as_saved(monkeypatch, capsys):
-    """The others are saved."""
-    monkeypatch.setattr(sample, "memory_left", lambda device: 0)
+def full_at_the_first_decoding(monkeypatch):
+    """No memory is left when the first picture is decoded -> a list that grows with each decoding."""
     decode, calls = sample.decode_latent, []
 
     def full_at_first(autoencoder, latent):
@@ -494,6 +493,13 @@ def test_a_waiting_picture_that_cannot_be_decoded_is_not_counted_as_saved(monkey
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return decode(autoencoder, latent)
     monkeypatch.setattr(sample, "decode_latent", full_at_first)
+    return calls
+
+
+def test_a_waiting_picture_that_cannot_be_decoded_is_not_counted_as_saved(monkeypatch, capsys):
+    """The others are saved."""
+    monkeypatch.setattr(sample, "memory_left", lambda device: 0)
+    full_at_the_first_decoding(monkeypatch)
     assert run("a cat", "--num", "2") == 1
     assert "stopped: 1 of 2 pictures are saved" in capsys.readouterr().err and [*Path("samples").iterdir()] == [Path("samples/0_1.png")]
 
@@ -501,14 +507,7 @@ def test_a_waiting_picture_that_cannot_be_decoded_is_not_counted_as_saved(monkey
 def test_a_picture_that_cannot_be_decoded_beside_the_transformer_waits(monkeypatch):
     """It comes after the others, and is the same."""
     assert run("a cat", "--num", "2", "--out", "whole") == 0
-    decode, calls = sample.decode_latent, []
-
-    def full_at_first(autoencoder, latent):
-        calls.append(1)
-        if len(calls) == 1:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return decode(autoencoder, latent)
-    monkeypatch.setattr(sample, "decode_latent", full_at_first)
+    calls = full_at_the_first_decoding(monkeypatch)
     assert run("a cat", "--num", "2", "--out", "some") == 0 and len(calls) == 3
     for name in ("0_0.png", "0_1.png"):
         assert Path("some", name).read_bytes() == Path("whole", name).read_bytes()
