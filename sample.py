@@ -243,10 +243,11 @@ def sampling_settings(args: Namespace, config: FluxConfig) -> dict[str, object]:
     if args.negative and args.true_cfg == 1.0:
         note("--negative does nothing without --true-cfg")
     if not config.guidance_embed:
-        note("this model has no guidance input: --guidance does nothing")
+        if args.guidance is not None:
+            note("--guidance does nothing: this model has no guidance input")
         if args.true_cfg == 1.0 and "schnell" not in str(args.folder).lower():
-            note(f"if it is a de-distilled one and not schnell, it wants --steps {STEPS} "
-                 "--true-cfg 3.5")
+            note("this model has no guidance input: if it is a de-distilled one and not schnell, "
+                 f"it wants --steps {STEPS} --true-cfg 3.5")
 
     defaults = model_defaults(args.folder)
     return {

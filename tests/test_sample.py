@@ -98,7 +98,7 @@ def test_one_prompt_is_out_png_with_its_settings(capsys):
 
 
 @pytest.mark.parametrize("name, words, noted", [
-    ("flux1-schnell", [], False), ("OpenFLUX", [], True), ("dev-de-distill", ["--true-cfg", 3], False)])
+    ("flux1-schnell", ["--guidance", 2], False), ("OpenFLUX", [], True), ("dev-de-distill", ["--true-cfg", 3], False)])
 def test_a_model_without_guidance_that_is_not_schnell(tmp_path, capsys, name, words, noted):
     (tmp_path / "m").mkdir()
     for path in HUB.iterdir():
@@ -111,7 +111,9 @@ def test_a_model_without_guidance_that_is_not_schnell(tmp_path, capsys, name, wo
     save_file(weights, path, {"config": json.dumps(config)})
     assert sample.main([*SMALL[:4], "--device", "cpu", "--model", str(path), "a cat", *map(str, words)]) == 0
     assert Image.open("out.png").text["steps"] == "4"
-    assert ("--steps 30 --true-cfg 3.5" in capsys.readouterr().err) == noted
+    notes = capsys.readouterr().err
+    assert ("--steps 30 --true-cfg 3.5" in notes) == noted
+    assert ("--guidance does nothing" in notes) == ("--guidance" in words)
 
 
 def test_guidance_is_the_models(tmp_path):
