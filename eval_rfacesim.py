@@ -5,7 +5,8 @@
 
     people/[man|woman/]<identity>/<pictures>         real pictures
     people/[man|woman/]<pictures>                    one picture per person: CLIP-T only
-    results/<method>/<identity>/<prompt>_<seed>.png  <prompt>: its number in --prompts, from 0
+    results/<method>/<identity>/<prompt>_<seed>.png  <prompt>: its number in --prompts, from 0;
+                                                     --reference all: <identity>@<its file's stem>
 
 One picture of each identity is the reference, the one that the method was given. R-FaceSim compares
 generated pictures with the *other* real pictures, FaceSim with the reference, CLIP-T with the
@@ -72,7 +73,8 @@ def summarise(
     """Mean of a metric over identities, its standard error, and counts; None without any value.
 
     rows: from `score_all`, of one method. A picture without a face is left out, or counts as 0.
-    With a face in every picture, the mean is Algorithm 3's."""
+    With a face in every picture, and the same prompts and seeds for all, the mean is Algorithm
+    3's."""
     scored = [row for row in rows if metric in row]
     with_face = [row for row in scored if row[metric] is not None]
     counted = scored if no_face_as_zero else with_face
@@ -127,8 +129,8 @@ def summarise_methods(
 
 
 def embed_real(judges: Judges, people: list[Person]) -> dict[str, Tensor]:
-    """{person: embeddings (1 + n, E)} of the reference and the n test pictures of all who have any,
-    or of the only person. ValueError: no face."""
+    """{person: embeddings (1 + n, E)}: the reference, then the n test pictures. People without test
+    pictures are left out, unless there is only one. ValueError: no face."""
     judged = [person for person in people if person.tests or len(people) == 1]
     faces = {}
     for person in judged:
@@ -294,7 +296,7 @@ def evaluate(argv: list[str] | None):
     print(f"{args.out}: scores.json, tables.md")
 
 
-# Exit code: 0 done, 2 bad input, 130 Ctrl-C; rerun the command to resume.
+# Exit code: 0 done, 1 out of memory, 2 bad input, 130, 143 or 129 by a signal; rerun to resume.
 main = partial(run_script, "eval_rfacesim.py", evaluate)
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ RoFormer (Su et al. 2021: RoPE), DiT (Peebles & Xie 2022: adaLN).
 Differences from the reference: t and guidance stay in fp32 until they are embedded. RoPE is applied
 in fp32. The latent stays in fp32 between Euler steps, where the reference rounds it to bf16. The
 number of GroupNorm groups is configurable, because a small autoencoder has fewer than 32 channels.
+A model without a guidance input is taken for FLUX.1-schnell: no shift of the times, 256 text tokens.
 
 support/checkpoints.py loads the weights; support/memory.py fits 12 billion of them on a GPU.
 """
@@ -36,7 +37,8 @@ from torch import Tensor, nn
 
 @dataclass
 class FluxConfig:
-    """Shape of the transformer, with the reference's field names. The defaults are FLUX.1-dev."""
+    """Shape of the transformer, with the reference's field names. The defaults are FLUX.1-dev.
+    ValueError if axes_dim does not add up to the head size."""
     in_channels: int = 64             # one token: 16 latent channels x 2 x 2 latent pixels
     out_channels: int = 64
     vec_in_dim: int = 768             # CLIP's pooled output
@@ -60,7 +62,7 @@ class FluxConfig:
 
 
 def sinusoidal_embedding(t: Tensor, dim: int = 256) -> Tensor:
-    """Embeds t (B,) in [0, 1] as (B, dim) in fp32: cosines, then sines, of 1000 t at dim / 2
+    """Embeds t or guidance (B,) as (B, dim) in fp32: cosines, then sines, of 1000 t at dim / 2
     geometrically spaced frequencies."""
     steps = torch.arange(dim // 2, device=t.device, dtype=torch.float32)
     frequencies = torch.exp(-math.log(10_000) * steps / (dim // 2))
@@ -499,19 +501,10 @@ class AutoEncoder(nn.Module):
         std = self.config.scale_factor * torch.exp(0.5 * logvar)
         return torch.stack((mean, std), dim=1)
 
-    def encode(self, image: Tensor, sample: bool = False,
-               generator: torch.Generator | None = None) -> Tensor:
-        """Image (B, 3, H, W) in [-1, 1], H and W multiples of 8 -> latent (B, 16, H / 8, W / 8).
-
-        The latent is the posterior's mean, or with sample=True a draw from the posterior, made with
-        `generator`.
-        """
-        z, logvar = self.moments(image).chunk(2, dim=1)
-        if sample:
-            device = generator.device if generator else z.device
-            noise = torch.randn(z.shape, generator=generator, dtype=z.dtype, device=device)
-            z = z + torch.exp(0.5 * logvar) * noise.to(z.device)
-        return self.config.scale_factor * (z - self.config.shift_factor)
+    def encode(self, image: Tensor) -> Tensor:
+        """Image (B, 3, H, W) in [-1, 1], H and W multiples of 8 -> latent (B, 16, H / 8, W / 8),
+        the posterior's mean."""
+        return self.posterior(image)[:, 0]
 
     def decode(self, latent: Tensor) -> Tensor:
         """Latent (B, 16, h, w) -> image (B, 3, 8h, 8w), roughly in [-1, 1], not clamped."""
@@ -531,7 +524,8 @@ def pack(latent: Tensor) -> Tensor:
 def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
     """Tokens (B, I, 64) -> latent (B, 16, height, width). Sizes are in latent pixels; one latent
     pixel is 8 x 8 image pixels."""
-    return rearrange(tokens, "B (h w) (C p q) -> B C (h p) (w q)", h=height // 2, p=2, q=2)
+    return rearrange(tokens, "B (h w) (C p q) -> B C (h p) (w q)", h=height // 2, w=width // 2,
+                     p=2, q=2)
 
 
 def position_ids(batch: int, height: int, width: int, text_len: int,
@@ -664,10 +658,6 @@ class TextEncoders:
 
     def tokenize(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """Token ids for CLIP (B, 77) and T5 (B, max_length). Longer prompts are cut off."""
-        try:
-            "".join(prompts).encode()
-        except UnicodeEncodeError:                                    # lone surrogates
-            raise ValueError("a prompt is not valid UTF-8 text") from None
         options = dict(padding="max_length", truncation=True, return_tensors="pt")
         clip_length = min(77, self.clip_tokenizer.model_max_length)
         clip = self.clip_tokenizer(prompts, max_length=clip_length, **options)
@@ -677,7 +667,7 @@ class TextEncoders:
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """Prompts -> txt (B, T, context_in_dim) and y (B, vec_in_dim), on the encoders' device."""
-        clip_ids, t5_ids = self.tokenize(list(prompts))
+        clip_ids, t5_ids = self.tokenize(prompts)
         txt = self.t5(t5_ids.to(self.t5.device)).last_hidden_state                    # (B, T, 4096)
         y = self.clip(clip_ids.to(self.t5.device)).pooler_output                          # (B, 768)
         return txt, y

@@ -14,15 +14,17 @@ Deviations: the run ends at --iters (q_total), where the algorithm as printed co
 bucket. A person's M and U wait for the next pass; the paper does not say where the next bucket's
 people start. The gradients of LoMD and of each person are clipped separately, and a person's is the
 mean over their own pictures, so that it does not depend on who shares the batch; the paper's
-trainer clips them all by one norm.
-With several resolutions, each use of a picture takes one at random.
+trainer clips them all by one norm. With several resolutions, each use of a picture takes one at
+random. The paper gives neither r1, nor the people's rank here, nor how M starts.
 """
 import collections
 import math
 import os
+import statistics
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -45,9 +47,10 @@ from support.memory import fit_training
 from support.names import find_targets
 from support.people import Buckets, Cache, Photo, read_buckets
 from support.runs import (DATA, Checkpoints, Group, Log, WaitingRows, announce, check_room,
-                          check_stage_1, draw_preview, locked, plot, take_settings)
+                          check_stage_1, draw_preview, locked, plot, take_settings,
+                          what_is_not_finite)
 
-USES = 10                                        # of each picture in one pass over its bucket
+USES = 10                                        # of a picture in one pass, as in the paper
 ROWS, ORDER, DRAW = 1, 2, 3                      # keys of the streams of random numbers
 
 
@@ -60,7 +63,7 @@ class BucketPass(NamedTuple):
     bucket: int
     start: int                                   # its first iteration, counted from 0 over the run
     joint: int                                   # the first with LoMD learning: start + q_warm-up
-    stop: int                                    # one after its last: start + q_bucket
+    stop: int                                    # start + q_bucket; --iters may end the run before
 
 
 def schedule(pictures: list[int], iters: int, batch_size: int, warmup: float,
@@ -75,38 +78,45 @@ def schedule(pictures: list[int], iters: int, batch_size: int, warmup: float,
         bucket = len(passes) % len(pictures)
         q_bucket = bucket_iters or math.ceil(USES * pictures[bucket] / batch_size)
         q_warmup = int(warmup * q_bucket + 1e-9)             # 0.29 * 100 is a little less than 29
-        joint = min(start + q_warmup, iters)
-        stop = min(start + q_bucket, iters)
-        passes.append(BucketPass(bucket, start, joint, stop))
+        passes.append(BucketPass(bucket, start, start + q_warmup, start + q_bucket))
         start += q_bucket
     return passes
 
 
 def draw_order(shapes: list[list], count: int, batch_size: int,
                rng: torch.Generator) -> list[tuple[object, list[int]]]:
-    """`count` batches: a shape, and the indices of the pictures that have it.
+    """The `count` batches of a pass: a shape, and the indices of pictures that have it.
 
     shapes: of each picture, at each of its resolutions. Pictures come in random order, every one
-    before any comes again; each time one of its resolutions is drawn. A shape that has not filled a
-    batch after USES rounds gets one that repeats its pictures."""
+    before any comes again; each time one of its resolutions is drawn. Pictures of a shape too rare
+    to fill a batch get one in which they repeat, in the place of one of the most frequent shape."""
+    def draw() -> Iterator[tuple[int, object]]:
+        while True:
+            for picture in torch.randperm(len(shapes), generator=rng).tolist():
+                choice = torch.randint(len(shapes[picture]), (), generator=rng).item()
+                yield picture, shapes[picture][choice]
+
     waiting = collections.defaultdict(list)      # {shape: the batch that is being filled}
     batches = []
-    rounds = 0
+    drawn = draw()
     while len(batches) < count:
-        for picture in torch.randperm(len(shapes), generator=rng).tolist():
-            resolution = torch.randint(len(shapes[picture]), (), generator=rng).item()
-            shape = shapes[picture][resolution]
-            waiting[shape].append(picture)
-            if len(waiting[shape]) == batch_size:
-                batches.append((shape, waiting.pop(shape)))
-        rounds += 1
-        if rounds == USES:
-            drawn = [shape for shape, _ in batches]
-            for shape, pictures in waiting.items():
-                if shape not in drawn:
-                    repeated = pictures * batch_size
-                    batches.append((shape, repeated[:batch_size]))
-    return batches[:count]
+        picture, shape = next(drawn)
+        waiting[shape].append(picture)
+        if len(waiting[shape]) == batch_size:
+            batches.append((shape, waiting.pop(shape)))
+
+    shown = set()
+    for _, pictures in batches:
+        shown.update(pictures)
+    for shape, pictures in waiting.items():
+        rare = [picture for picture in pictures if picture not in shown]
+        if rare:
+            frequent = statistics.mode(other for other, _ in batches)
+            places = [i for i, (other, _) in enumerate(batches) if other == frequent]
+            repeated = rare * batch_size
+            batches[places[-1]] = shape, repeated[:batch_size]
+            shown.update(rare)
+    return batches
 
 
 def generator(*key: int) -> torch.Generator:
@@ -129,10 +139,10 @@ class Run:
         self.iteration = 0
         self.open = None                         # index of the pass whose rows are in the bank
 
-        # of each bucket that the run reaches: (a person's number in all buckets, their photos); the
-        # position in this list is their row in the bank
+        # for each bucket that the run reaches, its people: (number over all data, photos) of each;
+        # the index in this list is the row in the bank
         self.members = []
-        self.photos = []                         # all of these
+        self.photos = []                         # theirs, of all buckets
         number = 0
         for name in self.bucket_names[:len(self.passes)]:
             people = list(enumerate(buckets[name].values(), start=number))
@@ -151,7 +161,8 @@ class Run:
         self.most_people = max(map(len, self.members))
 
     def train(self):
-        """Trains to the end. KeyboardInterrupt and FloatingPointError leave a checkpoint."""
+        """Trains to the end. A first Ctrl-C, a loss that is not finite, and a full card or disk
+        leave a checkpoint."""
         log = Log(self.args, self.iteration, self.group)
         with self.interruption, log.bar:
             try:
@@ -174,7 +185,7 @@ class Run:
         for number in range(self.open or 0, len(self.passes)):
             now = self.passes[number]
             self.open_bucket(number)
-            while self.iteration < now.stop:
+            while self.iteration < min(now.stop, self.args.iters):
                 self.iterate(now, log)
             self.close_bucket()
 
@@ -185,10 +196,12 @@ class Run:
         start = time.perf_counter()
         result = self.step(now)
         seconds = time.perf_counter() - start
-        # any process may have got Ctrl-C; in a warm-up they never meet, and each stops alone
+        # Any process may have got Ctrl-C. In the joint phase, where they synchronize, all stop
+        # together; in a warm-up each stops alone.
         asked = torch.tensor(float(self.interruption.asked or 0))
         stop = bool(self.group.sum(asked) if joint else asked)
-        saving = stop or self.iteration == now.stop or self.iteration % args.save_every == 0
+        ends = self.iteration in (now.stop, args.iters)
+        saving = stop or ends or self.iteration % args.save_every == 0
         if self.group.rank == 0:
             line = {
                 "iteration": self.iteration,
@@ -226,7 +239,7 @@ class Run:
         try:
             norms, lomd_norm = adapter.step(self.args.lr, average=average)
         except FloatingPointError:
-            raise FloatingPointError(self.what_is_not_finite(now, shown, losses)) from None
+            raise FloatingPointError(what_is_not_finite(self, shown, losses)) from None
         self.iteration += 1
         return losses.detach(), t, norms, lomd_norm
 
@@ -253,14 +266,6 @@ class Run:
         latent, noise, txt, y = [to_device(part, device) for part in parts]
         return shown, [torch.tensor(rows), latent, noise, t, txt, y]
 
-    def what_is_not_finite(self, now: BucketPass, shown: list[Photo], losses: Tensor) -> str:
-        bad = [photo for photo, loss in zip(shown, losses.tolist()) if not math.isfinite(loss)]
-        if not bad and (self.group.size == 1 or not self.adapter.rows.grad.isfinite().all()):
-            bad = shown                          # the losses are finite, a gradient is not
-        names = "; ".join(f"{photo.path.parent.name}, {photo.path}" for photo in bad)
-        return (f"the loss or its gradient is not finite at iteration {self.iteration} "
-                f"(bucket {self.bucket_names[now.bucket]}: {names or 'in another process'})")
-
     def open_bucket(self, number: int):
         """Draws the batches of a pass; loads its rows, unless a checkpoint has brought them."""
         args = self.args
@@ -271,6 +276,7 @@ class Run:
             self.pictures += [(row, photo) for photo in photos]
         sizes = [self.cache.sizes(photo) for _, photo in self.pictures]
         rng = generator(args.seed, ORDER, number, self.group.rank)
+        # the whole pass, also where --iters ends in it: it may be raised
         self.order = draw_order(sizes, now.stop - now.start, args.batch_size, rng)
         if self.open != number:
             self.adapter.bank = None             # the rows of two buckets might not fit
@@ -278,8 +284,9 @@ class Run:
                 rows = {"weight": self.new_rows(members)}
             else:
                 rows = self.waiting.load(number, self.group.device)
-            self.adapter.bank = IdentityBank(**rows)
-            self.adapter.bank.make_moments()
+            bank = IdentityBank(**rows)
+            bank.make_moments()                  # may lack memory: then no bank is open
+            self.adapter.bank = bank
             self.open = number
 
     def new_rows(self, members: list[tuple[int, list[Photo]]]) -> Tensor:
@@ -293,7 +300,8 @@ class Run:
     def close_bucket(self):
         """Puts the rows away. If it is killed meanwhile, the last checkpoint has them too."""
         if self.open == len(self.passes) - 1:
-            self.group.gather(None)              # in a warm-up others may be a pass behind
+            # the last pass may end in its warm-up: wait for processes that are a pass behind
+            self.group.gather(None)
         self.waiting.save(self.open, vars(self.adapter.bank))
         if self.group.rank == 0:
             self.export(self.args.run / "lomd.safetensors")
@@ -419,14 +427,14 @@ def meta_train(argv: list[str] | None):
     buckets = group.first(lambda: read_buckets(args))
     take_settings(args, buckets, group)
     run = Run(args, buckets, group)
-    if all(now.joint == now.stop for now in run.passes):
+    if args.iters <= run.passes[0].joint:
         raise ValueError(f"--iters {args.iters} is all warm-up: LoMD would not learn; "
                          "try --warmup 0")
     run.check_memory()
     if args.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         torch.use_deterministic_algorithms(True)
-    group.gather(None)                           # nothing is written before all have found it sound
+    group.gather(None)                           # no process starts before all accept their input
     if group.rank == 0:
         save_settings(args.run / "settings.json", args.settings)
     group.gather(None)

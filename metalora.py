@@ -12,7 +12,7 @@ r2. Without M, this file is plain LoRA.
 
 One row of the identity bank holds all numbers of one person. Targets of the same d_in lie together:
 
-    [ M of the targets of width 1 | M of width 2 | M of width 3 | U of all targets ]
+    [ M of the narrowest targets | M of the next width | M of the widest | U of all targets ]
 
 How y is computed is ours. C = M A is formed first, since it is small. C and U then ride in the
 matrix product of the frozen weight, which moves into a slightly larger matrix S. With
@@ -68,7 +68,8 @@ def widen_input(x: Tensor, S: Tensor, C: Tensor, mask: Tensor | None,
     if mask is not None:
         m = m * mask
     padding = S.shape[1] - x.shape[-1] - len(C)
-    zeros = S[-1, -1].expand(*x.shape[:-1], padding)         # a view of S's zero corner: no kernel
+    # S ends in zeros wherever there is padding; expand copies nothing
+    zeros = S[-1, -1].expand(*x.shape[:-1], padding)
     wide = torch.cat((x, m, zeros), dim=-1)
     return F.linear(wide, S, bias), m
 
@@ -92,19 +93,20 @@ class FusedUpdate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, S, bias, mask, parts, C, *U):
         ctx.widens_input = S.shape[1] > x.shape[-1]
-        half = C if ctx.widens_input else U[0]               # what S does not hold
+        # S holds the other one; a layer with d_in >= d_out has one target
+        outside = C if ctx.widens_input else U[0]
         widen = widen_input if ctx.widens_input else widen_output
-        y, m = widen(x, S, half, mask, bias)
-        ctx.save_for_backward(x, S, half, mask, m)           # autograd checks that S is unchanged
+        y, m = widen(x, S, outside, mask, bias)
+        ctx.save_for_backward(x, S, outside, mask, m)        # autograd checks that S is unchanged
         ctx.parts = parts
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, S, half, mask, m = ctx.saved_tensors
+        x, S, outside, mask, m = ctx.saved_tensors
         # dx = W^T dy + C^T (mask * U^T dy): the same product with everything transposed
         widen = widen_output if ctx.widens_input else widen_input
-        dx, dm = widen(dy, S.T, half.T, mask)
+        dx, dm = widen(dy, S.T, outside.T, mask)
         dy = dy.flatten(0, -2)
         m = m.flatten(0, -2)
         dC = dm.flatten(0, -2).T @ x.flatten(0, -2)
@@ -123,7 +125,7 @@ class AdaptedLinear(nn.Module):
     def __init__(self, base: nn.Module, parts: list[tuple[slice, slice]], widen: bool = True):
         super().__init__()
         self.base = base
-        self.weight = base.weight
+        self.weight = base.weight                # whose dtype and device others read
         # the dtype of activations; an 8-bit weight has another
         self.dtype = getattr(base, "dtype", base.weight.dtype)
         self.parts = parts
@@ -154,7 +156,7 @@ class AdaptedLinear(nn.Module):
         mask = self.mask
         if mask is not None and x.dim() == 3:
             mask = mask[:, None]                 # (B, 1, R)
-        if self.S is not None and x.dim() == 3:
+        if self.S is not None:
             return FusedUpdate.apply(x, self.S, self.bias, mask, self.parts, self.C, *self.U)
 
         m = F.linear(x, self.C)
@@ -172,7 +174,7 @@ class AdaptedLinear(nn.Module):
 
 def adapt(flux: nn.Module, targets: list[Target], ranks: list[int]) -> list[AdaptedLinear]:
     """Puts an AdaptedLinear in the place of every Linear that holds a target, `ranks` columns of m
-    for each target. Every other Linear becomes again what it was."""
+    for each target. Restores every other Linear."""
     for name, layer in list(flux.named_modules()):
         if isinstance(layer, AdaptedLinear):
             layer.base.weight.data = layer.base.weight.contiguous()
@@ -231,7 +233,8 @@ def apply_loras(flux: nn.Module, loras: list[tuple[LoRA, float]]):
             target = targets.get(path)
             d_out, d_in = len(B), A.shape[1]
             if target is None or (d_out, d_in) != (target.rows, target.d_in):
-                raise ValueError(f"the LoRA adapts a {path} of {d_out} x {d_in}: not in this model")
+                raise ValueError(f"this model has no {path} of {d_out} x {d_in}, which the LoRA "
+                                 "adapts")
             if path == "norm_out.linear":        # diffusers has scale before shift
                 B = B.roll(len(B) // 2, dims=0)
             As.setdefault(path, []).append(A)
@@ -310,10 +313,11 @@ def views(flat: Tensor, shapes: list[tuple[int, ...]]) -> list[Tensor]:
     return [piece.unflatten(-1, shape) for piece, shape in zip(pieces, shapes)]
 
 
-def initial_M(rank: int, r1: int, generator: torch.Generator) -> Tensor:
-    """M at the start (rank, r1), drawn as ai-toolkit draws a plain LoRA's A. U starts at zero."""
-    M = torch.empty(rank, r1)
-    return nn.init.kaiming_uniform_(M, a=5 ** 0.5, generator=generator)
+def initial_down(rank: int, width: int, generator: torch.Generator) -> Tensor:
+    """M or A at the start (rank, width), drawn as ai-toolkit draws a plain LoRA's A. U starts at
+    zero."""
+    down = torch.empty(rank, width)
+    return nn.init.kaiming_uniform_(down, a=5 ** 0.5, generator=generator)
 
 
 def random_lomd(targets: list[Target], r1: int, seed: int = 0) -> dict[str, Tensor]:
@@ -321,7 +325,7 @@ def random_lomd(targets: list[Target], r1: int, seed: int = 0) -> dict[str, Tens
     generator = torch.Generator().manual_seed(seed)
     lomd = {}
     for target in targets:
-        lomd[target.path] = initial_M(r1, target.d_in, generator)
+        lomd[target.path] = initial_down(r1, target.d_in, generator)
     return lomd
 
 
@@ -367,14 +371,15 @@ class MetaLoRA:
         """An identity's row at the start (P,): M (or A) drawn, U zero."""
         drawn = {}
         for target in self.found:
-            M = initial_M(self.rank, self.r1 or target.d_in, generator)
+            M = initial_down(self.rank, self.r1 or target.d_in, generator)
             drawn[target.path] = M.flatten()
         Ms = torch.cat([drawn[target.path] for target in self.targets])
         zeros = self.size - len(Ms)
         return F.pad(Ms, (0, zeros))
 
     def assign(self, ids: Tensor):
-        """Says whose images the next batch holds, ids (B,). Call it before every forward pass."""
+        """Prepares a batch in which image b shows identity ids[b], ids (B,). Call it before every
+        forward pass. ValueError for more identities than slots."""
         self.present, slot, self.counts = torch.unique(
             ids.cpu(),
             return_inverse=True,
@@ -389,19 +394,18 @@ class MetaLoRA:
         rows = [self.bank.weight[i] for i in self.present.tolist()]
         self.rows = torch.stack(rows).requires_grad_()                                    # (n, P)
         all_slots = F.pad(self.rows, (0, 0, 0, self.slots - n))                     # (slots, P)
-        *Ms, U = views(all_slots, self.shapes)
-        As = [None] * len(Ms)
+        *downs, U = views(all_slots, self.shapes)                    # M, or A of plain LoRA
+        downs = [rearrange(M, "slot target rank r1 -> target (slot rank) r1") for M in downs]
         if self.r1:
             self.flat = self.shared.weight[0].detach()
             self.flat.requires_grad_(self.train_lomd)
             shapes = [(count, self.r1, d_in) for d_in, count in self.widths.items()]
             As = views(self.flat, shapes)
+            downs = [M @ A for M, A in zip(downs, As)]               # C = M A, fp32
 
         dtype = self.layers[0].dtype
         Cs = []
-        for d_in, A, M in zip(self.widths, As, Ms):
-            M = rearrange(M, "slot target rank r1 -> target (slot rank) r1")
-            C = M if A is None else M @ A                            # C = M A, fp32
+        for d_in, C in zip(self.widths, downs):
             C = rearrange(C, "target R d_in -> (target R) d_in").to(dtype)
             layers = [layer for layer in self.layers if layer.base.in_features == d_in]
             Cs += C.split([layer.R for layer in layers])
@@ -441,14 +445,14 @@ class MetaLoRA:
         scale = (clip / (norms + 1e-6)).clamp(max=1.0)
         self.bank.step(self.present, rows * scale[:, None], lr)
         if self.train_lomd:
-            # in place: without memory, the rows would have stepped alone
+            # in place: an allocation that fails would leave the rows a step ahead of LoMD
             flat *= (clip / (lomd_norm + 1e-6)).clamp(max=1.0)
             self.shared.step(torch.tensor([0]), flat[None], lr)
         return norms, lomd_norm
 
     @property
     def lomd(self) -> dict[str, Tensor] | None:
-        """{path: A (r1, d_in)}, views of what is trained."""
+        """{path: A (r1, d_in)}, views of what is trained; None for plain LoRA."""
         if not self.r1:
             return None
         shapes = [(self.r1, target.d_in) for target in self.targets]

@@ -53,12 +53,12 @@ def encode_crops(
     background: float = 1.0,
     mirror: bool = True,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Crops -> for each its latents (K, 2, 16, H / 8, W / 8) and loss weights (K, 1, h, w), fp32.
+    """Crops -> for each its latents (K, 2, 16, h, w), h = H / 8, and loss weights (K, 1, h, w).
 
     The K views are the crop and, with `mirror`, its mirror image, which is encoded too: a flipped
     latent is not the latent of a flipped picture. Whole photos, in which no head was looked for,
-    have one view. A latent is a mean and a standard deviation. `background`: weight of the loss
-    outside the head.
+    have one view, and weights (1, 1, 1, 1). A latent is a mean and a standard deviation.
+    `background`: weight of the loss outside the head.
     """
     device = next(autoencoder.parameters()).device
     latents = []
@@ -92,8 +92,8 @@ def batches(
             # the crop or its mirror image
             views = len(latents[crop])
             view = torch.randint(views, (), generator=generator).item()
-            mean, std = latents[crop][view].unsqueeze(1)                             # (1, 16, h, w)
-            weight = weights[crop][view][None]                                       # (1, 1, h, w)
+            mean, std = latents[crop][view].split(1)                                 # (1, 16, h, w)
+            weight = weights[crop][view][None]                       # (1, 1, h, w) or (1, 1, 1, 1)
 
             # a new sample of the autoencoder's posterior each time, as in the paper's trainer
             epsilon = torch.randn(mean.shape, generator=generator)
@@ -170,8 +170,8 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--out", type=Path, default="out.safetensors",
         help="file to write (default: out.safetensors)")
     add("--format", choices=FORMATS, default="diffusers",
-        help="layout of the LoRA file. diffusers (default): most programs read it; kohya: so does "
-        "sd-scripts; original: ComfyUI, Forge and InvokeAI, but not diffusers (docs/LORAS.md)")
+        help="layout of the LoRA file. diffusers (default): most programs read it; kohya: "
+        "sd-scripts too; original: ComfyUI, Forge and InvokeAI, but not diffusers (docs/LORAS.md)")
     add("--method", choices=ITERATIONS, default="meta-lora",
         help="meta-lora (default), or lora, the paper's baseline")
     add("--lomd", help="LoMD from stage 1 (default: lomd.safetensors in the model's folder, "
@@ -209,10 +209,10 @@ def prepare(args: Namespace) -> tuple:
     crops = photos.load_crops(
         args.photos,
         args.resolution,
-        not args.no_augment,
-        args.aspects,
-        args.scales,
-        args.box,
+        augment=not args.no_augment,
+        aspects=args.aspects,
+        scales=args.scales,
+        box=args.box,
     )
     if args.save_crops:
         photos.save_crops(crops, args.save_crops)
@@ -286,17 +286,17 @@ def personalize(argv: list[str] | None):
             ):
                 train(flux, adapter, *data, args.iters, args.lr, args.seed, on_step)
                 keep(args.out, save)
-        except FloatingPointError as error:
-            message, index = error.args
-            crop = crops[index]
-            raise FloatingPointError(f"{message}, on {crop.photo} {crop.box}; try a --lr below "
-                                     f"{args.lr:g}; {args.out} was not written") from None
-        except (KeyboardInterrupt, RuntimeError):
+        except (KeyboardInterrupt, RuntimeError, FloatingPointError) as error:
             done = adapter.bank.steps.item()
             if done:
                 kept = numbered(args.out.with_stem(f"{args.out.stem}-interrupted"), done)
                 keep(kept, save)
                 note(f"the LoRA after {done} iterations is in {kept}")
+            if isinstance(error, FloatingPointError):
+                message, index = error.args
+                crop = crops[index]
+                raise FloatingPointError(f"{message}, on {crop.photo} {crop.box}; try a --lr below "
+                                         f"{args.lr:g}") from None
             raise
         interruption.raise_if_asked()
     size = args.out.stat().st_size / 1e3

@@ -7,8 +7,8 @@
 The text encoders are freed before the transformer is loaded. The autoencoder stays beside it where
 memory allows, so that each picture is saved as soon as it is sampled; else the two take turns,
 eight pictures at a time. Pictures are sampled one at a time, from noise drawn on the CPU: a seed
-gives the same picture on any device, whatever else is sampled. LoRAs are applied in spare columns
-of the frozen weights (metalora.py).
+gives the same noise on any device, so the same picture up to rounding, whatever else is sampled.
+LoRAs are applied in spare columns or rows of the frozen weights (metalora.py).
 
 Source: the defaults are Meta-LoRA's evaluation settings (30 steps, guidance 3.5, true CFG 1,
 strength 1). A model's defaults.json may name another size and guidance.
@@ -43,8 +43,8 @@ from support.sheets import PROMPTS, draw_comparison, plan_comparison, tile
 
 STEPS = 30                     # of the Euler sampler
 SCHNELL_STEPS = 4              # for models without a guidance input
-DECODING = 4096                # free bytes per pixel with which the autoencoder can stay loaded
-FEW = 8                        # latents that wait for it where it cannot
+DECODING = 4096                # bytes per pixel that must be free to keep the autoencoder loaded
+FEW = 8                        # latents to collect before decoding where it is not kept
 
 
 def sample_latents(
@@ -75,9 +75,9 @@ def sample_latents(
     for batch in batched(jobs, batch_size):
         noise = torch.cat([get_noise(height, width, seed) for _, seed in batch])
         txt, y = embed([prompt for prompt, _ in batch])
-        negatives = (None, None)
+        neg_txt = neg_y = None
         if true_cfg != 1.0:
-            negatives = embed([negative] * len(batch))
+            neg_txt, neg_y = embed([negative] * len(batch))
         latents = denoise(
             flux,
             noise.to(device),
@@ -85,7 +85,8 @@ def sample_latents(
             y,
             steps,
             guidance,
-            *negatives,
+            neg_txt,
+            neg_y,
             true_cfg,
             on_step,
         )
@@ -98,7 +99,7 @@ def sample_latents(
 
 @torch.no_grad()
 def decode_latent(autoencoder: AutoEncoder, latent: Tensor) -> Image.Image:
-    """Latent (1, 16, h, w) -> picture of 8 w x 8 h pixels."""
+    """Latent (1, 16, h, w) -> picture of 8 w x 8 h pixels. FloatingPointError if not finite."""
     device = autoencoder.decoder.conv_in.weight.device
     pixels = autoencoder.decode(latent.to(device))                                # (1, 3, 8 h, 8 w)
     return to_image(pixels[0])
@@ -126,7 +127,7 @@ def sample_rows(
         if not left:
             continue
         apply_loras(flux, [(lora, strength) for lora, strength in loras if strength])
-        fit_sampling(flux, size, text_tokens, settings.get("batch_size", 1))
+        fit_sampling(flux, size, text_tokens, batch=1)
         for latent in sample_latents(flux, embeddings, left, on_step=on_step, **settings):
             picture = None
             if autoencoder:
@@ -228,7 +229,7 @@ def draw_all(
             for number, latent in waiting.items():
                 try:
                     save(number, decode_latent(autoencoder, latent))
-                except (OSError, RuntimeError) as error:
+                except (OSError, RuntimeError, FloatingPointError) as error:
                     stopped = error
                     done -= 1
         if interruption.asked:

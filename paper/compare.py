@@ -143,8 +143,8 @@ class Run:
                 [*captions],
                 args.resolution,
                 augment,
-                args.aspects,
-                args.scales,
+                aspects=args.aspects,
+                scales=args.scales,
             )
             latents, weights = personalize.encode_crops(
                 self.autoencoder,

@@ -222,9 +222,8 @@ def copy_of(
     crop = photos.load_crops(
         [person.reference],
         settings.resolution,
-        True,
-        settings.aspects,
-        settings.scales,
+        aspects=settings.aspects,
+        scales=settings.scales,
     )[0]
     photo = np.asarray(crop.picture, dtype=np.float32)
     outside = np.asarray(crop.head) < 128

@@ -492,9 +492,9 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def to_image(tensor: Tensor) -> Image.Image:
-    """(3, H, W) in [-1, 1], clamped and rounded -> PIL image. ValueError if not finite."""
+    """(3, H, W) in [-1, 1], clamped and rounded -> PIL image. FloatingPointError if not finite."""
     if not torch.isfinite(tensor).all():
-        raise ValueError("the picture has values that are not finite")
+        raise FloatingPointError("the picture has values that are not finite")
     pixels = (tensor.detach().float().clamp(-1, 1) + 1) * 127.5
     return Image.fromarray(pixels.round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
 

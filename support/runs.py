@@ -130,7 +130,7 @@ def only_to_be_seen(what: str) -> Iterator[None]:
     """A failure inside becomes a note, and the run continues."""
     try:
         yield
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, FloatingPointError, ImportError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not is_out_of_memory(error):
             raise
         note(f"{what} is left out: {error}")
@@ -399,6 +399,17 @@ class Log:
         words = f"{line['phase']}, loss {np.mean(self.recent):.4f}, peak {self.peak:.1f} GB"
         self.bar.set_postfix_str(words, refresh=False)
         self.bar.update()
+
+
+def what_is_not_finite(run: Any, shown: list[Photo], losses: Tensor) -> str:
+    """A meta_train.Run's batch whose losses (B,) or gradients are not finite, in words."""
+    bad = [photo for photo, loss in zip(shown, losses.tolist()) if not math.isfinite(loss)]
+    if not bad and (run.group.size == 1 or not run.adapter.rows.grad.isfinite().all()):
+        bad = shown                              # the losses are finite, a gradient is not
+    names = "; ".join(f"{photo.path.parent.name}, {photo.path}" for photo in bad)
+    bucket = run.bucket_names[run.passes[run.open].bucket]
+    return (f"the loss or its gradient is not finite at iteration {run.iteration} "
+            f"(bucket {bucket}: {names or 'in another process'})")
 
 
 @only_to_be_seen("loss.png")

@@ -14,7 +14,10 @@ COMMAND = re.compile(
 def check_prompts(encoders: TextEncoders, prompts: list[str]):
     """Notes words that T5 cuts off or does not know, and commands of other programs: of each kind
     the first prompt that has such words, and how many do. ValueError for one that is not UTF-8."""
-    encoders.tokenize(prompts)                   # ValueError
+    try:
+        "".join(prompts).encode()
+    except UnicodeEncodeError:                   # lone surrogates
+        raise ValueError("a prompt is not valid UTF-8 text") from None
     kinds = {
         f"T5 sees {encoders.max_length} tokens: the part cut off from": lost_words,
         "T5 has no letters for some words: the unknown part of": unknown_words,

@@ -203,14 +203,12 @@ def test_tiles_cover_the_picture(monkeypatch):
 
 
 @torch.no_grad()
-def test_posterior_samples_have_the_posteriors_spread(models):
+def test_posterior_is_a_mean_and_a_standard_deviation(models):
     autoencoder, golden = models[1], load_file(GOLDEN / "autoencoder.safetensors")
     config, image = autoencoder.config, golden["in.img"]
-    draws = [autoencoder.encode(image, sample=True, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
-    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
     spread = config.scale_factor * torch.exp(0.5 * golden["out.moments"].chunk(2, dim=1)[1])
-    deviates = (draws[0] - golden["out.z_mode_shifted_scaled"]) / spread
-    assert abs(deviates.mean()) < 0.15 and abs(deviates.std() - 1) < 0.1               # 768 values
+    mean, std = autoencoder.posterior(image).unbind(1)
+    assert relative(mean, golden["out.z_mode_shifted_scaled"]) < 1e-5 and relative(std, spread) < 1e-5
 
 
 def test_a_posterior_is_in_fp32_over_bf16_weights(folders):
@@ -751,7 +749,6 @@ def test_prompts_of_every_kind(text_encoders):
     assert txt.shape == (4, 512, 40) and y.shape == (4, 24) and txt.isfinite().all() and y.isfinite().all()
     alone = text_encoders.encode(prompts[3:])
     assert relative(txt[3:], alone[0]) < 1e-5 and relative(y[3:], alone[1]) < 1e-5
-    assert "UTF-8" in message(text_encoders.tokenize, ["caf\udce9"])
 
 
 def changed_text(folder, part, change_config=None, change_tensors=None):

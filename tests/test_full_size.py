@@ -78,7 +78,7 @@ def stage_2(card, px=512, rank=1, method="meta-lora", config=None, **switches):
     patch(stage_2_checks, "check_pictures", lambda args: None)
     patch(photos, "fingerprints", lambda files: {"photo_digests": ""})
     crop = photos.Crop(Image.new("RGB", (px, px)), Path("a.png"), (0, 0, px, px), Image.new("L", (px, px)))
-    patch(photos, "load_crops", lambda *words: [crop] * 15)
+    patch(photos, "load_crops", lambda *words, **more: [crop] * 15)
     words = ["a.png", "--model", "flux", "--resolution", str(px), "--rank", str(rank), "--method", method]
     args = personalize.parse([*words, *switches_of(**switches)])
     personalize.check_stage_2(args, personalize.ITERATIONS)
@@ -192,7 +192,7 @@ def sampling(card, px=1024, rank=1, config=None, **switches):
     checkpoints.check_sampling_memory(args, (px // 8, px // 8), [loras])
     card.reset()
     fit = sample.fit_sampling
-    patch(sample, "fit_sampling", lambda *words: (fit(*words), card.reset()))
+    patch(sample, "fit_sampling", lambda *words, **more: (fit(*words, **more), card.reset()))
     embeddings = {"a": [torch.zeros(1, 512, 4096, dtype=BF16), torch.zeros(1, 768, dtype=BF16)]}
     pictures = []
     patch(sample, "load_autoencoder", lambda *words: None)

@@ -313,7 +313,7 @@ def doubled(argv):
         count = len(runs[0].adapter.bank.weight)
         adapter.bank = IdentityBank(*(torch.cat([getattr(run.adapter.bank, part) for run in runs])
                                       for part in IdentityBank.PARTS))
-        for iteration in range(start, stop):
+        for iteration in range(start, min(stop, args.iters)):
             for run in runs:
                 run.iteration = iteration
             (_, first), (_, second) = (run.draw(iteration - start) for run in runs)

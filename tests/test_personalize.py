@@ -414,11 +414,15 @@ def test_divergence_stops_the_run_and_keeps_the_old_file(run, head, monkeypatch)
         return real(*args, **kwargs) * (math.nan if len(calls) == 3 else 1)
     monkeypatch.setattr(personalize, "flow_matching_loss", broken)
     code, out, err = run(head, iters=5, method="lora")
-    noted, line = err.splitlines()
+    noted, kept, line = err.splitlines()
     assert code == 1 and out == "" and noted.startswith("note: out.safetensors")          # no LoRA of these photos
     assert "iteration 3" in line and "head.png (" in err and len(calls) == 3
-    assert [p.name for p in Path().iterdir()] == ["out.safetensors"]
+    assert kept == "note: the LoRA after 2 iterations is in out-interrupted-000002.safetensors"
+    assert sorted(map(str, Path().iterdir())) == ["out-interrupted-000002.safetensors", "out.safetensors"]
     assert Path("out.safetensors").read_bytes() == b"precious"
+    monkeypatch.setattr(personalize, "flow_matching_loss", real)
+    assert run(head, "--out", "two.safetensors", iters=2, method="lora")[0] == 0
+    assert same("out-interrupted-000002", "two")                                           # the last good state
 
 
 def test_the_crop_on_which_it_diverged_is_named(run, head, monkeypatch):

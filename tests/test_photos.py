@@ -663,5 +663,5 @@ def test_to_image_rounds_clamps_and_refuses():
     tensor = torch.tensor([-7.0, 7.0, 0.6 / 127.5 - 1, 0.4 / 127.5 - 1]).expand(3, 1, 4)
     assert np.array(photos.to_image(tensor))[0, :, 0].tolist() == [0, 255, 1, 0]
     assert photos.to_image(tensor.bfloat16()).size == (4, 1)
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(FloatingPointError, match="not finite"):
         photos.to_image(torch.full((3, 2, 2), float("nan")))

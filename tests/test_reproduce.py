@@ -204,7 +204,7 @@ def test_what_the_scores_do_not_see(tmp_path, monkeypatch):
     head = Image.new("L", (32, 32))
     head.paste(255, (8, 8, 24, 24))
     own = SimpleNamespace(picture=crop, head=head)
-    monkeypatch.setattr(reproduce.photos, "load_crops", lambda *args: [own])
+    monkeypatch.setattr(reproduce.photos, "load_crops", lambda *args, **more: [own])
     places = {}
     monkeypatch.setattr(reproduce.photos, "find_faces", lambda image: [places[image.getpixel((16, 16))[0]]])
     for seed, left in ((0, 4), (1, 8)):

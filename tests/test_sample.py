@@ -506,6 +506,20 @@ def test_a_waiting_picture_that_cannot_be_decoded_is_not_counted_as_saved(monkey
     assert "stopped: 1 of 2 pictures are saved" in capsys.readouterr().err and [*Path("samples").iterdir()] == [Path("samples/0_1.png")]
 
 
+@pytest.mark.parametrize("memory", [0, 1e12])
+def test_a_picture_that_is_not_finite_after_decoding_is_no_bad_input(monkeypatch, capsys, memory):
+    """The pictures before it, and those that wait for the autoencoder, are saved."""
+    monkeypatch.setattr(sample, "memory_left", lambda device: memory)
+    decode, calls = sample.decode_latent, itertools.count()
+    monkeypatch.setattr(sample, "decode_latent", lambda autoencoder, latent: decode(
+        autoencoder, latent * (torch.nan if next(calls) == 1 else 1)))
+    assert run("a cat", "--num", "3") == 1
+    error = capsys.readouterr().err
+    saved = [0, 2] if memory == 0 else [0]
+    assert files() == [f"samples/0_{seed}.png" for seed in saved]
+    assert f"stopped: {len(saved)} of 3 pictures are saved" in error and "not finite" in error and "Traceback" not in error
+
+
 def test_a_picture_that_cannot_be_decoded_beside_the_transformer_waits(monkeypatch):
     """It comes after the others, and is the same."""
     assert run("a cat", "--num", "2", "--out", "whole") == 0
