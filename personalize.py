@@ -221,10 +221,7 @@ def prepare(args: Namespace) -> tuple:
     lomd_name = "none"
     r1 = 0
     if args.method == "meta-lora":
-        lomd, lomd_name, untrained = read_lomd(args.folder, args.lomd)
-        if untrained:
-            lomd_name = f"random, {lomd_name}"
-            note("this LoMD is random and was never trained")
+        lomd, lomd_name = read_lomd(args.folder, args.lomd)
         r1 = len(next(iter(lomd.values())))
         if args.rank > r1:
             note(f"this LoMD has {r1} rows: --rank {args.rank} can do no more than {r1}")

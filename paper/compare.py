@@ -33,7 +33,7 @@ from support.checkpoints import (LONG_RUN, add_speed_options, check_training_mem
                                  encode_prompts, flux_fingerprint, is_small, load_autoencoder,
                                  model_defaults, open_flux, part_fingerprints, take_model)
 from support.common import (Interruption, Parser, batched, check_settings, check_writable, count,
-                            finite_number, free, note, pick_device, positive, positive_number,
+                            finite_number, free, pick_device, positive, positive_number,
                             progress, resolution, run_script, save_png, save_settings, side)
 from support.judges import Picture, prompts_for
 from support.lora_files import load_lora, read_lomd, save_lora
@@ -359,9 +359,7 @@ def take_defaults(args: Namespace):
 
     lomd = "none"
     if WITH_LOMD & set(args.methods):
-        args.learned_lomd, lomd, untrained = read_lomd(args.folder, args.lomd)
-        if untrained and "meta-lora" in args.methods:
-            note("this LoMD is random and was never trained")
+        args.learned_lomd, lomd = read_lomd(args.folder, args.lomd)
     elif args.lomd:
         raise ValueError("--lomd is for meta-lora and random-lomd, and --methods has neither")
 

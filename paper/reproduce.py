@@ -382,7 +382,7 @@ def reproduce(argv: list[str] | None):
         on_cpu = pick_device(args.device).type == "cpu"
         args.jobs = min(8, os.cpu_count()) if on_cpu and not args.report else 1
     folder = find_model(args.model)
-    _, lomd, _ = read_lomd(folder, args.lomd)
+    _, lomd = read_lomd(folder, args.lomd)
     settings = {"model": flux_fingerprint(folder), "lomd": lomd}
     path = args.run / "scores" / "settings.json"
     check_settings(path, settings)

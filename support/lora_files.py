@@ -519,22 +519,25 @@ def find_lomd(folder: Place | None, path: Place | None) -> Path:
                      "name yours with --lomd, or train a plain LoRA with --method lora")
 
 
-def read_lomd(folder: Place, path: Place | None = None) -> tuple[dict[str, Tensor], str, bool]:
-    """The LoMD for the model in `folder` -> {path: (r1, d_in)}, its hash, was it never trained?"""
+def read_lomd(folder: Place, path: Place | None = None) -> tuple[dict[str, Tensor], str]:
+    """The LoMD for the model in `folder` -> {path: (r1, d_in)}, and its hash. Notes a random one."""
     path = find_lomd(folder, path)
     lomd, metadata = load_lomd(path)
     check_lomd(lomd, targets_of(flux_files(folder)[1]), str(path))
-    name = metadata.get("model", "unnamed")
+    model = metadata.get("model", "unnamed")
     mine = flux_fingerprint(folder)
     theirs = metadata.get("model_fingerprint", mine)
     if mine != theirs:
         if "e5m2" not in mine + theirs:
-            raise ValueError(f"{path}: it was trained on another model of this shape, {name} with "
+            raise ValueError(f"{path}: it was trained on another model of this shape, {model} with "
                              f"fingerprint {theirs}; this one has {mine}")
         note(f"{path}: it cannot be known whether this 8-bit copy is of the model that it was "
-             f"trained on, {name}")
-    digest = sha256(path.read_bytes()).hexdigest()
-    return lomd, f"sha256 {digest}", metadata.get("random") == "true"
+             f"trained on, {model}")
+    name = f"sha256 {sha256(path.read_bytes()).hexdigest()}"
+    if metadata.get("random") == "true":
+        note("this LoMD is random and was never trained")
+        name = f"random, {name}"
+    return lomd, name
 
 # LoRAs of a command line ------------------------------------------------------------------------
 

@@ -63,7 +63,7 @@ def test_the_snippet_of_stage_2_runs():
     assert "range(375)" in snippet
     folder = find_model("baby")
     flux = load_flux(folder, dtype=torch.float32)
-    lomd, _, _ = read_lomd(folder, None)
+    lomd, _ = read_lomd(folder, None)
     crops = load_crops([ROOT / "baby/example.png"], [128], True, ["1:1"], [4.5])
     latents, weights = personalize.encode_crops(load_autoencoder(folder, dtype=torch.float32), crops, 0.1, False)
     txt, y = encode_prompts(folder, ["a photo of a woman"], "cpu", torch.float32)["a photo of a woman"]
