@@ -127,7 +127,7 @@ def sample_rows(
         if not left:
             continue
         apply_loras(flux, [(lora, strength) for lora, strength in loras if strength])
-        fit_sampling(flux, size, text_tokens, batch=1)
+        fit_sampling(flux, size, text_tokens, settings.get("batch_size", 1))
         for latent in sample_latents(flux, embeddings, left, on_step=on_step, **settings):
             picture = None
             if autoencoder:

@@ -199,8 +199,8 @@ def count_flops(config: FluxConfig, inputs: tuple[Tensor, ...], training: bool) 
 
 def interleave(functions: list[Callable], device: torch.device,
                seconds: float) -> list[list[float]]:
-    """Seconds of each call of each function, in turn, for `seconds` or three rounds, after a
-    warm-up."""
+    """Seconds of each call of each function, in turn, for `seconds` and three rounds at least,
+    after a warm-up."""
     for function in functions:
         function()
     times = [[] for _ in functions]
@@ -299,8 +299,6 @@ def options() -> Parser:
     add = parser.add_argument
     add("--model", choices=MODELS, nargs="+", default=["baby", "mid"],
         help="default: baby, then mid; all but the baby have random weights")
-    add("--random", dest="model", action="store_const", const=["flux-dev"],
-        help="the same as --model flux-dev")
     add("--switches", choices=EVERY, nargs="+", metavar="SET",
         help="fp8 (8-bit weights), offload (blocks kept on the CPU), compile, or two of them in "
         "quotes, as in 'fp8 offload'; several SETs are measured one after another (default: none; "
@@ -334,7 +332,7 @@ def bench(argv: list[str] | None):
                     print(f"    {type(error).__name__}: {' '.join(str(error).split())[:150]}")
 
 
-# Exit code: 0 done, 1 failed while computing, 2 bad input, 130 Ctrl-C.
+# Exit code: 0 done (a row's error is its result), 2 bad input, 130 Ctrl-C.
 main = partial(run_script, "bench.stages", bench)
 
 if __name__ == "__main__":

@@ -33,8 +33,8 @@ from support.checkpoints import (LONG_RUN, add_speed_options, check_training_mem
                                  encode_prompts, flux_fingerprint, is_small, load_autoencoder,
                                  model_defaults, open_flux, part_fingerprints, take_model)
 from support.common import (Interruption, Parser, batched, check_settings, check_writable, count,
-                            finite_number, free, pick_device, positive, positive_number,
-                            progress, resolution, run_script, save_png, save_settings, side)
+                            finite_number, free, pick_device, positive, positive_number, progress,
+                            resolution, run_script, save_png, save_settings, side)
 from support.judges import Picture, prompts_for
 from support.lora_files import load_lora, read_lomd, save_lora
 from support.memory import fit_training
@@ -412,18 +412,18 @@ def compare(argv: list[str] | None) -> tuple[Namespace, dict]:
     args.rows = rows_of(args)
     args.people = read_people(args.data, args.reference, args.gender, args.photos)
     args.prompts = prompts_for(args.people, args.prompts, args.model)
-    judges = Judges(args.model, args.face_weights, args.clip, args.device)
-    real = embed_real(judges, args.people)
     take_defaults(args)
     largest = max(args.size, *args.resolution) // 8
-    check_training_memory(args, (largest, largest), max(args.ranks), r1=16,
-                          people=len(args.people))
+    r1 = 0 if "lora" in map(kind_of, args.methods) else 16       # plain LoRA has the larger rows
+    check_training_memory(args, (largest, largest), max(args.ranks), r1, people=len(args.people))
     path = args.out / "settings.json"
     before = check_settings(path, args.settings, later="lomd")
     if args.settings["lomd"] == "none":          # one that this command does not need
         args.settings["lomd"] = before["lomd"]
     save_settings(path, args.settings)
 
+    judges = Judges(args.model, args.face_weights, args.clip, args.device)
+    real = embed_real(judges, args.people)
     pictures = produce(args)
     scores = collect(args, judges, args.people, real, pictures, problems=[])
     scores["settings"] |= args.settings

@@ -3,8 +3,8 @@
     python -m paper.invent --out faces/ --people 50 --pictures 10
     python meta_train.py --data faces/ --resolution 512 --iters 1000 --warmup 0
 
-A person is a description and a start noise, and each picture has a different setting. Half of a
-person's pictures start from the person's own noise, the rest from fresh noise, so that poses differ.
+A person is a description and a start noise, and each picture has a different setting. Every other
+of a person's pictures start from the person's own noise, the rest from fresh noise, so that poses differ.
 The baby's captions do not describe looks, so there the noise alone makes the person. The caption
 beside a picture names the setting and the clothes, never the looks: M and U are to learn those.
 
@@ -150,7 +150,7 @@ def draw_pictures(args: Namespace, shots: list[Shot], folder: Path):
 
 
 def face_network(args: Namespace) -> Callable | None:
-    """Picture -> embedding (E,), norm 1, of its largest face; None without a face. The network is
+    """A picture's path -> embedding (E,), norm 1, of its largest face; None without a face. The network is
     the model's own, or else facenet-pytorch's. No network, after a note, without its weights."""
     if args.no_filter:
         return None
@@ -221,6 +221,8 @@ def choose(embed: Callable, everyone: list[list[Shot]], folder: Path,
                          f"LoMD trained on such pictures was no better than a random one, so "
                          f"{args.out} is not written")
     kept = choose_people(people, args.people)
+    if len(kept) < 2:
+        raise ValueError("no two of the people can be told apart: try more --people")
     print(f"people kept: {len(kept)} of the {args.people} asked for, "
           f"AUC {separation(people[kept]):.3f}")
     return [chosen[i] for i in kept]
@@ -274,7 +276,8 @@ def invent(argv: list[str] | None):
     kept = folder / "settings.json"
     check_settings(kept, settings)
     if not kept.is_file() and any(args.out.glob("*")):
-        raise ValueError(f"--out {args.out} is not empty, and was not made by this command")
+        raise ValueError(f"--out {args.out} is not empty, and {kept}, which would say how it was "
+                         "made, is missing")
     save_settings(kept, settings)
     for parent in (folder, args.out):        # left by a process that was killed
         for part in parent.rglob("*.part"):

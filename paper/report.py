@@ -20,7 +20,7 @@ AXES = {"likeness": "R-FaceSim (%)", "text": "CLIP-T (%)", "sum": "R-FaceSim + C
 LEVELS = 0.60, 0.65, 0.70                        # likeness at which CLIP-T is compared
 RESAMPLES = 2000                                 # of the bootstrap over people
 
-# {(method, what tells a line from the method's others): {step count: {metric: mean, error}}}
+# {(method, its rank where there are several): {step count: {metric: mean, error}}}
 Lines = dict[tuple[str, str], dict[int, dict[str, tuple[float, float]]]]
 # {step count, ascending: {metric: values of each person (P,)}}
 Curve = dict[int, dict[str, np.ndarray]]
@@ -88,6 +88,13 @@ def draw_sheet(
 # Tables and figure of paper/reproduce.py
 
 
+def mean_of(found: list) -> dict | np.ndarray:
+    """The mean of arrays, or of nested dicts of such: their keys in order, a mean for each."""
+    if isinstance(found[0], dict):
+        return {key: mean_of([each[key] for each in found]) for key in sorted(found[0])}
+    return np.mean(found, axis=0)
+
+
 class Found(NamedTuple):
     """All scores at one rank."""
     steps: list[int]
@@ -100,15 +107,7 @@ class Found(NamedTuple):
     @property
     def scores(self) -> dict[str, Curve]:
         """The mean of all trainings; {} if there are none yet."""
-        means = {}
-        for method, curve in (self.trainings[0] if self.trainings else {}).items():
-            means[method] = {}
-            for count, metrics in sorted(curve.items()):
-                means[method][count] = {}
-                for metric in metrics:
-                    values = [of_all[method][count][metric] for of_all in self.trainings]
-                    means[method][count][metric] = np.mean(values, axis=0)
-        return means
+        return mean_of(self.trainings) if self.trainings else {}
 
 
 def stacked(curve: Curve, metric: str) -> np.ndarray:
@@ -165,7 +164,7 @@ def in_short(scores: dict[str, np.ndarray]) -> str:
     return f"{likeness:.1f} / {text:.1f} ({total:.1f})"
 
 
-def write_report(found: Found) -> str:
+def report_text(found: Found) -> str:
     """The tables of a rank, as Markdown: mean over people (standard error)."""
     every = {method: curves.values() for method, curves in found.tried.items()}
     tables = [
@@ -205,8 +204,9 @@ def rate_table(found: Found) -> Table:
                 cells.append(cell)
             rows.append([METHODS[method], f"{rate:g}", *cells])
         rows.append([METHODS[method], "lead", *leads])
+    people = len(best)
     columns = [f"{count} steps" for count in found.steps]
-    return [f"rates, chosen on {len(best)} people", "rate", *columns], rows
+    return [f"rates, chosen on {people} people", "rate", *columns], rows
 
 
 def score_table(found: Found) -> Table:

@@ -39,7 +39,7 @@ import eval_rfacesim as evaluation
 from baby import faces
 from paper import compare
 from paper.report import (METHODS, Curve, Found, draw_found, draw_sheet, mean_error,
-                          write_report)
+                          report_text)
 from support import photos
 from support.checkpoints import flux_fingerprint
 from support.common import (JsonFile, Parser, check_settings, note, pick_device, positive,
@@ -135,7 +135,15 @@ def side_by_side(
     with concurrent.futures.ProcessPoolExecutor(args.jobs, context, set_up, (threads,)) as pool:
         # an error cancels the calls after it
         results = pool.map(work, itertools.repeat(function), *zip(*calls))
-        return [*progress(results, name, total=len(calls))]
+        try:
+            return [*progress(results, name, total=len(calls))]
+        except KeyboardInterrupt:                # `kill` reaches this process alone
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            raise
+        except concurrent.futures.BrokenExecutor:
+            raise OSError("a process was killed, perhaps for lack of memory: try a smaller --jobs"
+                          ) from None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -291,7 +299,7 @@ def choose_rates(
         best = climb(lambda rung: sums(rung).mean(), start)
         for used in reversed(chosen.values()):
             ahead, error = mean_error(sums(best) - sums(used))
-            if ahead < error:
+            if ahead <= error:                   # both are 0 where the rate is the same
                 best = used
                 break
         chosen[count] = best
@@ -334,7 +342,7 @@ def run_sweep(
 
 def report(args: Namespace, folder: str, rank: int, found: Found):
     """Writes tables, figure, and, once there are images, the contact sheet."""
-    text = write_report(found)
+    text = report_text(found)
     print(text)
     write_whole(args.out / f"report_r{rank}.md", text)
     draw_found(args.out / f"scores_r{rank}.png", found)
@@ -348,6 +356,8 @@ def report(args: Namespace, folder: str, rank: int, found: Found):
         label = compare.label_of(trial.method, trial.rank, SHEET_STEPS)
         images = args.run / "trials" / folder / trial.name / "images"
         rows[METHODS[trial.method]] = images / label
+    if not all(folder.is_dir() for folder in rows.values()):     # a copy of the scores alone
+        return
     people = evaluation.read_people([args.run / folder])
     prompts = evaluation.prompts_for(people, None, args.model)
     draw_sheet(args.out / f"sheet_r{rank}.png", people, prompts, rows)
@@ -381,9 +391,9 @@ def reproduce(argv: list[str] | None):
     if args.jobs is None:
         on_cpu = pick_device(args.device).type == "cpu"
         args.jobs = min(8, os.cpu_count()) if on_cpu and not args.report else 1
-    folder = find_model(args.model)
-    _, lomd = read_lomd(folder, args.lomd)
-    settings = {"model": flux_fingerprint(folder), "lomd": lomd}
+    model = find_model(args.model)
+    _, lomd = read_lomd(model, args.lomd)
+    settings = {"model": flux_fingerprint(model), "lomd": lomd}
     path = args.run / "scores" / "settings.json"
     check_settings(path, settings)
     save_settings(path, settings)

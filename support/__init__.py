@@ -16,10 +16,11 @@ if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 SCRIPTS = "meta_train.py", "personalize.py", "sample.py", "eval_rfacesim.py"
-SIGNALS = {signal.SIGINT, signal.SIGTERM}
-SIGHUP = getattr(signal, "SIGHUP", None)                     # Windows has none
-if SIGHUP and signal.getsignal(SIGHUP) is not signal.SIG_IGN:    # nohup ignores it
-    SIGNALS.add(SIGHUP)
+SIGNALS = set()
+for number in signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", None):    # Windows lacks it
+    # nohup has one ignored, and so has a script for what it starts with `&`
+    if number and signal.getsignal(number) is not signal.SIG_IGN:
+        SIGNALS.add(number)
 
 
 def end(number: int, frame: object):

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from flux_model import AutoEncoder, Flux, FluxConfig, TextEncoders
-from support.common import JsonFile, command_line, count, digest, free, progress
+from support.common import (JsonFile, command_line, count, digest, free, is_out_of_memory,
+                            progress)
 from support.finding import (FOLDERS, OPTION, Place, autoencoder_files, check_tokenizers,
                              find_model, flux_files, model_name, named_parts, open_part,
                              tokenizers_of)
@@ -90,8 +91,8 @@ def load_weights(model: nn.Module, plan: dict[str, list[str]], files: TensorFile
 
     away: modules whose weights stay on the CPU. fp8: 8 bits in the blocks' Linears."""
     # all of these before the first is filled: temporary tensors would leave holes between them
-    for name, layer in [*model.named_modules()] if fp8 else []:
-        if isinstance(layer, nn.Linear) and "_blocks." in name:
+    for name, layer in [*model.named_modules()]:
+        if fp8 and isinstance(layer, nn.Linear) and "_blocks." in name:
             Fp8Linear.convert(layer, dtype, "cpu" if layer in away else device)
 
     bar = progress(plan, f"loading {type(model).__name__}")
@@ -150,7 +151,7 @@ def load_autoencoder(folder: Place, device: Device = "cpu",
 # in files of text encoders, and not used by them; T5's embeddings are tied
 NEUTRAL = re.compile(
     r"logit_scale|text_projection(\.weight)?|(.*\.)?position_ids|encoder\.embed_tokens\.weight"
-    r"|spiece_model|(decoder|lm_head|vision_model|visual_projection)\b.*")
+    r"|(decoder|lm_head|vision_model|visual_projection)\b.*")
 
 
 @contextmanager
@@ -229,9 +230,9 @@ def load_text_encoders(folder: Place, device: Device = "cpu",
                 T5Tokenizer.from_pretrained(tokenizers / "tokenizer_2"),
                 max_length,
             )
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:                   # transformers raises anything on foreign files
+        if is_out_of_memory(error):
+            raise
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{folder}: the text encoders cannot be loaded: {reason}") from None
 
@@ -255,8 +256,8 @@ def encode_prompts(folder: Place, prompts: list[str], device: Device, dtype: tor
 
 
 def digest_of(files: TensorFiles, names: list[str], dtype: torch.dtype) -> str:
-    """A hash of tensors' values in `dtype`."""
-    values = torch.cat([files[name].to(dtype).flatten() for name in names])
+    """A hash of tensors' values in bf16 and then in `dtype`."""
+    values = torch.cat([files[name].to(BF16).to(dtype).flatten() for name in names])
     return digest(values.view(torch.uint8).numpy().tobytes())
 
 
@@ -291,6 +292,7 @@ def flux_fingerprint(folder: Place) -> str:
 # What a command asks of a model ------------------------------------------------------------------
 
 NUMBER = r"\d+(\.\d+)?(e-?\d+)?"
+ASPECT = r'"[1-9]\d*:[1-9]\d*"'
 DEFAULTS = {                   # FLUX.1's value, and how a model's own looks in its defaults.json
     "resolution": (1024, r"[1-9]\d*"),
     "learning_rate": (4e-4, NUMBER),
@@ -298,8 +300,8 @@ DEFAULTS = {                   # FLUX.1's value, and how a model's own looks in 
     "prompt": ("a photo of a person", '".*"'),
     "guidance": (3.5, NUMBER),                   # of pictures
     "warmup": (0.4, NUMBER),                     # of stage 1
-    "aspects": (None, r"null|\[.*\]"),           # of crops; None: all of the paper's
-    "scales": (None, r"null|\[.*\]"),
+    "aspects": (None, rf"null|\[{ASPECT}(, {ASPECT})*\]"),     # of crops; None: all of the paper's
+    "scales": (None, rf"null|\[{NUMBER}(, {NUMBER})*\]"),
     "background": (1.0, NUMBER),                 # its weight in the loss of a crop
     "mirror": (True, "true|false"),              # train on mirror images of crops too
 }
@@ -320,8 +322,8 @@ def model_defaults(folder: Place, use: str = "") -> dict:
         for each in by_use.values():
             fits = fits and re.fullmatch(DEFAULTS[name][1], json.dumps(each))
         if not fits:
-            raise ValueError(f"{path}: {name}, {value!r:.60}, is not a default of a model: they "
-                             f"are {', '.join(DEFAULTS)}")
+            raise ValueError(f"{path}: {name} cannot be {value!r:.60}; a model's defaults are "
+                             f"{', '.join(DEFAULTS)}")
         defaults[name] = by_use.get(use, defaults[name])
     return defaults
 
@@ -414,7 +416,8 @@ def open_flux(args: Namespace, steps: int) -> Flux:
     """The transformer as `args` wants it, for so many steps. After `check_memory`."""
     flux = load_flux(args.folder, args.device, args.dtype, fp8=args.fp8, offload=args.offload,
                      stay=args.stay)
-    if compiling_pays(args, steps) if args.compile is None else args.compile:
+    wanted = compiling_pays(args, steps) if args.compile is None else args.compile
+    if wanted:
         compile_blocks(flux)
     return flux
 

@@ -209,7 +209,7 @@ class JsonFile(dict):
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(found, dict):
-                raise ValueError("it holds no object, {...}, and so is another file")
+                raise ValueError("it does not hold an object, {...}")
         except (OSError, ValueError, RecursionError) as error:
             why = not_content(path) or f"{error}; if it is torn, put a whole one in its place"
             raise ValueError(f"{path} cannot be read as JSON: {why}") from None
@@ -315,7 +315,7 @@ def read_prompts(words: list[str], path: Path | None) -> list[str]:
 
 
 def progress(things: Iterable, name: str, **options: object) -> tqdm:
-    """A passing bar, on a terminal, and one for all of torchrun's processes."""
+    """A progress bar that vanishes at its end; of torchrun's processes the first one's alone."""
     first = os.environ.get("RANK", "0") == "0"
     return tqdm(things, name, disable=None if first else True, leave=False, **options)
 
@@ -459,7 +459,8 @@ def run_script(name: str, script: Callable[[list[str] | None], object],
 
 
 class Interruption(ExitStack):
-    """with Interruption(): a signal sets a flag, checked between iterations; a second one stops."""
+    """with Interruption(): a signal sets a flag, checked between iterations; a second one, at least
+    3 seconds later, stops."""
     def __enter__(self) -> "Interruption":
         self.asked = None                        # the number of the signal
         self.enter_context(on_signals(self.ask))

@@ -308,6 +308,8 @@ def comfy_folders(root: Path) -> Iterator[tuple[Path, list[Path]]]:
     """Yields the folders below `root` where ComfyUI keeps weights, and their files."""
     for names in product(("", "models"), COMFY):
         folder = root.joinpath(*names)
+        if not os.access(folder, os.R_OK | os.X_OK):
+            continue                                                 # missing, or somebody's own
         if not (folder / "config.json").is_file():                   # else it is the hub's
             yield folder, files_in(folder, deep=True)
 
@@ -324,12 +326,13 @@ def places(transformer: Path) -> Iterator[tuple[Path, list[Path]]]:
 
 
 def find_part(part: str, transformer: Path, width: int) -> Path:
-    """Where the autoencoder or a text encoder of a transformer is. ValueError: nowhere."""
+    """Where the autoencoder or a text encoder of a transformer is. ValueError: nowhere, or in
+    several places alike."""
     if transformer.is_file() and holds(transformer, part, width):
         return transformer
     hint = ""
     for folder, files in places(transformer):
-        with suppress(ValueError):
+        with suppress(ValueError, OSError):
             return in_hub_layout(folder, part)
         fit = []
         for path in files:
@@ -354,7 +357,7 @@ def find_part(part: str, transformer: Path, width: int) -> Path:
 def find_tokenizers(transformer: Path) -> Path:
     """The folder of tokenizers and encoders' configs: near the transformer, or the hub's."""
     for folder, _ in places(transformer):
-        with suppress(ValueError):
+        with suppress(ValueError, OSError):
             return check_tokenizers(folder)
     wanted = ["tokenizer*/*", "text_encoder*/config.json"]
     for name in reversed(HUB):                                       # a few MB
@@ -372,6 +375,9 @@ def assemble(transformer: Path, given: dict[str, str | None]) -> Model:
     Prints where they are.
     """
     named = {part: Path(given[word]) for part, word in OPTION.items() if given[word]}
+    for part, path in named.items():
+        if not path.exists():
+            raise ValueError(f"--{OPTION[part]} {path} does not exist")
     model = Model(transformer, **named)
     _, config = flux_files(model)
     widths = {"autoencoder": 16, "clip": config.vec_in_dim, "t5": config.context_in_dim}
@@ -434,7 +440,7 @@ def from_hub(name: str) -> Path:
         except HUB_ERRORS as error:
             reason = textwrap.shorten(str(error) or type(error).__name__, 300, placeholder=" ...")
             status = getattr(getattr(error, "response", None), "status_code", None)
-    todo = "connect to the network"
+    todo = "connect to the network, or free disk space,"
     if status in (401, 403):
         todo = f"accept its license ({license}) at huggingface.co/{repo}, run `hf auth login`"
     raise ValueError(

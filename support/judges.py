@@ -267,12 +267,14 @@ def prompts_for(
         path = prompt_file or META_PHD / ("unsplash.txt" if person.tests else "ffhq.txt")
         texts = [fill(prompt, person.gender) for prompt in read_prompts([], path)]
         prompts[person.name] = {i: text for i, text in enumerate(texts) if text}
+    if not any(prompts.values()):
+        raise ValueError(f"{path} has no prompt for any of these people")
     return prompts
 
 
 def find_pictures(root: Path, prompts: Prompts) -> tuple[list[Picture], list[str]]:
     """Pictures root/<method>/<identity>/<prompt>_<seed>.png, each prompt and seed once, and a line
-    for each other thing."""
+    for each file that is not scored."""
     found, skipped = {}, {}          # {(method, identity, number, seed): Picture}, {path: why}
     folders = []
     for path in visible(root):
@@ -283,7 +285,10 @@ def find_pictures(root: Path, prompts: Prompts) -> tuple[list[Picture], list[str
 
     for folder in folders:
         person = unicodedata.normalize("NFC", folder.name)
-        if person not in prompts or not folder.is_dir():
+        if not folder.is_dir():
+            skipped[folder] = "it is not in an identity's folder"
+            continue
+        if person not in prompts:
             skipped[folder] = "no identity of that name in --data"
             continue
         for path in visible(folder):

@@ -145,7 +145,7 @@ def parse_key(key: str) -> tuple[str, tuple[str, ...], str] | None:
 
 # Fused layers -----------------------------------------------------------------------------------
 
-def blocks_of(B: Tensor, sizes: list[int]) -> list[Tensor]:
+def diagonal_blocks(B: Tensor, sizes: list[int]) -> list[Tensor]:
     """The blocks of a block-diagonal B, with as many columns for each part; [] for any other B."""
     count = len(sizes)
     if B.shape[1] % count:
@@ -156,7 +156,7 @@ def blocks_of(B: Tensor, sizes: list[int]) -> list[Tensor]:
 
 def unfuse(A: Tensor, B: Tensor, sizes: list[int]) -> list[Pair]:
     """(A, B) of a Linear -> (A, B) of each part, of rank 0 for a part that is all padding."""
-    blocks = blocks_of(B, sizes)
+    blocks = diagonal_blocks(B, sizes)
     if len(sizes) == 1 or not blocks:
         return [(A.clone(), rows.clone()) for rows in B.split(sizes)]
     pairs = []
@@ -173,7 +173,7 @@ def fuse(pairs: list[Pair]) -> Pair:
     As, Bs = zip(*pairs)
     if all(torch.equal(A, As[0]) for A in As):
         B = torch.cat(Bs)
-        if not blocks_of(B, [*map(len, Bs)]):    # else reading would take it for the form below
+        if not diagonal_blocks(B, [*map(len, Bs)]):    # else reading would take it for the form below
             return As[0], B
     rank = max(map(len, As))
     A = torch.cat([F.pad(A, (0, 0, 0, rank - len(A))) for A in As])
@@ -497,9 +497,11 @@ def load_lomd(path: Place) -> tuple[dict[str, Tensor], dict[str, str]]:
     file = open_tensors(path)
     lomd = {}
     for key in file.keys():
+        if not key.endswith(".lomd"):
+            raise ValueError(f"{path} is not a LoMD file: it holds {key}")
         A = file.get_tensor(key).float()
-        if not key.endswith(".lomd") or not A.isfinite().all():
-            raise ValueError(f"{path} is not a LoMD file: {key} is not one of finite numbers")
+        if not A.isfinite().all():
+            raise ValueError(f"{path}: {key} has values that are not finite")
         lomd[key.removesuffix(".lomd")] = A
     if not lomd:
         raise ValueError(f"{path} is not a LoMD file: it is empty")

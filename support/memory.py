@@ -335,7 +335,8 @@ def memory_left(device: torch.device) -> float:
 
 
 def host_memory() -> float:
-    """Bytes of CPU memory available; infinite where there is no way to know."""
+    """Bytes of CPU memory available, whatever limit a container has; infinite where there is no way
+    to know."""
     with suppress(OSError, TypeError):
         found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text("utf-8"))
         return 1024 * int(found[1])
@@ -393,9 +394,9 @@ def step_bytes(flux: Flux, batch: int, size: tuple[int, int], text_tokens: int, 
 
 
 def check_memory(args: Namespace, flux: Flux, beside: int = 0):
-    """Prints the memory that a run needs, with `beside` bytes of adapter and step next to the
-    weights of `flux`, which is on meta. ValueError if that is more than is free; it names the
-    switch that would make it fit. args.stay: how many blocks stay on the device, counted from the
+    """ValueError if a run takes more memory than is free, with `beside` bytes of adapter and step
+    next to the weights of `flux`, which is on meta; it names the switch that would make it fit.
+    Else, with `beside`, prints both on a GPU. args.stay: how many blocks stay on the device, counted from the
     first, while --offload moves the others."""
     device = args.device
     if args.fp8 and device.type == "mps":
@@ -412,12 +413,14 @@ def check_memory(args: Namespace, flux: Flux, beside: int = 0):
         "--offload": needed(args.fp8, True),
         "--fp8 --offload": needed(True, True),
     }
+    if device.type == "mps":
+        del needs["--fp8"], needs["--fp8 --offload"]
     available = memory_left(device)
-    line = f"this takes {needs[''] / GIB:.1f} GiB or more, of which {available / GIB:.1f} are free"
+    line = f"this takes {needs[''] / GIB:.1f} GiB or more; {available / GIB:.1f} are free"
     fitting = [words for words in needs if needs[words] <= available]
     if not fitting:
-        raise ValueError(f"{line}: no switch makes it fit, but a smaller size, --resolution or "
-                         "--batch-size may")
+        raise ValueError(f"{line}: no switch makes it fit; a smaller picture or batch may, or "
+                         "--model baby")
     if fitting[0]:
         raise ValueError(f"{line}; with {fitting[0]} it takes {needs[fitting[0]] / GIB:.1f}")
 
@@ -456,8 +459,9 @@ def fit(flux: Flux, device: torch.device, step: Callable[[], object], training: 
 
     fitted = fits(least)
     if not fitted:
+        # the fewest blocks with which a step fits; most + 1: not even with all of them
         count = bisect_left(range(most + 1), True, lo=least + 1, key=fits)
-        recompute_blocks(flux, min(count, most))
+        recompute_blocks(flux, min(count, most))             # the last one tried may be another
         fitted = count <= most
     while not fitted:
         if not offload or not offload.stay:
@@ -478,7 +482,8 @@ def blank(flux: Flux, batch: int, size: tuple[int, int], text_tokens: int) -> li
 def fit_training(adapter: object, size: tuple[int, int], text_tokens: int,
                  recompute: int | None = None) -> int:
     """`fit` for a MetaLoRA with its bank, on pictures of `size` latent pixels, a different person
-    in each slot -> how many blocks run twice. Changes nothing else.
+    in each slot -> how many blocks are set to run twice; offloaded ones do so anyway. Changes
+    nothing else.
 
     Nothing is tried on a CPU, where the system kills a process that runs out of memory; there
     `step_bytes` decides."""
@@ -517,8 +522,8 @@ def fit_sampling(flux: Flux, size: tuple[int, int], text_tokens: int, batch: int
 
 # Large pictures in tiles --------------------------------------------------------------------------
 
-WHOLE_PIXELS = 1_500_000      # larger pictures are decoded in tiles, and any that do not fit
-TILE = 96                     # latent pixels a side, at most
+WHOLE_PIXELS = 1_500_000      # larger pictures are decoded in tiles
+TILE = 96                     # latent pixels a side, at most; larger ones that do not fit are, too
 OVERLAP = 16                  # latent pixels shared with the next tile
 
 

@@ -13,6 +13,7 @@ import csv
 import gc
 import hashlib
 import io
+import itertools
 import json
 import math
 import re
@@ -107,8 +108,8 @@ def read_metadata(path: Path) -> dict[Path, str]:
                 row = json.loads(line)
                 picture = path.parent / row["file_name"]
                 text = row.get("text")
-                if not isinstance(text, str | None):
-                    raise TypeError
+                if not isinstance(text, str | None) or "null" in row:
+                    raise TypeError              # "null": more columns than the header has
             except (ValueError, TypeError, KeyError):
                 raise ValueError(f'{path}, line {number}, is not {{"file_name": ..., '
                                  '"text": ...}') from None
@@ -212,7 +213,7 @@ def find_copies(photos: list[Photo]) -> dict[Path, str]:
 def tell_unused(folder: Path, captions: Captions, inside: Collection[Path]) -> list[str]:
     """Names what in `folder` is neither a picture, a caption, nor one of the folders `inside`.
 
-    Returns a line for each dead link, but pictures: whoever reads those names them."""
+    Returns a line for each dead link, except to a picture, which its reader names."""
     pictures = set(image_files(folder))
     names = []
     dead = []
@@ -306,8 +307,10 @@ def read_people(
         identities.append((Path("person"), None, list(photos)))
 
     captions = Captions([*places, *(photo.parent for photo in photos)])
+    every = itertools.chain.from_iterable(paths for _, _, paths in identities)
+    sound, problems = check_photos(every, captions, {})
+    texts = {photo.path: photo.caption for photo in sound}
     persons = []
-    problems = []
     for place, sex, paths in identities:
         name = unicodedata.normalize("NFC", place.name)      # macOS may spell it NFD
         if name in [person.identity for person in persons]:
@@ -315,10 +318,7 @@ def read_people(
         if place in own and len(paths) <= count:
             problems.append(f"{place} has {len(paths)} pictures: R-FaceSim needs {count} as "
                             "reference and at least one other")
-        sound, wrong = check_photos(paths, captions, {})
-        problems += wrong
-        sex = sex or gender_of(sound) or gender
-        texts = {photo.path: photo.caption for photo in sound}
+        sex = sex or gender_of(map(texts.get, paths)) or gender
         persons += persons_of(name, sex, paths, texts, reference, count)
     for folder in places:
         problems += tell_unused(folder, captions, places)
@@ -344,6 +344,7 @@ def persons_of(
         others = paths[at + 1:] + paths[:at]
         more = tuple(others[:count - 1])
         own = path.stem if stems.count(path.stem) == 1 else path.name    # a.jpg and a.png
+        own = unicodedata.normalize("NFC", own)
         persons.append(Person(
             name=f"{name}@{own}" if len(references) > 1 else name,
             identity=name,
@@ -356,10 +357,10 @@ def persons_of(
     return persons
 
 
-def gender_of(photos: Iterable[Photo]) -> str | None:
+def gender_of(captions: Iterable[str | None]) -> str | None:
     """As the first caption says that has words for one gender only."""
-    for photo in photos:
-        words = re.findall(r"[a-z]+", (photo.caption or "").lower())
+    for caption in captions:
+        words = re.findall(r"[a-z]+", (caption or "").lower())
         genders = {GENDERS[word] for word in words if word in GENDERS}
         if len(genders) == 1:
             return genders.pop()
@@ -367,10 +368,10 @@ def gender_of(photos: Iterable[Photo]) -> str | None:
 
 
 def fill(prompt: str, gender: str | None) -> str | None:
-    """A prompt with [man/woman] filled in; `man: ...` is for men only, and None for others."""
-    only, _, rest = prompt.partition(":")
+    """A prompt with [man/woman] filled in; None for one of the other gender, as in `man: ...`."""
+    only, colon, rest = prompt.partition(":")
     slots = r"\[([^][/]*)/([^][/]*)\]"
-    only_one = only in ("man", "woman")
+    only_one = colon and only in ("man", "woman")
     if gender is None and (only_one or re.search(slots, prompt)):
         raise ValueError(f"the prompt {prompt!r} depends on the gender: sort the people into man/ "
                          "and woman/, or give --gender")
@@ -616,5 +617,5 @@ class Cache:
 
     def load(self, path: Path) -> State:
         """Tensors that lie in the system's cache of files, and not in this process's memory."""
-        with open_state(path, "and should be deleted") as file:
+        with open_state(path, "or missing: delete it and rerun") as file:
             return {name: file.get_tensor(name) for name in file.keys()}

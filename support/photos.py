@@ -281,18 +281,18 @@ def find_anywhere(image: Image.Image, path: Path) -> tuple[Image.Image, list[Fac
     """The picture, turned upright if need be, and the faces in it; notes say what it took to find
     them.
 
-    Searched as it is, then turned, then enlarged: an upright face of any size comes before a lying
-    one. """
+    Searched whole as it is, then whole and turned, then in enlarged parts, upright before turned.
+    """
     lying = [90, 180, 270]
-    searches = [([0], 1), (lying, 1)]            # angles, parts a side
+    # angles, parts a side, and how sure the detector must be: many angles or parts are as many
+    # chances for a false alarm
+    searches = [([0], 1, 0.9), (lying, 1, 0.99)]
     # the detector sees at most 1024 x 1024; a part of a small picture is a handful of pixels
     if image.width * image.height > MIN_RESOLUTION ** 2:
-        searches += [([0], 2), ([0], 4), (lying, 2)]
+        searches += [([0], 2, 0.99), ([0], 4, 0.99), (lying, 2, 0.99)]
 
-    for angles, number in searches:
+    for angles, number, threshold in searches:
         best = []
-        # many angles or parts, so many chances for a false alarm: ask for more
-        threshold = 0.9 if (angles, number) == ([0], 1) else 0.99
         for angle in angles:
             turned = image.rotate(angle, expand=True) if angle else image
             for box in overlapping_boxes(turned, number):

@@ -323,8 +323,8 @@ class Checkpoints:
 # Log, figure, previews
 
 
-def peak_memory(device: torch.device) -> float:
-    """GB: of the GPU since the start, or of this process since the last call, but mapped files.
+def peak_gb(device: torch.device) -> float:
+    """Of the GPU since the start, or of this process since the last call, without mapped files.
 
     0 where neither is known: without a GPU on macOS and Windows."""
     if device.type == "cuda":
@@ -359,7 +359,7 @@ class Log:
             smoothing=0.02,
             disable=True if group.rank else None,
         )
-        peak_memory(self.device)                 # begins a new peak: loading is not of interest
+        peak_gb(self.device)                     # begins a new peak: loading is not of interest
         if group.rank == 0:
             self.path.touch()
             kept = []
@@ -385,7 +385,7 @@ class Log:
         lomd_norm, norms, losses = np.split(values, [1, 1 + len(norms)])
         bins = (T_BINS * t.numpy()).astype(int)
         by_t = [losses[bins == i] for i in range(T_BINS)]
-        self.peak = max(self.peak, peak_memory(self.device))
+        self.peak = max(self.peak, peak_gb(self.device))
         line |= {
             "loss": rounded(losses),
             "gradient_rows": rounded(norms),

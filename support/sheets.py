@@ -10,7 +10,7 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from support import photos
-from support.common import check_writable, save_png, write_whole
+from support.common import check_writable, read_text, save_png, write_whole
 from support.people import fill
 
 PROMPTS = "prompts.txt"                          # both written by sample.py --compare
@@ -138,7 +138,7 @@ def sheet(
 
 
 def tile(files: list[Path], columns: int) -> Image.Image:
-    """Pictures of one size, so many in a row."""
+    """Pictures of one size, `columns` in a row."""
     pictures = [np.asarray(photos.read_photo(file)) for file in files]
     grid = "(row column) height width rgb -> (row height) (column width) rgb"
     return Image.fromarray(rearrange(pictures, grid, column=columns))
@@ -176,7 +176,7 @@ def plan_comparison(
     ValueError if the folder could not hold them, or eval_rfacesim.py would take one for another."""
     if out.suffix.lower() in photos.SUFFIXES and not out.is_dir():
         raise ValueError(f"--out {out}: --compare writes a folder")
-    if person != Path(person).name:
+    if person in ("", "..") or person != Path(person).name:
         raise ValueError(f"--person {person}: it must be a folder name")
     for prompt in prompts:
         # as they will be read again
@@ -194,7 +194,7 @@ def plan_comparison(
     expected = {*files, out / SHEET}
     others = [path for path in sorted(out.rglob("[!.]*.png")) if path not in expected]
     prompt_file = out / PROMPTS
-    if prompt_file.is_file() and prompt_file.read_text("utf-8").splitlines() != prompts:
+    if prompt_file.is_file() and read_text(prompt_file).splitlines() != prompts:
         others.append(prompt_file)
     if others:
         raise ValueError(

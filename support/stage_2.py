@@ -73,8 +73,7 @@ def check_pictures(args: Namespace):
         width, height = photos.read_photo(path).size
     if args.box:
         if len(args.photos) > 1 or args.no_augment:
-            raise ValueError("--box takes one photo without --no-augment, not "
-                             f"{len(args.photos)} photos")
+            raise ValueError("--box takes a single photo, and no --no-augment")
         x0, y0, x1, y1 = args.box
         if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
             raise ValueError(f"--box {x0} {y0} {x1} {y1} must be X0 < X1 and Y0 < Y1 within "
@@ -112,7 +111,7 @@ def joined(values: object) -> str:
 
 
 def lora_size(adapter: Any, format: str) -> int:
-    """At most so many bytes does the LoRA file of a MetaLoRA take."""
+    """An upper bound on the bytes of a MetaLoRA's LoRA file."""
     numbers = adapter.rank * sum(target.d_in + target.rows for target in adapter.targets)
     # fp16; the layouts with fused layers fill up with zeros
     return numbers * (2 if format == "diffusers" else 8) + 2 ** 18

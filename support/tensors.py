@@ -32,7 +32,8 @@ OTHERS = ("model.diffusion_model.", "vae.", "first_stage_model.", "text_encoders
           "cond_stage_model.", "conditioner.", "model_ema.")
 SCALE = re.compile(r"\.(scale_weight|weight_scale)$")       # of 8-bit weights: ComfyUI's, others'
 SHARD = re.compile(r"-\d+-of-(?!0*1\D)\d+")      # in the name of a file that is not the only one
-MARKS = "scaled_fp8", "comfy_quant", "scale_input", "input_scale"          # notes in 8-bit files
+# notes in 8-bit files, and a tokenizer
+MARKS = "scaled_fp8", "comfy_quant", "scale_input", "input_scale", "spiece_model"
 READ = "float8_e4m3fn", "float8_e5m2", "int8_tensorwise"                   # formats of comfy_quant
 FORMATS = {                                      # unsupported quantization -> pattern of its keys
     "nunchaku (SVDQuant)": r"\.(wscales|wtscale|smooth_factor)",
@@ -206,7 +207,9 @@ class TensorFiles:
         return file.get_tensor(key)
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor = self.tensor(name)
+        return self.scaled(name, self.tensor(name))
+
+    def scaled(self, name: str, tensor: Tensor) -> Tensor:
         if tensor.dtype.itemsize > 1 and name not in self.scales:
             return tensor
         return (tensor.float() * self.scale(name)).view(tensor.shape)
@@ -223,7 +226,8 @@ class TensorFiles:
         Weights that have 8 bits already are kept, with scales (d_out, 1) if theirs differ."""
         parts = [self.tensor(name) for name in names]
         if any(part.dtype != E4M3 for part in parts):
-            return quantize(torch.cat([self[name].to(device) for name in names]))
+            scaled = map(self.scaled, names, parts)
+            return quantize(torch.cat([part.to(device) for part in scaled]))
         rows = [self.scale(name).expand(len(part), 1) for name, part in zip(names, parts)]
         scales = torch.cat(rows)
         if (scales == scales[0]).all():

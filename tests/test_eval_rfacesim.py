@@ -142,7 +142,7 @@ def test_the_reference_is_never_among_the_test_pictures(by_hand, reference):
 def test_further_photos_are_no_test_pictures_either(by_hand, reference):
     for j in range(2, 5):
         for name in ("anna", "bert", "cleo"):
-            paint(by_hand / f"people/{name}/{j}.png", (20 * j, j, 3))
+            paint(by_hand / f"people/{name}/{j}.png", (20 * j, j, ord(name[0])))
     for person in ev.read_people([by_hand / "people"], reference, count=2):
         own = [person.reference, *person.more, *person.tests]
         assert len(person.more) == 1 and len(person.tests) == 3 and sorted(own) == sorted((by_hand / "people" / person.identity).glob("*.png"))
@@ -199,7 +199,7 @@ def test_scores_are_kept_by_all_that_they_depend_on(by_hand, monkeypatch):
 def test_layouts_genders_and_references(tmp_path):
     for name, gender in (("anna", "female"), ("bert", "male")):
         for i in range(3):
-            paint(tmp_path / "unsplash" / gender / name / f"{i}.png", (i, 1, len(name)))
+            paint(tmp_path / "unsplash" / gender / name / f"{i}.png", (i, 1, ord(name[0])))
     (tmp_path / "unsplash/male/bert/1.png").rename(tmp_path / "unsplash/male/bert/reference.png")
     for i in range(2):
         paint(tmp_path / "ffhq" / "man" / f"{i:05d}.png", (50 + i, 0, 0))
@@ -296,8 +296,26 @@ def test_captions_tell_the_gender_and_a_slot_without_one_is_refused(tmp_path):
 
 def test_a_caption_of_a_man_and_a_woman_tells_no_gender():
     captions = ("a man and a woman", None, "a photo of a woman", "a man")
-    photos = [people_files.Photo(Path("x"), "", 1, 1, caption) for caption in captions]
-    assert people_files.gender_of(photos) == "woman" and people_files.gender_of(photos[:2]) is None
+    assert people_files.gender_of(captions) == "woman" and people_files.gender_of(captions[:2]) is None
+
+
+def test_a_prompt_for_one_gender_has_a_colon(tmp_path):
+    """`woman` and `man` alone are prompts like others."""
+    assert people_files.fill("woman", "woman") == "woman" and people_files.fill("man", "woman") == "man"
+    assert people_files.fill("woman: a hat", "woman") == "a hat" and people_files.fill("man: a hat", "woman") is None
+    people = [people_files.Person("anna", "anna", "woman", Path("0.png"), ())]
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("man: a hat")
+    with pytest.raises(ValueError, match="prompts.txt has no prompt for any of these people"):
+        ev.prompts_for(people, prompts, "flux-dev")
+
+
+def test_one_picture_in_two_peoples_folders_is_named(tmp_path):
+    for i, name in enumerate(("anna", "bea")):
+        paint(tmp_path / name / "0.png", (i, 0, 0))
+        paint(tmp_path / name / "1.png", (7, 7, 7))
+    with pytest.raises(ValueError, match="anna/1.png is the same picture as .*bea/1.png"):
+        ev.read_people([tmp_path])
 
 
 @pytest.mark.parametrize("damage, message", [

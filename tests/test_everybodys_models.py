@@ -1,6 +1,7 @@
 """Base models as other programs write them: small ones made here, right to 1e-6 or refused in one line."""
 import json
 import shutil
+import os
 from argparse import Namespace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import personalize
 import sample
 from flux_model import FluxConfig
 from support import checkpoints, finding, tensors
-from support.checkpoints import find_model, fingerprint, flux_fingerprint, load_autoencoder, load_flux, load_text_encoders
+from support.checkpoints import find_model, fingerprint, flux_files, flux_fingerprint, load_autoencoder, load_flux, load_text_encoders
 from support.finding import Model
 from support.lora_files import read_lomd
 from support.memory import E4M3
@@ -129,6 +130,44 @@ def test_formats_in_the_files_metadata(tmp_path):
         path = write(tmp_path / "x.safetensors", weights, METADATA | {"_quantization_metadata": json.dumps(layers)})
         same_weights(load_flux(path, dtype=torch.float32), weights) if known else None
         assert known or "nvfp4" in message(load_flux, path)
+
+
+def test_a_weight_is_read_once_to_be_quantised(monkeypatch):
+    """A GGUF file dequantizes each time that it is read."""
+    files, _ = flux_files(HUB)
+    names = [name for name in files.names if name.endswith("qkv.weight")][:2]
+    read, real = [], files.tensor
+    monkeypatch.setattr(files, "tensor", lambda name: read.append(name) or real(name))
+    files.quantized(names, "cpu")
+    assert read == names
+
+
+def test_a_tokenizer_in_a_t5_file_is_no_weight(tmp_path):
+    weights = {**T5, "spiece_model": torch.zeros(9, dtype=torch.uint8)}
+    model = Model(HUB / FLUX, HUB / "ae.safetensors", HUB / "text_encoder", write(tmp_path / "t5xxl.safetensors", weights, {}), HUB)
+    found, expected = (load_text_encoders(place, dtype=torch.float32).encode(PROMPTS[:1])[0] for place in (model, HUB))
+    assert torch.equal(found, expected)
+
+
+def test_a_part_that_is_not_there_is_named(tmp_path):
+    given = Namespace(model_ae=str(tmp_path / "none.safetensors"))
+    assert message(find_model, str(HUB / FLUX), given) == f"--ae {tmp_path / 'none.safetensors'} does not exist"
+
+
+def test_somebodys_private_folder_is_passed_over(tmp_path, monkeypatch):
+    """Beside the model lies a folder that may not be read."""
+    path = write(tmp_path / "mine" / "x.safetensors", load_file(HUB / FLUX))
+    private = tmp_path / "checkpoints"
+    private.mkdir()
+    may, is_file = os.access, Path.is_file
+
+    def guarded(self):
+        if private in self.parents:
+            raise PermissionError(13, "Permission denied", str(self))
+        return is_file(self)
+    monkeypatch.setattr(Path, "is_file", guarded)
+    monkeypatch.setattr(os, "access", lambda folder, mode: folder != private and may(folder, mode))
+    assert "no autoencoder found" in message(find_model, str(path))
 
 
 LAYER = "double_blocks.0.img_attn.qkv"
@@ -319,7 +358,7 @@ def test_parts_by_name_and_what_is_not_found(tmp_path):
     assert find_model(str(path.parent), Given(**given, tokenizers=str(HUB))) == model
     for option in given:
         found = message(find_model, str(path), Given(**given | {option: "nowhere"}))
-        assert "nowhere holds no" in found and f"--{option}" in found
+        assert found == f"--{option} nowhere does not exist"
     assert "--clip" in message(find_model, str(path), Given(**given | {"clip": str(tmp_path)}))
     assert find_model(str(HUB), Given(ae=str(HUB / "vae"), clip=None, t5=None, tokenizers=None)).autoencoder == HUB / "vae"
 

@@ -144,6 +144,13 @@ def test_nobody_in_particular_is_refused(monkeypatch, capsys):
     assert not Path("faces").exists()
 
 
+def test_a_single_person_is_no_folder(monkeypatch, capsys):
+    monkeypatch.setattr(invent, "choose_people", lambda people, count: [1])
+    own = noisy(3, 5, 0.3)
+    network(monkeypatch, lambda i, k: own[i, k])
+    assert run() == 2 and "no two of the people" in capsys.readouterr().err and not Path("faces").exists()
+
+
 def test_without_a_face_network(monkeypatch, capsys):
     """A named file that is missing is an error. Without the usual one a note says what is skipped, as with --no-filter; no more
     is drawn then than was asked for."""

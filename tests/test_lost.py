@@ -288,15 +288,15 @@ def test_peak_memory_is_without_mapped_files(tmp_path):
     import numpy as np
     path = tmp_path / "mapped"
     path.write_bytes(bytes(200_000_000))
-    runs.peak_memory(torch.device("cpu"))
-    before = runs.peak_memory(torch.device("cpu"))
+    runs.peak_gb(torch.device("cpu"))
+    before = runs.peak_gb(torch.device("cpu"))
     mapped = np.memmap(path, np.uint8, "r")
     assert mapped.sum() == 0
-    assert abs(runs.peak_memory(torch.device("cpu")) - before) < 0.1
+    assert abs(runs.peak_gb(torch.device("cpu")) - before) < 0.1
     del mapped
     block = np.ones(200_000_000, np.uint8)
     del block
-    assert 0.15 < runs.peak_memory(torch.device("cpu")) - before < 0.3
+    assert 0.15 < runs.peak_gb(torch.device("cpu")) - before < 0.3
 
 
 def test_what_is_only_looked_at_ends_nothing(capsys):

@@ -317,6 +317,9 @@ def test_memory_is_asked_for_before_the_start(monkeypatch):
         assert words in message(check, flux, "cuda", *switches, beside)
     monkeypatch.setattr(memory, "memory_left", lambda device: 24.3 * GIB)
     check(flux, "cuda", False, False, beside)
+    monkeypatch.setattr(memory, "memory_left", lambda device: 20 * GIB)              # a Mac has no 8-bit floats
+    said = message(check, flux, "mps", False, False, beside)
+    assert "--offload it takes 3.4" in said and "--fp8" not in said
 
 
 def test_the_memory_of_the_cpu_is_asked_for_too(monkeypatch):

@@ -379,6 +379,8 @@ def test_captions_of_a_table_and_what_else_lies_above_the_people(run, capsys):
     assert [line for line in err.splitlines() if "not used" in line] == [
         "note: data: not used, since neither a picture nor the caption of one: @Recycle/",
         "note: data/a: not used, since neither a picture nor the caption of one: metadata.parquet"]
+    Path("data/a/metadata.csv").write_text("file_name,text\nbob/1.png,a man, smiling\n")          # no quotes
+    assert "metadata.csv, line 2" in one_line(read, Path("data"))
     Path("data/a/metadata.csv").write_text("name\nbob/1.png\n")
     assert "metadata.csv, line 2" in one_line(read, Path("data"))
 
@@ -1500,6 +1502,15 @@ def test_the_fingerprint_of_a_model(tmp_path):
     layouts = ["x_embedder.weight" in checkpoints.flux_files(folder)[0].names for folder in (diffusers, MODEL)]
     assert layouts == [True, False]
     assert checkpoints.flux_fingerprint(diffusers) == mine and len(mine) == 16
+    found = set()
+    for dtype in (torch.float32, torch.bfloat16):                                # an original in fp32, and its copy
+        copy = hub_copy(tmp_path / str(dtype), without=["flux1-dev.safetensors"])
+        with safe_open(MODEL / "flux1-dev.safetensors", "pt") as file:
+            weights = {key: file.get_tensor(key).float() for key in file.keys()}
+            noise = {key: 0.01 * torch.randn(weight.shape, generator=generator(len(key))) for key, weight in weights.items()}
+            save_file({key: (weights[key] + noise[key]).to(dtype) for key in weights}, copy / "flux1-dev.safetensors", file.metadata())
+        found.add(checkpoints.flux_fingerprint(copy))
+    assert len(found) == 1 and mine not in found
     changed = {mine}
     for i, name in enumerate(("img_in.bias", "double_blocks.0.txt_attn.norm.query_norm.scale",
                               "single_blocks.2.norm.key_norm.scale")):

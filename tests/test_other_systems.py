@@ -91,6 +91,15 @@ def test_a_name_may_be_spelled_in_two_ways(tmp_path, data, drawn):
     assert [picture.identity for picture in pictures] == [person.name] and not problems
 
 
+def test_so_may_a_pictures_name_with_every_reference(tmp_path):
+    for i, name in enumerate(("0", "Zoé")):
+        path = tmp_path / "people/anna" / f"{unicodedata.normalize('NFD', name)}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 64), (200 * i, 0, 0)).save(path)
+    names = [person.name for person in read_people([tmp_path / "people"], "all")]
+    assert names == ["anna@0", unicodedata.normalize("NFC", "anna@Zoé")]
+
+
 def test_a_drive_that_is_not_there(monkeypatch):
     """Not even the root of Z:/ exists."""
     monkeypatch.setattr(Path, "exists", lambda path, **options: False)
@@ -101,4 +110,4 @@ def test_a_drive_that_is_not_there(monkeypatch):
 def test_a_kernel_that_does_not_say_how_much_memory_was_used(monkeypatch):
     """gVisor's /proc/self/status."""
     monkeypatch.setattr(Path, "read_text", lambda *args, **kwargs: "Name:\tpython\nVmSize:\t1 kB\nVmRSS:\t1 kB\n")
-    assert runs.peak_memory(torch.device("cpu")) == 0
+    assert runs.peak_gb(torch.device("cpu")) == 0

@@ -552,7 +552,7 @@ def test_a_box_is_enough_where_there_is_no_face(run):
     ([ASTRONAUT, "--box", 10, 10, 10, 90], "512 x 512"), ([ASTRONAUT, "--box", 10, 10, 90, 513], "512 x 512"),
     ([ASTRONAUT, "--box", -1, 10, 90, 90], "--box"), ([ASTRONAUT, "--box", 1, 2, 3], "--box"),
     ([ASTRONAUT, "--box", 1, 2, 30, "nan"], "--box"),
-    ([ASTRONAUT, ASTRONAUT, "--box", 1, 2, 30, 40], "2 photos"),
+    ([ASTRONAUT, ASTRONAUT, "--box", 1, 2, 30, 40], "a single photo"),
     ([ASTRONAUT, "--no-augment", "--box", 1, 2, 30, 40], "--no-augment"),
 ])
 def test_boxes_that_do_not_fit(run, args, word):
@@ -669,7 +669,7 @@ def test_what_stands_in_the_place_of_weights_is_named(run, monkeypatch, path, co
 @pytest.mark.parametrize("path", ["text_encoder/config.json", "text_encoder_2/config.json", "defaults.json",
                                   "tokenizer/vocab.json", "tokenizer_2/tokenizer_config.json", "text_encoder_2/model.safetensors.index.json"])
 @pytest.mark.parametrize("content, words", [
-    (POINTER, "git lfs pull"), (b'{"learning_rate": ', "torn"), (b"[1, 2]", "another file"), (b"[[1, 2]]", "another file"),
+    (POINTER, "git lfs pull"), (b'{"learning_rate": ', "torn"), (b"[1, 2]", "an object"), (b"[[1, 2]]", "an object"),
     (b"[" * 100_000, "torn"), (b"<html>", "web page"), ("ü".encode("latin-1"), "torn")])
 def test_what_stands_in_the_place_of_settings_is_named(run, path, content, words):
     broken_hub(path, content)
@@ -679,7 +679,8 @@ def test_what_stands_in_the_place_of_settings_is_named(run, path, content, words
 
 @pytest.mark.parametrize("content", [b'{"model_type": "t5"}', b'{"learning_rate": "fast"}', b'{"mirror": [1]}', b'{"resolution": "1024"}',
                                      b'{"iterations": -250}', b'{"iterations": {"lora": 0}}', b'{"iterations": {"LoRA": 250}}',
-                                     b'{"learning_rate": {"lora": "fast"}}', b'{"learning_rate": NaN}', b'{"resolution": 512.5}'])
+                                     b'{"learning_rate": {"lora": "fast"}}', b'{"learning_rate": NaN}', b'{"resolution": 512.5}',
+                                     b'{"aspects": [1.5]}', b'{"aspects": ["16x9"]}', b'{"aspects": ["1:0"]}', b'{"scales": ["4.5"]}', b'{"scales": []}'])
 def test_foreign_settings_are_named(run, content):
     broken_hub("defaults.json", content)
     assert refused(run(ASTRONAUT, model="hub", method="lora"), "hub/defaults.json")
@@ -693,6 +694,16 @@ def test_settings_for_one_use_leave_the_others_as_they_are(tmp_path):
     for use, values in expected.items():
         defaults = checkpoints.model_defaults(tmp_path, use)
         assert tuple(defaults[name] for name in ("learning_rate", "iterations", "resolution")) == values
+
+
+def test_out_of_memory_in_a_text_encoder_is_no_bad_input(run, monkeypatch):
+    """A Mac has no type of error for it."""
+    def full(*args):
+        raise RuntimeError("MPS backend out of memory (MPS allocated: 20 GB)")
+    monkeypatch.setattr(checkpoints, "load_text_encoder", full)
+    monkeypatch.setattr(checkpoints, "load_text_encoders", load_text_encoders)              # and not those kept for other tests
+    code, _, err = run(ASTRONAUT)
+    assert code == 1 and "MPS backend out of memory" in err.splitlines()[-1]
 
 
 def test_a_lomd_that_is_none(run, lomd):

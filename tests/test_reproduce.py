@@ -1,8 +1,12 @@
 """paper/reproduce.py: rates are climbed to on other people, what follows from scores, and the whole command in small."""
 import itertools
 import json
+import os
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -182,7 +186,7 @@ def test_text_at_equal_likeness_is_the_best_of_all_rates():
 
 def test_the_tables_and_figures(tmp_path):
     found = scores(gap=0.05)
-    text = report.write_report(found)
+    text = report.report_text(found)
     assert "| Meta-LoRA | 400 | 0.001 | 75.0 (5.0) | 68.0 (0.0) | 143.0 (5.0) | 100.0 (0.0) | 50.0 (0.0) |" in text
     assert "| LoRA | 100 | +5.0 (0.0) | +0.0 (0.0) | +5.0 (0.0) |" in text
     assert "| people: 2, trainings of each: 2 | steps |" in text and "| 70.0 / 68.0 (138.0); 70.0 / 68.0 (138.0) |" in text
@@ -191,7 +195,7 @@ def test_the_tables_and_figures(tmp_path):
     assert "| LoRA | 0.002 | 40.0 / 72.0 (112.0) | 60.0 / 68.0 (128.0) |" in text
     assert "| LoRA | lead | +10.0 (0.0) | +10.0 (0.0) |" in text
     assert "| no LoRA | 0 |  | 0.0 (0.0) | 70.0 (0.0) | 70.0 (0.0) | 100.0 (0.0) | 0.0 (0.0) | 1.0 (0.0) |" in text
-    first = report.write_report(found._replace(trainings=[]))                         # before the other people are measured
+    first = report.report_text(found._replace(trainings=[]))                         # before the other people are measured
     assert text.startswith(first) and "trainings" not in first
     for name, some in (("scores", found), ("first", found._replace(trainings=[]))):
         report.draw_found(tmp_path / f"{name}.png", some)
@@ -226,6 +230,52 @@ def test_scores_of_another_lomd_are_not_taken_for_these(tmp_path):
     (tmp_path / "scores/settings.json").write_text(json.dumps(other))
     with pytest.raises(ValueError, match="scores was made with other settings: lomd was"):
         reproduce.reproduce(["--run", str(tmp_path), "--report"])
+
+
+def test_a_rate_that_serves_two_numbers_is_not_given_up_for_an_older_one(monkeypatch):
+    """At 100 steps the best is that of 250, and level with that of 625."""
+    best = {100: 2.4e-3, 250: 2.4e-3, 625: 1.2e-3}
+    measure, _ = fake_scores(lambda rate, count: 1 - abs(np.log2(rate / best[count])))
+
+    def level_at_100(args, trial, steps):
+        return {count: {"sum": scores["sum"] + (count == 100) * np.array([9, -9]) * (trial.rate == 1.2e-3)}
+                for count, scores in measure(args, trial, steps).items()}
+    monkeypatch.setattr(reproduce, "measure", level_at_100)
+    assert reproduce.choose_rates(None, "lora", 1, (100, 250, 625))[0] == best
+
+
+def hanging(folder):
+    """Workers that would go on for a minute, beside a process that is killed once both have begun."""
+    begin = [(Path(folder) / f"{i}",) for i in range(2)]
+    reproduce.side_by_side(SimpleNamespace(jobs=2), sleep_after, begin, "calls")
+
+
+def sleep_after(path):
+    path.touch()
+    time.sleep(60)
+
+
+def die(path):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_kill_ends_the_workers_too(tmp_path):
+    """A terminal sends Ctrl-C to all of them; `kill` reaches one process."""
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import test_reproduce, support.common as common; " \
+           "sys.exit(common.run_script('x', lambda argv: test_reproduce.hanging(sys.argv[2])))"
+    command = [sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    while not all((tmp_path / f"{i}").exists() for i in range(2)):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    process.terminate()
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 143 and errors.endswith("x: interrupted\n") and "Traceback" not in errors
+
+
+def test_a_worker_that_is_killed_is_one_line(tmp_path):
+    with pytest.raises(OSError, match="perhaps for lack of memory"):
+        reproduce.side_by_side(SimpleNamespace(jobs=2), die, [(tmp_path,)], "calls")
 
 
 def test_an_error_in_a_worker_is_the_commands(tmp_path):
@@ -281,6 +331,7 @@ def test_the_command_in_small(tmp_path, monkeypatch, capsys, small):
     (again / "scores/people2" / f"{trial.name}.json").unlink()
     reproduce.reproduce(["--subset", "--report", "--run", str(again)])
     printed, said = capsys.readouterr()
+    assert {p.name for p in (again / "report").iterdir()} == {"report_r1.md", "scores_r1.png"}   # no sheet without images
     assert printed == out[:out.rindex("| rates, chosen on")] and f"{trial.name}.json does not hold 2 steps yet" in said
     with pytest.raises(TypeError):                                                 # without --report it would train
         reproduce.reproduce(["--subset", "--jobs", "1", "--run", str(again)])

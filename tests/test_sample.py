@@ -588,6 +588,7 @@ def test_a_comparison_is_added_to_what_lora_names_and_made_again():
 
 @pytest.mark.parametrize("prompts, words, said", [
     ([], ["--compare", "a cat"], "no such file for --compare"), ([], ["--person", "../x"], "--person ../x"),
+    ([], ["--person", ""], "--person : it must be"), ([], ["--person", ".."], "--person ..: it must be"),
     ([], ["--out", "x.png"], "writes a folder"), ([], ["--compare", "who.safetensors", "./who.safetensors"], "twice"),
     (["#1 cat"], [], "without # in front"), (["a [man/woman]"], [], "without [man/woman]"),
     ([], ["--seed", "1"], "another comparison, such as compare/no LoRA/person/0_0.png"),
