@@ -144,6 +144,12 @@ def test_nobody_in_particular_is_refused(monkeypatch, capsys):
     assert not Path("faces").exists()
 
 
+def test_memory_is_tried_with_a_whole_batch(monkeypatch):
+    tried = []
+    monkeypatch.setattr(sample, "fit_sampling", lambda flux, size, text_tokens, batch: tried.append(batch))
+    assert run("--no-filter") == 0 and tried == [invent.BATCH]
+
+
 def test_a_single_person_is_no_folder(monkeypatch, capsys):
     monkeypatch.setattr(invent, "choose_people", lambda people, count: [1])
     own = noisy(3, 5, 0.3)
