@@ -17,7 +17,7 @@ RoFormer (Su et al. 2021: RoPE), DiT (Peebles & Xie 2022: adaLN).
 Differences from the reference: t and guidance stay in fp32 until they are embedded. RoPE is applied
 in fp32. The latent stays in fp32 between Euler steps, where the reference rounds it to bf16. The
 number of GroupNorm groups is configurable, because a small autoencoder has fewer than 32 channels.
-A model without a guidance input is taken for FLUX.1-schnell: no shift of the times, 256 text tokens.
+A model without a guidance input is taken for schnell: no shift of the times, 256 text tokens.
 
 support/checkpoints.py loads the weights; support/memory.py fits 12 billion of them on a GPU.
 """

@@ -4,9 +4,10 @@
     python meta_train.py --data faces/ --resolution 512 --iters 1000 --warmup 0
 
 A person is a description and a start noise, and each picture has a different setting. Every other
-of a person's pictures start from the person's own noise, the rest from fresh noise, so that poses differ.
-The baby's captions do not describe looks, so there the noise alone makes the person. The caption
-beside a picture names the setting and the clothes, never the looks: M and U are to learn those.
+picture of a person starts from the person's own noise, the rest from fresh noise, so that poses
+differ. The baby's captions do not describe looks, so there the noise alone makes the person. The
+caption beside a picture names the setting and the clothes, never the looks: M and U are to learn
+those.
 
 A face network filters the pictures. More are drawn than asked for; the pictures nearest to a
 person's mean are kept, and so are the people whose pictures agree best and who are like nobody else.
@@ -150,8 +151,9 @@ def draw_pictures(args: Namespace, shots: list[Shot], folder: Path):
 
 
 def face_network(args: Namespace) -> Callable | None:
-    """A picture's path -> embedding (E,), norm 1, of its largest face; None without a face. The network is
-    the model's own, or else facenet-pytorch's. No network, after a note, without its weights."""
+    """A picture's path -> embedding (E,), norm 1, of its largest face; None without a face. The
+    network is the model's own, or else facenet-pytorch's. No network, after a note, without its
+    weights."""
     if args.no_filter:
         return None
     try:

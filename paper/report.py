@@ -204,9 +204,8 @@ def rate_table(found: Found) -> Table:
                 cells.append(cell)
             rows.append([METHODS[method], f"{rate:g}", *cells])
         rows.append([METHODS[method], "lead", *leads])
-    people = len(best)
     columns = [f"{count} steps" for count in found.steps]
-    return [f"rates, chosen on {people} people", "rate", *columns], rows
+    return [f"rates, chosen on {len(best)} people", "rate", *columns], rows
 
 
 def score_table(found: Found) -> Table:

@@ -173,7 +173,8 @@ def fuse(pairs: list[Pair]) -> Pair:
     As, Bs = zip(*pairs)
     if all(torch.equal(A, As[0]) for A in As):
         B = torch.cat(Bs)
-        if not diagonal_blocks(B, [*map(len, Bs)]):    # else reading would take it for the form below
+        # else reading would take it for the form below
+        if not diagonal_blocks(B, [*map(len, Bs)]):
             return As[0], B
     rank = max(map(len, As))
     A = torch.cat([F.pad(A, (0, 0, 0, rank - len(A))) for A in As])
@@ -522,7 +523,7 @@ def find_lomd(folder: Place | None, path: Place | None) -> Path:
 
 
 def read_lomd(folder: Place, path: Place | None = None) -> tuple[dict[str, Tensor], str]:
-    """The LoMD for the model in `folder` -> {path: (r1, d_in)}, and its hash. Notes a random one."""
+    """The LoMD for the model in `folder` -> {path: (r1, d_in)} and its hash. Notes a random one."""
     path = find_lomd(folder, path)
     lomd, metadata = load_lomd(path)
     check_lomd(lomd, targets_of(flux_files(folder)[1]), str(path))

@@ -396,8 +396,10 @@ def step_bytes(flux: Flux, batch: int, size: tuple[int, int], text_tokens: int, 
 def check_memory(args: Namespace, flux: Flux, beside: int = 0):
     """ValueError if a run takes more memory than is free, with `beside` bytes of adapter and step
     next to the weights of `flux`, which is on meta; it names the switch that would make it fit.
-    Else, with `beside`, prints both on a GPU. args.stay: how many blocks stay on the device, counted from the
-    first, while --offload moves the others."""
+    Else, with `beside`, prints both on a GPU.
+
+    Sets args.stay: how many blocks stay on the device, counted from the first, while --offload
+    moves the others."""
     device = args.device
     if args.fp8 and device.type == "mps":
         raise ValueError("--fp8 does not work on mps, which has no 8-bit floats: try --offload")
