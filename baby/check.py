@@ -9,6 +9,7 @@ of test identities, passed through the autoencoder, are the ceiling. Last, how w
 embedder tells test identities apart.
 """
 import argparse
+import functools
 import sys
 from itertools import product
 from pathlib import Path
@@ -26,9 +27,9 @@ from support.checkpoints import encode_prompts, load_autoencoder, load_flux  # n
 from support.checkpoints import model_defaults  # noqa: E402
 from support.finding import find_model  # noqa: E402
 from support.judges import Judges  # noqa: E402
-from support.photos import find_faces, to_image, to_tensor  # noqa: E402
+from support.photos import find_faces, to_tensor  # noqa: E402
 from sample import decode_latent, sample_latents  # noqa: E402
-from support.common import save_png  # noqa: E402
+from support.common import check_out, positive, run_script, save_png  # noqa: E402
 
 
 def scenes(count: int) -> list[tuple[str, dict, dict]]:
@@ -94,10 +95,8 @@ def draw(args: argparse.Namespace, cells: list) -> tuple[list, list, list]:
     latents = sample_latents(flux, embeddings, jobs, 128, 128, args.steps, guidance, batch_size=24)
     samples = [decode_latent(autoencoder, latent) for latent in tqdm(latents, total=len(jobs))]
     renders = [Image.fromarray(faces.render(who, scene)) for _, who, scene in cells]
-    decoded = []
-    for image in renders:
-        latent = autoencoder.encode(to_tensor(image)[None])
-        decoded.append(to_image(autoencoder.decode(latent)[0].clamp(-1, 1)))
+    pixels = [to_tensor(image)[None] for image in renders]
+    decoded = [decode_latent(autoencoder, autoencoder.encode(image)) for image in pixels]
     return renders, decoded, samples
 
 
@@ -107,7 +106,7 @@ def print_shares(name: str, shares: np.ndarray, end: str = "\n"):
 
 
 def report(columns: tuple[list, list, list], cells: list, judges: Judges):
-    """Prints the three tables; columns: what `draw` returns."""
+    """Prints a line and two tables; columns: what `draw` returns."""
     renders, decoded, _ = columns
     errors = []
     for render, image in zip(renders, decoded):
@@ -142,25 +141,27 @@ def contact_sheet(samples: list) -> Image.Image:
     return sheet
 
 
-def main(argv=None) -> int:
+def check(argv: list[str] | None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--model", default="baby", help="baby, or a folder in the hub's layout (default: baby)")
     sheet = "contact sheet: rows styles, columns backgrounds (default: check.png)"
     add("--out", type=Path, default=Path("check.png"), help=sheet)
-    add("--steps", type=int, default=30, help="sampling steps (default: 30)")
+    add("--steps", type=positive, default=30, help="sampling steps (default: 30)")
     add("--guidance", type=float, help="default: the model's")
-    add("--each", type=int, default=1, help="pictures per style and background (default: 1)")
+    add("--each", type=positive, default=1, help="pictures per style and background (default: 1)")
     args = parser.parse_args(argv)
+    check_out(args.out, ".png")
     cells = scenes(args.each)
     columns = draw(args, cells)
     judges = Judges(args.model)
     report(columns, cells, judges)
     area, count = verification(judges)
     print(f"face embedder, 100 unseen people in {count} photos: verification AUC {area:.4f}")
-    save_png(contact_sheet(columns[2]), args.out, {})
-    return 0
+    save_png(contact_sheet(columns[2]), args.out)
 
+
+main = functools.partial(run_script, "check.py", check)
 
 if __name__ == "__main__":
     sys.exit(main())

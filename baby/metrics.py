@@ -229,7 +229,7 @@ def auc(positive: np.ndarray, negative: np.ndarray) -> float:
 
 
 def scorer_config(words: int, length: int, start: int, end: int):
-    """A CLIP model of half a million parameters or so, for `words` tokens, of which two are start
+    """A CLIP model of under a million parameters, for `words` tokens, of which two are start
     and end."""
     from transformers import CLIPConfig
 

@@ -26,6 +26,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import functools
 import json
 import math
 import multiprocessing
@@ -59,7 +60,7 @@ from flux_model import flow_matching_loss, sample_times, velocity  # noqa: E402
 from metalora import random_lomd  # noqa: E402
 from support import photos  # noqa: E402
 from support.checkpoints import load_autoencoder, load_flux, load_text_encoders  # noqa: E402
-from support.common import whole  # noqa: E402
+from support.common import Interruption, run_script, whole, write_whole  # noqa: E402
 from support.lora_files import save_lomd  # noqa: E402
 from support.names import find_targets  # noqa: E402
 
@@ -114,8 +115,8 @@ DEFAULTS = {
 }  # why: docs/BABY.md
 
 
-# What made the shipped checkpoint, in order: what, how long on 2 CPU cores, a command. Each goes on
-# where it was stopped. The shipped one had the same stages in more pieces: docs/BABY.md.
+# What made the shipped checkpoint, in order: what, how long on 2 CPU cores, a command. All but the
+# judges' go on where they were stopped. The shipped one had the same stages in more pieces: docs/BABY.md.
 RECIPE = (
     (
         "the world, the autoencoder, the transformer at hidden 128, 9,500 batches",
@@ -272,6 +273,8 @@ def workers():
 def make_data(run: Path):
     folder = run / "data"
     first = 0
+    if all((folder / f"{width}x{height}.npy").exists() for width, height in SHAPES):
+        return
     with workers() as pool:
         for (width, height), count in SHAPES.items():
             path = folder / f"{width}x{height}.npy"
@@ -337,18 +340,6 @@ def load_state(path: Path, modules: nn.Module, optimizers: list, ema: dict | Non
         return int(file.metadata()["step"])
 
 
-class Interrupted:
-    """Ctrl-C and SIGTERM as a flag that is read between two steps."""
-
-    def __init__(self):
-        self.now = False
-        for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, self.set)
-
-    def set(self, number, frame):
-        self.now = True
-
-
 def cosine(step: int, total: int, warmup: int) -> float:
     return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * min(step / total, 1.0)))
 
@@ -377,42 +368,41 @@ def train_autoencoder(run: Path, out: Path, device=CPU):
     data = np.load(run / "data" / "128x128.npy", mmap_mode="r")
     state = run / "autoencoder.safetensors"
     start = load_state(state, model, [optimizer])
-    interrupted = Interrupted()
     bar = tqdm(range(start, AE_STEPS), initial=start, total=AE_STEPS, desc="autoencoder")
     shown = 0.0
-    for step in bar:
-        rng = np.random.default_rng([SEED, step, 3])
-        px = 64
-        batch = AE_BATCH
-        if step >= 0.85 * AE_STEPS:  # at the end attention and GroupNorm see whole pictures
-            px = 128
-            batch = AE_BATCH // 4
-        corners = rng.integers(0, 128 - px + 1, (batch, 2))
-        chosen = rng.integers(0, len(data), batch)
-        crops = [data[i, y : y + px, x : x + px] for i, (y, x) in zip(chosen, corners)]
-        images = pictures(np.stack(crops)).to(device, memory_format=torch.channels_last)
-        optimizer.param_groups[0]["lr"] = AE_LR * cosine(step, AE_STEPS, 100)
-        with torch.autocast(device.type, torch.bfloat16):
-            mean, logvar = model.moments(images).float().chunk(2, dim=1)
-            logvar = logvar.clamp(-12, 4)
-            generator = torch.Generator().manual_seed(step)
-            noise = torch.randn(mean.shape, generator=generator).to(device)
-            z = mean + torch.exp(0.5 * logvar) * noise
-            error = model.decoder(z).float() - images
-        mse = error.square().mean()
-        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        loss = error.abs().mean() + 2 * mse + 1e-4 * kl
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        shown = mse.item() if not shown else 0.98 * shown + 0.02 * mse.item()
-        if step % 50 == 0:
-            bar.set_postfix(psnr=f"{10 * math.log10(4 / shown):.2f} dB")
-        if step % 500 == 499 or interrupted.now:
-            save_state(state, model, [optimizer], step + 1)
-        if interrupted.now:
-            sys.exit(130)
+    with Interruption() as interruption:
+        for step in bar:
+            rng = np.random.default_rng([SEED, step, 3])
+            px = 64
+            batch = AE_BATCH
+            if step >= 0.85 * AE_STEPS:  # at the end attention and GroupNorm see whole pictures
+                px = 128
+                batch = AE_BATCH // 4
+            corners = rng.integers(0, 128 - px + 1, (batch, 2))
+            chosen = rng.integers(0, len(data), batch)
+            crops = [data[i, y : y + px, x : x + px] for i, (y, x) in zip(chosen, corners)]
+            images = pictures(np.stack(crops)).to(device, memory_format=torch.channels_last)
+            optimizer.param_groups[0]["lr"] = AE_LR * cosine(step, AE_STEPS, 100)
+            with torch.autocast(device.type, torch.bfloat16):
+                mean, logvar = model.moments(images).float().chunk(2, dim=1)
+                logvar = logvar.clamp(-12, 4)
+                generator = torch.Generator().manual_seed(step)
+                noise = torch.randn(mean.shape, generator=generator).to(device)
+                z = mean + torch.exp(0.5 * logvar) * noise
+                error = model.decoder(z).float() - images
+            mse = error.square().mean()
+            kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+            loss = error.abs().mean() + 2 * mse + 1e-4 * kl
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            shown = mse.item() if not shown else 0.98 * shown + 0.02 * mse.item()
+            if step % 50 == 0:
+                bar.set_postfix(psnr=f"{10 * math.log10(4 / shown):.2f} dB")
+            if step % 500 == 499 or interruption.asked:
+                save_state(state, model, [optimizer], step + 1)
+            interruption.raise_if_asked()
     model = model.to(memory_format=torch.contiguous_format).eval()
     normalise_latents(model, pictures(data[-256:]).to(device))
     save_whole(
@@ -446,27 +436,26 @@ def train_decoder(run: Path, out: Path, device=CPU):
     state = run / "decoder.safetensors"
     face = face_weights(128, 128, 0, len(data))
     start = load_state(state, model.decoder, [optimizer])
-    interrupted = Interrupted()
-    for step in tqdm(
-        range(start, DECODER_STEPS), initial=start, total=DECODER_STEPS, desc="decoder"
-    ):
-        rng = np.random.default_rng([SEED, step, 8])
-        index = np.sort(rng.choice(len(data), DECODER_BATCH, replace=False))
-        images = pictures(data[index]).to(device, memory_format=torch.channels_last)
-        optimizer.param_groups[0]["lr"] = DECODER_LR * cosine(step, DECODER_STEPS, 50)
-        with torch.autocast(device.type, torch.bfloat16):
-            with torch.no_grad():
-                z = model.moments(images).chunk(2, dim=1)[0]
-            error = model.decoder(z).float() - images
-        weight = nn.functional.interpolate(face[index].to(device).float(), size=error.shape[2:])
-        (weight * (error.abs() + 4 * error.square())).mean().backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if step % 200 == 199 or interrupted.now:
-            save_state(state, model.decoder, [optimizer], step + 1)
-        if interrupted.now:
-            sys.exit(130)
+    with Interruption() as interruption:
+        for step in tqdm(
+            range(start, DECODER_STEPS), initial=start, total=DECODER_STEPS, desc="decoder"
+        ):
+            rng = np.random.default_rng([SEED, step, 8])
+            index = np.sort(rng.choice(len(data), DECODER_BATCH, replace=False))
+            images = pictures(data[index]).to(device, memory_format=torch.channels_last)
+            optimizer.param_groups[0]["lr"] = DECODER_LR * cosine(step, DECODER_STEPS, 50)
+            with torch.autocast(device.type, torch.bfloat16):
+                with torch.no_grad():
+                    z = model.moments(images).chunk(2, dim=1)[0]
+                error = model.decoder(z).float() - images
+            weight = nn.functional.interpolate(face[index].to(device).float(), size=error.shape[2:])
+            (weight * (error.abs() + 4 * error.square())).mean().backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if step % 200 == 199 or interruption.asked:
+                save_state(state, model.decoder, [optimizer], step + 1)
+            interruption.raise_if_asked()
     model = model.to(memory_format=torch.contiguous_format)
     save_whole(
         model.state_dict(),
@@ -726,7 +715,7 @@ def export(average: Baby, out: Path):
     save_whole(weights(average.clip), clip, {"format": "pt"})
     t5 = out / "text_encoder_2" / "model.safetensors"
     save_whole(weights(average.t5), t5, {"format": "pt"})
-    (out / "defaults.json").write_text(json.dumps(DEFAULTS, indent=1) + "\n", "utf-8")
+    write_whole(out / "defaults.json", json.dumps(DEFAULTS, indent=1) + "\n")
 
 
 def load_checkpoint(baby: Baby, folder: Path) -> Baby:
@@ -753,6 +742,8 @@ def grow(small: Flux, large: Flux):
     """
     generator = torch.Generator().manual_seed(SEED)
     narrow, wide = (m.config.hidden_size for m in (small, large))
+    if wide < narrow:
+        raise ValueError(f"--init is {narrow} wide: --width {wide} is less")
     old = dict(small.named_parameters())
 
     def channels(was: int, now: int) -> torch.Tensor:
@@ -872,16 +863,15 @@ class Training:
 
     def load_weak(self, steps: int):
         if not load_state(self.weak_path, self.weak, []):
-            written = f"it was written at step {WEAK * steps:.0f}"
-            raise SystemExit(f"pretrain.py: {self.weak_path} is missing; {written}")
+            raise ValueError(f"{self.weak_path} is missing, the weights after {WEAK * steps:.0f} steps")
 
     def save_weak(self, step: int):
         weights = {f"weight.{name}": tensor for name, tensor in self.ema.items()}
         save_whole(weights, self.weak_path, {"step": str(step)})
 
     def save(self, step: int):
+        export(self.average, self.out)  # first: a run whose state is at its end writes nothing more
         save_state(self.path, self.baby, self.optimizers, step, self.ema)
-        export(self.average, self.out)
 
 
 def train_transformer(
@@ -893,44 +883,53 @@ def train_transformer(
     config: FluxConfig | None = None,
     plan: Plan = FIRST,
 ):
-    """With `init` from that checkpoint's weights. Ends with exit code 130 after Ctrl-C, the state
-    saved."""
+    """With `init` from that checkpoint's weights. After Ctrl-C, KeyboardInterrupt, the state saved.
+    FloatingPointError if the loss is not finite."""
     training = Training(run, out, init, device, config, plan)
     start = training.start
     guided_from = int((1 - plan.guided) * steps) if plan.guided < math.inf else 0
     weak_at = max(1, round(WEAK * steps))
     bar = tqdm(range(start, steps), initial=start, total=steps, desc="transformer", mininterval=10)
-    interrupted = Interrupted()
     shown = None
     log = open(training.path.with_suffix(".jsonl"), "a", encoding="utf-8")
-    for step in bar:
-        left = (steps - step) / steps
-        resumed = step == start and left < plan.guided
-        if not training.has_guide and (step == guided_from or resumed):
-            training.load_weak(steps)
-        loss = training.step(step, left)
-        shown = loss if shown is None else 0.98 * shown + 0.02 * loss
-        if not math.isfinite(shown):
-            state = f"the last state is in {training.path}"
-            raise SystemExit(f"pretrain.py: the loss is not finite at step {step}; {state}")
-        if step % 50 == 49:
-            bar.set_postfix(loss=f"{shown:.4f}", refresh=False)
-            line = dict(step=step + 1, loss=round(shown, 5), time=round(time.time()))
-            log.write(json.dumps(line) + "\n")
-            log.flush()
-        if not training.has_guide and step + 1 == weak_at:
-            training.save_weak(step + 1)
-        if step % 500 == 499 or step == steps - 1 or interrupted.now:
-            training.save(step + 1)
-        if interrupted.now:
-            sys.exit(130)
+    with Interruption() as interruption:
+        for step in bar:
+            left = (steps - step) / steps
+            resumed = step == start and left < plan.guided
+            if not training.has_guide and (step == guided_from or resumed):
+                training.load_weak(steps)
+            loss = training.step(step, left)
+            shown = loss if shown is None else 0.98 * shown + 0.02 * loss
+            if not math.isfinite(shown):
+                raise FloatingPointError(f"the loss is not finite at step {step}")
+            if step % 50 == 49:
+                bar.set_postfix(loss=f"{shown:.4f}", refresh=False)
+                line = dict(step=step + 1, loss=round(shown, 5), time=round(time.time()))
+                log.write(json.dumps(line) + "\n")
+                log.flush()
+            if not training.has_guide and step + 1 == weak_at:
+                training.save_weak(step + 1)
+            if step % 500 == 499 or step == steps - 1 or interruption.asked:
+                training.save(step + 1)
+            interruption.raise_if_asked()
+
+
+def run_stage(words: list[str], interruption: Interruption) -> int:
+    """Runs a command -> its exit code. A terminal sends Ctrl-C to it too, and it saves; `kill`
+    reaches this process alone, which passes it on."""
+    stage = subprocess.Popen(words, cwd=Path(__file__).resolve().parents[1])
+    told = False
+    while stage.poll() is None:
+        time.sleep(0.2)
+        if interruption.asked not in (None, signal.SIGINT) and not told:
+            stage.terminate()
+            told = True
+    return stage.returncode
 
 
 def follow_recipe(run: Path, out: Path, words: list[str]):
     """Runs RECIPE, each stage by its own command, with `words` where a command takes a device. Ends
     with the first stage that fails."""
-    root = Path(__file__).resolve().parents[1]
-    interrupted = Interrupted()  # Ctrl-C reaches the stage too, which saves
     places = {
         "run": shlex.quote(str(run.resolve())),
         "out": shlex.quote(str(out.resolve())),
@@ -939,14 +938,17 @@ def follow_recipe(run: Path, out: Path, words: list[str]):
     commands = [command.format(**places).strip() for *_, command in RECIPE]
     for number, (what, length, _) in enumerate(RECIPE, 1):
         print(f"{number}. {what} (about {length})\n   python {commands[number - 1]}")
-    for number, command in enumerate(commands, 1):
-        print(f"\n{number} of {len(commands)}: python {command}", flush=True)
-        code = subprocess.run([sys.executable, *shlex.split(command)], cwd=root).returncode
-        if code or interrupted.now:
-            raise SystemExit(130 if interrupted.now or code < 0 else code)
+    with Interruption() as interruption:
+        for number, command in enumerate(commands, 1):
+            print(f"\n{number} of {len(commands)}: python {command}", flush=True)
+            code = run_stage([sys.executable, *shlex.split(command)], interruption)
+            interruption.raise_if_asked()
+            if code:
+                print(f"pretrain.py: stage {number} ended with {code}", file=sys.stderr)
+                raise SystemExit(max(code, 1))
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     recipe = (
@@ -969,7 +971,7 @@ def parse() -> argparse.Namespace:
     add("--framings", action="store_true", help=framings)
     add("--device", help="cuda or cpu (default: cuda where there is one)")
     add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     head = sum(FLUX_CONFIG.axes_dim)
     if args.width < head or args.width % head:
         parser.error(f"--width {args.width} is not a multiple of {head}")
@@ -978,16 +980,20 @@ def parse() -> argparse.Namespace:
     if args.init and args.init.resolve() == args.out.resolve():
         parser.error(f"--out {args.out} would be written over --init: name another --out")
     shipped = Path(__file__).resolve().parent / "checkpoint"
-    if args.recipe and args.out.resolve() == shipped:
-        parser.error("--recipe would write into the shipped checkpoint: name another --out")
+    if args.out.resolve() == shipped:
+        parser.error("it would write into the shipped checkpoint: name another --out")
+    state = args.run / "framings" if args.framings else args.run
+    started = (state / f"transformer-{args.width}.safetensors").exists()
+    if args.init and started and not (args.out / "flux1-dev.safetensors").exists():
+        parser.error(f"{state} holds the state of another transformer: name another --run")
     for name in ("width", "steps", "init", "framings", "threads"):
         if args.recipe and getattr(args, name) != parser.get_default(name):
             parser.error(f"--recipe gives each stage its own --{name}: leave it out")
     return args
 
 
-def main():
-    args = parse()
+def pretrain(argv: list[str] | None):
+    args = parse(argv)
     if args.recipe:
         device = ["--device", args.device] if args.device else []
         return follow_recipe(args.run, args.out, device)
@@ -1021,5 +1027,8 @@ def main():
     train_transformer(run, out, args.steps, args.init, device, config, plan)
 
 
+# Exit code: 0 done, 1 failed while computing, 2 bad input, 130, 143 or 129 by a signal.
+main = functools.partial(run_script, "pretrain.py", pretrain)
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -187,13 +187,13 @@ class FakeCard(TorchDispatchMode):
         self.in_backward, self.big = False, BIG
         self.pinned = 0
         self.phase, self.problems = "other", []
-        self.seen, self.shadows = {}, WeakIdKeyDictionary()
+        self.seen, self.shadows, self.locked = {}, WeakIdKeyDictionary(), WeakIdKeyDictionary()
         self.reset()
 
     def reset(self):
         zeros = lambda: collections.defaultdict(float)
         self.launches, self.bytes, self.flops = collections.Counter(), zeros(), zeros()
-        self.syncs, self.ops, self.times = collections.Counter(), collections.Counter(), []
+        self.syncs, self.times = collections.Counter(), []
         self.by_op = collections.defaultdict(lambda: [0, 0.0, 0.0])
         self.memory.reset_peaks()
 
@@ -268,11 +268,11 @@ class FakeCard(TorchDispatchMode):
             if size < self.big or device is not None and device.type == "meta":
                 with _disable_current_modes():
                     return func(*args, **kwargs)
-        generator = kwargs.get("generator")
-        if generator is not None and device is not None and generator.device.type != device.type:
-            self.problem(f"{name}: a generator on {generator.device} for a tensor on {device}")
         cuda = [a for a in fakes if a.fake_device.type == "cuda"]
-        if name in ("mm", "addmm", "bmm", "baddbmm", "linear", "convolution", "cat_", "_scaled_dot_product_flash_attention",
+        generator, place = kwargs.get("generator"), device or (cuda[0].fake_device if cuda else None)
+        if generator is not None and place is not None and generator.device.type != place.type:
+            self.problem(f"{name}: a generator on {generator.device} for a tensor on {place}")
+        if name in ("mm", "addmm", "bmm", "baddbmm", "linear", "convolution", "_scaled_dot_product_flash_attention",
                     "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention"):
             dtypes = {a.dtype for a in flat if a.dim()}
             if len(dtypes) > 1:
@@ -305,16 +305,17 @@ class FakeCard(TorchDispatchMode):
             return self.on_card(torch.zeros(0, args[0].dim(), dtype=torch.long))
         if name == "_to_copy" and cuda and device is not None and device.type == "cpu" and self.big:
             self.sync("copy to the CPU (D2H)")
-            self.bytes[self.phase] += 0
             with _disable_current_modes():
                 shadow = self.shadows.get(args[0])
                 return shadow.clone() if shadow is not None else torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
         h2d = name == "_to_copy" and not cuda and device is not None and device.type == "cuda" or \
             name == "copy_" and cuda and len(flat) == 2 and not (isinstance(args[1], FakeTensor) and args[1].fake_device.type == "cuda")
-        if h2d:
-            non_blocking = kwargs.get("non_blocking") or len(args) > 2 and args[2]
-            if not non_blocking:
-                self.sync("copy to the card (H2D, not pinned)")
+        non_blocking = kwargs.get("non_blocking") or name == "copy_" and len(args) > 2 and args[2]
+        source = flat[-1] if h2d else None
+        if h2d and not (non_blocking and (isinstance(source, FakeTensor) or source in self.locked)):
+            self.sync("copy to the card (H2D, not pinned)")
+        if name == "copy_" and cuda and not any(a is flat[0] for a in cuda) and not non_blocking:
+            self.sync("copy to the CPU (D2H)")
         try:
             out = func(*args, **kwargs)
         except Exception as error:
@@ -447,7 +448,7 @@ class FakeCard(TorchDispatchMode):
             return aten._scaled_dot_product_flash_attention(query, key, value)[0]
 
         def rms_norm(x, shape, weight=None, eps=None):           # as on a card: one kernel where the dtypes agree
-            if x.device.type != "cuda":
+            if x.device.type != "cuda" or weight is not None and weight.dtype != x.dtype:
                 return real_norm(x, shape, weight, eps)
             return aten._fused_rms_norm(x, shape, weight, eps)[0]
         real_pointer = torch.Tensor.data_ptr
@@ -459,7 +460,16 @@ class FakeCard(TorchDispatchMode):
         patch(torch.Tensor, "backward", fake_backward)
         patch(torch.nn.functional, "scaled_dot_product_attention", sdpa)
         patch(torch, "rms_norm", rms_norm)
-        patch(torch.Tensor, "pin_memory", lambda tensor: tensor)
+
+        def pin_memory(tensor):
+            if isinstance(tensor, FakeTensor):
+                return tensor
+            with _disable_current_modes():
+                copy = tensor.clone()
+            card.locked[copy] = True
+            return copy
+        patch(torch.Tensor, "pin_memory", pin_memory)
+        patch(torch.version, "cuda", "13.0")
 
         class Cudart:
             @staticmethod

@@ -74,7 +74,7 @@ def stage_2(card, px=512, rank=1, method="meta-lora", config=None, **switches):
     patch(personalize, "encode_prompts", lambda folder, texts, *words, home: {text: text_of(card) for text in texts})
     patch(personalize, "load_autoencoder", lambda *words: autoencoder_on(card))
     patch(stage_2_checks, "captions_beside", lambda files, prompt: {Path(file): prompt for file in files})
-    patch(personalize, "read_lomd", lambda *words: ({t.path: torch.zeros(16, t.d_in) for t in find_targets(bare(config))}, "none", False))
+    patch(personalize, "read_lomd", lambda *words: ({t.path: torch.zeros(16, t.d_in) for t in find_targets(bare(config))}, "none"))
     patch(stage_2_checks, "check_pictures", lambda args: None)
     patch(photos, "fingerprints", lambda files: {"photo_digests": ""})
     crop = photos.Crop(Image.new("RGB", (px, px)), Path("a.png"), (0, 0, px, px), Image.new("L", (px, px)))
@@ -220,6 +220,20 @@ def test_a_step_of_stage_2(config, launches, least, most):
         assert not card.problems, card.problems
         assert sum(card.launches.values()) <= launches and sum(card.syncs.values()) <= 2, card.report()
         assert card.launches["assign"] < 450 and run_twice(flux) == 0 and least < held(card) < most
+
+
+def test_what_the_simulated_card_tells_apart():
+    """Memory that is page-locked or not, copies either way, generators of another device."""
+    with FakeCard(8) as card:
+        there = torch.zeros(8).pin_memory().to("cuda", non_blocking=True)
+        assert not card.syncs
+        torch.zeros(8).to("cuda", non_blocking=True)
+        torch.zeros(8).copy_(there)
+        assert [what for _, what, _ in card.syncs] == ["copy to the card (H2D, not pinned)", "copy to the CPU (D2H)"]
+        there.normal_()
+        assert not card.problems
+        there.normal_(generator=torch.Generator())
+        assert len(card.problems) == 1 and "a generator on cpu" in card.problems[0]
 
 
 def test_a_dropped_model_waits_for_its_last_copy():

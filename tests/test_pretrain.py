@@ -1,8 +1,9 @@
 """baby/pretrain.py: all of its stages at a tiny size, and a run that is stopped and resumed."""
 import dataclasses
+import functools
+import os
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "baby"))
 import faces  # noqa: E402
 import pretrain  # noqa: E402
-from flux_model import AutoEncoderConfig, FluxConfig  # noqa: E402
+from flux_model import AutoEncoderConfig, Flux, FluxConfig  # noqa: E402
 from support.checkpoints import find_model, load_autoencoder, load_flux, load_text_encoders  # noqa: E402
 from support.lora_files import read_lomd  # noqa: E402
 
@@ -108,9 +109,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(tiny, monkeypatch, tmp_path):
                 return draw(step, *rest)
             with monkeypatch.context() as patch:
                 patch.setattr(pretrain, "batch_of", batch)
-                with pytest.raises(SystemExit) as stopped:
+                with pytest.raises(KeyboardInterrupt):
                     pretrain.train_transformer(again, out, 6)
-            assert stopped.value.code == 130
         pretrain.train_transformer(again, out, 6)
         states.append(load_file(again / "transformer-32.safetensors"))
     assert states[0].keys() == states[1].keys() and any(key.startswith("optimizer.0") for key in states[0])
@@ -281,14 +281,13 @@ def test_the_recipe_from_nothing(tiny, monkeypatch, tmp_path, capfd):
     mains = {"pretrain": pretrain.main, "metrics": metrics.main, "faces": faces.main, "check": check.main, "meta_train": meta_train.main}
     few, done = {"128": "16", "200": "4", "5000": "2", "6": "1"}, []
 
-    def run(words, cwd):
+    def run(words, interruption):
         name, words = Path(words[1]).stem, [few.get(word, word) for word in words[2:]]
         done.append(name)
         with monkeypatch.context() as patch:
             patch.setattr(sys, "argv", [name, *words, *(["--steps", "1"] if name == "check" else [])])
-            code = mains[name](None) if name == "meta_train" else mains[name]()
-        return SimpleNamespace(returncode=code or 0)
-    monkeypatch.setattr(pretrain.subprocess, "run", run)
+            return (mains[name](None) if name == "meta_train" else mains[name]()) or 0
+    monkeypatch.setattr(pretrain, "run_stage", run)
     for _ in range(2):
         pretrain.follow_recipe(tmp_path / "run", tmp_path / "out", [])
     out = tmp_path / "out"
@@ -299,7 +298,8 @@ def test_the_recipe_from_nothing(tiny, monkeypatch, tmp_path, capfd):
 
 @pytest.mark.parametrize("words, said", [
     (["--recipe"], "shipped checkpoint"), (["--recipe", "--out", "new", "--steps", "9"], "its own --steps: leave it out"), (["--framings"], "name it with --init"),
-    (["--framings", "--init", str(Path(pretrain.__file__).parent / "checkpoint")], "would be written over --init")])
+    (["--framings", "--init", str(Path(pretrain.__file__).parent / "checkpoint")], "would be written over --init"),
+    ([], "shipped checkpoint"), (["--framings", "--init", "baby/run/narrow"], "shipped checkpoint")])
 def test_no_checkpoint_is_written_over(monkeypatch, capsys, words, said):
     monkeypatch.setattr(sys, "argv", ["pretrain.py", *words])
     monkeypatch.chdir(Path(pretrain.__file__).parents[1])                                          # where --out is baby/checkpoint
@@ -310,7 +310,7 @@ def test_no_checkpoint_is_written_over(monkeypatch, capsys, words, said):
 
 def test_a_recipe_ends_with_the_stage_that_fails(monkeypatch, tmp_path, capsys):
     done = []
-    monkeypatch.setattr(pretrain.subprocess, "run", lambda words, cwd: (done.append(words), SimpleNamespace(returncode=len(done) // 2))[1])
+    monkeypatch.setattr(pretrain, "run_stage", lambda words, interruption: done.append(words) or len(done) // 2)
     with pytest.raises(SystemExit) as ended:
         pretrain.follow_recipe(tmp_path / "a run", tmp_path / "out", ["--device", "cpu"])
     assert ended.value.code == 1 and len(done) == 2 and done[0][-2:] == ["--device", "cpu"] and str(tmp_path / "a run") in done[0]
@@ -318,15 +318,39 @@ def test_a_recipe_ends_with_the_stage_that_fails(monkeypatch, tmp_path, capsys):
     assert all(what in shown and length in shown for what, length, _ in pretrain.RECIPE)
 
 
-def test_ctrl_c_lets_the_stage_of_a_recipe_save(monkeypatch, tmp_path):
-    """The terminal sends it to both: subprocess.run would kill a stage that is still saving."""
-    done = []
+@pytest.mark.parametrize("number, code", [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_lets_the_stage_of_a_recipe_save(monkeypatch, tmp_path, capfd, number, code):
+    """A terminal sends Ctrl-C to both, `kill` only to one; the stage goes on until it has saved."""
+    number = getattr(pretrain.signal, number)
+    saves = f"""import os, signal, time
+def save(*args):
+    time.sleep(0.5)
+    print("saved", flush=True)
+    os._exit(1)
+signal.signal({number}, save)
+os.kill({os.getpid()}, {number})
+if {number} == signal.SIGINT:
+    os.kill(os.getpid(), {number})
+time.sleep(60)"""
+    (tmp_path / "stage.py").write_text(saves)
+    monkeypatch.setattr(pretrain, "RECIPE", [("a", "b", f"{tmp_path / 'stage.py'}")] * 2)
+    recipe = functools.partial(pretrain.run_script, "pretrain.py", lambda argv: pretrain.follow_recipe(tmp_path / "run", tmp_path, []))
+    assert recipe() == code
+    out, err = capfd.readouterr()
+    assert out.count("saved") == 1 and err == "pretrain.py: interrupted\n"
 
-    def run(words, cwd):
-        done.append(words)
-        pretrain.signal.raise_signal(pretrain.signal.SIGINT)                                       # no KeyboardInterrupt here
-        return SimpleNamespace(returncode=130)
-    monkeypatch.setattr(pretrain.subprocess, "run", run)
-    with pytest.raises(SystemExit) as ended:
-        pretrain.follow_recipe(tmp_path / "run", tmp_path / "out", [])
-    assert ended.value.code == 130 and len(done) == 1
+
+def test_another_runs_state_is_not_taken_for_this_ones(tmp_path, capsys):
+    """What --init named was dropped, and a run that was already at its end wrote nothing."""
+    (tmp_path / "run/framings").mkdir(parents=True)
+    (tmp_path / f"run/framings/transformer-{pretrain.FLUX_CONFIG.hidden_size}.safetensors").touch()
+    with pytest.raises(SystemExit):
+        pretrain.main(["--framings", "--init", "b", "--out", str(tmp_path / "y"), "--run", str(tmp_path / "run")])
+    assert "the state of another transformer: name another --run" in capsys.readouterr().err
+
+
+def test_a_checkpoint_does_not_shrink():
+    head = sum(pretrain.FLUX_CONFIG.axes_dim)
+    wide, narrow = (Flux(dataclasses.replace(pretrain.FLUX_CONFIG, hidden_size=head * heads, num_heads=heads)) for heads in (2, 1))
+    with pytest.raises(ValueError, match=f"--init is {2 * head} wide"):
+        pretrain.grow(wide, narrow)
