@@ -90,9 +90,12 @@ def draw_sheet(
 
 def mean_of(found: list) -> dict | np.ndarray:
     """The mean of arrays, or of nested dicts of such: their keys in order, a mean for each."""
-    if isinstance(found[0], dict):
-        return {key: mean_of([each[key] for each in found]) for key in sorted(found[0])}
-    return np.mean(found, axis=0)
+    if not isinstance(found[0], dict):
+        return np.mean(found, axis=0)
+    means = {}
+    for key in sorted(found[0]):
+        means[key] = mean_of([each[key] for each in found])
+    return means
 
 
 class Found(NamedTuple):
